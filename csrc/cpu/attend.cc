@@ -1,0 +1,281 @@
+#include "attend.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+namespace attnkit::cpu {
+namespace {
+
+std::atomic<const Kernel*> g_isa{nullptr};
+std::atomic<const Kernel*> g_last_isa{nullptr};
+std::atomic<bool> g_poison{false};
+
+// A forked child has none of its parent's OpenMP threads, and libgomp would wait for them for ever.
+std::atomic<bool> g_forked{false};
+const int g_fork_handler = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+
+// One workspace per thread, kept between calls, grown and never shrunk.
+float* workspace(size_t bytes) {
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local size_t size = 0;
+  bytes = (bytes + 4095) / 4096 * 4096;
+  if (bytes > size) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    size = memory ? bytes : 0;
+  }
+  if (memory && g_poison) std::memset(memory.get(), 0xff, size);
+  return memory.get();
+}
+
+// The key ranges one row of tiles must visit. Bisects the keys: a mask's structure costs its border, not its area.
+class RowPlan {
+ public:
+  RowPlan(const Program& program, const Problem& problem, const Call& call)
+      : analysis_(program, problem),
+        call_(call),
+        // A mask that reads outside its buffers must be evaluated to be caught at it.
+        trust_full_(program.mask < 0 || all_mask_loads_proven(program, call)) {}
+
+  const std::vector<KeyRange>& plan(const Problem& p, const Task& t) {
+    ranges_.clear();
+    const Sequence& seq = p.sequences[t.sequence];
+    if (seq.kv_len == 0) return ranges_;
+    if (!call_.has_mask) {
+      ranges_.push_back({0, static_cast<int32_t>(seq.kv_len), true});
+      return ranges_;
+    }
+    box_ = {{t.sequence, t.sequence}, {t.head, t.head},        {t.q_first, t.q_first + t.q_count - 1}, {0, 0},
+            {seq.q_len, seq.q_len},   {seq.kv_len, seq.kv_len}};
+    kv_len_ = seq.kv_len;
+    descend(0, (seq.kv_len + call_.tile_kv - 1) / call_.tile_kv);
+    return ranges_;
+  }
+
+ private:
+  static bool all_mask_loads_proven(const Program& program, const Call& call) {
+    for (size_t i = 0; i < program.code.size(); ++i)
+      if (program.code[i].for_mask && !call.code.load_in_bounds[i]) return false;
+    return true;
+  }
+
+  Block classify(int64_t first, int64_t end) {
+    box_.kv[0] = first;
+    box_.kv[1] = end - 1;
+    const Block block = analysis_.classify(box_);
+    return block == Block::full && !trust_full_ ? Block::partial : block;
+  }
+
+  void descend(int64_t tile, int64_t tile_end) {
+    const int64_t first = tile * call_.tile_kv, end = std::min(tile_end * call_.tile_kv, kv_len_);
+    const Block block = classify(first, end);
+    if (block == Block::empty) return;
+    if (block == Block::full) return add(first, end, true);
+    if (tile_end - tile == 1) return trim(first, end);
+    const int64_t middle = (tile + tile_end) / 2;
+    descend(tile, middle);
+    descend(middle, tile_end);
+  }
+
+  // Drops the keys at either end of a partial tile that no query of it sees.
+  void trim(int64_t first, int64_t end) {
+    const auto dead = [&](int64_t a, int64_t b) { return classify(a, b) == Block::empty; };
+    while (first < end && dead(first, std::min(first + kStrip, end))) first = std::min(first + kStrip, end);
+    while (first < end) {
+      const int64_t last_strip = first + (end - first - 1) / kStrip * kStrip;
+      if (!dead(last_strip, end)) break;
+      end = last_strip;
+    }
+    if (first < end) add(first, end, false);
+  }
+
+  void add(int64_t first, int64_t end, bool full) {
+    if (full && !ranges_.empty() && ranges_.back().full && ranges_.back().first + ranges_.back().count == first) {
+      ranges_.back().count += static_cast<int32_t>(end - first);
+    } else {
+      ranges_.push_back({first, static_cast<int32_t>(end - first), full});
+    }
+  }
+
+  IntervalAnalysis analysis_;
+  const Call& call_;
+  const bool trust_full_;
+  Box box_{};
+  int64_t kv_len_ = 0;
+  std::vector<KeyRange> ranges_;
+};
+
+Box whole_box(const Problem& p) {
+  Box box{{0, std::max(p.num_sequences - 1, 0)},
+          {0, std::max(p.num_heads - 1, 0)},
+          {0, 0},
+          {0, 0},
+          {INT64_MAX, 0},
+          {INT64_MAX, 0}};
+  for (int32_t i = 0; i < p.num_sequences; ++i) {
+    const Sequence& s = p.sequences[i];
+    if (s.q_len == 0 || s.kv_len == 0) continue;  // no pairs: nothing is evaluated
+    box.q_len[0] = std::min(box.q_len[0], s.q_len);
+    box.q_len[1] = std::max(box.q_len[1], s.q_len);
+    box.kv_len[0] = std::min(box.kv_len[0], s.kv_len);
+    box.kv_len[1] = std::max(box.kv_len[1], s.kv_len);
+  }
+  if (box.q_len[1] == 0) box.q_len[0] = box.q_len[1] = box.kv_len[0] = box.kv_len[1] = 1;
+  box.q[1] = box.q_len[1] - 1;
+  box.kv[1] = box.kv_len[1] - 1;
+  return box;
+}
+
+CodeView view(const Program& program, const Facts& facts) {
+  CodeView v{};
+  v.code = program.code.data();
+  for (int r = 0; r < 4; ++r) {
+    v.order[r] = program.order[r].data();
+    v.order_size[r] = static_cast<int32_t>(program.order[r].size());
+    v.slots[r] = program.slots[r];
+  }
+  v.score = program.score;
+  v.mask = program.mask;
+  v.load_in_bounds = facts.load_in_bounds.data();
+  v.all_loads_in_bounds = facts.all_loads_in_bounds;
+  return v;
+}
+
+// Keys per softmax step. With the score tile and the V tile in L1/L2, longer steps amortise the rescaling of O.
+int32_t default_tile_kv(const Problem& p) { return p.head_dim <= 64 ? kMaxTileKv : kMaxTileKv / 2; }
+
+int32_t round_up_lanes(int64_t n) { return static_cast<int32_t>((n + 15) / 16 * 16); }
+
+// Small calls finish before a second thread has woken up.
+constexpr double kMinFlopsPerThread = 1e6;
+
+}  // namespace
+
+Status attend(const Program& program, const Problem& p, const Config& config) {
+  IntervalAnalysis analysis(program, p);
+  const Facts facts = analysis.prove(whole_box(p));
+  if (facts.status.fault != Fault::none) return facts.status;
+
+  Call call{view(program, facts), &p, 0, 0, program.score >= 0, program.mask >= 0};
+  int64_t longest = 1;
+  double flops = 0;
+  for (int32_t i = 0; i < p.num_sequences; ++i) {
+    longest = std::max(longest, p.sequences[i].q_len);
+    flops += 2.0 * static_cast<double>(p.sequences[i].q_len) * static_cast<double>(p.sequences[i].kv_len) *
+             (p.head_dim + p.v_head_dim) * p.num_heads;
+  }
+  call.tile_kv = config.tile_kv > 0 ? std::min(config.tile_kv, kMaxTileKv) : default_tile_kv(p);
+  call.tile_q =
+      std::min(config.tile_q > 0 ? config.tile_q : kMaxTileQ, round_up_lanes(std::min<int64_t>(longest, kMaxTileQ)));
+
+  // Tasks are numbered head by head, so that threads share one head's K and V in cache; within a head the last
+  // queries come first, because under a causal mask they have the most to do.
+  std::vector<int64_t> first_task(static_cast<size_t>(p.num_sequences) + 1, 0);
+  const auto blocks = [&](const Sequence& s) { return (s.q_len + call.tile_q - 1) / call.tile_q; };
+  for (int32_t i = 0; i < p.num_sequences; ++i)
+    first_task[static_cast<size_t>(i) + 1] = first_task[static_cast<size_t>(i)] + blocks(p.sequences[i]) * p.num_heads;
+  const int64_t num_tasks = first_task.back();
+
+  const Kernel& kernel = current_isa();
+  int threads = static_cast<int>(std::min<double>(config.threads, flops / kMinFlopsPerThread));
+  threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
+  if (g_forked) threads = 1;
+
+  std::atomic<int64_t> next{0};
+  std::atomic<int32_t> bad_load{-1};
+  std::atomic<bool> no_memory{false};
+  const auto work = [&] {
+    float* memory = workspace(kernel.workspace_bytes(call));
+    if (memory == nullptr) {
+      no_memory = true;
+      return;
+    }
+    RowPlan row(program, p, call);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+      const auto seq = std::upper_bound(first_task.begin(), first_task.end(), i) - first_task.begin() - 1;
+      const Sequence& s = p.sequences[seq];
+      const int64_t in_sequence = i - first_task[static_cast<size_t>(seq)];
+      const int64_t block = blocks(s) - 1 - in_sequence % blocks(s);
+      Task task{static_cast<int32_t>(seq), static_cast<int32_t>(in_sequence / blocks(s)), block * call.tile_q, 0};
+      task.q_count = static_cast<int32_t>(std::min<int64_t>(call.tile_q, s.q_len - task.q_first));
+      const std::vector<KeyRange>& ranges = row.plan(p, task);
+      const int32_t bad = kernel.run(call, task, ranges.data(), ranges.size(), memory);
+      if (bad >= 0) bad_load = bad;
+    }
+  };
+  if (threads <= 1) {
+    work();
+  } else {
+#pragma omp parallel num_threads(threads)
+    work();
+  }
+  g_last_isa = &kernel;
+  if (no_memory) return {Fault::no_memory, -1};
+  if (bad_load >= 0) return {Fault::index_range, bad_load};
+  return {};
+}
+
+std::vector<Block> block_map(const Program& program, const Problem& p, int32_t sequence, int32_t head, int32_t q_block,
+                             int32_t kv_block) {
+  IntervalAnalysis analysis(program, p);
+  const Sequence& s = p.sequences[sequence];
+  std::vector<Block> map;
+  for (int64_t q = 0; q < s.q_len; q += q_block)
+    for (int64_t kv = 0; kv < s.kv_len; kv += kv_block)
+      map.push_back(analysis.classify({{sequence, sequence},
+                                       {head, head},
+                                       {q, std::min(q + q_block, s.q_len) - 1},
+                                       {kv, std::min(kv + kv_block, s.kv_len) - 1},
+                                       {s.q_len, s.q_len},
+                                       {s.kv_len, s.kv_len}}));
+  return map;
+}
+
+std::vector<const Kernel*> isa_levels() {
+  std::vector<const Kernel*> levels{&kScalarKernel};
+#ifdef ATTNKIT_HAS_AVX512
+  // The compiler's run-time support also asks the operating system whether it saves the registers.
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
+    levels.push_back(&kAvx512Kernel);
+#endif
+  return levels;
+}
+
+const Kernel& current_isa() {
+  const Kernel* k = g_isa;
+  if (k == nullptr) {
+    const char* cap = std::getenv("ATTNKIT_ISA");
+    if (cap == nullptr || !set_isa(cap)) g_isa = isa_levels().back();
+    k = g_isa;
+  }
+  return *k;
+}
+
+bool set_isa(const char* name) {
+  for (const Kernel* k : isa_levels())
+    if (std::strcmp(k->name, name) == 0) {
+      g_isa = k;
+      g_last_isa = nullptr;
+      return true;
+    }
+  return false;
+}
+
+const char* last_isa() {
+  const Kernel* k = g_last_isa;
+  return k == nullptr ? "" : k->name;
+}
+
+void set_poison(bool on) { g_poison = on; }
+
+}  // namespace attnkit::cpu

@@ -1,0 +1,30 @@
+// The engine's front door: attention forward over a verified program, on the best instruction set the machine has.
+#pragma once
+#include <vector>
+
+#include "call.h"
+
+namespace attnkit::cpu {
+
+struct Config {
+  int32_t tile_q = 0;   // queries per task; 0: chosen (schedule: never changes a result)
+  int32_t tile_kv = 0;  // keys per softmax step; 0: chosen (numeric: changes the order of sums)
+  int32_t threads = 1;
+};
+
+// The caller has checked that the problem describes real memory; `attend` checks everything about the expressions.
+Status attend(const Program& program, const Problem& problem, const Config& config);
+
+// What each tile of one head's score matrix holds, row by row: the engine's own block analysis.
+std::vector<Block> block_map(const Program& program, const Problem& problem, int32_t sequence, int32_t head,
+                             int32_t q_block, int32_t kv_block);
+
+// The instruction sets this build and machine can run, weakest first; ATTNKIT_ISA caps the choice.
+std::vector<const Kernel*> isa_levels();
+const Kernel& current_isa();
+bool set_isa(const char* name);
+const char* last_isa();  // of the last finished call since set_isa; empty before it
+
+void set_poison(bool on);  // fill every workspace with NaN before use: a read of unset memory becomes visible
+
+}  // namespace attnkit::cpu

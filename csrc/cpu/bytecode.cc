@@ -1,0 +1,155 @@
+#include "bytecode.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace attnkit::cpu {
+namespace {
+
+constexpr OpSignature kSignatures[] = {
+#define X(name, result, args) {#name, result, args},
+    ATTNKIT_OPCODES(X)
+#undef X
+};
+
+bool is_load(Op op) { return op == Op::load_f || op == Op::load_i || op == Op::load_b; }
+
+Rank leaf_rank(Op op) {
+  switch (op) {
+    case Op::var_s: return kTile;
+    case Op::var_q_idx: return kPerQuery;
+    case Op::var_kv_idx: return kPerKey;
+    default: return kScalar;
+  }
+}
+
+std::string at(size_t i, const std::string& what) { return "instruction " + std::to_string(i) + ": " + what; }
+
+// Checks one instruction against the signatures and everything before it.
+std::string check(const Program& p, size_t i, const Instruction& in, std::vector<char>& type) {
+  const OpSignature& sig = signature(in.op);
+  if (is_load(in.op)) {
+    if (in.attr < 0 || in.attr >= p.num_buffers) return at(i, "buffer number out of range");
+  } else {
+    if (in.nargs != std::strlen(sig.args)) return at(i, std::string("wrong number of arguments for ") + sig.name);
+    if (in.op == Op::param && (in.attr < 0 || in.attr >= p.num_params)) return at(i, "parameter number out of range");
+    if (in.op == Op::const_b && in.attr != 0 && in.attr != 1) return at(i, "a bool constant is 0 or 1");
+  }
+  for (int a = 0; a < in.nargs; ++a) {
+    if (in.args[a] < 0 || static_cast<size_t>(in.args[a]) >= i) return at(i, "argument is not an earlier value");
+    const char want = is_load(in.op) ? 'i' : sig.args[a];
+    if (type[static_cast<size_t>(in.args[a])] != want)
+      return at(i, std::string("argument of the wrong type for ") + sig.name);
+  }
+  type[i] = sig.result;
+  return {};
+}
+
+// Marks everything `root` needs. Arguments precede their users, so one backward sweep is enough.
+void mark(Program& p, int root, bool Instruction::* flag) {
+  if (root < 0) return;
+  p.code[static_cast<size_t>(root)].*flag = true;
+  for (size_t i = static_cast<size_t>(root) + 1; i-- > 0;) {
+    if (!(p.code[i].*flag)) continue;
+    for (int a = 0; a < p.code[i].nargs; ++a) p.code[static_cast<size_t>(p.code[i].args[a])].*flag = true;
+  }
+}
+
+// Tile values are strips in L1, so they share slots by liveness; the others are short vectors and keep their own.
+std::string assign_slots(Program& p) {
+  const auto& tiles = p.order[kTile];
+  std::vector<size_t> last_use(p.code.size(), 0);
+  for (size_t t = 0; t < tiles.size(); ++t) {
+    const Instruction& in = p.code[static_cast<size_t>(tiles[t])];
+    for (int a = 0; a < in.nargs; ++a) last_use[static_cast<size_t>(in.args[a])] = t;
+  }
+  for (int root : {p.score, p.mask})
+    if (root >= 0) last_use[static_cast<size_t>(root)] = tiles.size();
+  std::vector<int> free_slots;
+  for (size_t t = 0; t < tiles.size(); ++t) {
+    Instruction& in = p.code[static_cast<size_t>(tiles[t])];
+    if (in.op == Op::var_s) continue;  // lives in the score tile itself
+    if (free_slots.empty()) free_slots.push_back(p.slots[kTile]++);
+    in.slot = free_slots.back();
+    free_slots.pop_back();
+    for (int a = 0; a < in.nargs; ++a) {
+      Instruction& arg = p.code[static_cast<size_t>(in.args[a])];
+      const bool repeated = std::find(in.args, in.args + a, in.args[a]) != in.args + a;
+      if (arg.rank == kTile && arg.op != Op::var_s && !repeated && last_use[static_cast<size_t>(in.args[a])] == t)
+        free_slots.push_back(arg.slot);
+    }
+  }
+  if (p.slots[kTile] > kMaxTileValues)
+    return "the expression keeps " + std::to_string(p.slots[kTile]) + " tiles alive at once, at most " +
+           std::to_string(kMaxTileValues) + " fit";
+  for (Rank r : {kScalar, kPerQuery, kPerKey})
+    for (int32_t i : p.order[r]) p.code[static_cast<size_t>(i)].slot = p.slots[r]++;
+  return {};
+}
+
+}  // namespace
+
+const OpSignature& signature(Op op) { return kSignatures[static_cast<size_t>(op)]; }
+
+std::string compile(std::span<const int32_t> rows, int score, int mask, int num_buffers, int num_params, Program& out) {
+  Program p;
+  p.num_buffers = num_buffers;
+  p.num_params = num_params;
+  if (num_buffers < 0 || num_params < 0 || num_buffers > 4096 || num_params > 4096)
+    return "implausible number of buffers or parameters";
+  p.buffer_rank.assign(static_cast<size_t>(num_buffers), 0xff);
+  p.buffer_type.assign(static_cast<size_t>(num_buffers), 0);
+  if (rows.size() % 8 != 0) return "the code is not a whole number of instructions";
+  const size_t n = rows.size() / 8;
+  if (n > kMaxInstructions) return "more than " + std::to_string(kMaxInstructions) + " instructions";
+
+  std::vector<char> type(n, 0);
+  for (size_t i = 0; i < n; ++i) {
+    const int32_t* row = rows.data() + 8 * i;
+    if (row[0] < 0 || row[0] >= static_cast<int32_t>(Op::count))
+      return at(i, "unknown opcode " + std::to_string(row[0]));
+    if (row[2] < 0 || row[2] > kMaxArgs) return at(i, "implausible number of arguments");
+    Instruction in{};
+    in.op = static_cast<Op>(row[0]);
+    in.attr = row[1];
+    in.nargs = static_cast<uint8_t>(row[2]);
+    in.slot = -1;
+    std::copy(row + 3, row + 3 + kMaxArgs, in.args);
+    if (std::string bad = check(p, i, in, type); !bad.empty()) return bad;
+    in.rank = leaf_rank(in.op);
+    for (int a = 0; a < in.nargs; ++a)
+      in.rank = static_cast<Rank>(in.rank | p.code[static_cast<size_t>(in.args[a])].rank);
+    if (is_load(in.op)) {
+      const size_t b = static_cast<size_t>(in.attr);
+      const char want = signature(in.op).result;
+      if (p.buffer_rank[b] != 0xff && (p.buffer_rank[b] != in.nargs || p.buffer_type[b] != want))
+        return at(i, "a buffer is read with two ranks or types");
+      p.buffer_rank[b] = in.nargs;
+      p.buffer_type[b] = want;
+    }
+    p.code.push_back(in);
+  }
+  const auto root_is = [&](int root, char want) {
+    return root == -1 || (root >= 0 && static_cast<size_t>(root) < n && type[static_cast<size_t>(root)] == want);
+  };
+  if (!root_is(score, 'f')) return "the score is not a float value";
+  if (!root_is(mask, 'b')) return "the mask is not a bool value";
+  p.score = score;
+  p.mask = mask;
+  mark(p, score, &Instruction::for_score);
+  mark(p, mask, &Instruction::for_mask);
+  for (size_t i = 0; i < n; ++i)
+    if (p.code[i].for_mask && p.code[i].op == Op::var_s) return at(i, "the mask reads the score");
+
+  // The mask runs first, so that loads in the score know which pairs exist. What nothing needs is not run.
+  for (int pass = 0; pass < 2; ++pass)
+    for (size_t i = 0; i < n; ++i) {
+      const Instruction& in = p.code[i];
+      if (pass == 0 ? in.for_mask : (in.for_score && !in.for_mask)) p.order[in.rank].push_back(static_cast<int32_t>(i));
+    }
+  if (std::string bad = assign_slots(p); !bad.empty()) return bad;
+  out = std::move(p);
+  return {};
+}
+
+}  // namespace attnkit::cpu

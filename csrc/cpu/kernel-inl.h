@@ -1,0 +1,454 @@
+// The forward kernel, one task: up to kMaxTileQ queries of one head against the keys they may see.
+//
+// Scores are held key-major: a tile has one row per key and one lane per query. K and V are then read as they lie in
+// memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
+// transposed, once per task. (FlashAttention's online softmax: Milakov & Gimelshein 2018, Dao 2022.)
+
+template <int kRows, int kVecs>
+ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t rows, int32_t depth,
+                            float* s) {
+  const float* key[kRows];
+  for (int r = 0; r < kRows; ++r) key[r] = k + (r < rows ? r : rows - 1) * k_stride;  // tails repeat the last key
+  vf acc[kRows][kVecs];
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = vf{};
+  for (int32_t d = 0; d < depth; ++d) {
+    vf q[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) q[v] = load(qt + static_cast<int64_t>(d) * bm + v * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const vf x = set1(key[r][d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, q[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(s + r * bm + v * kLanes, acc[r][v]);
+}
+
+template <int kRows, int kVecs>
+void qk_columns(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t depth, float* s) {
+  for (int32_t n = 0; n < count; n += kRows)
+    qk_tile<kRows, kVecs>(qt, bm, k + n * k_stride, k_stride, count - n, depth, s + static_cast<int64_t>(n) * bm);
+}
+
+// S = K Q^T for `count` keys. Rows up to the next multiple of the micro-tile are written with copies of the last key.
+inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t depth, float* s) {
+  int32_t lane = 0;
+  for (; lane + kQueryVecs * kLanes <= bm; lane += kQueryVecs * kLanes)
+    qk_columns<kAccumulators / kQueryVecs, kQueryVecs>(qt + lane, bm, k, k_stride, count, depth, s + lane);
+  for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes)
+    qk_columns<kAccumulators / 2, 2>(qt + lane, bm, k, k_stride, count, depth, s + lane);
+  for (; lane < bm; lane += kLanes) qk_columns<kMaxKeyRows, 1>(qt + lane, bm, k, k_stride, count, depth, s + lane);
+}
+
+// O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide.
+template <int kRows, int kVecs>
+ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count,
+                            const float* alpha, float* o, int32_t o_stride) {
+  vf acc[kRows][kVecs];
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    const vf a = set1(alpha[r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + static_cast<int64_t>(r) * o_stride + c * kLanes) * a;
+  }
+  for (int32_t n = 0; n < count; ++n) {
+    vf value[kVecs];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) value[c] = load(v + n * v_stride + c * kLanes);
+    const float* weight = p + static_cast<int64_t>(n) * bm;
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const vf w = set1(weight[r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) acc[r][c] = fma(w, value[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) store(o + static_cast<int64_t>(r) * o_stride + c * kLanes, acc[r][c]);
+}
+
+template <int kVecs>
+void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha,
+                float* o, int32_t o_stride, int32_t queries) {
+  int32_t m = 0;
+  const auto group = [&]<int kRows>() {
+    pv_tile<kRows, kVecs>(p + m, bm, v, v_stride, count, alpha + m, o + static_cast<int64_t>(m) * o_stride, o_stride);
+    m += kRows;
+  };
+  while (queries - m >= kOutRows) group.template operator()<kOutRows>();
+  while (queries - m >= 2) group.template operator()<2>();
+  if (queries > m) group.template operator()<1>();
+}
+
+inline void pv(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha,
+               float* o, int32_t o_stride, int32_t queries) {
+  int32_t c = 0;
+  for (; c + kOutVecs * kLanes <= o_stride; c += kOutVecs * kLanes)
+    pv_columns<kOutVecs>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+  for (; c + 2 * kLanes <= o_stride; c += 2 * kLanes)
+    pv_columns<2>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+  for (; c < o_stride; c += kLanes) pv_columns<1>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+}
+
+inline int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
+
+// Where things lie in a thread's workspace, in floats; every part starts on a cache line.
+struct Layout {
+  int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
+  size_t qt, s, o, max2, sum, alpha, k, v, scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key,
+      bad_strip, total;
+
+  Layout(const Call& c, int32_t q_count) {
+    const Problem& p = *c.problem;
+    bm = round_up(q_count, kLanes);
+    dv = round_up(p.v_head_dim, kLanes);
+    size_t next = 0;
+    const auto take = [&](int64_t rows, int64_t columns) {
+      const size_t at = next;
+      next += (static_cast<size_t>(rows * columns) + 15) / 16 * 16;
+      return at;
+    };
+    qt = take(p.head_dim, bm);
+    s = take(c.tile_kv + kMaxKeyRows, bm);
+    o = take(bm, dv);
+    max2 = take(1, bm);
+    sum = take(1, bm);
+    alpha = take(1, bm);
+    k = take(c.tile_kv, p.head_dim);
+    v = take(c.tile_kv, dv);
+    scalars = take(c.code.slots[kScalar], 16);
+    per_query = take(c.code.slots[kPerQuery], kMaxTileQ);
+    per_key = take(c.code.slots[kPerKey], kMaxTileKv);
+    strips = take(c.code.slots[kTile], kStrip * bm);
+    bad_scalar = take(1, 16);
+    bad_query = take(1, kMaxTileQ);
+    bad_key = take(1, kMaxTileKv);
+    bad_strip = take(kStrip, bm);
+    total = next;
+  }
+};
+
+class Forward {
+ public:
+  Forward(const Call& c, const Task& t, float* workspace)
+      : c_(c), p_(*c.problem), t_(t), seq_(p_.sequences[t.sequence]), at_(c, t.q_count), ws_(workspace) {
+    const int64_t kv_head = t.head / (p_.num_heads / p_.num_kv_heads);
+    k_ = p_.k.data + seq_.batch * p_.k.stride[0] + kv_head * p_.k.stride[1] + seq_.kv_start * p_.k.stride[2];
+    v_ = p_.v.data + seq_.batch * p_.v.stride[0] + kv_head * p_.v.stride[1] + seq_.kv_start * p_.v.stride[2];
+  }
+
+  void begin() {
+    pack_queries();
+    for (int32_t m = 0; m < at_.bm; ++m) {
+      ws_[at_.max2 + m] = -kInfinity;
+      ws_[at_.sum + m] = 0;
+    }
+    float* o = ws_ + at_.o;
+    for (int64_t i = 0; i < static_cast<int64_t>(at_.bm) * at_.dv; ++i) o[i] = 0;
+    if (!c_.has_score && !c_.has_mask) return;
+    clear(at_.bad_scalar, 16);
+    clear(at_.bad_query, kMaxTileQ);
+    run_section(kScalar);
+    run_section(kPerQuery);
+  }
+
+  void keys(int64_t first, int32_t count, bool full) {
+    const float* k = k_ + first * p_.k.stride[2];
+    const float* v = v_ + first * p_.v.stride[2];
+    int64_t k_stride = p_.k.stride[2], v_stride = p_.v.stride[2];
+    if (p_.k.stride[3] != 1) k = pack(at_.k, k, k_stride, p_.k.stride[3], count, p_.head_dim, p_.head_dim);
+    if (p_.v.stride[3] != 1 || at_.dv != p_.v_head_dim)
+      v = pack(at_.v, v, v_stride, p_.v.stride[3], count, p_.v_head_dim, at_.dv);
+
+    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, ws_ + at_.s);
+    if (c_.has_score || !full) modify(first, count, full);
+    softmax(count);
+    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
+    if (!full && has_nonfinite(v, v_stride, count)) {
+      pv_guarded(v, v_stride, first, count);
+    } else {
+      pv(ws_ + at_.s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.q_count);
+    }
+  }
+
+  int32_t finish() {
+    float* out = p_.o.data + seq_.batch * p_.o.stride[0] + t_.head * p_.o.stride[1];
+    for (int32_t m = 0; m < t_.q_count; ++m) {
+      float max2 = ws_[at_.max2 + m], sum = ws_[at_.sum + m], rescale = 1;
+      if (p_.sink != nullptr) add_sink(max2, sum, rescale);
+      const bool dead = sum == 0;
+      const float norm = dead ? 0 : rescale / sum;
+      const int64_t token = seq_.q_start + t_.q_first + m;
+      const float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
+      float* row = out + token * p_.o.stride[2];
+      for (int32_t d = 0; d < p_.v_head_dim; ++d) row[d * p_.o.stride[3]] = dead ? 0 : o[d] * norm;
+      if (p_.lse != nullptr) {
+        // In double: the maximum is held in base 2, and its product with ln 2 must not cost the sum its bits.
+        const double lse = static_cast<double>(max2) * 0.69314718055994530942 + __builtin_log(static_cast<double>(sum));
+        p_.lse[seq_.batch * p_.lse_stride[0] + t_.head * p_.lse_stride[1] + token * p_.lse_stride[2]] =
+            dead ? -kInfinity : static_cast<float>(lse);
+      }
+    }
+    return bad_load_;
+  }
+
+ private:
+  void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
+
+  // Q^T, scaled; lanes beyond the last query are zero.
+  void pack_queries() {
+    const float* q = p_.q.data + seq_.batch * p_.q.stride[0] + t_.head * p_.q.stride[1] +
+                     (seq_.q_start + t_.q_first) * p_.q.stride[2];
+    float* qt = ws_ + at_.qt;
+    for (int32_t d = 0; d < p_.head_dim; ++d) {
+      float* row = qt + static_cast<int64_t>(d) * at_.bm;
+      for (int32_t m = 0; m < t_.q_count; ++m) row[m] = q[m * p_.q.stride[2] + d * p_.q.stride[3]] * p_.scale;
+      for (int32_t m = t_.q_count; m < at_.bm; ++m) row[m] = 0;
+    }
+  }
+
+  const float* pack(size_t at, const float* from, int64_t& stride, int64_t channel, int32_t rows, int32_t width,
+                    int32_t padded) {
+    float* to = ws_ + at;
+    for (int32_t r = 0; r < rows; ++r)
+      for (int32_t d = 0; d < padded; ++d)
+        to[static_cast<int64_t>(r) * padded + d] = d < width ? from[r * stride + d * channel] : 0;
+    stride = padded;
+    return to;
+  }
+
+  // ---- the user's score and mask ----
+
+  float* value(const Instruction& in) {
+    switch (in.rank) {
+      case kScalar: return ws_ + at_.scalars + static_cast<size_t>(in.slot) * 16;
+      case kPerQuery: return ws_ + at_.per_query + static_cast<size_t>(in.slot) * kMaxTileQ;
+      case kPerKey: return ws_ + at_.per_key + static_cast<size_t>(in.slot) * kMaxTileKv;
+      default: return ws_ + at_.strips + static_cast<size_t>(in.slot) * static_cast<size_t>(kStrip * at_.bm);
+    }
+  }
+
+  // How a value is read where a result of rank `rank` is computed, from key `strip` of the tile on.
+  Operand operand(int32_t number, Rank rank, int32_t strip) {
+    const Instruction& in = c_.code.code[number];
+    if (in.op == Op::var_s) return {ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm, at_.bm, true};
+    const float* p = value(in);
+    if (in.rank == kTile) return {p, at_.bm, true};
+    if (in.rank == kScalar) return {p, 0, false};
+    if (in.rank == kPerQuery) return {p, 0, true};
+    return rank == kPerKey ? Operand{p, 0, true} : Operand{p + strip, 1, false};
+  }
+
+  void fill(float* dst, int32_t bits) {
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(dst + i, &bits, 4);
+  }
+
+  void execute(int32_t number, Shape shape, int32_t strip) {
+    const Instruction& in = c_.code.code[number];
+    float* dst = in.op == Op::var_s ? nullptr : value(in);
+    Operand a[kMaxArgs];
+    for (int i = 0; i < in.nargs; ++i) a[i] = operand(in.args[i], in.rank, strip);
+    switch (in.op) {
+      case Op::const_f:
+      case Op::const_i: return fill(dst, in.attr);
+      case Op::const_b: return fill(dst, in.attr != 0 ? ~0 : 0);
+      case Op::param: return fill(dst, __builtin_bit_cast(int32_t, p_.params[in.attr]));
+      case Op::var_b: return fill(dst, t_.sequence);
+      case Op::var_h: return fill(dst, t_.head);
+      case Op::var_q_len: return fill(dst, static_cast<int32_t>(seq_.q_len));
+      case Op::var_kv_len: return fill(dst, static_cast<int32_t>(seq_.kv_len));
+      case Op::var_s: return;
+      // Lanes past the end repeat the last index, so that every lane stays inside what the analysis has proven.
+      case Op::var_q_idx: return fill_index(dst, shape.lanes, t_.q_first, t_.q_count);
+      case Op::var_kv_idx: return fill_index(dst, shape.lanes, tile_first_, tile_count_);
+      case Op::load_f:
+      case Op::load_i:
+      case Op::load_b: {
+        float* bad = nullptr;
+        if (!c_.code.load_in_bounds[number]) {
+          bad_candidate_ = number;
+          const size_t mark[4] = {at_.bad_scalar, at_.bad_query, at_.bad_key, at_.bad_strip};
+          bad = ws_ + mark[in.rank];
+        }
+        return load_buffer(dst, shape, p_.buffers[in.attr], a, bad);
+      }
+      default: return compute(in.op, dst, shape, a);
+    }
+  }
+
+  void fill_index(float* dst, int32_t lanes, int64_t first, int32_t count) {
+    for (int32_t i = 0; i < lanes; ++i) {
+      const int32_t index = static_cast<int32_t>(first + (i < count ? i : count - 1));
+      __builtin_memcpy(dst + i, &index, 4);
+    }
+  }
+
+  void run_section(Rank rank) {
+    Shape shape{1, rank == kScalar ? 16 : rank == kPerQuery ? at_.bm : round_up(tile_count_, kLanes)};
+    for (int32_t i = 0; i < c_.code.order_size[rank]; ++i) execute(c_.code.order[rank][i], shape, 0);
+  }
+
+  void run_strip(int32_t strip, int32_t rows, bool score, bool mask) {
+    for (int32_t i = 0; i < c_.code.order_size[kTile]; ++i) {
+      const int32_t number = c_.code.order[kTile][i];
+      const Instruction& in = c_.code.code[number];
+      if ((score && in.for_score) || (mask && in.for_mask)) execute(number, {rows, at_.bm}, strip);
+    }
+  }
+
+  void modify(int64_t first, int32_t count, bool full) {
+    tile_first_ = first;
+    tile_count_ = count;
+    const bool checked = !c_.code.all_loads_in_bounds;
+    if (checked) clear(at_.bad_key, kMaxTileKv);
+    run_section(kPerKey);
+    static constexpr float minus_infinity = -kInfinity;
+    for (int32_t strip = 0; strip < count; strip += kStrip) {
+      const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
+      float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
+      if (checked) clear(at_.bad_strip, static_cast<int64_t>(kStrip) * at_.bm);
+      run_strip(strip, shape.rows, c_.has_score, !full);
+      if (c_.has_score) map1(s, shape, operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+      if (checked) check_loads(strip, shape.rows, full);
+      if (!full)
+        select_rows(s, shape, operand(c_.code.mask, kTile, strip), {s, at_.bm, true}, {&minus_infinity, 0, false});
+    }
+  }
+
+  // A clamped load matters only where a pair exists.
+  void check_loads(int32_t strip, int32_t rows, bool full) {
+    for (int32_t r = 0; r < rows; ++r)
+      for (int32_t m = 0; m < t_.q_count; ++m)
+        if ((full || live(strip, r, m)) &&
+            (bits(at_.bad_scalar) | bits(at_.bad_strip + static_cast<size_t>(r * at_.bm + m)) |
+             bits(at_.bad_query + static_cast<size_t>(m)) | bits(at_.bad_key + static_cast<size_t>(strip + r))) != 0)
+          bad_load_ = bad_candidate_;
+  }
+
+  int32_t bits(size_t at) const { return int_at(ws_ + at); }
+
+  bool live(int32_t strip, int32_t r, int32_t m) {
+    const Operand o = operand(c_.code.mask, kTile, strip);
+    return int_at(o.p + static_cast<int64_t>(r) * o.step + (o.vec ? m : 0)) != 0;
+  }
+
+  // ---- softmax ----
+
+  template <int kVecs>
+  void softmax_lanes(int32_t lane, int32_t count) {
+    float* s = ws_ + at_.s + lane;
+    vf old_max2[kVecs], max2[kVecs], pivot[kVecs], sum[kVecs];
+    const vf log2e = set1(kLog2e);
+    vf largest[kVecs];
+    for (int v = 0; v < kVecs; ++v) largest[v] = set1(-kInfinity);
+    for (int32_t n = 0; n < count; ++n)
+      for (int v = 0; v < kVecs; ++v) largest[v] = max_or_second(load(s + n * at_.bm + v * kLanes), largest[v]);
+    for (int v = 0; v < kVecs; ++v) {
+      old_max2[v] = load(ws_ + at_.max2 + lane + v * kLanes);
+      max2[v] = max_or_second(largest[v] * log2e, old_max2[v]);
+      // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
+      pivot[v] = max2[v] == set1(-kInfinity) ? vf{} : max2[v];
+      const vf alpha = exp2<true>(old_max2[v] - pivot[v]);
+      store(ws_ + at_.max2 + lane + v * kLanes, max2[v]);
+      store(ws_ + at_.alpha + lane + v * kLanes, alpha);
+      sum[v] = load(ws_ + at_.sum + lane + v * kLanes) * alpha;
+    }
+    for (int32_t n = 0; n < count; ++n)
+      for (int v = 0; v < kVecs; ++v) {
+        float* x = s + n * at_.bm + v * kLanes;
+        const vf w = exp2<true>(fma(load(x), log2e, -pivot[v]));
+        sum[v] += w;
+        store(x, w);
+      }
+    for (int v = 0; v < kVecs; ++v) store(ws_ + at_.sum + lane + v * kLanes, sum[v]);
+  }
+
+  void softmax(int32_t count) {
+    int32_t lane = 0;
+    for (; lane + 3 * kLanes <= at_.bm; lane += 3 * kLanes) softmax_lanes<3>(lane, count);
+    for (; lane < at_.bm; lane += kLanes) softmax_lanes<1>(lane, count);
+  }
+
+  // The sink is one more logit in the denominator, without a value.
+  void add_sink(float& max2, float& sum, float& rescale) const {
+    const float sink2 = p_.sink[t_.head] * kLog2e;
+    const float top = max2 > sink2 ? max2 : sink2;
+    if (top == -kInfinity) return;
+    rescale = __builtin_exp2f(max2 - top);
+    sum = sum * rescale + __builtin_exp2f(sink2 - top);
+    max2 = top;
+  }
+
+  // ---- values that not every query may see ----
+
+  bool has_nonfinite(const float* v, int64_t stride, int32_t count) const {
+    vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
+    for (int32_t n = 0; n < count; ++n)
+      for (int32_t d = 0; d < at_.dv; d += kLanes) zero = fma(load(v + n * stride + d), vf{}, zero);
+    return any(zero != vf{});
+  }
+
+  // The same sums in the same order as pv, but a pair that does not exist is skipped.
+  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count) {
+    tile_first_ = first;
+    tile_count_ = count;
+    float* o = ws_ + at_.o;
+    for (int32_t m = 0; m < t_.q_count; ++m)
+      for (int32_t d = 0; d < at_.dv; d += kLanes) {
+        float* x = o + static_cast<int64_t>(m) * at_.dv + d;
+        store(x, load(x) * set1(ws_[at_.alpha + m]));
+      }
+    for (int32_t strip = 0; strip < count; strip += kStrip) {
+      const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
+      run_strip(strip, rows, false, true);
+      for (int32_t m = 0; m < t_.q_count; ++m)
+        for (int32_t r = 0; r < rows; ++r) {
+          if (!live(strip, r, m)) continue;
+          const vf w = set1(ws_[at_.s + static_cast<size_t>((strip + r) * at_.bm + m)]);
+          for (int32_t d = 0; d < at_.dv; d += kLanes) {
+            float* x = o + static_cast<int64_t>(m) * at_.dv + d;
+            store(x, fma(w, load(v + (strip + r) * stride + d), load(x)));
+          }
+        }
+    }
+  }
+
+  const Call& c_;
+  const Problem& p_;
+  const Task& t_;
+  const Sequence& seq_;
+  const Layout at_;
+  float* ws_;
+  const float *k_, *v_;
+  int64_t tile_first_ = 0;
+  int32_t tile_count_ = 1;
+  int32_t bad_candidate_ = -1, bad_load_ = -1;
+};
+
+int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* workspace) {
+  Forward forward(c, t, workspace);
+  forward.begin();
+  for (size_t i = 0; i < num_ranges; ++i) {
+    // Tiles start at multiples of tile_kv whatever the ranges are, so that the order of sums depends on nothing else.
+    int64_t first = ranges[i].first;
+    const int64_t end = first + ranges[i].count;
+    while (first < end) {
+      const int64_t tile_end = (first / c.tile_kv + 1) * c.tile_kv;
+      const int64_t stop = tile_end < end ? tile_end : end;
+      forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full);
+      first = stop;
+    }
+  }
+  return forward.finish();
+}
+
+size_t workspace_bytes(const Call& c) { return Layout(c, kMaxTileQ).total * sizeof(float); }

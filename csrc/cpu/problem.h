@@ -1,0 +1,58 @@
+// What one call computes: tensors, sizes, sequences. Plain views; nothing here owns memory or knows torch or Python.
+#pragma once
+#include <cstdint>
+
+#include "bytecode.h"
+
+namespace attnkit::cpu {
+
+enum class DType : uint8_t { f32, i32, i64, u8 };  // u8: a bool tensor
+
+struct Buffer {
+  const void* data;
+  DType dtype;
+  int32_t rank;
+  int64_t size[kMaxArgs];
+  int64_t stride[kMaxArgs];  // in elements
+};
+
+// [batch, head, token, channel] in elements. Packed sequences share batch 0 and differ in their start.
+struct View {
+  float* data;
+  int64_t stride[4];
+};
+
+struct Sequence {
+  int32_t batch;  // index into the tensors' batch dimension
+  int64_t q_start, q_len, kv_start, kv_len;
+};
+
+struct Problem {
+  View q, k, v, o;
+  float* lse;  // [batch, head, token] by lse_stride, or null
+  int64_t lse_stride[3];
+  int32_t num_heads, num_kv_heads, head_dim, v_head_dim;
+  float scale;
+  const float* sink;  // one logit per query head, or null
+  const Sequence* sequences;
+  int32_t num_sequences;
+  const Buffer* buffers;
+  int32_t num_buffers;
+  const float* params;
+  int32_t num_params;
+};
+
+enum class Fault : int32_t {
+  none = 0,
+  int_range,    // an integer of the expression may leave 32 bits; value = instruction
+  div_zero,     // an integer divisor may be zero; value = instruction
+  index_range,  // a pair that exists reads outside a buffer; value = instruction
+  no_memory,
+};
+
+struct Status {
+  Fault fault = Fault::none;
+  int32_t value = -1;
+};
+
+}  // namespace attnkit::cpu

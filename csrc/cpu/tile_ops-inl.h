@@ -1,0 +1,292 @@
+// The bytecode interpreter: one switch per instruction, then straight loops over vectors. Scalars, per-query and
+// per-key values are short vectors computed when their index changes; tile values are strips of kStrip keys by bm
+// queries. A strip's rows are keys, its lanes are queries.
+
+struct Operand {
+  const float* p;
+  int32_t step;  // floats from one row to the next
+  bool vec;      // lanes differ; else one value per row
+};
+
+struct Shape {
+  int32_t rows, lanes;
+};
+
+ATTNKIT_INLINE vf broadcast(const float* p) {
+  // As an integer: lanes may hold any bits, and a float copy would quiet a signalling NaN pattern.
+  int32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return as_float(set1_int(bits));
+}
+
+template <bool kVec>
+struct Row {
+  const float* p;
+  vf value;
+  ATTNKIT_INLINE Row(const Operand& o, int32_t r) : p(o.p + static_cast<int64_t>(r) * o.step), value{} {
+    if constexpr (!kVec) value = broadcast(p);
+  }
+  ATTNKIT_INLINE vf at(int32_t j) const {
+    if constexpr (kVec) return load(p + j);
+    return value;
+  }
+};
+
+// Whether an operand looks the same when the rows of a tile are taken as one long row.
+ATTNKIT_INLINE bool flat(const Operand& o, Shape s) { return o.step == (o.vec ? s.lanes : 0); }
+
+template <bool kValue>
+struct Flag {
+  static constexpr bool value = kValue;
+};
+// Calls f with the flag as a type: each combination of vectors and broadcasts gets a loop of its own.
+template <class F>
+ATTNKIT_INLINE void with(bool flag, F f) {
+  flag ? f(Flag<true>{}) : f(Flag<false>{});
+}
+
+template <class F>
+ATTNKIT_INLINE void map1(float* dst, Shape s, const Operand& a, F f) {
+  if (flat(a, s)) s = {1, s.rows * s.lanes};
+  with(a.vec, [&](auto va) {
+    for (int32_t r = 0; r < s.rows; ++r) {
+      const Row<va.value> ra(a, r);
+      for (int32_t j = 0; j < s.lanes; j += kLanes) store(dst + r * s.lanes + j, f(ra.at(j)));
+    }
+  });
+}
+
+template <class F>
+ATTNKIT_INLINE void map2(float* dst, Shape s, const Operand& a, const Operand& b, F f) {
+  if (flat(a, s) && flat(b, s)) s = {1, s.rows * s.lanes};
+  with(a.vec, [&](auto va) {
+    with(b.vec, [&](auto vb) {
+      for (int32_t r = 0; r < s.rows; ++r) {
+        const Row<va.value> ra(a, r);
+        const Row<vb.value> rb(b, r);
+        for (int32_t j = 0; j < s.lanes; j += kLanes) store(dst + r * s.lanes + j, f(ra.at(j), rb.at(j)));
+      }
+    });
+  });
+}
+
+inline void select_rows(float* dst, Shape s, const Operand& mask, const Operand& a, const Operand& b) {
+  if (flat(mask, s) && flat(a, s) && flat(b, s)) s = {1, s.rows * s.lanes};
+  with(mask.vec, [&](auto vm) {
+    with(a.vec, [&](auto va) {
+      with(b.vec, [&](auto vb) {
+        for (int32_t r = 0; r < s.rows; ++r) {
+          const Row<vm.value> rm(mask, r);
+          const Row<va.value> ra(a, r);
+          const Row<vb.value> rb(b, r);
+          for (int32_t j = 0; j < s.lanes; j += kLanes)
+            store(dst + r * s.lanes + j, select(as_int(rm.at(j)), ra.at(j), rb.at(j)));
+        }
+      });
+    });
+  });
+}
+
+template <class F>
+vf each_lane(vf a, F f) {
+  vf r{};
+  for (int i = 0; i < kLanes; ++i) r[i] = f(a[i]);
+  return r;
+}
+
+template <class F>
+vf each_lane2(vf a, vf b, F f) {
+  vf r{};
+  for (int i = 0; i < kLanes; ++i) r[i] = f(a[i], b[i]);
+  return r;
+}
+
+// Python's integer division. The analysis has excluded a zero divisor and a quotient beyond 32 bits.
+inline int32_t floordiv_int(int32_t a, int32_t b) {
+  if (b == 0) return 0;
+  const int64_t q = static_cast<int64_t>(a) / b;
+  return static_cast<int32_t>(q - (static_cast<int64_t>(a) % b != 0 && ((a < 0) != (b < 0))));
+}
+inline int32_t mod_int(int32_t a, int32_t b) {
+  return static_cast<int32_t>(a - static_cast<int64_t>(floordiv_int(a, b)) * b);
+}
+
+template <class F>
+ATTNKIT_INLINE vf int_lanes(vf a, vf b, F f) {
+  const vi x = as_int(a), y = as_int(b);
+  vi r{};
+  for (int i = 0; i < kLanes; ++i) r[i] = f(x[i], y[i]);
+  return as_float(r);
+}
+
+// NaN in either argument gives NaN, as torch.minimum and numpy have it.
+ATTNKIT_INLINE vf max_nan(vf a, vf b) { return (a > b) | (a != a) ? a : b; }
+ATTNKIT_INLINE vf min_nan(vf a, vf b) { return (a < b) | (a != a) ? a : b; }
+
+inline int32_t read_int(const Buffer& buf, int64_t offset) {
+  switch (buf.dtype) {
+    case DType::i32: return static_cast<const int32_t*>(buf.data)[offset];
+    case DType::i64: return static_cast<int32_t>(static_cast<const int64_t*>(buf.data)[offset]);
+    case DType::u8: return static_cast<const uint8_t*>(buf.data)[offset] != 0 ? ~0 : 0;
+    case DType::f32: break;
+  }
+  return __builtin_bit_cast(int32_t, static_cast<const float*>(buf.data)[offset]);
+}
+
+ATTNKIT_INLINE int32_t int_at(const float* p) {
+  int32_t i;
+  __builtin_memcpy(&i, p, 4);
+  return i;
+}
+
+// An integer element as a lane; floats are read as integers of the same bits, bytes are bools.
+template <class T>
+ATTNKIT_INLINE int32_t lane_bits(T x) {
+  return sizeof(T) == 1 ? (x != 0 ? ~0 : 0) : static_cast<int32_t>(x);
+}
+
+// A tile whose indices each depend on the query or on the key alone, such as bias[h, q_idx, kv_idx]. Query by query, so
+// that a buffer with adjacent keys is read along its rows: gathering across rows would touch a cache line per element.
+template <class T>
+void load_separable(float* dst, Shape s, const Buffer& buf, const Operand* index) {
+  const T* data = static_cast<const T*>(buf.data);
+  int64_t key_offset[kStrip];
+  for (int32_t r = 0; r < s.rows; ++r) {
+    key_offset[r] = 0;
+    for (int d = 0; d < buf.rank; ++d)
+      if (!index[d].vec) key_offset[r] += int_at(index[d].p + static_cast<int64_t>(r) * index[d].step) * buf.stride[d];
+  }
+  for (int32_t m = 0; m < s.lanes; ++m) {
+    const T* row = data;
+    for (int d = 0; d < buf.rank; ++d)
+      if (index[d].vec) row += int_at(index[d].p + m) * buf.stride[d];
+    for (int32_t r = 0; r < s.rows; ++r) {
+      const int32_t bits = lane_bits(row[key_offset[r]]);
+      __builtin_memcpy(dst + r * s.lanes + m, &bits, 4);
+    }
+  }
+}
+
+// dst = buffer[args...]. Indices not proven in bounds are clamped, and `bad` (as many lanes as dst) marks them.
+inline void load_buffer(float* dst, Shape s, const Buffer& buf, const Operand* index, float* bad) {
+  bool separable = s.rows > 1 && bad == nullptr;
+  for (int d = 0; d < buf.rank; ++d) separable &= !(index[d].vec && index[d].step != 0);
+  if (separable) switch (buf.dtype) {
+      case DType::f32:
+      case DType::i32: return load_separable<int32_t>(dst, s, buf, index);
+      case DType::i64: return load_separable<int64_t>(dst, s, buf, index);
+      case DType::u8: return load_separable<uint8_t>(dst, s, buf, index);
+    }
+  bool empty = false;
+  for (int d = 0; d < buf.rank; ++d) empty |= buf.size[d] == 0;
+  // The lanes' part of the offset fits 32 bits unless the buffer is enormous.
+  bool narrow = buf.dtype == DType::f32 || buf.dtype == DType::i32;
+  int64_t span = 0;
+  for (int d = 0; d < buf.rank; ++d) span += (buf.size[d] - 1) * (buf.stride[d] < 0 ? -buf.stride[d] : buf.stride[d]);
+  narrow &= span < INT32_MAX && bad == nullptr;
+  for (int32_t r = 0; r < s.rows; ++r) {
+    int64_t base = 0;
+    for (int d = 0; d < buf.rank; ++d)
+      if (!index[d].vec && bad == nullptr)
+        base += int_at(index[d].p + static_cast<int64_t>(r) * index[d].step) * buf.stride[d];
+    for (int32_t j = 0; j < s.lanes; j += kLanes) {
+      float* out = dst + r * s.lanes + j;
+      if (narrow) {
+        vi offset{};
+        for (int d = 0; d < buf.rank; ++d)
+          if (index[d].vec)
+            offset += load_int(index[d].p + static_cast<int64_t>(r) * index[d].step + j) *
+                      set1_int(static_cast<int32_t>(buf.stride[d]));
+        store(out, gather(static_cast<const float*>(buf.data) + base, offset));
+        continue;
+      }
+      vi lanes{}, outside{};
+      for (int l = 0; l < kLanes; ++l) {
+        int64_t offset = base;
+        for (int d = 0; d < buf.rank; ++d) {
+          if (!index[d].vec && bad == nullptr) continue;
+          const int32_t i = int_at(index[d].p + static_cast<int64_t>(r) * index[d].step + (index[d].vec ? j + l : 0));
+          const int64_t last = buf.size[d] - 1;
+          const int64_t inside = i < 0 ? 0 : (i > last ? last : i);
+          if (inside != i) outside[l] = ~0;
+          offset += inside * buf.stride[d];
+        }
+        if (!empty) lanes[l] = read_int(buf, offset);
+      }
+      store_int(out, lanes);
+      if (bad != nullptr) store_int(bad + r * s.lanes + j, load_int(bad + r * s.lanes + j) | outside);
+    }
+  }
+}
+
+// One instruction other than a leaf or a load.
+inline void compute(Op op, float* dst, Shape s, const Operand* a) {
+  const auto un = [&](auto f) { map1(dst, s, a[0], f); };
+  const auto bin = [&](auto f) { map2(dst, s, a[0], a[1], f); };
+  const auto un_i = [&](auto f) { map1(dst, s, a[0], [&](vf x) { return as_float(f(as_int(x))); }); };
+  const auto bin_i = [&](auto f) {
+    map2(dst, s, a[0], a[1], [&](vf x, vf y) { return as_float(f(as_int(x), as_int(y))); });
+  };
+  const auto cmp_f = [&](auto f) { map2(dst, s, a[0], a[1], [&](vf x, vf y) { return as_float(f(x, y)); }); };
+  const vf one = set1(1.0f);
+  switch (op) {
+    case Op::neg_f: return un([](vf x) { return -x; });
+    case Op::abs_f: return un_i([](vi x) { return x & 0x7fffffff; });
+    case Op::add_f: return bin([](vf x, vf y) { return x + y; });
+    case Op::sub_f: return bin([](vf x, vf y) { return x - y; });
+    case Op::mul_f: return bin([](vf x, vf y) { return x * y; });
+    case Op::div_f: return bin([](vf x, vf y) { return x / y; });
+    case Op::floordiv_f: return bin([](vf x, vf y) { return floor(x / y); });
+    case Op::mod_f: return bin([](vf x, vf y) { return x - floor(x / y) * y; });
+    case Op::min_f: return bin([](vf x, vf y) { return min_nan(x, y); });
+    case Op::max_f: return bin([](vf x, vf y) { return max_nan(x, y); });
+    case Op::pow_f: return bin([](vf x, vf y) { return each_lane2(x, y, __builtin_powf); });
+    case Op::exp_f: return un([](vf x) { return exp(x); });
+    case Op::exp2_f: return un([](vf x) { return exp2<false>(x); });
+    case Op::log_f: return un([](vf x) { return each_lane(x, __builtin_logf); });
+    case Op::log2_f: return un([](vf x) { return each_lane(x, __builtin_log2f); });
+    case Op::sqrt_f: return un([](vf x) { return sqrt(x); });
+    case Op::rsqrt_f: return un([one](vf x) { return one / sqrt(x); });
+    case Op::tanh_f: return un([](vf x) { return tanh(x); });
+    case Op::sigmoid_f: return un([](vf x) { return sigmoid(x); });
+    case Op::erf_f: return un([](vf x) { return each_lane(x, __builtin_erff); });
+    case Op::sin_f: return un([](vf x) { return each_lane(x, __builtin_sinf); });
+    case Op::cos_f: return un([](vf x) { return each_lane(x, __builtin_cosf); });
+    case Op::floor_f: return un([](vf x) { return floor(x); });
+    case Op::neg_i: return un_i([](vi x) { return -x; });
+    case Op::abs_i: return un_i([](vi x) { return x < 0 ? -x : x; });
+    case Op::add_i: return bin_i([](vi x, vi y) { return x + y; });
+    case Op::sub_i: return bin_i([](vi x, vi y) { return x - y; });
+    case Op::mul_i: return bin_i([](vi x, vi y) { return x * y; });
+    case Op::floordiv_i: return bin([](vf x, vf y) { return int_lanes(x, y, floordiv_int); });
+    case Op::mod_i: return bin([](vf x, vf y) { return int_lanes(x, y, mod_int); });
+    case Op::min_i: return bin_i([](vi x, vi y) { return x < y ? x : y; });
+    case Op::max_i: return bin_i([](vi x, vi y) { return x > y ? x : y; });
+    case Op::lt_f: return cmp_f([](vf x, vf y) { return x < y; });
+    case Op::le_f: return cmp_f([](vf x, vf y) { return x <= y; });
+    case Op::gt_f: return cmp_f([](vf x, vf y) { return x > y; });
+    case Op::ge_f: return cmp_f([](vf x, vf y) { return x >= y; });
+    case Op::eq_f: return cmp_f([](vf x, vf y) { return x == y; });
+    case Op::ne_f: return cmp_f([](vf x, vf y) { return x != y; });
+    case Op::lt_i: return bin_i([](vi x, vi y) { return x < y; });
+    case Op::le_i: return bin_i([](vi x, vi y) { return x <= y; });
+    case Op::gt_i: return bin_i([](vi x, vi y) { return x > y; });
+    case Op::ge_i: return bin_i([](vi x, vi y) { return x >= y; });
+    case Op::eq_i:
+    case Op::eq_b: return bin_i([](vi x, vi y) { return x == y; });
+    case Op::ne_i:
+    case Op::ne_b:
+    case Op::xor_b: return bin_i([](vi x, vi y) { return x != y; });
+    case Op::and_b: return bin_i([](vi x, vi y) { return x & y; });
+    case Op::or_b: return bin_i([](vi x, vi y) { return x | y; });
+    case Op::not_b: return un_i([](vi x) { return ~x; });
+    case Op::where_f:
+    case Op::where_i:
+    case Op::where_b: return select_rows(dst, s, a[0], a[1], a[2]);
+    case Op::i_to_f: return un([](vf x) { return to_float(as_int(x)); });
+    case Op::b_to_f: return un([one](vf x) { return as_float(as_int(x) & as_int(one)); });
+    case Op::b_to_i: return un_i([](vi x) { return x & 1; });
+    case Op::f_to_i: return un_i([](vi x) { return to_int(as_float(x)); });
+    default: __builtin_unreachable();  // leaves and loads have their own code
+  }
+}
