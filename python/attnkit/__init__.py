@@ -1,0 +1,94 @@
+"""attnkit: say which attention you want once; run it as a fast kernel on what you have.
+
+Importing this package is cheap: it imports no torch, triton, cupy or numpy. A public name is imported from its
+home when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from attnkit._version import __version__
+
+if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with _HOMES
+    from attnkit.errors import (
+        AttnkitError as AttnkitError,
+        AttnkitNotImplementedError as AttnkitNotImplementedError,
+        AttnkitTypeError as AttnkitTypeError,
+        AttnkitValueError as AttnkitValueError,
+    )
+    from attnkit.ir import (
+        alibi as alibi,
+        bias as bias,
+        causal as causal,
+        document as document,
+        param as param,
+        parse as parse,
+        prefix as prefix,
+        softcap as softcap,
+        softmax as softmax,
+        window as window,
+    )
+    from attnkit.ops import (
+        attention as attention,
+        dense_attention as dense_attention,
+        explain as explain,
+        install as install,
+        installed as installed,
+        installed_report as installed_report,
+        scaled_dot_product_attention as scaled_dot_product_attention,
+        trace as trace,
+        uninstall as uninstall,
+    )
+
+_HOMES = {
+    "AttnkitError": "attnkit.errors",
+    "AttnkitNotImplementedError": "attnkit.errors",
+    "AttnkitTypeError": "attnkit.errors",
+    "AttnkitValueError": "attnkit.errors",
+    "alibi": "attnkit.ir",
+    "attention": "attnkit.ops",
+    "bias": "attnkit.ir",
+    "causal": "attnkit.ir",
+    "dense_attention": "attnkit.ops",
+    "document": "attnkit.ir",
+    "explain": "attnkit.ops",
+    "install": "attnkit.ops",
+    "installed": "attnkit.ops",
+    "installed_report": "attnkit.ops",
+    "param": "attnkit.ir",
+    "parse": "attnkit.ir",
+    "prefix": "attnkit.ir",
+    "scaled_dot_product_attention": "attnkit.ops",
+    "softcap": "attnkit.ir",
+    "softmax": "attnkit.ir",
+    "trace": "attnkit.ops",
+    "uninstall": "attnkit.ops",
+    "window": "attnkit.ir",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 -- the keys are the public names
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its home and keep it.
+
+    Raises:
+        AttributeError: there is no such public name.
+        ModuleNotFoundError: the name needs an optional dependency that is not installed.
+    """
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'attnkit' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(home), name)
+    except ModuleNotFoundError as exc:
+        if exc.name != "torch":
+            raise
+        hint = f"attnkit.{name} needs PyTorch, which is not installed: pip install 'attnkit[torch]'"
+        raise ModuleNotFoundError(hint, name="torch") from exc
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
