@@ -1,0 +1,1 @@
+"""Facts about a program, found without running it."""

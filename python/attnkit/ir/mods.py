@@ -1,0 +1,176 @@
+"""Ready-made masks and scores, with FlexAttention's signatures.
+
+Masks compose with ``&``, ``|`` and ``~``, also with plain functions. The lengths that some need come from the
+trace, so these run on proxies only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from attnkit.errors import error
+from attnkit.ir.trace import Param
+
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
+ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
+
+
+class Mask:
+    """A mask ``(b, h, q_idx, kv_idx) -> visible`` that composes with ``&``, ``|``, ``~``."""
+
+    def __init__(self, function: MaskFunction) -> None:
+        self.function = function
+
+    def __call__(self, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return self.function(b, h, q_idx, kv_idx)
+
+    def __and__(self, other: MaskFunction) -> Mask:
+        return Mask(lambda *index: self(*index) & other(*index))
+
+    def __or__(self, other: MaskFunction) -> Mask:
+        return Mask(lambda *index: self(*index) | other(*index))
+
+    def __rand__(self, other: MaskFunction) -> Mask:
+        return Mask(lambda *index: other(*index) & self(*index))
+
+    def __ror__(self, other: MaskFunction) -> Mask:
+        return Mask(lambda *index: other(*index) | self(*index))
+
+    def __invert__(self) -> Mask:
+        return Mask(lambda *index: self(*index).logical_not())  # dynamo knows no `~` on objects
+
+
+@dataclass(frozen=True)
+class SoftmaxNormalizer:
+    """Softmax; ``sink`` is a float32 tensor ``[Hq]`` of extra logits, or None."""
+
+    sink: Any = None
+
+
+def softmax(sink: Any = None) -> SoftmaxNormalizer:
+    """The normalizer ``softmax``, optionally with a learned sink.
+
+    ``sink [Hq]`` (float32) is one logit per query head that takes part in the denominator and has no value.
+    """
+    return SoftmaxNormalizer(sink)
+
+
+def causal(align: str = "bottom_right") -> Mask:
+    """Each query sees the keys up to its own position.
+
+    ``align="bottom_right"``: the last query is at the position of the last key; ``"top_left"``: the first at
+    the first. They differ where q_len != kv_len. Anything else is AK401.
+    """
+    if align == "top_left":
+        return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
+    if align != "bottom_right":
+        raise error("AK401", where="align", given=repr(align), allowed="'bottom_right', 'top_left'")
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= _position(q_idx))
+
+
+def window(left: int | None, right: int | None = 0) -> Mask:
+    """Each query sees ``left`` keys before its position, its own, and ``right`` after it.
+
+    Positions are bottom-right aligned. None and -1 mean unbounded; other negative distances are AK401.
+    """
+    for name, distance in (("left", left), ("right", right)):
+        if distance is not None and distance < -1:
+            raise error("AK401", where=name, given=f"{distance}", allowed="a distance, -1 or None")
+
+    def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        position = _position(q_idx)
+        visible = kv_idx >= 0  # always
+        if not (left is None or left == -1):
+            visible = kv_idx >= position - left
+        if not (right is None or right == -1):
+            before_right = kv_idx <= position + right
+            visible = before_right if left is None or left == -1 else visible & before_right
+        return visible
+
+    return Mask(visible)
+
+
+def document(q_ids: Any, kv_ids: Any = None) -> Mask:
+    """Queries see the keys of their own document: ``q_ids[q_idx] == kv_ids[kv_idx]``.
+
+    Ids are int tensors ``[S]`` or ``[B, S]`` (else AK403); ``kv_ids`` defaults to ``q_ids``.
+    """
+    kv_ids = q_ids if kv_ids is None else kv_ids
+    for name, ids in (("q_ids", q_ids), ("kv_ids", kv_ids)):
+        _require_rank(name, ids, (1, 2), "[S] or [B, S]")
+
+    def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return _load(q_ids, b, q_idx) == _load(kv_ids, b, kv_idx)
+
+    return Mask(visible)
+
+
+def prefix(n: Any) -> Mask:
+    """All queries see the first ``n`` keys; ``n`` is an int or an int tensor ``[B]`` (else AK403).
+
+    A prefix language model is ``ak.prefix(n) | ak.causal()``.
+    """
+    if isinstance(n, int):
+        # not `kv_idx < n`: dynamo refuses to compare its objects with an int that changes between calls
+        return Mask(lambda b, h, q_idx, kv_idx: kv_idx.context.emit("lt", kv_idx, n))
+    _require_rank("n", n, (1,), "an int or [B]")
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < _load(n, b))
+
+
+def softcap(c: float | Param) -> ScoreFunction:
+    """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and infinity leave ``s`` as it is."""
+    if not isinstance(c, Param) and (c == 0 or c == math.inf):
+        return lambda s, b, h, q_idx, kv_idx: s
+    if not isinstance(c, Param) and not c > 0:
+        raise error("AK401", where="softcap", given=f"{c}", allowed="a positive number")
+    return lambda s, b, h, q_idx, kv_idx: (s / c).tanh() * c
+
+
+def alibi(slopes: Any) -> ScoreFunction:
+    """``s - slope * distance``, the distance being that of bottom-right aligned positions.
+
+    ``slopes`` is a float32 tensor ``[Hq]`` or ``[B, Hq]`` (else AK403).
+    """
+    _require_rank("slopes", slopes, (1, 2), "[Hq] or [B, Hq]")
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return s - _load(slopes, b, h) * (_position(q_idx) - kv_idx).abs()
+
+    return score
+
+
+def bias(tensor: Any) -> ScoreFunction:
+    """``s + tensor[...]`` for a float32 tensor ``[Sq, Skv]``, ``[H, Sq, Skv]`` or ``[B, H, Sq, Skv]``.
+
+    Dimensions of size 1 broadcast. Other ranks are AK403.
+    """
+    _require_rank("bias", tensor, (2, 3, 4), "[Sq, Skv], [H, Sq, Skv] or [B, H, Sq, Skv]")
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return s + _load(tensor, b, h, q_idx, kv_idx)
+
+    return score
+
+
+def _position(q_idx: Any) -> Any:
+    """The key position that a query stands at."""
+    lengths = q_idx.context
+    return q_idx + (lengths.variable("kv_len") - lengths.variable("q_len"))
+
+
+def _load(tensor: Any, *index: Any) -> Any:
+    """``tensor`` at the last of the indices; dimensions of size 1 broadcast."""
+    rank = len(tensor.shape)
+    pairs = zip(tensor.shape, index[len(index) - rank :], strict=True)
+    return index[-1].context.load(tensor, tuple([0 if size == 1 else i for size, i in pairs]))
+
+
+def _require_rank(name: str, tensor: Any, ranks: tuple[int, ...], allowed: str) -> None:
+    shape = getattr(tensor, "shape", None)
+    if shape is None:
+        raise error("AK402", where=name, given=type(tensor).__name__, allowed=f"a tensor {allowed}")
+    if len(shape) not in ranks:
+        raise error("AK403", where=name, given=f"rank {len(shape)}", allowed=allowed)

@@ -1,0 +1,334 @@
+"""The parser of the text form: one regular expression, then recursive descent with a depth limit.
+
+It only builds: whether the program is legal is for `ir.verify` to say. Time is linear in the text, and nothing
+in the text is ever evaluated as Python.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn, TypeVar
+
+from attnkit.errors import AttnkitError, error
+from attnkit.ir.expr import Expr, const, load, make, param, var
+from attnkit.ir.optable import CALLS, COMPARISON, INFIX, PREFIXES, VARIABLES
+from attnkit.ir.program import (
+    ELEMENT,
+    Attend,
+    Buffer,
+    BufferDType,
+    Layout,
+    LayoutKind,
+    Program,
+    Return,
+    Softmax,
+)
+
+MAX_TEXT = 256 * 1024
+MAX_NESTING = 64
+MAX_SLOTS = 64  # buffers, and params
+
+_TOKEN = re.compile(
+    r"(?P<skip>\s+|\#[^\n]*)"
+    r"|(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
+    r"|(?P<name>[A-Za-z_]\w*)"
+    r"|(?P<symbol><=|>=|==|!=|//|[-+*/%<>&|^~()\[\]{},:=])"
+    r"|(?P<bad>.)",
+    re.ASCII | re.DOTALL,
+)
+_CONSTANTS: dict[str, bool | float] = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
+_BODY = ("score", "mask", "normalizer")
+_RESERVED = frozenset([*VARIABLES, *CALLS, *_CONSTANTS, *_BODY])
+
+_T = TypeVar("_T")
+
+
+class _Token(NamedTuple):
+    kind: str
+    text: str
+    offset: int
+
+
+class Parser:
+    """One pass over one text; `program` gives the result."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        if len(text) > MAX_TEXT:
+            raise error("AK101", given=f"{len(text)} characters", allowed=f"{MAX_TEXT}")
+        self._tokens = [
+            _Token(match.lastgroup or "", match.group(), match.start())
+            for match in _TOKEN.finditer(text)
+            if match.lastgroup != "skip"
+        ]
+        self._tokens.append(_Token("end", "end of text", len(text)))
+        self._position = 0
+        self._depth = 0
+        self._values: dict[str, int] = {}
+        self._buffers: dict[str, tuple[int, Buffer]] = {}
+        self._params: dict[str, Expr] = {}
+        self._scalars: dict[str, Expr] = {}  # in a body: params and temporaries
+
+    # --- tokens ---------------------------------------------------------------------------------------
+
+    @property
+    def _next(self) -> _Token:
+        return self._tokens[self._position]
+
+    def _fail(self, code: str, token: _Token, what: str = "", allowed: str = "", hint: str = "") -> NoReturn:
+        if token.kind == "bad":
+            code, what, allowed, hint = "AK102", "", "", ""
+        line = self._text.count("\n", 0, token.offset) + 1
+        column = token.offset - self._text.rfind("\n", 0, token.offset)
+        where = f"line {line}, column {column}"
+        raise error(code, what=what, where=where, given=token.text[:40], allowed=allowed, hint=hint)
+
+    def _advance(self) -> _Token:
+        token = self._next
+        if token.kind != "end":
+            self._position += 1
+        return token
+
+    def _accept(self, text: str) -> bool:
+        if self._next.text != text or self._next.kind == "end":
+            return False
+        self._position += 1
+        return True
+
+    def _expect(self, *texts: str) -> str:
+        """The next token's text, which must be one of ``texts``."""
+        token = self._advance()
+        if token.text not in texts or token.kind == "end":
+            self._fail("AK103", token, allowed=" or ".join(texts))
+        return token.text
+
+    def _name(self, what: str) -> _Token:
+        token = self._advance()
+        if token.kind != "name":
+            self._fail("AK103", token, allowed=what)
+        return token
+
+    def _list(self, item: Callable[[], _T], close: str) -> list[_T]:
+        """Items separated by commas, up to the closing bracket."""
+        items: list[_T] = []
+        if not self._accept(close):
+            items.append(item())
+            while self._expect(",", close) == ",":
+                items.append(item())
+        return items
+
+    def _number(self, negative: bool = False) -> int | float:
+        token = self._advance()
+        if token.text in ("inf", "nan"):
+            value: int | float = float(token.text)
+        elif token.kind != "number":
+            self._fail("AK103", token, allowed="a number")
+        elif len(token.text) > 400:  # an exact float may be long, but converting digits is not linear
+            self._fail("AK107", token)
+        else:
+            value = int(token.text) if token.text.isdigit() else float(token.text)
+            if value == math.inf:
+                self._fail("AK107", token)
+        value = -value if negative else value
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            self._fail("AK107", token)
+        return value
+
+    def _lookup(self, table: dict[str, _T], token: _Token, kind: str) -> _T:
+        if token.text not in table:
+            known = list(table)
+            allowed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
+            self._fail("AK108", token, what=f"unknown {kind}", allowed=allowed)
+        return table[token.text]
+
+    def _define(self, table: dict[str, _T], token: _Token, value: _T) -> None:
+        if token.text in table or (table is not self._values and self._taken(token.text)):
+            self._fail("AK109", token)
+        table[token.text] = value
+
+    def _taken(self, name: str) -> bool:
+        return name in _RESERVED or name in self._buffers or name in self._params or name in self._scalars
+
+    # --- programs -------------------------------------------------------------------------------------
+
+    def program(self) -> Program:
+        """Parse the whole text."""
+        self._expect("attnkit")
+        version = self._advance()
+        if version.text != "1":
+            self._fail("AK105", version, allowed="1")
+        self._expect("program")
+        self._expect("(")
+        inputs = self._list(self._input, ")")
+        if self._accept("buffers"):
+            self._expect("(")
+            self._list(self._buffer, ")")
+        if self._accept("params"):
+            self._expect("(")
+            self._list(self._param, ")")
+        self._expect("{")
+        ops: list[Attend | Return] = []
+        while not self._accept("}"):
+            ops.append(self._return() if self._accept("return") else self._attend())
+        if self._next.kind != "end":
+            self._fail("AK103", self._next, allowed="end of text")
+        layouts = tuple(
+            Layout(kind, None if name is None else self._buffer_index(name)) for kind, name in inputs
+        )
+        buffers = tuple(buffer for _, buffer in self._buffers.values())
+        return Program(layouts, buffers, len(self._params), tuple(ops))
+
+    def _input(self) -> tuple[LayoutKind, _Token | None]:
+        self._define(self._values, self._name("a name"), len(self._values))
+        self._expect(":")
+        kinds: dict[str, LayoutKind] = {"bhsd": "bhsd", "packed": "packed", "padded": "padded"}
+        kind = self._choice(kinds)
+        if not self._accept("["):  # buffers are declared later: the name is looked up at the end
+            return kind, None
+        name = self._name("the name of a buffer")
+        self._expect("]")
+        return kind, name
+
+    def _choice(self, table: dict[str, _T]) -> _T:
+        return table[self._expect(*table)]
+
+    def _buffer(self) -> None:
+        token = self._name("a name")
+        self._expect(":")
+        dtypes: dict[str, BufferDType] = {name: name for name in ELEMENT}
+        dtype = self._choice(dtypes)
+        self._expect("[")
+        rank = self._number()
+        self._expect("]")
+        if len(self._buffers) == MAX_SLOTS or not isinstance(rank, int):
+            self._fail("AK106" if isinstance(rank, int) else "AK103", token, allowed=f"{MAX_SLOTS} buffers")
+        self._define(self._buffers, token, (len(self._buffers), Buffer(dtype, rank)))
+
+    def _param(self) -> None:
+        token = self._name("a name")
+        self._expect(":")
+        self._expect("f32")
+        if len(self._params) == MAX_SLOTS:
+            self._fail("AK106", token, allowed=f"{MAX_SLOTS} params")
+        self._define(self._params, token, param(len(self._params)))
+
+    def _buffer_index(self, token: _Token) -> int:
+        return self._lookup(self._buffers, token, "buffer")[0]
+
+    def _read_value(self) -> int:
+        return self._lookup(self._values, self._name("a value"), "value")
+
+    def _return(self) -> Return:
+        values = [self._read_value()]
+        while self._accept(","):
+            values.append(self._read_value())
+        return Return(tuple(values))
+
+    def _attend(self) -> Attend:
+        results = [self._name("a result, return or }")]
+        while self._accept(","):
+            results.append(self._name("a result"))
+        if len(results) != len(Attend.results):
+            self._fail("AK103", results[-1], what="attend has two results", allowed="o, lse = attend(...)")
+        for word in ("=", "attend", "("):
+            self._expect(word)
+        operands = []
+        for _ in range(3):
+            operands.append(self._read_value())
+            self._expect(",")
+        for word in ("scale", "="):
+            self._expect(word)
+        scale = None if self._accept("default") else float(self._number(negative=self._accept("-")))
+        self._expect(")")
+        self._expect("{")
+        score, mask, normalizer = self._body()
+        for token in results:
+            self._define(self._values, token, len(self._values))
+        return Attend(operands[0], operands[1], operands[2], scale, score, mask, normalizer)
+
+    def _body(self) -> tuple[Expr, Expr | None, Softmax]:
+        self._scalars = dict(self._params)
+        roots: dict[str, Expr] = {}
+        normalizer: Softmax | None = None
+        while not self._accept("}"):
+            token = self._name("a name or }")
+            self._expect("=")
+            if token.text in roots or (token.text == "normalizer" and normalizer is not None):
+                self._fail("AK109", token, what="defined twice")
+            if token.text == "normalizer":
+                normalizer = self._softmax()
+            elif token.text in _BODY:
+                roots[token.text] = self._expression()
+            else:
+                self._define(self._scalars, token, self._expression())
+        return roots.get("score", var("s")), roots.get("mask"), normalizer or Softmax()
+
+    def _softmax(self) -> Softmax:
+        self._expect("softmax")
+        if not self._accept("("):
+            return Softmax()
+        for word in ("sink", "="):
+            self._expect(word)
+        sink = self._buffer_index(self._name("the name of a buffer"))
+        self._expect(")")
+        return Softmax(sink)
+
+    # --- expressions ----------------------------------------------------------------------------------
+
+    def _expression(self, binding: int = 0) -> Expr:
+        """An expression of operators that bind tighter than ``binding``."""
+        self._depth += 1
+        if self._depth > MAX_NESTING:
+            self._fail("AK104", self._next, allowed=f"{MAX_NESTING} levels")
+        left = self._operand()
+        while (info := INFIX.get(self._next.text)) is not None and info.precedence > binding:
+            token = self._advance()
+            left = self._make(token, info.name, left, self._expression(info.precedence))
+            following = INFIX.get(self._next.text)
+            if info.precedence == COMPARISON and following and following.precedence == COMPARISON:
+                self._fail("AK110", self._next)
+        self._depth -= 1
+        return left
+
+    def _operand(self) -> Expr:
+        prefixes: list[_Token] = []
+        while self._next.text in PREFIXES:
+            prefixes.append(self._advance())
+        if self._next.kind == "number" or self._next.text in ("inf", "nan"):
+            negative = bool(prefixes) and prefixes[-1].text == "-"
+            node = const(self._number(negative))
+            prefixes = prefixes[:-1] if negative else prefixes
+        else:
+            node = self._atom()
+        for token in reversed(prefixes):
+            node = self._make(token, PREFIXES[token.text].name, node)
+        return node
+
+    def _atom(self) -> Expr:
+        token = self._advance()
+        if token.text == "(":
+            node = self._expression()
+            self._expect(")")
+            return node
+        if token.kind != "name" or token.text in _BODY:
+            self._fail("AK103", token, allowed="an expression")
+        if token.text in _CONSTANTS:
+            return const(_CONSTANTS[token.text])
+        if token.text in VARIABLES:
+            return var(token.text)
+        if token.text in CALLS:
+            self._expect("(")
+            return self._make(token, CALLS[token.text].name, *self._list(self._expression, ")"))
+        if token.text in self._buffers:
+            index, buffer = self._buffers[token.text]
+            self._expect("[")
+            return load(index, *self._list(self._expression, "]"), dtype=ELEMENT[buffer.dtype])
+        return self._lookup(self._scalars, token, "name")
+
+    def _make(self, token: _Token, op: str, *args: Expr) -> Expr:
+        try:
+            return make(op, *args)
+        except AttnkitError as exc:
+            self._fail(exc.code, token, what=f"{exc.what} ({exc.given})", allowed=exc.allowed, hint=exc.hint)

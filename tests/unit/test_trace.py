@@ -1,0 +1,297 @@
+"""Tracing: Python and torch functions become programs, in eager mode and inside torch.compile alike."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnkit.errors import AttnkitError
+from attnkit.ir import alibi, bias, causal, document, prefix, softcap, window
+from attnkit.ir.optable import OPS
+from attnkit.ir.text import parse
+from attnkit.ir.trace import Context, Param, build_text, param, trace
+
+torch = pytest.importorskip("torch")
+
+from attnkit.ops.tracing import trace_mods  # noqa: E402
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+TABLE = torch.arange(256.0).reshape(4, 8, 8)
+IDS = torch.arange(8, dtype=torch.int32) // 3
+SCALAR = torch.tensor(2.0)
+NUMBER = torch.tensor(3)
+CAP = Param("cap", 30.0)
+
+
+def body(score: Any = None, mask: Any = None) -> Any:
+    """The canonical lines of the traced functions."""
+    text = parse(build_text(trace_mods(score, mask))).text
+    return [line.strip() for line in text.splitlines()[3:-4]]
+
+
+def test_alibi_of_flex_attention() -> None:
+    assert body(lambda s, b, h, q, kv: s + SLOPES[h] * (kv - q)) == [
+        "score = s + b0[h] * float(kv_idx - q_idx)"
+    ]
+
+
+def test_softcap_of_flex_attention() -> None:
+    assert body(lambda s, b, h, q, kv: 30 * torch.tanh(s / 30)) == ["score = 30.0 * tanh(s / 30.0)"]
+
+
+def test_a_score_of_minus_infinity() -> None:
+    lines = body(lambda s, b, h, q, kv: torch.where(q >= kv, s, -float("inf")))
+    assert lines == ["score = where(q_idx >= kv_idx, s, -inf)"]
+
+
+def test_masks() -> None:
+    assert body(None, lambda b, h, q, kv: (q - kv <= 3) & (IDS[q] == IDS[kv])) == [
+        "mask = (q_idx - kv_idx <= 3) & (b0[q_idx] == b0[kv_idx])"
+    ]
+    assert body(None, lambda b, h, q, kv: ~(kv < 4) ^ torch.logical_or(q == 0, kv == 1)) == [
+        "mask = ~(kv_idx < 4) ^ (q_idx == 0 | kv_idx == 1)".replace(
+            "q_idx == 0 | kv_idx == 1", "(q_idx == 0) | (kv_idx == 1)"
+        )
+    ]
+
+
+def test_constant_results() -> None:
+    assert body(lambda s, b, h, q, kv: 0.0, lambda b, h, q, kv: True) == ["score = 0.0"]
+    assert body(None, lambda b, h, q, kv: False) == ["mask = false"]
+    assert body(lambda s, b, h, q, kv: q - kv) == ["score = float(q_idx - kv_idx)"]
+    assert body(lambda s, b, h, q, kv: SCALAR) == ["score = b0[]"]
+
+
+def test_zero_dimensional_tensors_are_scalars() -> None:
+    assert body(lambda s, b, h, q, kv: SCALAR * s - SCALAR + NUMBER) == [
+        "score = b0[] * s - b0[] + float(b1[])"
+    ]
+
+
+def test_captures_are_collected_once_by_identity() -> None:
+    twin = SLOPES.clone()
+    traced = trace_mods(lambda s, b, h, q, kv: s + SLOPES[h] + twin[h] + SLOPES[0] + SLOPES[h], None)
+    assert [x is y for x, y in zip(traced.buffers, [SLOPES, twin], strict=False)] == [True, True]
+    shared = trace_mods(lambda s, b, h, q, kv: s + IDS[kv], lambda b, h, q, kv: IDS[kv] > 0)
+    assert len(shared.buffers) == 1
+
+
+def test_negative_and_tensor_indices() -> None:
+    assert body(lambda s, b, h, q, kv: s + TABLE[h, -1, NUMBER]) == ["score = s + b1[h, 7, b0[]]"]
+
+
+def test_params() -> None:
+    traced = trace_mods(lambda s, b, h, q, kv: CAP * torch.tanh(s / CAP), None)
+    assert traced.params == [CAP]
+    assert "score = p0 * tanh(s / p0)" in parse(build_text(traced)).text
+    CAP.value = 20.0
+    assert traced.params[0].value == 20.0
+    CAP.value = 30.0
+    with pytest.raises(AttnkitError, match="AK401"):
+        _ = param("unset").value
+
+
+ROWS = [op for op in OPS if op not in ("where", "float", "int", "and", "or", "xor", "not")]
+
+
+@pytest.mark.parametrize("op", ROWS)
+def test_every_torch_name_of_the_table_traces(op: str) -> None:
+    info = OPS[op]
+    others = (SLOPES[0],) * (info.arity - 1)
+    for name in info.torch:
+        functions = [f for home in (torch, torch.special) if callable(f := vars(home).get(name))]
+        calls = [lambda s, f=function: f(s, *others) for function in functions]
+        calls.append(lambda s, n=name: getattr(s, n)(*others))
+        if others and (method := getattr(torch.Tensor, name, None)):
+            calls.append(lambda s, m=method: m(*others, s))
+        for call in calls:
+            assert info.symbol in body(lambda s, b, h, q, kv, call=call: call(s) * 1.0)[0]
+
+
+def test_swapped_operators_keep_their_order() -> None:
+    assert body(lambda s, b, h, q, kv: 1 - s) == ["score = 1.0 - s"]
+    assert body(lambda s, b, h, q, kv: 1 / s) == ["score = 1.0 / s"]
+    assert body(lambda s, b, h, q, kv: 2**s) == ["score = pow(2.0, s)"]
+    assert body(lambda s, b, h, q, kv: s * (7 // (q + 1) + 7 % (q + 1))) == [
+        "t0 = q_idx + 1",
+        "score = s * float(7 // t0 + 7 % t0)",
+    ]
+    assert body(lambda s, b, h, q, kv: SLOPES[1] - s) == ["score = b0[] - s"]
+    assert body(lambda s, b, h, q, kv: torch.rsub(s, 2.0)) == ["score = 2.0 - s"]
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [
+        (lambda s, q: s.clamp(-1, 1), "min(max(s, -1.0), 1.0)"),
+        (lambda s, q: torch.clamp(s, max=1.0), "min(s, 1.0)"),
+        (lambda s, q: torch.relu(s), "max(s, 0.0)"),
+        (lambda s, q: s.square(), "s * s"),
+        (lambda s, q: s**3, "s * s * s"),
+        (lambda s, q: s**0.5, "pow(s, 0.5)"),
+        (lambda s, q: (q**2).float(), "float(q_idx * q_idx)"),
+        (lambda s, q: s.reciprocal(), "1.0 / s"),
+        (lambda s, q: q.to(torch.float32), "float(q_idx)"),
+        (lambda s, q: q.to(s.dtype) + s.int() + s.long(), "float(q_idx) + t0 + t0"),
+        (lambda s, q: s.where(q.bool(), 0.0), "where(q_idx != 0, s, 0.0)"),
+        (lambda s, q: s.masked_fill(q > 1, -math.inf), "where(q_idx > 1, -inf, s)"),
+        (lambda s, q: torch.div(s, 2, rounding_mode="floor"), "s // 2.0"),
+        (lambda s, q: abs(+(-s)), "abs(-s)"),
+        (lambda s, q: s * np.float32(0.5) * np.int64(2), "s * 0.5 * 2.0"),
+    ],
+)
+def test_composed_functions(score: Any, expected: Any) -> None:
+    lines = body(lambda s, b, h, q, kv: score(s, q))
+    assert lines[-1] == f"score = {expected}"
+
+
+def test_tracing_needs_no_torch() -> None:
+    slopes = np.array([0.5, 0.25], np.float32)
+
+    def score(s: Any, b: Any, h: Any, q: Any, kv: Any) -> Any:
+        return (s / 30.0).tanh() * 30.0 - h.context.load(slopes, h) * abs(q - kv)
+
+    traced = trace(score, None, Context())
+    assert traced.buffers == [slopes]
+    assert parse(build_text(traced)).attend.score.dtype == "float"
+
+
+def test_build_text_appends_what_the_layout_needs() -> None:
+    sink, cu, lens = (
+        torch.zeros(4),
+        torch.tensor([0, 3], dtype=torch.int32),
+        torch.tensor([3], dtype=torch.int32),
+    )
+    traced = trace_mods(lambda s, b, h, q, kv: s + SLOPES[h], None)
+    text = build_text(traced, scale=0.5, sink=sink, cu_seqlens_q=cu, cu_seqlens_kv=cu, return_lse=False)
+    program = parse(text)
+    assert program.text.splitlines()[1:3] == [
+        "program (q: packed[b2], k: packed[b2], v: packed[b2]) buffers(b0: f32[1], b1: f32[1], b2: i32[1]) {",
+        "  o, lse = attend(q, k, v, scale = 0.5) {",
+    ]
+    assert "softmax(sink = b1)" in program.text
+    assert program.ops[-1].values == (3,)
+    assert len(traced.buffers) == 3
+    padded = trace_mods(None, None)
+    assert "k: padded[b0], v: padded[b0]" in build_text(padded, kv_lens=lens)
+    assert padded.buffers == [lens]
+
+
+def test_ready_made_mods() -> None:
+    assert body(softcap(30.0)) == ["score = tanh(s / 30.0) * 30.0"]
+    assert body(softcap(0.0)) == body(softcap(math.inf)) == []
+    assert body(bias(TABLE[:1])) == ["score = s + b0[0, q_idx, kv_idx]"]
+    assert body(None, causal("top_left")) == ["mask = kv_idx <= q_idx"]
+    assert body(None, causal()) == ["mask = kv_idx <= q_idx + (kv_len - q_len)"]
+    assert body(None, window(3)) == [
+        "t0 = q_idx + (kv_len - q_len)",
+        "mask = (kv_idx >= t0 - 3) & (kv_idx <= t0 + 0)",
+    ]
+    assert body(None, (lambda b, h, q, kv: kv > 2) | prefix(torch.tensor([1, 2]))) == [
+        "mask = (kv_idx > 2) | (kv_idx < b0[b])"
+    ]
+    assert body(None, ~document(IDS)) == ["mask = ~(b0[q_idx] == b0[kv_idx])"]
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda: causal("middle"), "AK401"),
+        (lambda: window(-2), "AK401"),
+        (lambda: softcap(-1.0), "AK401"),
+        (lambda: alibi([0.5]), "AK402"),
+        (lambda: alibi(TABLE), "AK403"),
+        (lambda: bias(SLOPES), "AK403"),
+        (lambda: document(TABLE), "AK403"),
+        (lambda: prefix(TABLE), "AK403"),
+    ],
+)
+def test_mods_refuse(make: Any, code: str) -> None:
+    with pytest.raises(AttnkitError) as caught:
+        make()
+    assert caught.value.code == code
+
+
+# --- under torch.compile --------------------------------------------------------------------------------
+
+COMPILED = {
+    "alibi": (lambda cap, n: lambda s, b, h, q, kv: s + SLOPES[h] * (kv - q).abs(), None),
+    "softcap": (lambda cap, n: lambda s, b, h, q, kv: cap * torch.tanh(s / cap), None),
+    "relative bias": (lambda cap, n: lambda s, b, h, q, kv: s + TABLE[h, q, kv], None),
+    "last row": (lambda cap, n: lambda s, b, h, q, kv: s + TABLE[h, 0, -1], None),
+    "causal": (None, lambda cap, n: lambda b, h, q, kv: q >= kv),
+    "constant window": (None, lambda cap, n: lambda b, h, q, kv: (q >= kv) & (q - kv <= 3)),
+    "shifted": (None, lambda cap, n: lambda b, h, q, kv: kv <= q + n),
+    "document": (None, lambda cap, n: lambda b, h, q, kv: (IDS[q] == IDS[kv]) & (q >= kv)),
+    "prefix": (None, lambda cap, n: lambda b, h, q, kv: torch.logical_or(kv < 4, q >= kv)),
+    "where": (
+        lambda cap, n: lambda s, b, h, q, kv: torch.where((kv <= q) & (q <= 3), s, -float("inf")),
+        None,
+    ),
+    "exp2": (lambda cap, n: lambda s, b, h, q, kv: s + torch.exp2(-((h + 1) * 8.0 / cap)) * (kv - q), None),
+    "scalar": (lambda cap, n: lambda s, b, h, q, kv: SCALAR * s / (SCALAR - s) - (q - NUMBER), None),
+    "reflected": (
+        lambda cap, n: lambda s, b, h, q, kv: 2**s - 1 / s + 7 % (q + 1) - SCALAR // s + SCALAR**s,
+        None,
+    ),
+    "param": (lambda cap, n: lambda s, b, h, q, kv: CAP * (s / CAP).tanh().clamp(min=-1.0), None),
+    "methods": (
+        lambda cap, n: lambda s, b, h, q, kv: s.where(q > kv, 0.0).square() + q.to(torch.float32),
+        None,
+    ),
+    "not": (None, lambda cap, n: lambda b, h, q, kv: torch.logical_not(q > kv).logical_or(kv == 0)),
+    "mods": (lambda cap, n: softcap(cap), lambda cap, n: causal() & window(n) | prefix(n)),
+    "more mods": (lambda cap, n: alibi(SLOPES), lambda cap, n: document(IDS) & causal("top_left")),
+    "bias mod": (lambda cap, n: bias(TABLE[None]), lambda cap, n: ~(causal() & (lambda b, h, q, kv: q > kv))),
+}
+# dynamo knows no `~` on objects: the mask is made outside, as a model's __init__ would
+OUTSIDE = ("bias mod",)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_traces_are_those_of_eager_mode(name: str, dynamic: bool | None) -> None:
+    make_score, make_mask = COMPILED[name]
+    made = {}
+
+    def run(q: Any, cap: Any, n: int) -> Any:
+        if name in OUTSIDE:
+            score, mask = made["mods"]
+        else:
+            score, mask = make_score and make_score(cap, n), make_mask and make_mask(cap, n)
+        traced = trace_mods(score, mask)
+        return q + 1, build_text(traced, scale=cap), traced.buffers, [p.value for p in traced.params]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=dynamic)
+    for cap, n in [(30.0, 3), (20.0, 2), (15.5, 5)]:
+        if name in OUTSIDE:
+            made["mods"] = make_score(30.0, 3), make_mask(30.0, 3)
+        _, text, buffers, params = run(torch.ones(1), cap, n)
+        _, text_c, buffers_c, params_c = compiled(torch.ones(1), cap, n)
+        assert parse(text_c) is parse(text)
+        assert len(buffers_c) == len(buffers)
+        assert all(torch.equal(x, y) for x, y in zip(buffers_c, buffers, strict=True))
+        assert params_c == params
+
+
+def test_errors_inside_compile_name_the_code() -> None:
+    compiled = torch.compile(
+        lambda q: build_text(trace_mods(lambda s, b, h, i, j: s if i > j else 0.0, None)),
+        fullgraph=True,
+        backend="eager",
+    )
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="AK301"):
+        compiled(torch.ones(1))
+
+
+def test_a_comparison_that_dynamo_decides_is_refused() -> None:
+    def run(q: Any, n: int) -> Any:
+        return q + 1, build_text(trace_mods(None, lambda b, h, i, j: (j == n) | (j == 0)))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    compiled(torch.ones(1), 3)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="AK307"):
+        compiled(torch.ones(1), 4)
