@@ -93,8 +93,8 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   need(q_shape[3] == k_shape[3], "q and k differ in head_dim");
   need(q_shape[3] <= 4096 && v_shape[3] <= 4096, "head_dim above 4096");
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
-  need(tile_q >= 0 && tile_q <= kMaxTileQ && tile_q % 16 == 0, "tile_q is a multiple of 16, at most 96");
-  need(tile_kv >= 0 && tile_kv <= kMaxTileKv, "tile_kv is at most 128");
+  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
+  need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   need(lse == 0 || lse_stride.size() == 3, "lse has three strides");
   const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples);
   const std::vector<Sequence> sequences = make_sequences(given_sequences, q_shape[0], q_shape[2], k_shape[2]);

@@ -54,7 +54,7 @@ class RowPlan {
       ranges_.push_back({0, static_cast<int32_t>(seq.kv_len), true});
       return ranges_;
     }
-    box_ = {{t.sequence, t.sequence}, {t.head, t.head},        {t.q_first, t.q_first + t.q_count - 1}, {0, 0},
+    box_ = {{t.sequence, t.sequence}, {t.head, t.head + t.heads - 1}, {t.q_first, t.q_first + t.q_count - 1}, {0, 0},
             {seq.q_len, seq.q_len},   {seq.kv_len, seq.kv_len}};
     kv_len_ = seq.kv_len;
     descend(0, (seq.kv_len + call_.tile_kv - 1) / call_.tile_kv);
@@ -150,11 +150,6 @@ CodeView view(const Program& program, const Facts& facts) {
   return v;
 }
 
-// Keys per softmax step. With the score tile and the V tile in L1/L2, longer steps amortise the rescaling of O.
-int32_t default_tile_kv(const Problem& p) { return p.head_dim <= 64 ? kMaxTileKv : kMaxTileKv / 2; }
-
-int32_t round_up_lanes(int64_t n) { return static_cast<int32_t>((n + 15) / 16 * 16); }
-
 // Small calls finish before a second thread has woken up.
 constexpr double kMinFlopsPerThread = 1e6;
 
@@ -165,7 +160,6 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
   const Facts facts = analysis.prove(whole_box(p));
   if (facts.status.fault != Fault::none) return facts.status;
 
-  Call call{view(program, facts), &p, 0, 0, program.score >= 0, program.mask >= 0};
   int64_t longest = 1;
   double flops = 0;
   for (int32_t i = 0; i < p.num_sequences; ++i) {
@@ -173,26 +167,31 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
     flops += 2.0 * static_cast<double>(p.sequences[i].q_len) * static_cast<double>(p.sequences[i].kv_len) *
              (p.head_dim + p.v_head_dim) * p.num_heads;
   }
-  call.tile_kv = config.tile_kv > 0 ? std::min(config.tile_kv, kMaxTileKv) : default_tile_kv(p);
-  call.tile_q =
-      std::min(config.tile_q > 0 ? config.tile_q : kMaxTileQ, round_up_lanes(std::min<int64_t>(longest, kMaxTileQ)));
-
-  // Tasks are numbered head by head, so that threads share one head's K and V in cache; within a head the last
-  // queries come first, because under a causal mask they have the most to do.
-  std::vector<int64_t> first_task(static_cast<size_t>(p.num_sequences) + 1, 0);
-  const auto blocks = [&](const Sequence& s) { return (s.q_len + call.tile_q - 1) / call.tile_q; };
-  for (int32_t i = 0; i < p.num_sequences; ++i)
-    first_task[static_cast<size_t>(i) + 1] = first_task[static_cast<size_t>(i)] + blocks(p.sequences[i]) * p.num_heads;
-  const int64_t num_tasks = first_task.back();
-
   const Kernel& kernel = current_isa();
   int threads = static_cast<int>(std::min<double>(config.threads, flops / kMinFlopsPerThread));
-  threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
   if (g_forked) threads = 1;
+
+  // Few queries: the heads of a group share the lanes of a task, and their keys and values are read once. Not so far
+  // that a thread would have nothing to do.
+  const int32_t group = p.num_heads / p.num_kv_heads;
+  Call call{view(program, facts), &p, 0, config.tile_kv, group + 1, program.score >= 0, program.mask >= 0};
+  std::vector<int64_t> first_task(static_cast<size_t>(p.num_sequences) + 1, 0);
+  const auto blocks = [&](const Sequence& s) { return (s.q_len + call.tile_q - 1) / call.tile_q; };
+  do {
+    do --call.heads;
+    while (group % call.heads != 0 || (call.heads > 1 && call.heads * longest > config.tile_q));
+    call.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, longest));
+    for (size_t i = 0; i + 1 < first_task.size(); ++i)
+      first_task[i + 1] = first_task[i] + blocks(p.sequences[i]) * (p.num_heads / call.heads);
+  } while (call.heads > 1 && first_task.back() < threads);
+  const int64_t num_tasks = first_task.back();
+  threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
 
   std::atomic<int64_t> next{0};
   std::atomic<int32_t> bad_load{-1};
   std::atomic<bool> no_memory{false};
+  // Tasks are numbered head by head, so that threads share one head's K and V in cache; within a head the last
+  // queries come first, because under a causal mask they have the most to do.
   const auto work = [&] {
     float* memory = workspace(kernel.workspace_bytes(call));
     if (memory == nullptr) {
@@ -205,7 +204,8 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
       const Sequence& s = p.sequences[seq];
       const int64_t in_sequence = i - first_task[static_cast<size_t>(seq)];
       const int64_t block = blocks(s) - 1 - in_sequence % blocks(s);
-      Task task{static_cast<int32_t>(seq), static_cast<int32_t>(in_sequence / blocks(s)), block * call.tile_q, 0};
+      const auto head = static_cast<int32_t>(in_sequence / blocks(s)) * call.heads;
+      Task task{static_cast<int32_t>(seq), head, call.heads, block * call.tile_q, 0};
       task.q_count = static_cast<int32_t>(std::min<int64_t>(call.tile_q, s.q_len - task.q_first));
       const std::vector<KeyRange>& ranges = row.plan(p, task);
       const int32_t bad = kernel.run(call, task, ranges.data(), ranges.size(), memory);

@@ -7,9 +7,9 @@
 namespace attnkit::cpu {
 
 struct Config {
-  int32_t tile_q = 0;   // queries per task; 0: chosen (schedule: never changes a result)
-  int32_t tile_kv = 0;  // keys per softmax step; 0: chosen (numeric: changes the order of sums)
-  int32_t threads = 1;
+  int32_t tile_q;   // query lanes per task, at most kMaxTileQ (schedule: never changes a result)
+  int32_t tile_kv;  // keys per softmax step, at most kMaxTileKv (numeric: changes the order of sums)
+  int32_t threads;
 };
 
 // The caller has checked that the problem describes real memory; `attend` checks everything about the expressions.

@@ -17,6 +17,7 @@ bool is_load(Op op) { return op == Op::load_f || op == Op::load_i || op == Op::l
 Rank leaf_rank(Op op) {
   switch (op) {
     case Op::var_s: return kTile;
+    case Op::var_h:  // a task may hold several heads, in different lanes
     case Op::var_q_idx: return kPerQuery;
     case Op::var_kv_idx: return kPerKey;
     default: return kScalar;

@@ -9,7 +9,7 @@
 
 namespace attnkit::cpu {
 
-inline constexpr int kMaxTileQ = 96;    // two micro-tiles of 48 queries
+inline constexpr int kMaxTileQ = 96;    // lanes: two micro-tiles of 48 queries
 inline constexpr int kMaxTileKv = 128;
 inline constexpr int kStrip = 16;       // keys a tile instruction handles at once: its operands stay in L1
 
@@ -28,13 +28,17 @@ struct Call {
   CodeView code;
   const Problem* problem;
   int32_t tile_q, tile_kv;
+  int32_t heads;  // query heads a task takes together; they share a kv head
   bool has_score, has_mask;
 };
 
-struct Task {  // tile_q (or fewer) queries of one head
-  int32_t sequence, head;
+// The same queries of one or a few heads. They are the lanes of its tiles: head by head, at most kMaxTileQ.
+struct Task {
+  int32_t sequence, head, heads;
   int64_t q_first;
   int32_t q_count;
+
+  int32_t lanes() const { return heads * q_count; }
 };
 
 // Stretches of keys that a row of tiles must visit, in order. Filled by the scheduler's block analysis.

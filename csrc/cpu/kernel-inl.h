@@ -107,9 +107,9 @@ struct Layout {
   size_t qt, s, o, max2, sum, alpha, k, v, scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key,
       bad_strip, total;
 
-  Layout(const Call& c, int32_t q_count) {
+  Layout(const Call& c, int32_t lanes) {
     const Problem& p = *c.problem;
-    bm = round_up(q_count, kLanes);
+    bm = round_up(lanes, kLanes);
     dv = round_up(p.v_head_dim, kLanes);
     size_t next = 0;
     const auto take = [&](int64_t rows, int64_t columns) {
@@ -140,13 +140,14 @@ struct Layout {
 class Forward {
  public:
   Forward(const Call& c, const Task& t, float* workspace)
-      : c_(c), p_(*c.problem), t_(t), seq_(p_.sequences[t.sequence]), at_(c, t.q_count), ws_(workspace) {
+      : c_(c), p_(*c.problem), t_(t), seq_(p_.sequences[t.sequence]), at_(c, t.lanes()), ws_(workspace) {
     const int64_t kv_head = t.head / (p_.num_heads / p_.num_kv_heads);
     k_ = p_.k.data + seq_.batch * p_.k.stride[0] + kv_head * p_.k.stride[1] + seq_.kv_start * p_.k.stride[2];
     v_ = p_.v.data + seq_.batch * p_.v.stride[0] + kv_head * p_.v.stride[1] + seq_.kv_start * p_.v.stride[2];
   }
 
-  void begin() {
+  // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
+  void begin(bool any_keys) {
     pack_queries();
     for (int32_t m = 0; m < at_.bm; ++m) {
       ws_[at_.max2 + m] = -kInfinity;
@@ -154,7 +155,7 @@ class Forward {
     }
     float* o = ws_ + at_.o;
     for (int64_t i = 0; i < static_cast<int64_t>(at_.bm) * at_.dv; ++i) o[i] = 0;
-    if (!c_.has_score && !c_.has_mask) return;
+    if (!any_keys || (!c_.has_score && !c_.has_mask)) return;
     clear(at_.bad_scalar, 16);
     clear(at_.bad_query, kMaxTileQ);
     run_section(kScalar);
@@ -176,25 +177,24 @@ class Forward {
     if (!full && has_nonfinite(v, v_stride, count)) {
       pv_guarded(v, v_stride, first, count);
     } else {
-      pv(ws_ + at_.s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.q_count);
+      pv(ws_ + at_.s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
     }
   }
 
   int32_t finish() {
-    float* out = p_.o.data + seq_.batch * p_.o.stride[0] + t_.head * p_.o.stride[1];
-    for (int32_t m = 0; m < t_.q_count; ++m) {
+    for (int32_t m = 0; m < t_.lanes(); ++m) {
+      const int64_t head = head_of(m), token = token_of(m);
       float max2 = ws_[at_.max2 + m], sum = ws_[at_.sum + m], rescale = 1;
-      if (p_.sink != nullptr) add_sink(max2, sum, rescale);
+      if (p_.sink != nullptr) add_sink(p_.sink[head], max2, sum, rescale);
       const bool dead = sum == 0;
       const float norm = dead ? 0 : rescale / sum;
-      const int64_t token = seq_.q_start + t_.q_first + m;
       const float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
-      float* row = out + token * p_.o.stride[2];
+      float* row = p_.o.data + seq_.batch * p_.o.stride[0] + head * p_.o.stride[1] + token * p_.o.stride[2];
       for (int32_t d = 0; d < p_.v_head_dim; ++d) row[d * p_.o.stride[3]] = dead ? 0 : o[d] * norm;
       if (p_.lse != nullptr) {
         // In double: the maximum is held in base 2, and its product with ln 2 must not cost the sum its bits.
         const double lse = static_cast<double>(max2) * 0.69314718055994530942 + __builtin_log(static_cast<double>(sum));
-        p_.lse[seq_.batch * p_.lse_stride[0] + t_.head * p_.lse_stride[1] + token * p_.lse_stride[2]] =
+        p_.lse[seq_.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + token * p_.lse_stride[2]] =
             dead ? -kInfinity : static_cast<float>(lse);
       }
     }
@@ -202,17 +202,20 @@ class Forward {
   }
 
  private:
+  int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
+  int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
+
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
   // Q^T, scaled; lanes beyond the last query are zero.
   void pack_queries() {
-    const float* q = p_.q.data + seq_.batch * p_.q.stride[0] + t_.head * p_.q.stride[1] +
-                     (seq_.q_start + t_.q_first) * p_.q.stride[2];
-    float* qt = ws_ + at_.qt;
+    const float* q[kMaxTileQ];
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      q[m] = p_.q.data + seq_.batch * p_.q.stride[0] + head_of(m) * p_.q.stride[1] + token_of(m) * p_.q.stride[2];
     for (int32_t d = 0; d < p_.head_dim; ++d) {
-      float* row = qt + static_cast<int64_t>(d) * at_.bm;
-      for (int32_t m = 0; m < t_.q_count; ++m) row[m] = q[m * p_.q.stride[2] + d * p_.q.stride[3]] * p_.scale;
-      for (int32_t m = t_.q_count; m < at_.bm; ++m) row[m] = 0;
+      float* row = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
+      for (int32_t m = 0; m < t_.lanes(); ++m) row[m] = q[m][d * p_.q.stride[3]] * p_.scale;
+      for (int32_t m = t_.lanes(); m < at_.bm; ++m) row[m] = 0;
     }
   }
 
@@ -263,13 +266,14 @@ class Forward {
       case Op::const_b: return fill(dst, in.attr != 0 ? ~0 : 0);
       case Op::param: return fill(dst, __builtin_bit_cast(int32_t, p_.params[in.attr]));
       case Op::var_b: return fill(dst, t_.sequence);
-      case Op::var_h: return fill(dst, t_.head);
       case Op::var_q_len: return fill(dst, static_cast<int32_t>(seq_.q_len));
       case Op::var_kv_len: return fill(dst, static_cast<int32_t>(seq_.kv_len));
       case Op::var_s: return;
-      // Lanes past the end repeat the last index, so that every lane stays inside what the analysis has proven.
-      case Op::var_q_idx: return fill_index(dst, shape.lanes, t_.q_first, t_.q_count);
-      case Op::var_kv_idx: return fill_index(dst, shape.lanes, tile_first_, tile_count_);
+      // Lanes past the end repeat the last one, so that every lane stays inside what the analysis has proven.
+      case Op::var_h: return fill_lanes(dst, shape.lanes, t_.lanes(), [&](int32_t m) { return head_of(m); });
+      case Op::var_q_idx:
+        return fill_lanes(dst, shape.lanes, t_.lanes(), [&](int32_t m) { return t_.q_first + m % t_.q_count; });
+      case Op::var_kv_idx: return fill_lanes(dst, shape.lanes, tile_count_, [&](int32_t n) { return tile_first_ + n; });
       case Op::load_f:
       case Op::load_i:
       case Op::load_b: {
@@ -285,10 +289,11 @@ class Forward {
     }
   }
 
-  void fill_index(float* dst, int32_t lanes, int64_t first, int32_t count) {
+  template <class F>
+  void fill_lanes(float* dst, int32_t lanes, int32_t count, F index) {
     for (int32_t i = 0; i < lanes; ++i) {
-      const int32_t index = static_cast<int32_t>(first + (i < count ? i : count - 1));
-      __builtin_memcpy(dst + i, &index, 4);
+      const int32_t value = static_cast<int32_t>(index(i < count ? i : count - 1));
+      __builtin_memcpy(dst + i, &value, 4);
     }
   }
 
@@ -327,7 +332,7 @@ class Forward {
   // A clamped load matters only where a pair exists.
   void check_loads(int32_t strip, int32_t rows, bool full) {
     for (int32_t r = 0; r < rows; ++r)
-      for (int32_t m = 0; m < t_.q_count; ++m)
+      for (int32_t m = 0; m < t_.lanes(); ++m)
         if ((full || live(strip, r, m)) &&
             (bits(at_.bad_scalar) | bits(at_.bad_strip + static_cast<size_t>(r * at_.bm + m)) |
              bits(at_.bad_query + static_cast<size_t>(m)) | bits(at_.bad_key + static_cast<size_t>(strip + r))) != 0)
@@ -379,8 +384,8 @@ class Forward {
   }
 
   // The sink is one more logit in the denominator, without a value.
-  void add_sink(float& max2, float& sum, float& rescale) const {
-    const float sink2 = p_.sink[t_.head] * kLog2e;
+  static void add_sink(float sink, float& max2, float& sum, float& rescale) {
+    const float sink2 = sink * kLog2e;
     const float top = max2 > sink2 ? max2 : sink2;
     if (top == -kInfinity) return;
     rescale = __builtin_exp2f(max2 - top);
@@ -402,7 +407,7 @@ class Forward {
     tile_first_ = first;
     tile_count_ = count;
     float* o = ws_ + at_.o;
-    for (int32_t m = 0; m < t_.q_count; ++m)
+    for (int32_t m = 0; m < t_.lanes(); ++m)
       for (int32_t d = 0; d < at_.dv; d += kLanes) {
         float* x = o + static_cast<int64_t>(m) * at_.dv + d;
         store(x, load(x) * set1(ws_[at_.alpha + m]));
@@ -410,7 +415,7 @@ class Forward {
     for (int32_t strip = 0; strip < count; strip += kStrip) {
       const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
       run_strip(strip, rows, false, true);
-      for (int32_t m = 0; m < t_.q_count; ++m)
+      for (int32_t m = 0; m < t_.lanes(); ++m)
         for (int32_t r = 0; r < rows; ++r) {
           if (!live(strip, r, m)) continue;
           const vf w = set1(ws_[at_.s + static_cast<size_t>((strip + r) * at_.bm + m)]);
@@ -436,7 +441,7 @@ class Forward {
 
 int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* workspace) {
   Forward forward(c, t, workspace);
-  forward.begin();
+  forward.begin(num_ranges > 0);
   for (size_t i = 0; i < num_ranges; ++i) {
     // Tiles start at multiples of tile_kv whatever the ranges are, so that the order of sums depends on nothing else.
     int64_t first = ranges[i].first;

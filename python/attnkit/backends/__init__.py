@@ -1,0 +1,65 @@
+"""Backends turn a KernelSpec into a callable kernel. One folder each; they never import each other.
+
+A backend answers four questions (`Backend`). In-tree backends are listed in `_HOMES`; others register under the
+entry point group ``attnkit.backends``, as ``name = "module:object"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Protocol
+
+from attnkit.errors import error
+from attnkit.plan.spec import Config, KernelSpec, Space
+
+# The kernel of `attend`: (q, k, v, o, lse or None, buffers, params, threads). Tensors are torch's, used through
+# data_ptr, shape and stride alone, and checked by the caller.
+Kernel = Callable[..., None]
+
+
+class Backend(Protocol):
+    """What a backend promises."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None if this machine can run the backend, else the reason why not."""
+
+    def supports(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Empty if the backend can run ``spec``, else every reason why it cannot."""
+
+    def space(self, spec: KernelSpec) -> Space:
+        """The fields that may be tuned for ``spec``, with their defaults."""
+
+    def build(self, spec: KernelSpec, config: Config) -> Kernel:
+        """A kernel for ``spec``."""
+
+
+_HOMES = {"cpu": "attnkit.backends.cpu:backend", "reference": "attnkit.backends.reference:backend"}
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all backends, in-tree first."""
+    return (*_HOMES, *sorted(e.name for e in entry_points(group="attnkit.backends") if e.name not in _HOMES))
+
+
+@cache
+def get(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        AttnkitNotImplementedError: AK501, there is no such backend.
+    """
+    if name in _HOMES:
+        module, _, attribute = _HOMES[name].partition(":")
+        backend: Any = getattr(import_module(module), attribute)
+    else:
+        found = [e for e in entry_points(group="attnkit.backends") if e.name == name]
+        if not found:
+            raise error("AK501", where="backend", given=repr(name), allowed=", ".join(("auto", *names())))
+        backend = found[0].load()
+    return backend  # type: ignore[no-any-return]

@@ -1,0 +1,143 @@
+"""The CPU engine as a backend: a program becomes verified bytecode, a call becomes addresses and strides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnkit.backends import Kernel
+from attnkit.backends.cpu.engine import engine
+from attnkit.errors import AttnkitError, error
+from attnkit.ir.program import Layout
+from attnkit.plan.bytecode import Bytecode, emit
+from attnkit.plan.spec import Config, Field, KernelSpec, Space
+
+_BUFFER_DTYPES = {"torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3}
+# Status codes of csrc/cpu/problem.h.
+_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603"}
+
+
+class CpuBackend:
+    """See `attnkit.backends.Backend`."""
+
+    name = "cpu"
+
+    def available(self) -> str | None:
+        """None if the extension loads, else why it does not."""
+        try:
+            engine()
+        except AttnkitError as exc:
+            return exc.given or exc.what
+        return None
+
+    def supports(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Float32 tensors on the CPU; heads of 1 to 4096 channels."""
+        reasons = []
+        if spec.device != "cpu":
+            reasons.append(f"tensors are on {spec.device}, not on the CPU")
+        if spec.dtype != "float32":
+            reasons.append(f"dtype is {spec.dtype}, the engine computes float32")
+        if not (1 <= spec.head_dim <= 4096 and 1 <= spec.v_head_dim <= 4096):
+            reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..4096")
+        return tuple(reasons)
+
+    def space(self, spec: KernelSpec) -> Space:
+        """Tile sizes. A longer kv tile amortises the rescaling of o; a wider head fills the cache sooner."""
+        return {
+            "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
+            "tile_kv": Field("numeric", 128 if spec.head_dim <= 64 else 64, (32, 64, 96, 128)),
+        }
+
+    def build(self, spec: KernelSpec, config: Config) -> Kernel:
+        """Compile the program's score and mask to bytecode and bind the sizes that never change."""
+        return CpuKernel(spec, config)
+
+
+class CpuKernel:
+    """One program on the engine. Calling it reads and writes tensors in place; it allocates nothing of their size."""
+
+    def __init__(self, spec: KernelSpec, config: Config) -> None:
+        self.spec = spec
+        self.config = config
+        self.bytecode: Bytecode = emit(spec.program.attend, spec.program, engine().opcodes())
+        code = self.bytecode
+        try:
+            self.program = engine().Program(
+                code.code, code.score, code.mask, code.num_buffers, code.num_params
+            )
+        except ValueError as exc:
+            raise error("AK502", where="backend cpu", given=str(exc)) from exc
+        attend = spec.program.attend
+        self._scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
+        self._sink = attend.normalizer.sink
+        self._q_layout: Layout = spec.program.inputs[attend.q]
+        self._kv_layout: Layout = spec.program.inputs[attend.k]
+        self._attend = engine().attend
+
+    def __call__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        o: Any,
+        lse: Any | None,
+        buffers: list[Any],
+        params: list[float],
+        threads: int,
+    ) -> None:
+        """Compute ``o`` (and ``lse`` if given) in place.
+
+        Raises:
+            AttnkitValueError: AK601, a load of an existing pair reads outside its buffer; AK604, an integer
+                leaves 32 bits; AK605, an integer divisor may be zero.
+        """
+        sink = 0 if self._sink is None else buffers[self._sink].data_ptr()
+        fault, where = self._attend(
+            self.program,
+            q.data_ptr(), q.shape, q.stride(),
+            k.data_ptr(), k.shape, k.stride(),
+            v.data_ptr(), v.shape, v.stride(),
+            o.data_ptr(), o.stride(),
+            0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
+            self._scale, sink, self._sequences(q, k, buffers),
+            [buffer_tuple(b) for b in buffers], params, threads, self.config["tile_q"], self.config["tile_kv"],
+        )  # fmt: skip
+        if fault:
+            raise error(_FAULTS[fault], where=self._describe(where))
+
+    def _sequences(self, q: Any, k: Any, buffers: list[Any]) -> list[tuple[int, int, int, int, int]] | None:
+        """(batch, q start, q length, kv start, kv length) of every sequence; None means one per batch entry."""
+        if self._kv_layout.lengths is None:
+            return None
+        kv = buffers[self._kv_layout.lengths].tolist()
+        if self._kv_layout.kind == "padded":
+            return [(b, 0, q.shape[2], 0, n) for b, n in enumerate(kv)]
+        assert self._q_layout.lengths is not None  # the verifier allows packed k only beside packed q
+        cu = buffers[self._q_layout.lengths].tolist()
+        return [(0, cu[i], cu[i + 1] - cu[i], kv[i], kv[i + 1] - kv[i]) for i in range(len(cu) - 1)]
+
+    def block_counts(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> dict[str, int]:
+        """How many tiles of head (0, 0) are empty, partial and full, by the engine's own block analysis."""
+        sequences = self._sequences(q, k, buffers)
+        _, _, q_len, _, kv_len = sequences[0] if sequences else (0, 0, q.shape[2], 0, k.shape[2])
+        if q_len == 0 or kv_len == 0:
+            return {"empty": 0, "partial": 0, "full": 0}
+        tiles = engine().block_map(
+            self.program, q_len, kv_len, 0, 0, self.config["tile_q"], self.config["tile_kv"],
+            [buffer_tuple(b) for b in buffers], params,
+        )  # fmt: skip
+        return {kind: int((tiles == i).sum()) for i, kind in enumerate(("empty", "partial", "full"))}
+
+    def _describe(self, instruction: int) -> str:
+        if instruction < 0:
+            return "backend cpu"
+        opcode = int(self.bytecode.code[instruction, 0])
+        name = next(name for name, number in engine().opcodes().items() if number == opcode)
+        return f"score or mask, instruction {instruction} ({name}) of `attnkit dump --stage bytecode`"
+
+
+def buffer_tuple(buffer: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """A captured tensor as the engine takes it: address, dtype, sizes, strides."""
+    return buffer.data_ptr(), _BUFFER_DTYPES[str(buffer.dtype)], tuple(buffer.shape), buffer.stride()
+
+
+backend = CpuBackend()

@@ -1,0 +1,33 @@
+"""The compiled extension, loaded once and late.
+
+Where torch is already imported its OpenMP runtime is loaded too, and the engine's libgomp resolves to it: one pool of
+threads in the process, not two.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from types import ModuleType
+
+from attnkit.errors import error
+
+
+@cache
+def engine() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        AttnkitNotImplementedError: AK501, the extension is not built or does not load.
+        AttnkitValueError: AK401, ``ATTNKIT_ISA`` names an instruction set that this machine or build lacks.
+    """
+    try:
+        from attnkit import _engine
+    except ImportError as exc:
+        raise error("AK501", where="backend cpu", given=str(exc), hint="reinstall attnkit") from exc
+    cap = os.environ.get("ATTNKIT_ISA")
+    if cap is not None and cap not in _engine.isa_levels():
+        raise error("AK401", where="environment variable ATTNKIT_ISA", given=repr(cap),
+                    allowed=", ".join(_engine.isa_levels()))  # fmt: skip
+    module: ModuleType = _engine
+    return module

@@ -1,0 +1,56 @@
+"""The reference as a backend: asked for by name, to check the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnkit.backends import Kernel
+from attnkit.backends.reference.attend import attend
+from attnkit.plan.spec import Config, KernelSpec, Space
+
+
+class ReferenceBackend:
+    """See `attnkit.backends.Backend`."""
+
+    name = "reference"
+
+    def available(self) -> str | None:
+        """Always: numpy is all it needs."""
+        return None
+
+    def supports(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Float32 and float64 tensors in the CPU's memory."""
+        reasons = []
+        if spec.device != "cpu":
+            reasons.append(f"tensors are on {spec.device}, not on the CPU")
+        if spec.dtype not in ("float32", "float64"):
+            reasons.append(f"dtype is {spec.dtype}, not float32 or float64")
+        return tuple(reasons)
+
+    def space(self, spec: KernelSpec) -> Space:
+        """Nothing to tune."""
+        return {}
+
+    def build(self, spec: KernelSpec, config: Config) -> Kernel:
+        """A kernel that computes in float64 and rounds once, at the end."""
+
+        def kernel(
+            q: Any,
+            k: Any,
+            v: Any,
+            o: Any,
+            lse: Any | None,
+            buffers: list[Any],
+            params: list[float],
+            threads: int,
+        ) -> None:
+            q64, k64, v64, *captured = (t.detach().numpy() for t in (q, k, v, *buffers))
+            o64, lse64 = attend(spec.program, q64, k64, v64, captured, params)
+            o.numpy()[...] = o64
+            if lse is not None:
+                lse.numpy()[...] = lse64
+
+        return kernel
+
+
+backend = ReferenceBackend()

@@ -1,0 +1,89 @@
+"""The plan cache: program text, dtype, head dims and device decide the kernel; nothing else does."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from attnkit import backends
+from attnkit.backends import Kernel
+from attnkit.errors import error
+from attnkit.ir.text import parse
+from attnkit.plan.spec import Config, KernelSpec
+from attnkit.tune import default_config
+
+# Every distinct program text keeps one entry; a model has a handful. The bound only stops a leak.
+_MAX_ENTRIES = 4096
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A kernel, and how it came to be chosen."""
+
+    spec: KernelSpec
+    backend: str
+    config: Config
+    kernel: Kernel
+    rejected: dict[str, tuple[str, ...]]
+
+
+_cache: dict[tuple[str, str, int, int, str, str], Prepared] = {}
+_lock = threading.Lock()
+
+
+def choose(spec: KernelSpec, backend: str = "auto") -> tuple[str, dict[str, tuple[str, ...]]]:
+    """The backend that runs ``spec``, and why each other one does not.
+
+    The reference backend computes in float64 and materialises every pair: it runs only when it is asked for.
+
+    Raises:
+        AttnkitNotImplementedError: AK501, no such backend; AK502, none can run the problem.
+    """
+    candidates = [n for n in backends.names() if n != "reference"] if backend == "auto" else [backend]
+    rejected: dict[str, tuple[str, ...]] = {}
+    chosen = None
+    for name in candidates:
+        candidate = backends.get(name)
+        missing = candidate.available()
+        reasons = (f"not available: {missing}",) if missing else candidate.supports(spec)
+        if reasons:
+            rejected[name] = reasons
+        elif chosen is None:
+            chosen = name
+        else:
+            rejected[name] = (f"{chosen} comes first",)
+    if chosen is None:
+        given = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in rejected.items())
+        raise error("AK502", where=f"backend {backend!r}", given=given, allowed="float32 tensors on the CPU")
+    if backend == "auto":
+        rejected["reference"] = ("runs only when it is asked for",)
+    return chosen, rejected
+
+
+def prepare(
+    text: str, dtype: str, head_dim: int, v_head_dim: int, device: str = "cpu", backend: str = "auto"
+) -> Prepared:
+    """The kernel for a program text, built on first use.
+
+    Raises:
+        AttnkitError: AK1xx or AK2xx, the text is not a valid program; AK5xx, no backend can run it.
+    """
+    key = (text, dtype, head_dim, v_head_dim, device, backend)
+    found = _cache.get(key)
+    if found is not None:
+        return found
+    spec = KernelSpec(parse(text), dtype, head_dim, v_head_dim, device)
+    name, rejected = choose(spec, backend)
+    chosen = backends.get(name)
+    config = default_config(chosen.space(spec))
+    prepared = Prepared(spec, name, config, chosen.build(spec, config), rejected)
+    with _lock:
+        if len(_cache) >= _MAX_ENTRIES:
+            _cache.clear()
+        return _cache.setdefault(key, prepared)
+
+
+def clear() -> None:
+    """Forget every prepared kernel."""
+    with _lock:
+        _cache.clear()
