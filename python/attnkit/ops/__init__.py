@@ -1,0 +1,20 @@
+"""attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
+
+from attnkit.ops.explain import Report, explain
+from attnkit.ops.functional import attention, dense_attention, trace
+from attnkit.ops.install import InstalledReport, install, installed, installed_report, uninstall
+from attnkit.ops.sdpa import scaled_dot_product_attention
+
+__all__ = [
+    "InstalledReport",
+    "Report",
+    "attention",
+    "dense_attention",
+    "explain",
+    "install",
+    "installed",
+    "installed_report",
+    "scaled_dot_product_attention",
+    "trace",
+    "uninstall",
+]

@@ -1,0 +1,126 @@
+"""Arguments are checked here, before any memory is touched. Every message names the argument and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import error
+from attnkit.ir.program import Program
+
+_BUFFER_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
+
+
+def shape_of(t: Tensor) -> str:
+    """``[2, 8, 128, 64]``, for messages."""
+    return str(list(t.shape))
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Check that q, k and v go together, whatever the program.
+
+    Raises:
+        AttnkitError: AK402 not a tensor, AK403 shapes, AK404 dtypes, AK405 devices, AK407 head counts.
+    """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise error("AK402", where=name, given=type(t).__name__, allowed="a torch.Tensor")
+        if t.dim() != 4:
+            raise error("AK403", where=name, given=shape_of(t), allowed="[batch, heads, length, head_dim]")
+        if t.dtype != q.dtype:
+            raise error("AK404", where=name, given=str(t.dtype), allowed=f"the dtype of q, {q.dtype}")
+        if t.device != q.device:
+            raise error("AK405", where=name, given=str(t.device), allowed=f"the device of q, {q.device}")
+    if not q.is_floating_point():
+        raise error("AK404", where="q", given=str(q.dtype), allowed="float32")
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        raise error("AK403", where="q, k, v", given=_shapes(q, k, v), allowed="one batch size")
+    if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
+        raise error(
+            "AK403", where="k, v", given=_shapes(q, k, v), allowed="k and v of the same heads and length"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise error("AK403", where="q, k", given=_shapes(q, k, v), allowed="one head_dim")
+    if q.shape[3] == 0 or v.shape[3] == 0:
+        raise error("AK403", where="q, v", given=_shapes(q, k, v), allowed="head dims of at least 1")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+        raise error("AK407", where="q, k", given=_shapes(q, k, v))
+
+
+def check_bindings(
+    program: Program, q: Tensor, k: Tensor, buffers: Sequence[Tensor], params: Sequence[float]
+) -> None:
+    """Check that buffers and params are those the program declares, and that its lengths describe q, k and v.
+
+    Raises:
+        AttnkitError: AK401 counts, AK403 shapes, AK404 dtypes, AK405 devices, AK602 lengths.
+    """
+    if len(buffers) != len(program.buffers):
+        raise error(
+            "AK401", where="buffers", given=str(len(buffers)), allowed=f"{len(program.buffers)} tensors"
+        )
+    if len(params) != program.num_params:
+        raise error("AK401", where="params", given=str(len(params)), allowed=f"{program.num_params} numbers")
+    for i, (tensor, declared) in enumerate(zip(buffers, program.buffers, strict=True)):
+        where = f"buffer b{i}"
+        if tensor.dtype != _BUFFER_DTYPES[declared.dtype]:
+            raise error("AK404", where=where, given=str(tensor.dtype), allowed=declared.dtype)
+        if tensor.dim() != declared.rank:
+            raise error("AK403", where=where, given=shape_of(tensor), allowed=f"rank {declared.rank}")
+        if tensor.device != q.device:
+            raise error(
+                "AK405", where=where, given=str(tensor.device), allowed=f"the device of q, {q.device}"
+            )
+    attend = program.attend
+    if attend.normalizer.sink is not None:
+        sink = buffers[attend.normalizer.sink]
+        if sink.shape[0] != q.shape[1]:
+            raise error(
+                "AK403", where="sink", given=shape_of(sink), allowed=f"[{q.shape[1]}], one logit a head"
+            )
+        if not sink.is_contiguous():
+            raise error(
+                "AK403", where="sink", given=f"stride {sink.stride(0)}", allowed="a contiguous tensor"
+            )
+    _check_lengths(program, q, k, buffers)
+
+
+def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Tensor]) -> None:
+    q_layout, kv_layout = program.inputs[program.attend.q], program.inputs[program.attend.k]
+    if kv_layout.kind == "padded":
+        assert kv_layout.lengths is not None
+        lens = buffers[kv_layout.lengths]
+        if lens.shape[0] != q.shape[0]:
+            raise error(
+                "AK602", where="kv_lens", given=shape_of(lens), allowed=f"[{q.shape[0]}], one a batch entry"
+            )
+        if any(not 0 <= n <= k.shape[2] for n in lens.tolist()):
+            raise error("AK602", where="kv_lens", given=str(lens.tolist()[:8]), allowed=f"0..{k.shape[2]}")
+    elif kv_layout.kind == "packed":
+        assert q_layout.lengths is not None  # the verifier allows packed k only beside packed q
+        assert kv_layout.lengths is not None
+        cu_q, cu_kv = buffers[q_layout.lengths], buffers[kv_layout.lengths]
+        if q.shape[0] != 1:
+            raise error(
+                "AK602", where="q", given=shape_of(q), allowed="[1, heads, total, head_dim] beside cu_seqlens"
+            )
+        if cu_q.shape != cu_kv.shape:
+            given = f"{shape_of(cu_q)} and {shape_of(cu_kv)}"
+            raise error(
+                "AK602", where="cu_seqlens_q, cu_seqlens_kv", given=given, allowed="one number of sequences"
+            )
+        for name, cu, total in (
+            ("cu_seqlens_q", cu_q.tolist(), q.shape[2]),
+            ("cu_seqlens_kv", cu_kv.tolist(), k.shape[2]),
+        ):
+            if not cu or cu[0] != 0 or cu[-1] != total or any(a > b for a, b in pairwise(cu)):
+                raise error(
+                    "AK602", where=name, given=str(cu[:8]), allowed=f"0, ... not falling ..., {total}"
+                )

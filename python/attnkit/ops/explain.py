@@ -1,0 +1,92 @@
+"""`explain`: what a call would do, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from attnkit.backends.cpu.backend import CpuKernel
+from attnkit.ops.counts import recording
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """One attention call: what it is, where it would run, and why not elsewhere.
+
+    ``blocks`` counts the tiles of head (0, 0) that are empty, partial and full; ``config`` are the kernel's numbers.
+    """
+
+    backend: str
+    dtype: str
+    device: str
+    shapes: dict[str, list[int]]
+    text: str = ""
+    config: dict[str, int] = field(default_factory=dict)
+    rejected: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    blocks: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+        lines = [f"runs on {self.backend}: {self.dtype} on {self.device}, {shapes}"]
+        lines += [f"  {note}" for note in self.notes]
+        if self.config:
+            lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in self.config.items()))
+        if self.blocks:
+            lines.append("  blocks: " + ", ".join(f"{n} {kind}" for kind, n in self.blocks.items()))
+        lines += [f"  not on {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
+        lines += [f"  | {line}" for line in self.text.splitlines()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All attention calls of one function, in order."""
+
+    calls: tuple[CallReport, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.calls)) if self.calls else "no attention call was made"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return {"calls": [asdict(call) for call in self.calls]}
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Call ``function(*args, **kwargs)`` and say what each attention call in it would do.
+
+    No attention kernel runs: attention calls return zeros, everything else in the function is executed.
+
+    Raises:
+        AttnkitError: whatever the calls themselves would raise.
+    """
+    calls: list[CallReport] = []
+
+    def record(
+        *, prepared: Any, q: Any, k: Any, v: Any, buffers: list[Any], params: list[float], reason: str | None
+    ) -> None:
+        shapes = {name: list(t.shape) for name, t in (("q", q), ("k", k), ("v", v))}
+        dtype, device = str(q.dtype).removeprefix("torch."), q.device.type
+        if prepared is None:
+            calls.append(CallReport("torch", dtype, device, shapes, notes=(f"computed by torch: {reason}",)))
+            return
+        kernel = prepared.kernel
+        blocks = kernel.block_counts(q, k, buffers, params) if isinstance(kernel, CpuKernel) else {}
+        calls.append(
+            CallReport(
+                prepared.backend,
+                dtype,
+                device,
+                shapes,
+                prepared.spec.program.text,
+                prepared.config,
+                prepared.rejected,
+                blocks,
+            )
+        )
+
+    with recording(record):
+        function(*args, **kwargs)
+    return Report(tuple(calls))

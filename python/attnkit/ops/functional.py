@@ -1,0 +1,283 @@
+"""The public functions: attention as programs, checked, traced and run."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import error
+from attnkit.ir.mods import (
+    SoftmaxNormalizer,
+    alibi as alibi_score,
+    causal as causal_mask,
+    softcap as softcap_score,
+    window as window_mask,
+)
+from attnkit.ir.program import Program
+from attnkit.ir.text import parse
+from attnkit.ops import registry  # defines torch.ops.attnkit
+from attnkit.ops.check import check_bindings, check_qkv, shape_of
+from attnkit.ops.traced import Traceable, bind
+from attnkit.runtime import prepare
+
+Mod = Callable[..., Any]
+Output = Tensor | tuple[Tensor, Tensor]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None = None,
+    *,
+    score: Mod | None = None,
+    mask: Mod | None = None,
+    select: Any = None,
+    normalizer: SoftmaxNormalizer | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    block_mask: Any = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Output:
+    """Attention with any score and mask, compiled to one kernel.
+
+    ``o[b, h, i] = sum_j softmax_j(score(scale * q_i . k_j)) v_j`` over the keys j that ``mask`` lets i see.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, float32 on the CPU (float64 too with ``backend="reference"``), any strides.
+        k: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv, consecutive query heads share a kv head.
+        v: ``[B, Hkv, Skv, Dv]``.
+        score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
+        mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
+        select: data-dependent selection; not built yet.
+        normalizer: ``ak.softmax()``, or ``ak.softmax(sink)`` with one float32 logit per query head.
+        scale: finite and positive; None is ``D ** -0.5``.
+        dropout_p: not built yet; must be 0.
+        block_mask: not built yet; the block structure is found from ``mask`` itself.
+        cu_seqlens_q: int32 ``[N + 1]``: q is ``[1, Hq, total, D]``, packed; b, q_idx and the lengths are per segment.
+        cu_seqlens_kv: the same for k and v; both or neither.
+        kv_lens: int32 ``[B]``: only the first ``kv_lens[b]`` keys of each batch entry exist.
+        return_lse: also return the natural-log sum of exponentials, float32 ``[B, Hq, Sq]``, -inf where no key is seen.
+        backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (float64 numpy, materialised, for checking).
+
+    Returns:
+        ``o [B, Hq, Sq, Dv]`` in q's dtype, or ``(o, lse)``. A row that sees nothing is 0.
+
+    Raises:
+        AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong; AK5xx, not built, or gradients
+            are required and torch's op cannot stand in; AK6xx, an index or a length is wrong.
+    """
+    if v is None:
+        raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
+    check_qkv(q, k, v)
+    _check_not_built(select, block_mask, dropout_p, normalizer)
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
+        raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
+    _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
+    sink = None if normalizer is None else normalizer.sink
+    if sink is not None and (sink.dtype != torch.float32 or sink.dim() != 1):
+        raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
+    text, buffers, params = bind(Traceable(score, mask, scale, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens))
+    values = [float(p.value) for p in params]
+    if backend in ("auto", q.device.type):
+        o, lse = torch.ops.attnkit.attend(q, k, v, text, buffers, values, None, return_lse)
+    else:
+        o, lse = _run_on(backend, q, k, v, text, buffers, values)
+    return (o, lse) if return_lse else o
+
+
+def dense_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Mod | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    score: Mod | None = None,
+    sink: Tensor | None = None,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Output:
+    """Dense softmax attention with the usual modifiers, applied in this order: softcap, ALiBi, ``score``, masks.
+
+    Args:
+        q: as in `attention`, like k, v, score, mask, scale, the lengths, dropout_p and return_lse.
+        k: see q.
+        v: see q.
+        causal: bottom-right aligned: query i sees keys up to ``i + Skv - Sq``.
+        window: ``(left, right)``, inclusive distances from the query's position; None or -1 is unbounded.
+        mask: one more mask, joined with the others by "and".
+        softcap: c > 0 replaces the logit s by ``c * tanh(s / c)``.
+        alibi_slopes: float32 ``[Hq]`` or ``[B, Hq]``; subtracts ``slope * distance``.
+        score: applied after softcap and ALiBi.
+        sink: float32 ``[Hq]``, one more logit per head in the denominator, without a value.
+        scale: see q.
+        cu_seqlens_q: see q.
+        cu_seqlens_kv: see q.
+        kv_lens: see q.
+        dropout_p: see q.
+        return_lse: see q.
+
+    Returns:
+        As `attention`.
+
+    Raises:
+        AttnkitError: as `attention`; AK406 for a window that is not a pair.
+    """
+    masks: list[Mod] = []
+    if causal:
+        masks.append(causal_mask())
+    if window is not None:
+        masks.append(window_mask(*_pair(window)))
+    if mask is not None:
+        masks.append(mask)
+    scores: list[Mod] = []
+    if softcap is not None:
+        scores.append(softcap_score(softcap))
+    if alibi_slopes is not None:
+        scores.append(alibi_score(alibi_slopes))
+    if score is not None:
+        scores.append(score)
+    return attention(
+        q,
+        k,
+        v,
+        score=_in_turn(scores),
+        mask=_all_of(masks),
+        normalizer=None if sink is None else SoftmaxNormalizer(sink),
+        scale=scale,
+        dropout_p=dropout_p,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_kv=cu_seqlens_kv,
+        kv_lens=kv_lens,
+        return_lse=return_lse,
+    )
+
+
+def trace(function: Mod) -> Program:
+    """The program of one score (five arguments) or mask (four arguments) function, to look at or to keep.
+
+    Raises:
+        AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
+    """
+    arity = len(inspect.signature(function).parameters)
+    if arity not in (4, 5):
+        raise error(
+            "AK402",
+            where="function",
+            given=f"{arity} arguments",
+            allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
+        )
+    score, mask = (function, None) if arity == 5 else (None, function)
+    return parse(bind(Traceable(score, mask, None, None, None, None, None)).text)
+
+
+def _pair(window: Any) -> tuple[int | None, int | None]:
+    if not (isinstance(window, (tuple, list)) and len(window) == 2):
+        raise error("AK406", where="window", given=repr(window))
+    return window[0], window[1]
+
+
+def _in_turn(scores: list[Mod]) -> Mod | None:
+    if len(scores) < 2:
+        return scores[0] if scores else None
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        for each in scores:
+            s = each(s, b, h, q_idx, kv_idx)
+        return s
+
+    return score
+
+
+def _all_of(masks: list[Mod]) -> Mod | None:
+    if len(masks) < 2:
+        return masks[0] if masks else None
+
+    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        visible = masks[0](b, h, q_idx, kv_idx)
+        for each in masks[1:]:
+            visible = visible & each(b, h, q_idx, kv_idx)
+        return visible
+
+    return mask
+
+
+def _check_not_built(select: Any, block_mask: Any, dropout_p: float, normalizer: Any) -> None:
+    if select is not None:
+        raise error("AK504", where="select", what="selection is not built yet", allowed="None")
+    if block_mask is not None:
+        raise error(
+            "AK504",
+            where="block_mask",
+            what="block masks are not built yet",
+            allowed="None",
+            hint="pass mask=",
+        )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise error("AK401", where="dropout_p", given=str(dropout_p), allowed="0..1")
+    if dropout_p != 0.0:
+        raise error(
+            "AK504", where="dropout_p", what="dropout is not built yet", given=str(dropout_p), allowed="0.0"
+        )
+    if normalizer is not None and not isinstance(normalizer, SoftmaxNormalizer):
+        raise error("AK402", where="normalizer", given=type(normalizer).__name__, allowed="ak.softmax(...)")
+
+
+def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
+    if (cu_seqlens_q is None) != (cu_seqlens_kv is None):
+        raise error(
+            "AK408",
+            where="cu_seqlens_q, cu_seqlens_kv",
+            what="one is given without the other",
+            allowed="both or neither",
+        )
+    if cu_seqlens_q is not None and kv_lens is not None:
+        raise error(
+            "AK408",
+            where="kv_lens",
+            what="packed and padded lengths exclude each other",
+            allowed="one of them",
+        )
+    for name, lengths in (
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_kv", cu_seqlens_kv),
+        ("kv_lens", kv_lens),
+    ):
+        if lengths is None:
+            continue
+        if not isinstance(lengths, Tensor):
+            raise error("AK402", where=name, given=type(lengths).__name__, allowed="an int32 tensor")
+        if lengths.dtype != torch.int32:
+            raise error("AK404", where=name, given=str(lengths.dtype), allowed="torch.int32")
+        if lengths.dim() != 1:
+            raise error("AK403", where=name, given=shape_of(lengths), allowed="one dimension")
+
+
+def _run_on(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, text: str, buffers: list[Tensor], params: list[float]
+) -> tuple[Tensor, Tensor]:
+    """A backend asked for by name, outside the dispatcher: for checking, not for training."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *buffers)):
+        raise error("AK503", where=f"backend {backend!r}")
+    dtype = str(q.dtype).removeprefix("torch.")
+    prepared = prepare(text, dtype, q.shape[3], v.shape[3], q.device.type, backend)
+    check_bindings(prepared.spec.program, q, k, buffers, params)
+    o, lse = registry.outputs(q, v, need_lse=True)
+    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads())
+    return o, lse

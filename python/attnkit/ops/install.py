@@ -1,0 +1,135 @@
+"""The drop-in: torch's own attention op, overridden for the whole process, and an account of what went where."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.ops import sdpa, torch_sdpa
+from attnkit.ops.counts import counts, recorder
+
+
+@dataclass(frozen=True)
+class InstalledReport:
+    """What happened to the calls of torch's op since the first `install`.
+
+    ``attnkit`` calls were computed by attnkit, ``kernel_runs`` kernels ran in all (a compiled graph runs kernels without
+    another call), and ``torch`` counts, by reason, the calls that torch computed.
+    """
+
+    active: bool
+    attnkit: int
+    kernel_runs: int
+    torch: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"attnkit {self.attnkit} calls ({self.kernel_runs} kernels run), torch {sum(self.torch.values())} calls"
+        ]
+        lines += [f"  torch, {reason}: {n}" for reason, n in sorted(self.torch.items(), key=lambda x: -x[1])]
+        return "\n".join(lines)
+
+
+def _override(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    args = (query, key, value, attn_mask, dropout_p, is_causal)
+    if torch_sdpa.bypassed():
+        return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        form: sdpa.Form | str = "gradients required"
+    else:
+        form = sdpa.express(*args, scale, enable_gqa)
+    if not isinstance(form, str):
+        counts.take()
+        return sdpa.run(form, query)
+    if (record := recorder()) is not None:
+        record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
+        return query.new_zeros((*query.shape[:-1], value.shape[-1]))
+    counts.decline(form)
+    return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
+
+
+class _Override:
+    """The registration with torch's dispatcher, counted."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._library: Any = None
+        self.installs = 0
+
+    def add(self) -> bool:
+        """Count one more install; True if it was the first."""
+        with self._lock:
+            self.installs += 1
+            if self.installs > 1:
+                return False
+            counts.reset()
+            self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+            for key in ("CPU", "AutogradCPU"):
+                self._library.impl("scaled_dot_product_attention", _override, key)
+            return True
+
+    def remove(self) -> bool:
+        """Count one install less; True if it was the last."""
+        with self._lock:
+            if self.installs == 0:
+                return False
+            self.installs -= 1
+            if self.installs > 0:
+                return False
+            self._library._destroy()
+            self._library = None
+            return True
+
+
+_registration = _Override()
+
+
+def install() -> None:
+    """Let attnkit compute torch's scaled_dot_product_attention in this process, wherever it means exactly the same.
+
+    Calls that attnkit does not take (other dtypes, dropout, gradients) go on to torch and are counted by reason in
+    `installed_report`. Installs nest: the last `uninstall` removes the override. Compiled graphs are reset, because
+    they keep what they captured.
+    """
+    if _registration.add():
+        torch.compiler.reset()
+
+
+def uninstall() -> None:
+    """Undo one `install`; without one, do nothing."""
+    if _registration.remove():
+        torch.compiler.reset()
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """`install` for the length of a ``with`` block."""
+    install()
+    try:
+        yield
+    finally:
+        uninstall()
+
+
+def installed_report() -> InstalledReport:
+    """What went where since the first install."""
+    return InstalledReport(
+        _registration.installs > 0, counts.taken, counts.kernel_runs, dict(counts.declined)
+    )

@@ -1,0 +1,148 @@
+"""The torch ops: ``torch.ops.attnkit.attend``. Programs travel as text, captured tensors beside them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import error
+from attnkit.ir.program import Program
+from attnkit.ir.text import parse
+from attnkit.ops import torch_sdpa
+from attnkit.ops.check import check_bindings, check_qkv
+from attnkit.ops.counts import counts, recorder
+from attnkit.runtime import Prepared, prepare
+
+_lib: Any = torch.library.Library("attnkit", "DEF")  # type: ignore[no-untyped-call]
+_lib.define(
+    "attend(Tensor q, Tensor k, Tensor v, str program, Tensor[] buffers, float[] params, Tensor? seed, bool need_lse)"
+    " -> (Tensor o, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """``o [B, Hq, Sq, Dv]``, laid out as [B, Sq, Hq, Dv] because that is what models merge heads from, and lse."""
+    batch, heads, length, _ = q.shape
+    o = q.new_empty((batch, length, heads, v.shape[3])).transpose(1, 2)
+    return o, q.new_empty((batch, heads, length) if need_lse else (0,), dtype=torch.float32)
+
+
+def _attend_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: str,
+    buffers: list[Tensor],
+    params: list[float],
+    seed: Tensor | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
+    return outputs(q, v, need_lse)
+
+
+def _prepare(q: Tensor, v: Tensor, program: str) -> Prepared:
+    return prepare(program, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type)
+
+
+def _attend_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: str,
+    buffers: list[Tensor],
+    params: list[float],
+    seed: Tensor | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
+    if seed is not None:
+        raise error("AK504", where="seed", what="dropout is not built yet", hint="use dropout_p=0.0")
+    prepared = _prepare(q, v, program)
+    check_bindings(prepared.spec.program, q, k, buffers, params)
+    o, lse = outputs(q, v, need_lse)
+    record = recorder()
+    if record is not None:
+        record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
+        return o.zero_(), lse.zero_()
+    prepared.kernel(q, k, v, o, lse if need_lse else None, buffers, params, torch.get_num_threads())
+    counts.run()
+    return o, lse
+
+
+def _attend_autograd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: str,
+    buffers: list[Tensor],
+    params: list[float],
+    seed: Tensor | None,
+    need_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *buffers)):
+        return _with_gradients(q, k, v, program, buffers, need_lse)
+    args = (q, k, v, program, buffers, params, seed, need_lse)
+    if type(q) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
+        return _attend_kernel(*args)  # nobody is watching: spare the second trip through the dispatcher
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attnkit.attend.default(*args)  # type: ignore[no-any-return]
+
+
+def _with_gradients(
+    q: Tensor, k: Tensor, v: Tensor, program: str, buffers: list[Tensor], need_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """There is no backward kernel yet: torch's own op, where it means the same, and a typed error where it does not."""
+    check_qkv(q, k, v)
+    form = _torch_form(parse(program), bool(q.shape[2] == k.shape[2]))
+    if form is None or need_lse or k.shape[2] == 0:
+        given = "lse requested" if need_lse else "a program that torch's own attention op cannot express"
+        raise error(
+            "AK503",
+            where="torch.ops.attnkit.attend",
+            what="attnkit has no backward kernel yet",
+            given=f"tensors that require gradients, and {given}",
+            allowed="plain or causal softmax attention, which is then computed by torch",
+            hint="call it under torch.no_grad(), or detach its inputs",
+        )
+    is_causal, scale = form
+    reason = "gradients required"
+    if (record := recorder()) is not None:
+        record(prepared=None, q=q, k=k, v=v, buffers=buffers, params=[], reason=reason)
+        return outputs(q, v, False)
+    counts.decline(reason)
+    o = torch_sdpa.call(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1]))
+    return o, q.new_empty((0,), dtype=torch.float32)
+
+
+@lru_cache(maxsize=1)
+def _causal_masks() -> tuple[object, object]:
+    """The two causal masks as interned expressions: top-left aligned, bottom-right aligned."""
+    head = "attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd) {\n  o, lse = attend(q, k, v, scale = default) {\n    mask = "
+    tail = "\n    normalizer = softmax\n  }\n  return o\n}\n"
+    masks = [
+        parse(head + m + tail).attend.mask for m in ("kv_idx <= q_idx", "kv_idx <= q_idx + (kv_len - q_len)")
+    ]
+    return masks[0], masks[1]
+
+
+def _torch_form(program: Program, square: bool) -> tuple[bool, float | None] | None:
+    """(is_causal, scale) if torch's op computes this program, which is top-left causal or unmasked softmax."""
+    attend = program.attend
+    if program.buffers or attend.score.op != "var" or attend.normalizer.sink is not None:
+        return None
+    top_left, bottom_right = _causal_masks()
+    if attend.mask is None:
+        return False, attend.scale
+    if attend.mask is top_left or (square and attend.mask is bottom_right):
+        return True, attend.scale
+    return None
+
+
+_lib.impl("attend", _attend_kernel, "CPU")
+_lib.impl("attend", _attend_autograd, "AutogradCPU")
+torch.library.register_fake("attnkit::attend", _attend_fake, lib=_lib)

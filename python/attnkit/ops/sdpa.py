@@ -1,0 +1,184 @@
+"""torch's scaled_dot_product_attention, in attnkit's terms: top-left causal, broadcasting masks, any finite scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import error
+
+_INDEX = ("b", "h", "q_idx", "kv_idx")
+
+
+class Form(NamedTuple):
+    """One call of torch's op as a program over ``[B, H, S, D]`` tensors."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    text: str
+    buffers: list[Tensor]
+
+
+def express(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Form | str:
+    """The program of a call, or why attnkit does not take it."""
+    reason = _declined(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if reason is not None:
+        return reason
+    index: tuple[str, ...] | None = None
+    if attn_mask is not None:
+        broadcast = _broadcast(attn_mask, (*query.shape[-4:-1], key.shape[-2]), query.dim())
+        if isinstance(broadcast, str):
+            return broadcast
+        attn_mask, index = broadcast
+    kind = None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "f32"
+    text = _text(is_causal, scale, kind, index)
+    q, k, v = (_four_dimensional(t) for t in (query, key, value))
+    return Form(q, k, v, text, [] if attn_mask is None else [attn_mask])
+
+
+def _declined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> str | None:
+    """Why attnkit does not take a call, its mask's shape apart; None if it does."""
+    tensors = (query, key, value)
+    # In turn: what follows may rely on what precedes.
+    conditions: tuple[tuple[str, Callable[[], bool]], ...] = (
+        ("dropout", lambda: dropout_p != 0.0),
+        ("mixed dtypes", lambda: not query.dtype == key.dtype == value.dtype),
+        (f"dtype {query.dtype}", lambda: query.dtype != torch.float32),
+        (f"device {query.device.type}", lambda: any(t.device.type != "cpu" for t in tensors)),
+        ("rank", lambda: not 3 <= query.dim() <= 5 or query.dim() != key.dim() or query.dim() != value.dim()),
+        # torch has the better message for its own op
+        (
+            "shapes that do not go together",
+            lambda: query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2],
+        ),
+        (
+            "broadcasting q, k or v",
+            lambda: query.shape[:-3] != key.shape[:-3] or key.shape[:-2] != value.shape[:-2],
+        ),
+        ("empty tensors", lambda: any(0 in t.shape for t in tensors)),
+        ("broadcasting q, k or v", lambda: not _heads_match(query.shape[-3], key.shape[-3], enable_gqa)),
+        ("scale that is not finite", lambda: scale is not None and not math.isfinite(scale)),
+        ("mask beside is_causal", lambda: is_causal and attn_mask is not None),
+    )
+    return next((reason for reason, holds in conditions if holds()), None)
+
+
+def _heads_match(heads: int, kv_heads: int, enable_gqa: bool) -> bool:
+    return heads == kv_heads or (enable_gqa and heads % kv_heads == 0)
+
+
+def _broadcast(mask: Tensor, full: tuple[int, ...], rank: int) -> tuple[Tensor, tuple[str, ...]] | str:
+    """The mask without leading dimensions of size 1, and how a program indexes it; or why it cannot.
+
+    ``full`` are the sizes [B, H, L, S] that it broadcasts to (without B for ``rank`` 3).
+    """
+    if mask.dtype not in (torch.bool, torch.float32):
+        return f"mask of dtype {mask.dtype}"
+    if mask.device.type != "cpu":
+        return "mask on another device"
+    while mask.dim() > len(full) and mask.shape[0] == 1:
+        mask = mask[0]
+    if rank == 5 and mask.dim() >= 4 and mask.shape[-4] != 1:
+        return "mask of more than four dimensions"
+    if mask.dim() > len(full) or any(
+        m not in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)
+    ):
+        return "mask that does not broadcast"
+    # A dimension of size 1 or stride 0 is the same everywhere: index it with 0, and a padding mask costs a row.
+    names = _INDEX[4 - mask.dim() :]
+    dims = zip(names, mask.shape, mask.stride(), strict=True)
+    return mask, tuple(["0" if n == 1 or stride == 0 else name for name, n, stride in dims])
+
+
+def _four_dimensional(t: Tensor) -> Tensor:
+    if t.dim() == 4:
+        return t
+    return t.unsqueeze(0) if t.dim() == 3 else t.flatten(0, 1)
+
+
+@lru_cache(maxsize=1024)
+def _text(is_causal: bool, scale: float | None, mask: str | None, index: tuple[str, ...] | None) -> str:
+    load = f"b0[{', '.join(index)}]" if index is not None else ""
+    lines = []
+    factor = "default" if scale is None else repr(float(scale))
+    score = "s"
+    if scale is not None and scale <= 0:  # a program's scale is positive; torch allows any
+        factor, score = "1.0", f"s * {float(scale)!r}"
+    if mask == "f32":
+        score += f" + {load}"
+    if score != "s":
+        lines.append(f"score = {score}")
+    if is_causal:
+        lines.append("mask = kv_idx <= q_idx")
+    elif mask == "bool":
+        lines.append(f"mask = {load}")
+    lines.append("normalizer = softmax")
+    body = "\n    ".join(lines)
+    buffers = f" buffers(b0: {mask}[{len(index)}])" if index is not None else ""
+    return (
+        f"attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd){buffers} {{\n"
+        f"  o, lse = attend(q, k, v, scale = {factor}) {{\n    {body}\n  }}\n  return o, lse\n}}\n"
+    )
+
+
+def run(form: Form, query: Tensor) -> Tensor:
+    """Compute a form; the result has the query's leading dimensions."""
+    o: Tensor = torch.ops.attnkit.attend(form.q, form.k, form.v, form.text, form.buffers, [], None, False)[0]
+    return o if query.dim() == 4 else o.reshape(*query.shape[:-1], form.v.shape[-1])
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`, computed by attnkit or not at all.
+
+    ``query [..., Hq, L, E]``, ``key [..., H, S, E]``, ``value [..., H, S, Ev]`` of 3 to 5 dimensions, float32 on the
+    CPU; ``attn_mask`` broadcasts to ``[..., Hq, L, S]``: bool (True = visible) or float32 (added to the logits).
+    Causal is top-left aligned, as torch's is. A row that sees nothing gives 0.
+
+    Raises:
+        AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, gradients are required and
+            torch's op cannot stand in.
+    """
+    form = express(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if isinstance(form, str):
+        raise error(
+            "AK504",
+            where="scaled_dot_product_attention",
+            what="this form of the call is not taken by attnkit",
+            given=form,
+            allowed="float32 CPU tensors of 3 to 5 dimensions, bool or float32 masks, no dropout",
+            hint="torch.nn.functional.scaled_dot_product_attention computes it; attnkit.install() goes there and counts it",
+        )
+    return run(form, query)

@@ -1,0 +1,186 @@
+"""Traces kept between calls: a function is known by its code and by what it captured, never by its name or source.
+
+Captured numbers count by value, captured tensors by dtype and shape (their contents arrive as buffers), captured
+functions likewise in turn. Whatever else a function captured, or anything it asked of a tensor but its shape, could
+change unseen: such a function is traced again at every call.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from attnkit.ir.mods import Mask
+from attnkit.ir.trace import Param, Traced, build_text
+from attnkit.ops.tracing import trace_mods
+
+_MAX_ENTRIES = 4096
+_STATELESS = (torch, math, operator, np, builtins, torch.nn.functional, torch.special)
+_NUMBERS = (bool, int, float, str, type(None), torch.dtype)
+
+
+class Traceable(NamedTuple):
+    """Everything that decides a program's text."""
+
+    score: Callable[..., Any] | None
+    mask: Callable[..., Any] | None
+    scale: float | None
+    sink: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_kv: Tensor | None
+    kv_lens: Tensor | None
+
+
+class Bound(NamedTuple):
+    """A program text with the tensors and params that this call gives it."""
+
+    text: str
+    buffers: list[Tensor]
+    params: list[Param]
+
+
+class _Entry(NamedTuple):
+    text: str
+    buffers: tuple[int, ...]  # slots of the fingerprint
+    params: tuple[int, ...]
+
+
+_cache: dict[Any, _Entry] = {}
+
+
+class _Unknown(Exception):
+    """The function captured something whose changes we could not see."""
+
+
+class _Fingerprint:
+    """What a set of functions captured, in the order in which it is met."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.params: list[Param] = []
+
+    def of(self, value: Any) -> Any:
+        """A hashable stand-in for ``value``: equal stand-ins trace to equal texts."""
+        if isinstance(value, _NUMBERS):
+            return (type(value), repr(value))
+        if isinstance(value, Tensor):
+            return ("tensor", _slot(self.tensors, value), value.dtype, value.shape)
+        if isinstance(value, Param):
+            return ("param", _slot(self.params, value))
+        if isinstance(value, Mask):
+            return ("mask", self.of(value.function))
+        if isinstance(value, (tuple, list)):
+            return (type(value), *map(self.of, value))
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, types.BuiltinFunctionType) or any(value is module for module in _STATELESS):
+            return ("stateless", id(value))
+        raise _Unknown
+
+    def _function(self, function: types.FunctionType) -> Any:
+        cells = tuple(self.of(cell.cell_contents) for cell in function.__closure__ or ())
+        defaults = self.of(function.__defaults__ or ())
+        keywords = tuple((k, self.of(v)) for k, v in (function.__kwdefaults__ or {}).items())
+        if (function.__module__ or "").startswith("attnkit."):
+            return (function.__code__, cells, defaults, keywords)  # our globals do not change
+        used = _global_names(function.__code__)
+        known = tuple((n, self.of(function.__globals__[n])) for n in used if n in function.__globals__)
+        return (function.__code__, cells, defaults, keywords, known)
+
+
+_SHAPE_QUERIES = {
+    Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.dim, Tensor.size, Tensor.__len__, Tensor.numel,
+}  # fmt: skip
+
+
+class _Watch(TorchFunctionMode):
+    """Notices whether the traced functions computed with tensors, so that values went into the trace."""
+
+    read_values = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _SHAPE_QUERIES:
+            self.read_values = True
+        return func(*args, **(kwargs or {}))
+
+
+def bind(what: Traceable) -> Bound:
+    """Trace, or recall the trace of, a program.
+
+    Raises:
+        AttnkitError: AK3xx or AK201, a function does what cannot be traced.
+    """
+    if torch.compiler.is_compiling():
+        return _trace(what)
+    prints = _Fingerprint()
+    try:
+        key = tuple(map(prints.of, what))
+    except (_Unknown, ValueError):  # ValueError: an empty cell
+        return _trace(what)
+    entry = _cache.get(key)
+    if entry is None:
+        with _Watch() as watch:
+            bound = _trace(what)
+        entry = None if watch.read_values else _remember(key, bound, prints)
+        if entry is None:
+            return bound
+    return Bound(
+        entry.text, [prints.tensors[i] for i in entry.buffers], [prints.params[i] for i in entry.params]
+    )
+
+
+def _trace(what: Traceable) -> Bound:
+    traced: Traced = trace_mods(what.score, what.mask)
+    text = build_text(
+        traced,
+        scale=what.scale,
+        sink=what.sink,
+        cu_seqlens_q=what.cu_seqlens_q,
+        cu_seqlens_kv=what.cu_seqlens_kv,
+        kv_lens=what.kv_lens,
+    )
+    return Bound(text, traced.buffers, traced.params)
+
+
+def _remember(key: Any, bound: Bound, prints: _Fingerprint) -> _Entry | None:
+    buffers = [_find(prints.tensors, t) for t in bound.buffers]
+    params = [_find(prints.params, p) for p in bound.params]
+    if None in buffers or None in params:
+        return None  # a tensor made while tracing: its values may differ next time
+    if len(_cache) >= _MAX_ENTRIES:
+        _cache.clear()
+    entry = _Entry(
+        bound.text, tuple(i for i in buffers if i is not None), tuple(i for i in params if i is not None)
+    )
+    _cache[key] = entry
+    return entry
+
+
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    names = list(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names += _global_names(constant)
+    return tuple(names)
+
+
+def _find(items: list[Any], item: Any) -> int | None:
+    return next((i for i, other in enumerate(items) if other is item), None)
+
+
+def _slot(items: list[Any], item: Any) -> int:
+    found = _find(items, item)
+    if found is None:
+        items.append(item)
+        return len(items) - 1
+    return found
