@@ -47,17 +47,16 @@ inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, in
   for (; lane < bm; lane += kLanes) qk_columns<kMaxKeyRows, 1>(qt + lane, bm, k, k_stride, count, depth, s + lane);
 }
 
-// O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide.
+// O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide. A tile's keys are
+// summed by themselves first: two short sums lose fewer bits than one long one.
 template <int kRows, int kVecs>
 ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count,
                             const float* alpha, float* o, int32_t o_stride) {
   vf acc[kRows][kVecs];
 #pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r) {
-    const vf a = set1(alpha[r]);
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) acc[r][c] = load(o + static_cast<int64_t>(r) * o_stride + c * kLanes) * a;
-  }
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = vf{};
   for (int32_t n = 0; n < count; ++n) {
     vf value[kVecs];
 #pragma GCC unroll 4
@@ -71,9 +70,14 @@ ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const float* v, int64_t 
     }
   }
 #pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
+    const vf a = set1(alpha[r]);
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) store(o + static_cast<int64_t>(r) * o_stride + c * kLanes, acc[r][c]);
+    for (int c = 0; c < kVecs; ++c) {
+      float* x = o + static_cast<int64_t>(r) * o_stride + c * kLanes;
+      store(x, fma(load(x), a, acc[r][c]));
+    }
+  }
 }
 
 template <int kVecs>
@@ -104,7 +108,7 @@ inline int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; 
 // Where things lie in a thread's workspace, in floats; every part starts on a cache line.
 struct Layout {
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
-  size_t qt, s, o, max2, sum, alpha, k, v, scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key,
+  size_t qt, s, o, guarded, max2, sum, alpha, k, v, scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key,
       bad_strip, total;
 
   Layout(const Call& c, int32_t lanes) {
@@ -120,6 +124,7 @@ struct Layout {
     qt = take(p.head_dim, bm);
     s = take(c.tile_kv + kMaxKeyRows, bm);
     o = take(bm, dv);
+    guarded = take(bm, dv);
     max2 = take(1, bm);
     sum = take(1, bm);
     alpha = take(1, bm);
@@ -365,7 +370,7 @@ class Forward {
       const vf alpha = exp2<true>(old_max2[v] - pivot[v]);
       store(ws_ + at_.max2 + lane + v * kLanes, max2[v]);
       store(ws_ + at_.alpha + lane + v * kLanes, alpha);
-      sum[v] = load(ws_ + at_.sum + lane + v * kLanes) * alpha;
+      sum[v] = vf{};
     }
     for (int32_t n = 0; n < count; ++n)
       for (int v = 0; v < kVecs; ++v) {
@@ -374,7 +379,10 @@ class Forward {
         sum[v] += w;
         store(x, w);
       }
-    for (int v = 0; v < kVecs; ++v) store(ws_ + at_.sum + lane + v * kLanes, sum[v]);
+    for (int v = 0; v < kVecs; ++v) {
+      float* total = ws_ + at_.sum + lane + v * kLanes;
+      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes), sum[v]));
+    }
   }
 
   void softmax(int32_t count) {
@@ -406,12 +414,8 @@ class Forward {
   void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count) {
     tile_first_ = first;
     tile_count_ = count;
-    float* o = ws_ + at_.o;
-    for (int32_t m = 0; m < t_.lanes(); ++m)
-      for (int32_t d = 0; d < at_.dv; d += kLanes) {
-        float* x = o + static_cast<int64_t>(m) * at_.dv + d;
-        store(x, load(x) * set1(ws_[at_.alpha + m]));
-      }
+    float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
+    clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
     for (int32_t strip = 0; strip < count; strip += kStrip) {
       const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
       run_strip(strip, rows, false, true);
@@ -420,11 +424,16 @@ class Forward {
           if (!live(strip, r, m)) continue;
           const vf w = set1(ws_[at_.s + static_cast<size_t>((strip + r) * at_.bm + m)]);
           for (int32_t d = 0; d < at_.dv; d += kLanes) {
-            float* x = o + static_cast<int64_t>(m) * at_.dv + d;
+            float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
             store(x, fma(w, load(v + (strip + r) * stride + d), load(x)));
           }
         }
     }
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      for (int32_t d = 0; d < at_.dv; d += kLanes) {
+        const int64_t i = static_cast<int64_t>(m) * at_.dv + d;
+        store(o + i, fma(load(o + i), set1(ws_[at_.alpha + m]), load(acc + i)));
+      }
   }
 
   const Call& c_;

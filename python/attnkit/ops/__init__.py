@@ -1,6 +1,6 @@
 """attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
 
-from attnkit.ops.explain import Report, explain
+from attnkit.ops.report import Report, explain
 from attnkit.ops.functional import attention, dense_attention, trace
 from attnkit.ops.install import InstalledReport, install, installed, installed_report, uninstall
 from attnkit.ops.sdpa import scaled_dot_product_attention
