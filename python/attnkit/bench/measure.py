@@ -1,0 +1,128 @@
+"""Timing rivals fairly on a noisy machine: interleaved rounds, medians, ratios taken round by round.
+
+The clock of a shared machine moves by tens of per cent within a second. What happens in one round happens to every
+contender alike, so ratios are formed within rounds, and the median over rounds is reported with its interval.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+# A turn shorter than this is repeated within the round: below it, the clock and cold caches are what is measured.
+_MIN_TURN_S = 2e-3
+_MAX_REPEATS = 200
+_LONG_S = 0.1
+_MIN_ROUNDS = 5
+_PRECISION = 0.005  # rounds stop early once every median is known this well
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median, the 95 % interval it lies in, and the number of values it is the median of."""
+
+    median: float
+    lo: float
+    hi: float
+    n: int
+
+    def scaled(self, factor: float) -> Interval:
+        """The interval in another unit."""
+        return Interval(self.median * factor, self.lo * factor, self.hi * factor, self.n)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A callable that competes; ``context`` is entered around its turn, outside the time taken."""
+
+    run: Callable[[], object]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+Rounds = dict[str, list[float]]  # seconds per call of each contender; equal positions are the same round
+
+
+def measure(
+    contenders: Mapping[str, Contender],
+    *,
+    seconds: float,
+    rounds: int | None = None,
+    after_round: Callable[[], None] = lambda: None,
+) -> Rounds:
+    """Call every contender in turn, round after round, and return the seconds each call took.
+
+    The first round warms up and sets how often short calls repeat; it is thrown away. Without ``rounds`` there are at
+    least 3, then as many as fit into ``seconds``, fewer if the medians settle. Every round starts with another contender,
+    so that none always runs after the same rival. ``after_round`` may measure something else beside them.
+    """
+    names = list(contenders)
+    start = time.perf_counter()
+    warm = {name: _turn(contenders[name], 1) for name in names}
+    for name, first in warm.items():
+        if first < _LONG_S:  # the first call of a short one is mostly start-up
+            warm[name] = _turn(contenders[name], 1)
+    repeats = {name: min(_MAX_REPEATS, math.ceil(_MIN_TURN_S / max(t, 1e-9))) for name, t in warm.items()}
+    times: Rounds = {name: [] for name in names}
+    done = 0
+    while done < (rounds if rounds is not None else 3) or (
+        rounds is None and time.perf_counter() - start < seconds and not _settled(times)
+    ):
+        for i in range(len(names)):
+            name = names[(done + i) % len(names)]
+            times[name].append(_turn(contenders[name], repeats[name]))
+        after_round()
+        done += 1
+    return times
+
+
+def interval(values: list[float]) -> Interval:
+    """The median of ``values`` and its distribution-free 95 % interval (order statistics).
+
+    With fewer than six values no such interval exists, and the range is given.
+    """
+    ordered = sorted(values)
+    n = len(ordered)
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    rank = _lower_rank(n)
+    return Interval(middle, ordered[rank], ordered[n - 1 - rank], n)
+
+
+def ratio(times: Rounds, slow: str, fast: str) -> Interval:
+    """How many times faster ``fast`` is than ``slow``: the median over rounds of their ratio in each round."""
+    return interval([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+
+
+def _turn(contender: Contender, repeats: int) -> float:
+    with contender.context():
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            start = time.perf_counter()
+            for _ in range(repeats):
+                contender.run()
+            return (time.perf_counter() - start) / repeats
+        finally:
+            if collecting:
+                gc.enable()
+
+
+def _settled(times: Rounds) -> bool:
+    for values in times.values():
+        if len(values) < 3 * _MIN_ROUNDS:
+            return False
+        known = interval(values)
+        if known.hi - known.lo > 2 * _PRECISION * known.median:
+            return False
+    return True
+
+
+def _lower_rank(n: int) -> int:
+    """The rank r for which the median lies between the r-th and (n-1-r)-th value in 95 % of cases (0 if n < 6).
+
+    The normal approximation of the binomial, rounded to the safe side.
+    """
+    return max(0, int((n - 1 - 1.96 * math.sqrt(n)) / 2))
