@@ -1,0 +1,123 @@
+"""What every test shares: a printed seed, counted skips, poisoned workspaces, one run per instruction set."""
+
+import importlib.util
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+# Spinning threads of several test processes would wait for each other's time slices. Read once, when OpenMP loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+SEED = int(os.environ.get("ATTNKIT_TEST_SEED", "20240229"))
+THREADS = 2
+
+# The ordinary run repeats itself exactly; `make fuzz` looks for something new, and prints how to replay it.
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.register_profile(
+    "fuzz", deadline=None, print_blob=True, derandomize=False, max_examples=5000
+)
+hypothesis.settings.load_profile("default")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--max-skips", type=int, default=None, help="fail when more tests are skipped, gpu tests apart"
+    )
+
+
+def pytest_report_header() -> str:
+    return f"ATTNKIT_TEST_SEED={SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not _has_gpu():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        engine = _engine()
+        assert engine is not None, "attnkit._engine is not built: run `make dev`"
+        metafunc.parametrize("isa", engine.isa_levels(), indirect=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say what did not run and why: a suite that is silently skipped must not look green."""
+    counted = Counter(_skip_reason(report) for report in terminalreporter.stats.get("skipped", []))
+    deselected = len(terminalreporter.stats.get("deselected", []))
+    terminalreporter.section("not run")
+    terminalreporter.line(f"skipped {counted.total()}, deselected {deselected} (seed {SEED})")
+    for reason, count in counted.most_common():
+        terminalreporter.line(f"  {count:5d} x {reason}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    limit = session.config.getoption("--max-skips")
+    reporter: Any = session.config.pluginmanager.getplugin("terminalreporter")
+    if limit is None or reporter is None or hasattr(session.config, "workerinput"):
+        return
+    skipped = [report for report in reporter.stats.get("skipped", []) if "gpu" not in report.keywords]
+    if len(skipped) > limit and session.exitstatus == pytest.ExitCode.OK:
+        reporter.line(f"\n{len(skipped)} tests skipped, {limit} allowed", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """A generator of this test's own: the same numbers whichever other tests run."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _poisoned_workspaces() -> None:
+    """Engine workspaces start full of NaN, so that a read of what was never written shows."""
+    engine = _engine()
+    if engine is not None:
+        engine.set_poison(True)
+
+
+@pytest.fixture
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once per instruction set level of this machine, and check that the level was used."""
+    engine = _engine()
+    name: str = request.param
+    before = engine.current_isa()
+    engine.set_isa(name)
+    try:
+        yield name
+        assert engine.last_isa() in ("", name), f"asked for {name}, ran {engine.last_isa()}"
+    finally:
+        engine.set_isa(before)
+
+
+def _engine() -> Any:
+    """The compiled engine, or None where it is not built; torch goes first, so that both share one libgomp."""
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(THREADS)
+    if importlib.util.find_spec("attnkit._engine") is None:
+        return None
+    return importlib.import_module("attnkit._engine")
+
+
+def _has_gpu() -> bool:
+    if not importlib.util.find_spec("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _skip_reason(report: Any) -> str:
+    longrepr = report.longrepr
+    return str(longrepr[2] if isinstance(longrepr, tuple) else longrepr).removeprefix("Skipped: ")
