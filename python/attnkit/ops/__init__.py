@@ -2,7 +2,7 @@
 
 from attnkit.ops.report import Report, explain
 from attnkit.ops.functional import attention, dense_attention, trace
-from attnkit.ops.install import InstalledReport, install, installed, installed_report, uninstall
+from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
 from attnkit.ops.sdpa import scaled_dot_product_attention
 
 __all__ = [

@@ -1,0 +1,69 @@
+"""The CPU engine's face (csrc/bind/module.cc). Tensors are addresses, shapes and strides in elements."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = Sequence[int]
+BufferTuple = tuple[int, int, Ints, Ints]  # address, dtype number, sizes, strides
+
+compiler: str
+
+class Program:
+    """A verified tile-bytecode program; the only thing the engine runs. ValueError says why code is refused."""
+
+    def __init__(
+        self, code: npt.NDArray[np.int32], score: int, mask: int, num_buffers: int, num_params: int
+    ) -> None: ...
+    @property
+    def num_instructions(self) -> int: ...
+    @property
+    def ranks(self) -> list[int]: ...
+
+def opcodes() -> dict[str, int]: ...
+def attend(
+    program: Program,
+    q: int,
+    q_shape: Ints,
+    q_stride: Ints,
+    k: int,
+    k_shape: Ints,
+    k_stride: Ints,
+    v: int,
+    v_shape: Ints,
+    v_stride: Ints,
+    o: int,
+    o_stride: Ints,
+    lse: int,
+    lse_stride: Ints,
+    scale: float,
+    sink: int,
+    sequences: Sequence[tuple[int, int, int, int, int]] | None,
+    buffers: Sequence[BufferTuple],
+    params: Sequence[float],
+    threads: int,
+    tile_q: int,
+    tile_kv: int,
+    /,
+) -> tuple[int, int]: ...
+def block_map(
+    program: Program,
+    q_len: int,
+    kv_len: int,
+    b: int,
+    h: int,
+    q_block: int,
+    kv_block: int,
+    buffers: Sequence[BufferTuple],
+    params: Sequence[float],
+    /,
+) -> npt.NDArray[np.uint8]: ...
+def evaluate(opcode: str, args: Sequence[npt.NDArray[np.float32]], /) -> npt.NDArray[np.float32]: ...
+def isa_levels() -> list[str]: ...
+def current_isa() -> str: ...
+def set_isa(name: str, /) -> None: ...
+def last_isa() -> str: ...
+def set_poison(on: bool, /) -> None: ...
+def fma_gflops(threads: int, rounds: int = ...) -> float: ...
+def read_gbytes_per_s(threads: int, memory: npt.NDArray[np.float32]) -> float: ...
