@@ -104,7 +104,7 @@ class Program:
                 _interned[key] = program
             return program
 
-    @property
+    @cached_property
     def attend(self) -> Attend:
         """The attention of the program (a verified program has exactly one)."""
         return next(op for op in self.ops if isinstance(op, Attend))

@@ -1,8 +1,8 @@
 """attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
 
-from attnkit.ops.report import Report, explain
-from attnkit.ops.functional import attention, dense_attention, trace
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
+from attnkit.ops.functional import attention, dense_attention, trace
+from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
 
 __all__ = [

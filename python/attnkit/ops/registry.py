@@ -27,8 +27,11 @@ _lib.define(
 def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     """``o [B, Hq, Sq, Dv]``, laid out as [B, Sq, Hq, Dv] because that is what models merge heads from, and lse."""
     batch, heads, length, _ = q.shape
-    o = q.new_empty((batch, length, heads, v.shape[3])).transpose(1, 2)
-    return o, q.new_empty((batch, heads, length) if need_lse else (0,), dtype=torch.float32)
+    width = v.shape[3]
+    stride = (length * heads * width, width, heads * width, 1)
+    o = torch.empty_strided((batch, heads, length, width), stride, dtype=q.dtype, device=q.device)
+    shape = (batch, heads, length) if need_lse else (0,)
+    return o, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 def _attend_fake(

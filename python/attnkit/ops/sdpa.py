@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -62,29 +61,31 @@ def _declined(
     enable_gqa: bool,
 ) -> str | None:
     """Why attnkit does not take a call, its mask's shape apart; None if it does."""
-    tensors = (query, key, value)
-    # In turn: what follows may rely on what precedes.
-    conditions: tuple[tuple[str, Callable[[], bool]], ...] = (
-        ("dropout", lambda: dropout_p != 0.0),
-        ("mixed dtypes", lambda: not query.dtype == key.dtype == value.dtype),
-        (f"dtype {query.dtype}", lambda: query.dtype != torch.float32),
-        (f"device {query.device.type}", lambda: any(t.device.type != "cpu" for t in tensors)),
-        ("rank", lambda: not 3 <= query.dim() <= 5 or query.dim() != key.dim() or query.dim() != value.dim()),
-        # torch has the better message for its own op
-        (
-            "shapes that do not go together",
-            lambda: query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2],
-        ),
-        (
-            "broadcasting q, k or v",
-            lambda: query.shape[:-3] != key.shape[:-3] or key.shape[:-2] != value.shape[:-2],
-        ),
-        ("empty tensors", lambda: any(0 in t.shape for t in tensors)),
-        ("broadcasting q, k or v", lambda: not _heads_match(query.shape[-3], key.shape[-3], enable_gqa)),
-        ("scale that is not finite", lambda: scale is not None and not math.isfinite(scale)),
-        ("mask beside is_causal", lambda: is_causal and attn_mask is not None),
-    )
-    return next((reason for reason, holds in conditions if holds()), None)
+    if dropout_p != 0.0:
+        return "dropout"
+    if not query.dtype == key.dtype == value.dtype:
+        return "mixed dtypes"
+    if query.dtype != torch.float32:
+        return f"dtype {query.dtype}"
+    if not query.is_cpu:
+        return f"device {query.device.type}"
+    if scale is not None and not math.isfinite(scale):
+        return "scale that is not finite"
+    if is_causal and attn_mask is not None:
+        return "mask beside is_causal"
+    return _shapes_declined(query.shape, key.shape, value.shape, enable_gqa)
+
+
+def _shapes_declined(q: torch.Size, k: torch.Size, v: torch.Size, enable_gqa: bool) -> str | None:
+    if not 3 <= len(q) <= 5 or len(q) != len(k) or len(q) != len(v):
+        return "rank"
+    if q[-1] != k[-1] or k[-2] != v[-2]:
+        return "shapes that do not go together"  # torch has the better message for its own op
+    if 0 in q or 0 in k or 0 in v:
+        return "empty tensors"
+    if q[:-3] != k[:-3] or k[:-2] != v[:-2] or not _heads_match(q[-3], k[-3], enable_gqa):
+        return "broadcasting q, k or v"
+    return None
 
 
 def _heads_match(heads: int, kv_heads: int, enable_gqa: bool) -> bool:
