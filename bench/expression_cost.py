@@ -22,8 +22,7 @@ import numpy as np
 import torch
 
 import attnkit as ak
-from attnkit import _engine
-from attnkit.bench.records import machine_info
+from attnkit.bench import machine
 
 HEADS, LENGTH, DIM, THREADS = 8, 2048, 64, 2
 COUNTS = (0, 2, 4, 6, 8)
@@ -36,10 +35,10 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "tile + tile": lambda s, x, h, q, k: x + s,
     "tile + per-query": lambda s, x, h, q, k: x + q,
     "tile + per-key": lambda s, x, h, q, k: x + k,
-    "compare and select": lambda s, x, h, q, k: torch.where(x < 1.0, x, s),
+    "compare and select (2 instructions)": lambda s, x, h, q, k: torch.where(x < 1.0, x, s),
     "tanh": lambda s, x, h, q, k: torch.tanh(x),
-    "exp": lambda s, x, h, q, k: torch.exp(x - 3.0),
-    "ALiBi (4 instructions)": lambda s, x, h, q, k: x - slopes[h] * (q - k).abs(),
+    "exp(x - 3) (2 instructions)": lambda s, x, h, q, k: torch.exp(x - 3.0),
+    "ALiBi (5 instructions)": lambda s, x, h, q, k: x - slopes[h] * (q - k).abs(),
     "load bias[h, q, kv]": lambda s, x, h, q, k: x + bias[h, q % LENGTH, k % LENGTH],
 }
 
@@ -99,11 +98,11 @@ def main() -> int:
             }
         )
         sys.stdout.write(
-            f"{name:26s} {ns:8.0f} ns a tile  {100 * slope / medians[0]:6.2f} % of the plain forward\n"
+            f"{name:36s} {ns:8.0f} ns a tile  {100 * slope / medians[0]:6.2f} % of the plain forward\n"
         )
     if options.json:
         shape = {"b": 1, "hq": HEADS, "sq": LENGTH, "d": DIM}
-        result = {"machine": machine_info(), "isa": _engine.last_isa(), "threads": THREADS, "shape": shape, "config": config,
+        result = {"machine": machine.describe(), "commit": machine.commit(), "threads": THREADS, "shape": shape, "config": config,
                   "elements_per_tile": round(elements), "operators": rows}  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

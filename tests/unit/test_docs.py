@@ -15,6 +15,13 @@ def test_generated_pages_are_current(name: str) -> None:
     assert (ROOT / "docs" / name).read_text() == PAGES[name](), "run: python docs/generate.py"
 
 
+def test_measured_tables_are_those_of_the_result_files() -> None:
+    update = runpy.run_path(str(ROOT / "bench" / "update_docs.py"))
+    for name, (marker, table) in update["TABLES"].items():
+        text = (ROOT / name).read_text()
+        assert update["updated"](text, marker, table()) == text, "run: python bench/update_docs.py"
+
+
 def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None

@@ -1,0 +1,82 @@
+"""Write the tables of README.md and docs/design/cpu-engine.md from the result files they cite."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def _load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def quick_table() -> str:
+    """The README's table of the quick suite."""
+    name = "zen5-2core-quick.json"
+    result = _load(name)
+    lines = [
+        "| float32 forward | attnkit | of the FMA peak | torch SDPA | ratio, 95 % interval |",
+        "|---|---|---|---|---|",
+    ]
+    rows: dict[str, dict[str, Any]] = {}
+    for record in result["records"]:
+        rows.setdefault(record["workload"], {})[record["backend"]] = record
+    for workload, by_backend in rows.items():
+        ours, torch = by_backend["cpu"], by_backend.get("torch")
+        time = f"{ours['time_ms']['median']:.3g} ms"
+        share = f"{100 * ours['roofline']['fraction']:.0f} %"
+        if torch is None:
+            lines.append(f"| {workload} | {time} | {share} | cannot express it | |")
+            continue
+        s = ours["speedup"]
+        ratio = f"**{s['median']:.2f}×** [{s['lo']:.2f}, {s['hi']:.2f}]"
+        lines.append(f"| {workload} | {time} | {share} | {torch['time_ms']['median']:.3g} ms | {ratio} |")
+    m = result["machine"]
+    lines += [
+        "",
+        f"{m['cpu']}, {m['isa']}, {result['ceilings']['threads']} threads, torch {m['torch']}: medians of interleaved rounds in",
+        f"one run ([{name}](bench/results/{name})). torch gets the window as a mask tensor.",
+        "",
+        "![ratios and shares of the ceilings](bench/results/zen5-2core-quick.svg)",
+    ]
+    return "\n".join(lines)
+
+
+def cost_table() -> str:
+    """The table of instruction costs."""
+    lines = ["| instruction | ns a tile | of the plain forward |", "|---|---|---|"]
+    lines += [
+        f"| {row['operator']} | {row['ns_per_tile']:.0f} | {row['percent_of_forward']:.1f} % |"
+        for row in _load("zen5-2core-expression-cost.json")["operators"]
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "README.md": ("results", quick_table),
+    "docs/design/cpu-engine.md": ("expression cost", cost_table),
+}
+
+
+def updated(text: str, marker: str, table: str) -> str:
+    """``text`` with the table between the markers."""
+    start, end = f"<!-- {marker} -->", f"<!-- end {marker} -->"
+    block = f"{start}\n\n{table}\n\n{end}"
+    pattern = re.escape(start) + (f".*?{re.escape(end)}" if end in text else "")
+    return re.sub(pattern, lambda _: block, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite both pages."""
+    for name, (marker, table) in TABLES.items():
+        path = ROOT / name
+        path.write_text(updated(path.read_text(), marker, table()))
+
+
+if __name__ == "__main__":
+    main()
