@@ -108,7 +108,7 @@ inline int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; 
 // Where things lie in a thread's workspace, in floats; every part starts on a cache line.
 struct Layout {
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
-  size_t qt, s, o, guarded, max2, sum, alpha, k, v, scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key,
+  size_t qt, s, o, guarded, max, sum, alpha, k, v, scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key,
       bad_strip, total;
 
   Layout(const Call& c, int32_t lanes) {
@@ -125,7 +125,7 @@ struct Layout {
     s = take(c.tile_kv + kMaxKeyRows, bm);
     o = take(bm, dv);
     guarded = take(bm, dv);
-    max2 = take(1, bm);
+    max = take(1, bm);
     sum = take(1, bm);
     alpha = take(1, bm);
     k = take(c.tile_kv, p.head_dim);
@@ -155,7 +155,7 @@ class Forward {
   void begin(bool any_keys) {
     pack_queries();
     for (int32_t m = 0; m < at_.bm; ++m) {
-      ws_[at_.max2 + m] = -kInfinity;
+      ws_[at_.max + m] = -kInfinity;
       ws_[at_.sum + m] = 0;
     }
     float* o = ws_ + at_.o;
@@ -189,16 +189,15 @@ class Forward {
   int32_t finish() {
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int64_t head = head_of(m), token = token_of(m);
-      float max2 = ws_[at_.max2 + m], sum = ws_[at_.sum + m], rescale = 1;
-      if (p_.sink != nullptr) add_sink(p_.sink[head], max2, sum, rescale);
+      float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
+      if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
       const float norm = dead ? 0 : rescale / sum;
       const float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
       float* row = p_.o.data + seq_.batch * p_.o.stride[0] + head * p_.o.stride[1] + token * p_.o.stride[2];
       for (int32_t d = 0; d < p_.v_head_dim; ++d) row[d * p_.o.stride[3]] = dead ? 0 : o[d] * norm;
       if (p_.lse != nullptr) {
-        // In double: the maximum is held in base 2, and its product with ln 2 must not cost the sum its bits.
-        const double lse = static_cast<double>(max2) * 0.69314718055994530942 + __builtin_log(static_cast<double>(sum));
+        const double lse = static_cast<double>(max) + __builtin_log(static_cast<double>(sum));
         p_.lse[seq_.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + token * p_.lse_stride[2]] =
             dead ? -kInfinity : static_cast<float>(lse);
       }
@@ -356,26 +355,23 @@ class Forward {
   template <int kVecs>
   void softmax_lanes(int32_t lane, int32_t count) {
     float* s = ws_ + at_.s + lane;
-    vf old_max2[kVecs], max2[kVecs], pivot[kVecs], sum[kVecs];
-    const vf log2e = set1(kLog2e);
-    vf largest[kVecs];
+    vf largest[kVecs], pivot[kVecs], sum[kVecs];
     for (int v = 0; v < kVecs; ++v) largest[v] = set1(-kInfinity);
     for (int32_t n = 0; n < count; ++n)
       for (int v = 0; v < kVecs; ++v) largest[v] = max_or_second(load(s + n * at_.bm + v * kLanes), largest[v]);
     for (int v = 0; v < kVecs; ++v) {
-      old_max2[v] = load(ws_ + at_.max2 + lane + v * kLanes);
-      max2[v] = max_or_second(largest[v] * log2e, old_max2[v]);
+      float* max = ws_ + at_.max + lane + v * kLanes;
+      const vf old_max = load(max), new_max = max_or_second(largest[v], old_max);
       // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
-      pivot[v] = max2[v] == set1(-kInfinity) ? vf{} : max2[v];
-      const vf alpha = exp2<true>(old_max2[v] - pivot[v]);
-      store(ws_ + at_.max2 + lane + v * kLanes, max2[v]);
-      store(ws_ + at_.alpha + lane + v * kLanes, alpha);
+      pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
+      store(max, new_max);
+      store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
       sum[v] = vf{};
     }
     for (int32_t n = 0; n < count; ++n)
       for (int v = 0; v < kVecs; ++v) {
         float* x = s + n * at_.bm + v * kLanes;
-        const vf w = exp2<true>(fma(load(x), log2e, -pivot[v]));
+        const vf w = exp_weight(load(x) - pivot[v]);
         sum[v] += w;
         store(x, w);
       }
@@ -392,13 +388,12 @@ class Forward {
   }
 
   // The sink is one more logit in the denominator, without a value.
-  static void add_sink(float sink, float& max2, float& sum, float& rescale) {
-    const float sink2 = sink * kLog2e;
-    const float top = max2 > sink2 ? max2 : sink2;
+  static void add_sink(float sink, float& max, float& sum, float& rescale) {
+    const float top = max > sink ? max : sink;
     if (top == -kInfinity) return;
-    rescale = __builtin_exp2f(max2 - top);
-    sum = sum * rescale + __builtin_exp2f(sink2 - top);
-    max2 = top;
+    rescale = __builtin_expf(max - top);
+    sum = sum * rescale + __builtin_expf(sink - top);
+    max = top;
   }
 
   // ---- values that not every query may see ----

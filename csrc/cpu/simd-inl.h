@@ -79,22 +79,30 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) {
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kInfinity = __builtin_inff();
 
-// 2^x. exp2(0) is exactly 1, so rescaling by an unchanged maximum changes no bit. Coefficients: minimax of (2^f - 1)/f
-// on [-1/2, 1/2], error 2e-9. The lower clamp keeps -inf out of x - n; the operand order lets NaN through.
-template <bool kBounded>  // x <= 0 is known, as it is in a softmax
-ATTNKIT_INLINE vf exp2(vf x) {
-  x = max_or_second(set1(-160.0f), x);
-  if constexpr (!kBounded) x = min_or_second(set1(130.0f), x);
-  const vf n = round_nearest(x);
-  const vf f = x - n;
+// 2^f for |f| <= 1/2, exactly 1 at 0. Coefficients: minimax of (2^f - 1)/f, error 2e-9.
+ATTNKIT_INLINE vf exp2_fraction(vf f) {
   vf p = set1(0.00015353360504377633f);
   p = fma(p, f, set1(0.0013398875016719103f));
   p = fma(p, f, set1(0.00961843691766262f));
   p = fma(p, f, set1(0.055503323674201965f));
   p = fma(p, f, set1(0.24022647738456726f));
   p = fma(p, f, set1(0.6931471824645996f));
-  p = fma(p, f, set1(1.0f));
-  return scale_by_power(p, n);
+  return fma(p, f, set1(1.0f));
+}
+
+// The clamps keep infinities out of x - n; the order of their operands lets NaN through.
+ATTNKIT_INLINE vf exp2(vf x) {
+  x = min_or_second(set1(130.0f), max_or_second(set1(-160.0f), x));
+  const vf n = round_nearest(x);
+  return scale_by_power(exp2_fraction(x - n), n);
+}
+
+// e^x for x <= 0: a softmax weight. The fraction is rounded once, after the subtraction, so a weight is right to about
+// one unit in the last place however small it is. Exactly 1 at 0: rescaling by an unchanged maximum changes no bit.
+ATTNKIT_INLINE vf exp_weight(vf x) {
+  x = max_or_second(set1(-115.0f), x);
+  const vf n = round_nearest(x * set1(kLog2e));
+  return scale_by_power(exp2_fraction(fma(x, set1(kLog2e), -n)), n);
 }
 
 // r = x - n ln 2 and e^r - 1, |r| <= ln(2)/2. Coefficients: minimax of (e^r - 1 - r)/r^2, error 2.4e-10.

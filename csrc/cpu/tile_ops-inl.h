@@ -242,7 +242,7 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
     case Op::max_f: return bin([](vf x, vf y) { return max_nan(x, y); });
     case Op::pow_f: return bin([](vf x, vf y) { return each_lane2(x, y, __builtin_powf); });
     case Op::exp_f: return un([](vf x) { return exp(x); });
-    case Op::exp2_f: return un([](vf x) { return exp2<false>(x); });
+    case Op::exp2_f: return un([](vf x) { return exp2(x); });
     case Op::log_f: return un([](vf x) { return each_lane(x, __builtin_logf); });
     case Op::log2_f: return un([](vf x) { return each_lane(x, __builtin_log2f); });
     case Op::sqrt_f: return un([](vf x) { return sqrt(x); });

@@ -1,0 +1,160 @@
+"""Attention in float64, from the equation alone: it knows nothing of programs, tracing or backends.
+
+Beside the result stands what a tolerance needs: the same equation in the dtype of the inputs, and how much a
+rounding error may grow on its way to the result (`tolerances` explains both).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """All pairs of one head of one sequence: ``q_idx [q_len, 1]`` and ``kv_idx [1, kv_len]`` broadcast to them.
+
+    ``b`` is the sequence and ``h`` the query head; in a packed batch all indices and lengths are the segment's own.
+    """
+
+    b: int
+    h: int
+    q_idx: Array
+    kv_idx: Array
+    q_len: int
+    kv_len: int
+
+    @property
+    def position(self) -> Array:
+        """Where each query stands among the keys: the last query at the last key. ``[q_len, 1]``."""
+        return self.q_idx + self.kv_len - self.q_len
+
+
+# ``score(s, pairs)`` takes scaled logits [q_len, kv_len] and gives logits; ``mask(pairs)`` is True where a pair exists.
+Score = Callable[[Array, Pairs], Array]
+Mask = Callable[[Pairs], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What attention must give, and how far from it a float32 result may lie.
+
+    ``o [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]`` are float64; ``naive_o`` and ``naive_lse`` the same equation in
+    the inputs' dtype. ``o_terms`` and ``lse_terms`` are the sums that the a-priori bound multiplies by the unit
+    roundoff, ``kv_len`` the most terms that any sum has.
+    """
+
+    o: Float64
+    lse: Float64
+    naive_o: Array
+    naive_lse: Array
+    o_terms: Float64
+    lse_terms: Float64
+    kv_len: int
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    score: Score | None = None,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    sink: Array | None = None,
+    kv_lens: Array | None = None,
+    cu_seqlens_q: Array | None = None,
+    cu_seqlens_kv: Array | None = None,
+) -> Expected:
+    """Softmax attention of ``q [B, Hq, Sq, D]`` over ``k [B, Hkv, Skv, D]`` and ``v [B, Hkv, Skv, Dv]``.
+
+    A masked pair does not exist: what its key and value hold reaches nothing. A row that sees nothing has ``o`` 0
+    and ``lse`` -inf, or the sink's logit where there is a sink (``[Hq]``). ``kv_lens [B]`` and ``cu_seqlens [N + 1]``
+    mean what they mean in `attnkit.attention`.
+    """
+    expected = Expected(
+        o=np.zeros((*q.shape[:3], v.shape[3])),
+        lse=np.full(q.shape[:3], -np.inf),
+        naive_o=np.zeros((*q.shape[:3], v.shape[3]), q.dtype),
+        naive_lse=np.full(q.shape[:3], -np.inf, q.dtype),
+        o_terms=np.zeros((*q.shape[:3], v.shape[3])),
+        lse_terms=np.zeros(q.shape[:3]),
+        kv_len=k.shape[2],
+    )
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    for b, batch, rows, keys in _sequences(q, k, kv_lens, cu_seqlens_q, cu_seqlens_kv):
+        for h in range(q.shape[1]):
+            tensors = q[batch, h, rows], k[batch, h // group, keys], v[batch, h // group, keys]
+            q_len, kv_len = len(tensors[0]), len(tensors[1])
+            pairs = Pairs(b, h, np.arange(q_len)[:, None], np.arange(kv_len)[None, :], q_len, kv_len)
+            visible = np.broadcast_to(True if mask is None else mask(pairs), (q_len, kv_len))
+            logit = None if sink is None else float(sink[h])
+            at = (batch, h, rows)
+            with np.errstate(all="ignore"):
+                head = _Head(*(x.astype(np.float64) for x in tensors), score, visible, scale, logit, pairs)
+                naive = _Head(*tensors, score, visible, scale, logit, pairs)
+                expected.o[at], expected.lse[at] = head.o, head.lse
+                expected.naive_o[at], expected.naive_lse[at] = naive.o, naive.lse
+                expected.o_terms[at], expected.lse_terms[at] = head.terms()
+    return expected
+
+
+class _Head:
+    """One head of one sequence, every pair materialised, in the dtype of ``q``."""
+
+    def __init__(
+        self, q: Array, k: Array, v: Array, score: Score | None, visible: Array, scale: float, sink: float | None,
+        pairs: Pairs,
+    ) -> None:  # fmt: skip
+        dtype = q.dtype.type
+        self.v, self.sink = v, sink
+        self.size = dtype(scale) * (
+            abs(q) @ abs(k).T
+        )  # of the terms of a score: what its rounding error scales with
+        s = dtype(scale) * (q @ k.T)
+        z = s if score is None else np.broadcast_to(score(s, pairs), s.shape).astype(dtype)
+        live = visible & (z != -np.inf)  # a score of -inf has weight 0
+        self.z = np.where(live, z, 0)
+        top = np.max(np.where(live, z, -np.inf), axis=1, initial=-np.inf if sink is None else sink)
+        pivot = np.where(top == -np.inf, 0, top).astype(dtype)
+        weights = np.where(live, np.exp(z - pivot[:, None]), dtype(0))
+        total = weights.sum(axis=1)
+        self.sink_weight = np.zeros_like(total)
+        if sink is not None:
+            self.sink_weight = np.exp(dtype(sink) - pivot)
+            total = total + self.sink_weight
+        total = np.where(total == 0, dtype(1), total)  # a row that sees nothing: no weights, o = 0
+        self.p, self.sink_weight = weights / total[:, None], self.sink_weight / total
+        self.lse = np.where(
+            (self.p == 0).all(axis=1) & (self.sink_weight == 0), -np.inf, pivot + np.log(total)
+        )
+        self.o = self.p @ np.where(np.isfinite(v), v, 0)
+        for j in np.flatnonzero(~np.isfinite(v).all(axis=1)):  # reaches only the rows that see it
+            bad = ~np.isfinite(v[j])
+            self.o[:, bad] += np.where(live[:, j, None], self.p[:, j, None] * v[j, bad], 0)
+
+    def terms(self) -> tuple[Array, Array]:
+        """First-order growth of rounding errors: each weight may be wrong by its share of 1 + |score| + its terms."""
+        wrong = self.p * (1 + self.size + abs(self.z))
+        row = wrong.sum(axis=1) + (0 if self.sink is None else self.sink_weight * (1 + abs(self.sink)))
+        return wrong @ abs(self.v) + row[:, None] * abs(self.o), row
+
+
+def _sequences(
+    q: Array, k: Array, kv_lens: Array | None, cu_seqlens_q: Array | None, cu_seqlens_kv: Array | None
+) -> Iterator[tuple[int, int, slice, slice]]:
+    """(number, batch entry, query rows, keys) of every sequence."""
+    if cu_seqlens_q is not None and cu_seqlens_kv is not None:
+        for n in range(len(cu_seqlens_q) - 1):
+            yield n, 0, slice(*cu_seqlens_q[n : n + 2]), slice(*cu_seqlens_kv[n : n + 2])
+        return
+    for b in range(q.shape[0]):
+        yield b, b, slice(None), slice(k.shape[2] if kv_lens is None else int(kv_lens[b]))
