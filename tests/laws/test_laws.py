@@ -1,0 +1,143 @@
+"""What must hold whatever the numbers are: the algebra of softmax attention, and layouts that say the same thing."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attnkit as ak
+
+LENGTHS = [(40, 40), (7, 130), (130, 65)]
+
+
+def problem(
+    rng: np.random.Generator, q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2
+) -> tuple[Tensor, ...]:
+    shapes = ((2, heads, q_len, 24), (2, kv_heads, kv_len, 24), (2, kv_heads, kv_len, 20))
+    return tuple(torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in shapes)
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
+@pytest.mark.parametrize("cut", [1, 16, 33])
+def test_a_fold_over_two_parts_is_the_fold_over_the_whole(
+    rng: np.random.Generator, isa: str, q_len: int, kv_len: int, cut: int
+) -> None:
+    cut = min(cut, kv_len - 1)
+    q, k, v = problem(rng, q_len, kv_len)
+    cap = ak.softcap(3.0)
+    whole, whole_lse = ak.attention(q, k, v, score=cap, return_lse=True)
+    parts = [
+        ak.attention(q, k[:, :, part], v[:, :, part], score=cap, return_lse=True)
+        for part in (slice(0, cut), slice(cut, None))
+    ]
+    lse = torch.stack([x.double() for _, x in parts])
+    weights = torch.softmax(lse, 0)[..., None]
+    close(whole.double(), sum(w * o.double() for w, (o, _) in zip(weights, parts, strict=True)))
+    close(whole_lse.double(), torch.logsumexp(lse, 0))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), LENGTHS)
+def test_the_order_of_keys_does_not_matter(
+    rng: np.random.Generator, isa: str, q_len: int, kv_len: int
+) -> None:
+    q, k, v = problem(rng, q_len, kv_len)
+    order = torch.from_numpy(rng.permutation(kv_len))
+    ids = torch.arange(kv_len) % 3
+    shuffled = ids[order]
+    o = ak.attention(q, k, v, mask=lambda b, h, q_idx, kv_idx: ids[kv_idx] != 1)
+    permuted = ak.attention(
+        q, k[:, :, order], v[:, :, order], mask=lambda b, h, q_idx, kv_idx: shuffled[kv_idx] != 1
+    )
+    close(o, permuted)
+
+
+def test_permuting_heads_permutes_the_result(rng: np.random.Generator, isa: str) -> None:
+    q, k, v = problem(rng, 50, 70, heads=4, kv_heads=4)
+    order = torch.tensor([2, 0, 3, 1])
+    slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    o = ak.attention(q, k, v, score=ak.alibi(slopes))
+    assert torch.equal(
+        o[:, order], ak.attention(q[:, order], k[:, order], v[:, order], score=ak.alibi(slopes[order]))
+    )
+
+
+def test_a_constant_added_to_all_logits_moves_only_lse(rng: np.random.Generator, isa: str) -> None:
+    q, k, v = problem(rng, 33, 65)
+    o, lse = ak.attention(q, k, v, return_lse=True)
+    shifted, shifted_lse = ak.attention(
+        q, k, v, score=lambda s, b, h, q_idx, kv_idx: s + 8.0, return_lse=True
+    )
+    close(o, shifted)
+    close(lse + 8.0, shifted_lse)
+
+
+def test_constant_values_come_back(rng: np.random.Generator, isa: str) -> None:
+    q, k, v = problem(rng, 33, 65)
+    constant = torch.full_like(v, 1.5)
+    close(ak.attention(q, k, constant, mask=ak.causal()), torch.full((2, 4, 33, 20), 1.5))
+
+
+def test_a_sink_takes_its_share_of_the_mass(rng: np.random.Generator, isa: str) -> None:
+    q, k, v = problem(rng, 33, 65)
+    sink = torch.tensor([0.5, -1.0, float("-inf"), 30.0])
+    o, lse = ak.attention(q, k, v, return_lse=True)
+    with_sink, sink_lse = ak.attention(q, k, v, normalizer=ak.softmax(sink), return_lse=True)
+    assert torch.equal(with_sink[:, 2], o[:, 2])
+    assert torch.equal(sink_lse[:, 2], lse[:, 2])
+    close(with_sink, o * torch.exp(lse - sink_lse)[..., None])
+    close(sink_lse, torch.logaddexp(lse, sink[None, :, None].expand_as(lse)))
+    nothing, only_sink = ak.attention(
+        q, k, v, mask=lambda b, h, q_idx, kv_idx: kv_idx < 0, normalizer=ak.softmax(sink), return_lse=True
+    )
+    assert not nothing.any()
+    assert torch.equal(only_sink, sink[None, :, None].expand_as(lse))
+
+
+def test_shared_kv_heads_are_repeated_kv_heads(rng: np.random.Generator, isa: str) -> None:
+    q, k, v = problem(rng, 45, 45, heads=6, kv_heads=2)
+    repeated = (t.repeat_interleave(3, 1) for t in (k, v))
+    assert torch.equal(ak.attention(q, k, v, mask=ak.causal()), ak.attention(q, *repeated, mask=ak.causal()))
+
+
+@pytest.mark.parametrize("mods", ["causal", "document", "alibi"])
+def test_packed_is_a_loop_over_segments(rng: np.random.Generator, isa: str, mods: str) -> None:
+    q_lens, kv_lens = [5, 0, 33, 17, 0], [9, 4, 33, 0, 0]
+    cu_q, cu_kv = (torch.tensor(np.cumsum([0, *n]), dtype=torch.int32) for n in (q_lens, kv_lens))
+    q, k, v = (t[:1] for t in problem(rng, sum(q_lens), sum(kv_lens)))
+    ids = torch.arange(64) // 7
+    call: dict[str, Any] = {
+        "causal": {"mask": ak.causal()},
+        "document": {"mask": ak.document(ids)},
+        "alibi": {"score": ak.alibi(torch.tensor([0.1, 0.2, 0.3, 0.4])), "mask": ak.window(6)},
+    }[mods]
+    o, lse = ak.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, return_lse=True, **call)
+    for i in range(len(q_lens)):
+        at, kv = slice(cu_q[i], cu_q[i + 1]), slice(cu_kv[i], cu_kv[i + 1])
+        each, each_lse = ak.attention(q[:, :, at], k[:, :, kv], v[:, :, kv], return_lse=True, **call)
+        assert torch.equal(o[:, :, at], each)
+        assert torch.equal(lse[:, :, at], each_lse)
+
+
+def test_padded_is_sliced(rng: np.random.Generator, isa: str) -> None:
+    q, k, v = problem(rng, 30, 90)
+    lens = torch.tensor([77, 0], dtype=torch.int32)
+    o, lse = ak.attention(q, k, v, mask=ak.causal(), kv_lens=lens, return_lse=True)
+    each, each_lse = ak.attention(q[:1], k[:1, :, :77], v[:1, :, :77], mask=ak.causal(), return_lse=True)
+    assert torch.equal(o[:1], each)
+    assert torch.equal(lse[:1], each_lse)
+    assert not o[1].any()
+    assert torch.isneginf(lse[1]).all()
+
+
+@pytest.mark.parametrize("low", [torch.finfo(torch.float32).min, -1e20, 1e30])
+def test_any_finite_score_is_a_score(rng: np.random.Generator, isa: str, low: float) -> None:
+    """finfo.min is no mask: where all scores are equal, all weights are, however large the scores."""
+    q, k, v = problem(rng, 20, 50)
+    o = ak.attention(q, k, v, score=lambda s, b, h, q_idx, kv_idx: s * 0.0 + low)
+    close(o, v.repeat_interleave(2, 1).mean(2, keepdim=True).expand_as(o))
