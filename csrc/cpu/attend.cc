@@ -156,6 +156,7 @@ constexpr double kMinFlopsPerThread = 1e6;
 }  // namespace
 
 Status attend(const Program& program, const Problem& p, const Config& config) {
+  if (p.num_heads == 0 || p.num_sequences == 0) return {};
   IntervalAnalysis analysis(program, p);
   const Facts facts = analysis.prove(whole_box(p));
   if (facts.status.fault != Fault::none) return facts.status;

@@ -133,7 +133,13 @@ Interval IntervalAnalysis::eval_load(const Instruction& in, size_t i) {
     const Interval& index = value_[static_cast<size_t>(in.args[d])];
     const double last = static_cast<double>(buf.size[d] - 1);
     if (index.lo < 0 || index.hi > last) in_bounds = false;
-    if (last < 0) return point(0);  // nothing to read: any live pair is a fault at run time
+    if (last < 0) {  // nothing to read: any pair that exists is a fault at run time
+      if (facts_ != nullptr) {
+        facts_->load_in_bounds[i] = 0;
+        facts_->all_loads_in_bounds = false;
+      }
+      return in.op == Op::load_f ? kAnyFloat : point(0);
+    }
     // The kernel clamps what is not proven, so clamping here describes what it reads.
     const int64_t lo = static_cast<int64_t>(std::clamp(index.lo, 0.0, last));
     const int64_t hi = static_cast<int64_t>(std::clamp(index.hi, 0.0, last));

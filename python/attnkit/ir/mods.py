@@ -77,6 +77,8 @@ def window(left: int | None, right: int | None = 0) -> Mask:
     Positions are bottom-right aligned. None and -1 mean unbounded; other negative distances are AK401.
     """
     for name, distance in (("left", left), ("right", right)):
+        if distance is not None and (isinstance(distance, bool) or not isinstance(distance, int)):
+            raise error("AK402", where=name, given=type(distance).__name__, allowed="an int or None")
         if distance is not None and distance < -1:
             raise error("AK401", where=name, given=f"{distance}", allowed="a distance, -1 or None")
 
@@ -122,6 +124,8 @@ def prefix(n: Any) -> Mask:
 
 def softcap(c: float | Param) -> ScoreFunction:
     """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and infinity leave ``s`` as it is."""
+    if not isinstance(c, (int, float, Param)):
+        raise error("AK402", where="softcap", given=type(c).__name__, allowed="a number or an ak.param")
     if not isinstance(c, Param) and (c == 0 or c == math.inf):
         return lambda s, b, h, q_idx, kv_idx: s
     if not isinstance(c, Param) and not c > 0:

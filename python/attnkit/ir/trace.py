@@ -30,18 +30,28 @@ class Param:
 
     def __init__(self, name: str, value: float | None = None) -> None:
         self.name = name
-        self._value = value
+        self.reads = 0  # how often its value was asked for: a trace that did is not to be kept
+        self._value = None if value is None else float(value)
 
     @property
     def value(self) -> float:
         """The number that the next call uses; may be assigned. AK401 if it was never given."""
-        if self._value is None:
-            raise error("AK401", what="param has no value", where=self.name, hint="assign param.value")
-        return self._value
+        self.reads += 1
+        return self.current()
 
     @value.setter
     def value(self, value: float) -> None:
-        self._value = value
+        self._value = float(value)
+        self.changed()
+
+    def changed(self) -> None:
+        """Called after the value was assigned."""
+
+    def current(self) -> float:
+        """The value for a call, which is no read by the traced function."""
+        if self._value is None:
+            raise error("AK401", what="param has no value", where=self.name, hint="assign param.value")
+        return self._value
 
 
 def param(name: str, value: float | None = None) -> Param:

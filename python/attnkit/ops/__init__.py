@@ -4,6 +4,7 @@ from attnkit.ops.drop_in import InstalledReport, install, installed, installed_r
 from attnkit.ops.functional import attention, dense_attention, trace
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
+from attnkit.ops.tracing import param
 
 __all__ = [
     "InstalledReport",
@@ -14,6 +15,7 @@ __all__ = [
     "install",
     "installed",
     "installed_report",
+    "param",
     "scaled_dot_product_attention",
     "trace",
     "uninstall",

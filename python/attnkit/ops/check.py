@@ -4,14 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from attnkit.errors import error
 from attnkit.ir.program import Program
 
 _BUFFER_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
+
+
+def check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:
+    """Check that ``t`` is a tensor with plain memory, on ``device`` if one is given.
+
+    Raises:
+        AttnkitError: AK402 not a strided tensor, AK405 on another device.
+    """
+    if not isinstance(t, Tensor):
+        raise error("AK402", where=name, given=type(t).__name__, allowed="a torch.Tensor")
+    if t.layout != torch.strided:
+        raise error(
+            "AK402", where=name, given=str(t.layout), allowed="a strided tensor", hint="call .to_dense()"
+        )
+    if device is not None and t.device != device:
+        raise error("AK405", where=name, given=str(t.device), allowed=f"the device of q, {device}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """``value`` as a float. AK402 if it is no number, AK401 if it does not fit."""
+    if not isinstance(value, (int, float, np.number)):
+        raise error("AK402", where=name, given=type(value).__name__, allowed="a number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise error(
+            "AK401", where=name, given="an int beyond float", allowed="a number that fits a float"
+        ) from None
+
+
+def needs_derivatives(tensors: Sequence[Tensor]) -> bool:
+    """Whether autograd follows any of these tensors, backward or forward."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return has_tangent(tensors)
+
+
+def has_tangent(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of these tensors is a dual number of forward-mode differentiation."""
+    level = forward_ad._current_level
+    return level >= 0 and any(
+        forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+        for t in tensors
+    )
 
 
 def shape_of(t: Tensor) -> str:
@@ -30,8 +77,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         AttnkitError: AK402 not a tensor, AK403 shapes, AK404 dtypes, AK405 devices, AK407 head counts.
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise error("AK402", where=name, given=type(t).__name__, allowed="a torch.Tensor")
+        check_tensor(name, t)
         if t.dim() != 4:
             raise error("AK403", where=name, given=shape_of(t), allowed="[batch, heads, length, head_dim]")
         if t.dtype != q.dtype:
@@ -50,7 +96,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise error("AK403", where="q, k", given=_shapes(q, k, v), allowed="one head_dim")
     if q.shape[3] == 0 or v.shape[3] == 0:
         raise error("AK403", where="q, v", given=_shapes(q, k, v), allowed="head dims of at least 1")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise error("AK407", where="q, k", given=_shapes(q, k, v))
 
 
@@ -70,14 +116,11 @@ def check_bindings(
         raise error("AK401", where="params", given=str(len(params)), allowed=f"{program.num_params} numbers")
     for i, (tensor, declared) in enumerate(zip(buffers, program.buffers, strict=True)):
         where = f"buffer b{i}"
+        check_tensor(where, tensor, q.device)
         if tensor.dtype != _BUFFER_DTYPES[declared.dtype]:
             raise error("AK404", where=where, given=str(tensor.dtype), allowed=declared.dtype)
         if tensor.dim() != declared.rank:
             raise error("AK403", where=where, given=shape_of(tensor), allowed=f"rank {declared.rank}")
-        if tensor.device != q.device:
-            raise error(
-                "AK405", where=where, given=str(tensor.device), allowed=f"the device of q, {q.device}"
-            )
     attend = program.attend
     if attend.normalizer.sink is not None:
         sink = buffers[attend.normalizer.sink]

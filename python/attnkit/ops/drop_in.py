@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+import attnkit
 from attnkit.ops import sdpa, torch_sdpa
+from attnkit.ops.check import needs_derivatives
 from attnkit.ops.counts import counts, recorder
+from attnkit.ops.registry import is_plain
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def _override(
     if torch_sdpa.bypassed():
         return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if needs_derivatives(tensors):
         form: sdpa.Form | str = "gradients required"
     else:
         form = sdpa.express(*args, scale, enable_gqa)
@@ -59,9 +63,16 @@ def _override(
         counts.take()
         return sdpa.run(form, query)
     if (record := recorder()) is not None:
-        record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
-        return query.new_zeros((*query.shape[:-1], value.shape[-1]))
-    counts.decline(form)
+        if is_plain(tensors):
+            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
+            heads = (query.shape[:-2],) if enable_gqa else (t.shape[:-2] for t in (query, key, value))
+            lead = torch.broadcast_shapes(*heads)  # type: ignore[no-untyped-call]
+            return query.new_zeros((*lead, query.shape[-2], value.shape[-1]))
+        # A graph is being captured: it must not capture zeros. Of the several passes the first one tells.
+        if isinstance(query, FakeTensor):
+            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
+    else:
+        counts.decline(form)
     return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
 
 
@@ -71,6 +82,7 @@ class _Override:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._library: Any = None
+        self._tag = ""
         self.installs = 0
 
     def add(self) -> bool:
@@ -83,6 +95,10 @@ class _Override:
             self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
             for key in ("CPU", "AutogradCPU"):
                 self._library.impl("scaled_dot_product_attention", _override, key)
+            torch_sdpa.forget_dispatch()
+            # torch keeps compiled graphs on disk, too: those of this process must not be found by one without us.
+            self._tag = torch.compiler.config.cache_key_tag
+            torch.compiler.config.cache_key_tag = f"{self._tag} attnkit {attnkit.__version__}"
             return True
 
     def remove(self) -> bool:
@@ -95,6 +111,8 @@ class _Override:
                 return False
             self._library._destroy()
             self._library = None
+            torch_sdpa.forget_dispatch()
+            torch.compiler.config.cache_key_tag = self._tag
             return True
 
 

@@ -21,7 +21,15 @@ from attnkit.ir.mods import (
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import registry  # defines torch.ops.attnkit
-from attnkit.ops.check import check_bindings, check_qkv, shape_of
+from attnkit.ops.check import (
+    check_bindings,
+    check_number,
+    check_qkv,
+    check_tensor,
+    needs_derivatives,
+    shape_of,
+)
+from attnkit.ops.counts import counts, recorder
 from attnkit.ops.traced import Traceable, bind
 from attnkit.runtime import prepare
 
@@ -79,14 +87,24 @@ def attention(
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
     check_qkv(q, k, v)
     _check_not_built(select, block_mask, dropout_p, normalizer)
-    if scale is not None and not (math.isfinite(scale) and scale > 0):
-        raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
+    _check_function("score", score)
+    _check_function("mask", mask)
+    if scale is not None:
+        scale = check_number("scale", scale)
+        if not (math.isfinite(scale) and scale > 0):
+            raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     sink = None if normalizer is None else normalizer.sink
-    if sink is not None and (sink.dtype != torch.float32 or sink.dim() != 1):
-        raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
+    if sink is not None:
+        check_tensor("sink", sink, q.device)
+        if sink.dtype != torch.float32 or sink.dim() != 1:
+            raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
     text, buffers, params = bind(Traceable(score, mask, scale, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens))
-    values = [float(p.value) for p in params]
+    for i, buffer in enumerate(buffers):
+        check_tensor(f"captured tensor b{i}", buffer, q.device)
+    values = [p.current() for p in params]
+    if not isinstance(backend, str):
+        raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
     if backend in ("auto", q.device.type):
         o, lse = torch.ops.attnkit.attend(q, k, v, text, buffers, values, None, return_lse)
     else:
@@ -144,6 +162,8 @@ def dense_attention(
         masks.append(causal_mask())
     if window is not None:
         masks.append(window_mask(*_pair(window)))
+    _check_function("mask", mask)
+    _check_function("score", score)
     if mask is not None:
         masks.append(mask)
     scores: list[Mod] = []
@@ -151,6 +171,12 @@ def dense_attention(
         scores.append(softcap_score(softcap))
     if alibi_slopes is not None:
         scores.append(alibi_score(alibi_slopes))
+        check_tensor("alibi_slopes", alibi_slopes)
+        check_qkv(q, k, v)
+        if alibi_slopes.shape[-1] not in (1, q.shape[1]):
+            raise error(
+                "AK403", where="alibi_slopes", given=shape_of(alibi_slopes), allowed="[Hq] or [B, Hq]"
+            )
     if score is not None:
         scores.append(score)
     return attention(
@@ -175,7 +201,10 @@ def trace(function: Mod) -> Program:
     Raises:
         AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
     """
-    arity = len(inspect.signature(function).parameters)
+    try:
+        arity = len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        arity = 0
     if arity not in (4, 5):
         raise error(
             "AK402",
@@ -218,6 +247,12 @@ def _all_of(masks: list[Mod]) -> Mod | None:
     return mask
 
 
+def _check_function(name: str, function: Any) -> None:
+    if function is not None and not callable(function):
+        allowed = "a function; bias tensors are score=ak.bias(tensor)"
+        raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
+
+
 def _check_not_built(select: Any, block_mask: Any, dropout_p: float, normalizer: Any) -> None:
     if select is not None:
         raise error("AK504", where="select", what="selection is not built yet", allowed="None")
@@ -229,6 +264,7 @@ def _check_not_built(select: Any, block_mask: Any, dropout_p: float, normalizer:
             allowed="None",
             hint="pass mask=",
         )
+    dropout_p = check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise error("AK401", where="dropout_p", given=str(dropout_p), allowed="0..1")
     if dropout_p != 0.0:
@@ -261,8 +297,7 @@ def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
     ):
         if lengths is None:
             continue
-        if not isinstance(lengths, Tensor):
-            raise error("AK402", where=name, given=type(lengths).__name__, allowed="an int32 tensor")
+        check_tensor(name, lengths)
         if lengths.dtype != torch.int32:
             raise error("AK404", where=name, given=str(lengths.dtype), allowed="torch.int32")
         if lengths.dim() != 1:
@@ -273,11 +308,15 @@ def _run_on(
     backend: str, q: Tensor, k: Tensor, v: Tensor, text: str, buffers: list[Tensor], params: list[float]
 ) -> tuple[Tensor, Tensor]:
     """A backend asked for by name, outside the dispatcher: for checking, not for training."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *buffers)):
-        raise error("AK503", where=f"backend {backend!r}")
+    if needs_derivatives((q, k, v, *buffers)):
+        raise error("AK503", where=f"backend {backend!r}", given="tensors that require gradients")
     dtype = str(q.dtype).removeprefix("torch.")
     prepared = prepare(text, dtype, q.shape[3], v.shape[3], q.device.type, backend)
     check_bindings(prepared.spec.program, q, k, buffers, params)
     o, lse = registry.outputs(q, v, need_lse=True)
+    if (record := recorder()) is not None:
+        record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
+        return o.zero_(), lse.zero_()
     prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads())
+    counts.run()
     return o, lse

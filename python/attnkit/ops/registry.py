@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from attnkit.errors import error
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import torch_sdpa
-from attnkit.ops.check import check_bindings, check_qkv
+from attnkit.ops.check import check_bindings, check_qkv, has_tangent, needs_derivatives
 from attnkit.ops.counts import counts, recorder
 from attnkit.runtime import Prepared, prepare
 
@@ -63,8 +65,7 @@ def _attend_kernel(
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     check_qkv(q, k, v)
-    if seed is not None:
-        raise error("AK504", where="seed", what="dropout is not built yet", hint="use dropout_p=0.0")
+    _check_seed(seed)
     prepared = _prepare(q, v, program)
     check_bindings(prepared.spec.program, q, k, buffers, params)
     o, lse = outputs(q, v, need_lse)
@@ -87,22 +88,42 @@ def _attend_autograd(
     seed: Tensor | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *buffers)):
-        return _with_gradients(q, k, v, program, buffers, need_lse)
     args = (q, k, v, program, buffers, params, seed, need_lse)
-    if type(q) is Tensor and torch._C._len_torch_dispatch_stack() == 0:
+    tensors = (q, k, v, *buffers)
+    if not all(isinstance(t, Tensor) for t in tensors):
+        check_qkv(q, k, v)
+    if needs_derivatives(tensors):
+        return _with_gradients(*args)
+    if is_plain(tensors):
         return _attend_kernel(*args)  # nobody is watching: spare the second trip through the dispatcher
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.attnkit.attend.default(*args)  # type: ignore[no-any-return]
 
 
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors are what they look like: no subclass, no lazy view, no mode that wants to see the call."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(t) in (Tensor, Parameter) and not t.is_neg() and not t._is_zerotensor() for t in tensors
+    )
+
+
 def _with_gradients(
-    q: Tensor, k: Tensor, v: Tensor, program: str, buffers: list[Tensor], need_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: str,
+    buffers: list[Tensor],
+    params: list[float],
+    seed: Tensor | None,
+    need_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """There is no backward kernel yet: torch's own op, where it means the same, and a typed error where it does not."""
     check_qkv(q, k, v)
-    form = _torch_form(parse(program), bool(q.shape[2] == k.shape[2]))
-    if form is None or need_lse or k.shape[2] == 0:
+    _check_seed(seed)
+    parsed = parse(program)
+    check_bindings(parsed, q, k, buffers, params)
+    form = _torch_form(parsed, bool(q.shape[2] == k.shape[2]))
+    if form is None or need_lse or k.shape[2] == 0 or has_tangent((q, k, v, *buffers)):
         given = "lse requested" if need_lse else "a program that torch's own attention op cannot express"
         raise error(
             "AK503",
@@ -116,10 +137,17 @@ def _with_gradients(
     reason = "gradients required"
     if (record := recorder()) is not None:
         record(prepared=None, q=q, k=k, v=v, buffers=buffers, params=[], reason=reason)
-        return outputs(q, v, False)
-    counts.decline(reason)
+        if is_plain((q, k, v)):  # while a graph is captured, it must not capture zeros
+            return outputs(q, v, False)[0].zero_(), q.new_empty((0,))
+    else:
+        counts.decline(reason)
     o = torch_sdpa.call(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=bool(q.shape[1] != k.shape[1]))
     return o, q.new_empty((0,), dtype=torch.float32)
+
+
+def _check_seed(seed: Tensor | None) -> None:
+    if seed is not None:
+        raise error("AK504", where="seed", what="dropout is not built yet", hint="use dropout_p=0.0")
 
 
 @lru_cache(maxsize=1)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnkit.errors import error
+from attnkit.ops.check import check_number, check_tensor
 
 _INDEX = ("b", "h", "q_idx", "kv_idx")
 
@@ -45,7 +45,7 @@ def express(
             return broadcast
         attn_mask, index = broadcast
     kind = None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "f32"
-    text = _text(is_causal, scale, kind, index)
+    text = _cached_text(is_causal, scale, kind, index)
     q, k, v = (_four_dimensional(t) for t in (query, key, value))
     return Form(q, k, v, text, [] if attn_mask is None else [attn_mask])
 
@@ -67,8 +67,10 @@ def _declined(
         return "mixed dtypes"
     if query.dtype != torch.float32:
         return f"dtype {query.dtype}"
-    if not query.is_cpu:
-        return f"device {query.device.type}"
+    if not (query.is_cpu and key.is_cpu and value.is_cpu):
+        return f"device {next(t.device.type for t in (query, key, value) if not t.is_cpu)}"
+    if not query.layout == key.layout == value.layout == torch.strided:
+        return "layout that is not strided"
     if scale is not None and not math.isfinite(scale):
         return "scale that is not finite"
     if is_causal and attn_mask is not None:
@@ -101,10 +103,17 @@ def _broadcast(mask: Tensor, full: tuple[int, ...], rank: int) -> tuple[Tensor, 
         return f"mask of dtype {mask.dtype}"
     if mask.device.type != "cpu":
         return "mask on another device"
-    while mask.dim() > len(full) and mask.shape[0] == 1:
-        mask = mask[0]
-    if rank == 5 and mask.dim() >= 4 and mask.shape[-4] != 1:
-        return "mask of more than four dimensions"
+    if mask.layout != torch.strided:
+        return "layout that is not strided"
+    if not 2 <= mask.dim() <= rank:
+        return "mask of another rank"
+    if (
+        rank == 5 and mask.dim() >= 4
+    ):  # the two leading dimensions of q are one in the program: the mask may have neither
+        if mask.shape[-4] != 1:
+            return "mask of more than four dimensions"
+        while mask.dim() > 3 and mask.shape[0] == 1:
+            mask = mask[0]
     if mask.dim() > len(full) or any(
         m not in (1, n) for m, n in zip(mask.shape[::-1], full[::-1], strict=False)
     ):
@@ -121,7 +130,19 @@ def _four_dimensional(t: Tensor) -> Tensor:
     return t.unsqueeze(0) if t.dim() == 3 else t.flatten(0, 1)
 
 
-@lru_cache(maxsize=1024)
+_texts: dict[Any, str] = {}
+
+
+def _cached_text(*key: Any) -> str:
+    """`_text`, kept: a call under no compiler should not format strings."""
+    if torch.compiler.is_compiling():
+        return _text(*key)
+    text = _texts.get(key)
+    if text is None:
+        text = _texts.setdefault(key, _text(*key))
+    return text
+
+
 def _text(is_causal: bool, scale: float | None, mask: str | None, index: tuple[str, ...] | None) -> str:
     load = f"b0[{', '.join(index)}]" if index is not None else ""
     lines = []
@@ -172,6 +193,12 @@ def scaled_dot_product_attention(
         AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, gradients are required and
             torch's op cannot stand in.
     """
+    for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+        if not (t is None and name == "attn_mask"):
+            check_tensor(name, t)
+    check_number("dropout_p", dropout_p)
+    if scale is not None:
+        scale = check_number("scale", scale)
     form = express(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(form, str):
         raise error(

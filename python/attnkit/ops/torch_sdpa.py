@@ -23,6 +23,11 @@ def bypassed() -> bool:
     return _local.bypassed
 
 
+def forget_dispatch() -> None:
+    """Let torch's Python dispatcher look the op's kernels up again; it remembers them from call to call."""
+    _aten._dispatch_cache.clear()
+
+
 def decompose(*args: Any, **kwargs: Any) -> Tensor:
     """torch's implementation of the op with these arguments."""
     return _aten.decompose(*args, **kwargs)  # type: ignore[no-any-return]

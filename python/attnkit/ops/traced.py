@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
-from attnkit.ops.tracing import trace_mods
+from attnkit.ops.tracing import TorchParam, trace_mods
 
 _MAX_ENTRIES = 4096
 _STATELESS = (torch, math, operator, np, builtins, torch.nn.functional, torch.special)
-_NUMBERS = (bool, int, float, str, type(None), torch.dtype)
+_NUMBERS = frozenset((bool, int, float, str, type(None), torch.dtype))
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Traceable(NamedTuple):
@@ -67,26 +68,41 @@ class _Fingerprint:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.params: list[Param] = []
+        self._open: list[
+            Any
+        ] = []  # what is being looked into: something that contains itself has no stand-in
 
     def of(self, value: Any) -> Any:
         """A hashable stand-in for ``value``: equal stand-ins trace to equal texts."""
-        if isinstance(value, _NUMBERS):
-            return (type(value), repr(value))
-        if isinstance(value, Tensor):
+        kind = type(value)  # exactly: a subclass could hold more than it seems to
+        if kind in _NUMBERS:
+            return (kind, repr(value))
+        if kind in _TENSORS and not value.__dict__:
             return ("tensor", _slot(self.tensors, value), value.dtype, value.shape)
-        if isinstance(value, Param):
+        if kind in (Param, TorchParam):
             return ("param", _slot(self.params, value))
-        if isinstance(value, Mask):
-            return ("mask", self.of(value.function))
-        if isinstance(value, (tuple, list)):
-            return (type(value), *map(self.of, value))
-        if isinstance(value, types.FunctionType):
-            return self._function(value)
-        if isinstance(value, types.BuiltinFunctionType) or any(value is module for module in _STATELESS):
+        if any(value is module for module in _STATELESS):
             return ("stateless", id(value))
+        if kind is types.BuiltinFunctionType and (value.__self__ is None or value.__self__ in _STATELESS):
+            return ("stateless", id(value))
+        if kind in _COMPOSITE and not any(value is other for other in self._open):
+            self._open.append(value)
+            try:
+                return self._composite(value)
+            finally:
+                self._open.pop()
         raise _Unknown
 
+    def _composite(self, value: Any) -> Any:
+        if isinstance(value, Mask):
+            return ("mask", self.of(value.function))
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        return (type(value), *map(self.of, value))
+
     def _function(self, function: types.FunctionType) -> Any:
+        if function.__dict__:
+            raise _Unknown
         cells = tuple(self.of(cell.cell_contents) for cell in function.__closure__ or ())
         defaults = self.of(function.__defaults__ or ())
         keywords = tuple((k, self.of(v)) for k, v in (function.__kwdefaults__ or {}).items())
@@ -96,6 +112,8 @@ class _Fingerprint:
         known = tuple((n, self.of(function.__globals__[n])) for n in used if n in function.__globals__)
         return (function.__code__, cells, defaults, keywords, known)
 
+
+_COMPOSITE = frozenset((tuple, list, Mask, types.FunctionType, Traceable))
 
 _SHAPE_QUERIES = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.device.__get__,  # type: ignore[attr-defined]
@@ -129,8 +147,10 @@ def bind(what: Traceable) -> Bound:
         return _trace(what)
     entry = _cache.get(key)
     if entry is None:
+        reads = sum(p.reads for p in prints.params)
         with _Watch() as watch:
             bound = _trace(what)
+        watch.read_values |= sum(p.reads for p in prints.params) != reads
         entry = None if watch.read_values else _remember(key, bound, prints)
         if entry is None:
             return bound

@@ -5,6 +5,7 @@ Works in eager mode and under ``torch.compile(fullgraph=True)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnkit.errors import error
 from attnkit.ir.optable import DType
-from attnkit.ir.trace import FUNCTIONS, METHODS, Context, Function, Proxy, Traced, trace
+from attnkit.ir.trace import FUNCTIONS, METHODS, Context, Function, Param, Proxy, Traced, trace
 
 
 def _torch_functions() -> dict[Any, Function]:
@@ -38,6 +39,26 @@ _OPERATORS = [
 ]
 
 
+class TorchParam(Param):
+    """A param that also keeps its value in a 0-d tensor, which a compiled graph can take as an input."""
+
+    def __init__(self, name: str, value: float | None = None) -> None:
+        super().__init__(name, value)
+        self.tensor = torch.tensor(math.nan if value is None else float(value))
+
+    def changed(self) -> None:
+        """Keep the tensor in step."""
+        self.tensor.fill_(self.current())
+
+
+def param(name: str, value: float | None = None) -> Param:
+    """A run-time scalar for score and mask functions; a new value compiles nothing.
+
+    ``cap = ak.param("cap", 30.0)``, used like a number inside the function; ``cap.value = 50.0`` between calls.
+    """
+    return TorchParam(name, value)
+
+
 class TorchProxy(Proxy):
     """A proxy that torch functions accept."""
 
@@ -56,6 +77,8 @@ class TorchContext(Context):
 
         Dynamo takes ``proxy == n`` for False if ``n`` is symbolic, without asking the proxy.
         """
+        if isinstance(value, TorchParam) and torch.compiler.is_dynamo_compiling():
+            value = value.tensor  # a float would become a constant of the graph
         if isinstance(value, bool) and torch.compiler.is_dynamo_compiling():
             raise error("AK307", given=f"{value}")
         return super().operand(value)
@@ -66,6 +89,13 @@ class TorchContext(Context):
             exact = float.fromhex(float(value).hex())
             value = int(exact) if isinstance(value, int) else exact
         return f"{value}"
+
+    def capture(self, buffer: Any) -> tuple[int, DType]:
+        """As in `Context`, of tensors alone."""
+        if not isinstance(buffer, torch.Tensor):
+            given = f"a captured {type(buffer).__name__}"
+            raise error("AK306", where=self.location(), given=given, hint="torch.from_numpy(array)")
+        return super().capture(buffer)
 
     def location(self) -> str:
         """As in `Context`; empty under dynamo, which cannot read frames and names the user's line itself."""
