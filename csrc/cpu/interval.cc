@@ -33,6 +33,8 @@ Interval hull(const Interval& a, const Interval& b) {
 template <class F>
 Interval corners(const Interval& a, const Interval& b, F f) {
   const double c[4] = {f(a.lo, b.lo), f(a.lo, b.hi), f(a.hi, b.lo), f(a.hi, b.hi)};
+  for (double x : c)
+    if (std::isnan(x)) return kAnyFloat;  // 0 * inf: an operand was unbounded
   return ints(*std::min_element(c, c + 4), *std::max_element(c, c + 4));
 }
 

@@ -139,4 +139,8 @@ ATTNKIT_INLINE vf tanh(vf x) {
   return a < set1(1e-4f) ? x : t;  // keeps -0 and subnormals
 }
 
-ATTNKIT_INLINE vf sigmoid(vf x) { return set1(1.0f) / (set1(1.0f) + exp(set1(0.0f) - x)); }
+// From e^-|x|, which cannot overflow: the far negative tail keeps its bits.
+ATTNKIT_INLINE vf sigmoid(vf x) {
+  const vf e = exp(as_float(as_int(x) | set1_int(INT32_MIN)));
+  return select(x < vf{}, e, set1(1.0f)) / (set1(1.0f) + e);
+}

@@ -121,7 +121,9 @@ def _full_bias(*shape: str) -> Callable[[np.random.Generator, Dims], Variant]:
         def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
             return s + wide[b, h, q_idx, kv_idx]
 
-        return Variant({"score": lambda s, p: s + full[p.b, p.h]}, {"score": score}, {"score": ak.bias(tensor)})
+        return Variant(
+            {"score": lambda s, p: s + full[p.b, p.h]}, {"score": score}, {"score": ak.bias(tensor)}
+        )
 
     return build
 
@@ -175,7 +177,10 @@ def sink_and_dead_rows(rng: np.random.Generator, n: Dims) -> Variant:
     logits = rng.standard_normal(n.q_heads).astype(np.float32)
     return Variant(
         {"sink": logits, "mask": lambda p: p.kv_idx < p.q_idx - 20},
-        {"normalizer": ak.softmax(torch.from_numpy(logits)), "mask": lambda b, h, q_idx, kv_idx: kv_idx < q_idx - 20},
+        {
+            "normalizer": ak.softmax(torch.from_numpy(logits)),
+            "mask": lambda b, h, q_idx, kv_idx: kv_idx < q_idx - 20,
+        },
     )
 
 
@@ -229,7 +234,9 @@ VARIANTS["window_unbounded"] = _window(None, None)
 @variant
 def prefix_int(rng: np.random.Generator, n: Dims) -> Variant:
     return Variant(
-        {"mask": lambda p: p.kv_idx < 19}, {"mask": lambda b, h, q_idx, kv_idx: kv_idx < 19}, {"mask": ak.prefix(19)}
+        {"mask": lambda p: p.kv_idx < 19},
+        {"mask": lambda b, h, q_idx, kv_idx: kv_idx < 19},
+        {"mask": ak.prefix(19)},
     )
 
 
@@ -395,7 +402,9 @@ def spellings(v: Variant) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_engine_equals_equation(name: str, shape: str, isa: str, rng: np.random.Generator, compare: Any) -> None:
+def test_engine_equals_equation(
+    name: str, shape: str, isa: str, rng: np.random.Generator, compare: Any
+) -> None:
     v, tensors = problem(name, shape, rng)
     for call in spellings(v):
         compare(*tensors, oracle=v.oracle, what=f"{name} {shape} {sorted(call)}", **call)
@@ -403,7 +412,9 @@ def test_engine_equals_equation(name: str, shape: str, isa: str, rng: np.random.
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_reference_equals_equation(name: str, shape: str, rng: np.random.Generator, compare_reference: Any) -> None:
+def test_reference_equals_equation(
+    name: str, shape: str, rng: np.random.Generator, compare_reference: Any
+) -> None:
     v, tensors = problem(name, shape, rng)
     for call in spellings(v):
         compare_reference(*tensors, oracle=v.oracle, **call)
@@ -420,7 +431,9 @@ def test_dense_attention_applies_its_keywords_in_order(
     def oracle(s: Any, p: Pairs) -> Any:
         return (3 * np.tanh(s / 3) - slopes[p.h] * distance(p, s.dtype)) / 2
 
-    visible = {"mask": lambda p: (p.kv_idx <= p.position) & (p.kv_idx >= p.position - 30) & (p.kv_idx % 3 != 1)}
+    visible = {
+        "mask": lambda p: (p.kv_idx <= p.position) & (p.kv_idx >= p.position - 30) & (p.kv_idx % 3 != 1)
+    }
     compare(
         *qkv("gaussian", rng, dims),
         oracle={"score": oracle, "sink": logits, "scale": 0.5, **visible},

@@ -218,6 +218,8 @@ def to_int(x: Interval) -> Interval:
 
 def widen(x: Interval, ulp: float) -> Interval:
     """Widen a float range so that it also holds results with an error of ``ulp`` float32 ulps."""
+    if ulp == math.inf:
+        return Interval(-math.inf, math.inf, True)
     if ulp == 0:
         return x
     return Interval(-_round_up(-x.lo, ulp), _round_up(x.hi, ulp), x.nan)

@@ -40,7 +40,8 @@ class OpInfo:
     ``rule`` maps operand dtypes to (dtypes to cast the operands to, result dtype), or None if illegal.
     ``symbol`` and ``precedence`` spell it: infix or prefix where precedence > 0, else a call. ``numpy``
     computes it on float64, int64 and bool arrays. ``interval`` bounds it. ``cpu`` is the opcode's base name,
-    ``ulp`` the error bound of a float32 implementation. ``torch`` names the functions and methods that trace
+    ``ulp`` the error bound of a float32 implementation (inf for floor division and remainder of floats: they step, and
+    a quotient's last bit decides on which side). ``torch`` names the functions and methods that trace
     to it; a name that starts with ``__r`` takes its operands swapped.
     """
 
@@ -163,9 +164,9 @@ _ROWS = (
     _row("mul", 2, _arithmetic, "*", 6, np.multiply, iv.mul, 0.5, "mul multiply __mul__ __rmul__"),
     _row("div", 2, _floating, "/", 6, np.divide, iv.div, 0.5,
          "div divide true_divide __div__ __rdiv__ __truediv__ __rtruediv__"),
-    _row("floordiv", 2, _arithmetic, "//", 6, _floordiv, iv.floordiv, 0.5,
+    _row("floordiv", 2, _arithmetic, "//", 6, _floordiv, iv.floordiv, math.inf,
          "floor_divide __floordiv__ __rfloordiv__"),
-    _row("mod", 2, _arithmetic, "%", 6, _mod, iv.mod, 0.5, "remainder __mod__ __rmod__"),
+    _row("mod", 2, _arithmetic, "%", 6, _mod, iv.mod, math.inf, "remainder __mod__ __rmod__"),
     _row("min", 2, _arithmetic, "min", 0, np.minimum, iv.minimum, 0, "minimum min clamp_max"),
     _row("max", 2, _arithmetic, "max", 0, np.maximum, iv.maximum, 0, "maximum max clamp_min"),
     _row("pow", 2, _floating, "pow", 0, np.power, iv.power, 16, "pow float_power __pow__ __rpow__"),

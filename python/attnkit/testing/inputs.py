@@ -55,7 +55,8 @@ def _outlier(rng: np.random.Generator, q: Array, k: Array, v: Array) -> tuple[Ar
     """One element in a hundred is twenty times larger, as activations of language models have it."""
 
     def spike(x: Array) -> Array:
-        return x * np.where(rng.random(x.shape) < 0.01, 20.0, 1.0)
+        spiked: Array = x * np.where(rng.random(x.shape) < 0.01, 20.0, 1.0)
+        return spiked
 
     return spike(q), spike(k), spike(v)
 
@@ -85,7 +86,9 @@ def _one_hot(rng: np.random.Generator, q: Array, k: Array, v: Array) -> tuple[Ar
 
     def hot(x: Array) -> Array:
         channel = rng.integers(0, x.shape[3], x.shape[:3])
-        return 8.0 * (channel[..., None] == np.arange(x.shape[3]))
+        size = rng.uniform(4.0, 12.0, (*x.shape[:3], 1))
+        single: Array = size * (channel[..., None] == np.arange(x.shape[3]))
+        return single
 
     return hot(q), hot(k), v
 

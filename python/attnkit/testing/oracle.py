@@ -44,11 +44,12 @@ Mask = Callable[[Pairs], Array]
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """What attention must give, and how far from it a float32 result may lie.
+    """What attention must give, and how far from it a result in the inputs' dtype may lie.
 
-    ``o [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]`` are float64; ``naive_o`` and ``naive_lse`` the same equation in
-    the inputs' dtype. ``o_terms`` and ``lse_terms`` are the sums that the a-priori bound multiplies by the unit
-    roundoff, ``kv_len`` the most terms that any sum has.
+    ``o [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]`` are float64. ``naive_o`` and ``naive_lse`` have one more dimension
+    in front: the same equation in the inputs' dtype, with its sums in several orders, because the errors of a single
+    order are a matter of luck. ``o_terms`` and ``lse_terms`` are what the a-priori bound multiplies by the unit
+    roundoff; ``kv_len`` is the most terms that any sum has.
     """
 
     o: Float64
@@ -82,8 +83,8 @@ def attention(
     expected = Expected(
         o=np.zeros((*q.shape[:3], v.shape[3])),
         lse=np.full(q.shape[:3], -np.inf),
-        naive_o=np.zeros((*q.shape[:3], v.shape[3]), q.dtype),
-        naive_lse=np.full(q.shape[:3], -np.inf, q.dtype),
+        naive_o=np.zeros((_ORDERS, *q.shape[:3], v.shape[3]), q.dtype),
+        naive_lse=np.full((_ORDERS, *q.shape[:3]), -np.inf, q.dtype),
         o_terms=np.zeros((*q.shape[:3], v.shape[3])),
         lse_terms=np.zeros(q.shape[:3]),
         kv_len=k.shape[2],
@@ -99,53 +100,70 @@ def attention(
             logit = None if sink is None else float(sink[h])
             at = (batch, h, rows)
             with np.errstate(all="ignore"):
-                head = _Head(*(x.astype(np.float64) for x in tensors), score, visible, scale, logit, pairs)
-                naive = _Head(*tensors, score, visible, scale, logit, pairs)
+                q64, k64, v64 = (x.astype(np.float64) for x in tensors)
+                head = _Head(q64, k64, v64, score, visible, scale, logit, pairs)
                 expected.o[at], expected.lse[at] = head.o, head.lse
-                expected.naive_o[at], expected.naive_lse[at] = naive.o, naive.lse
                 expected.o_terms[at], expected.lse_terms[at] = head.terms()
+                for order in range(_ORDERS):
+                    naive = _Head(*tensors, score, visible, scale, logit, pairs, order)
+                    expected.naive_o[order, *at], expected.naive_lse[order, *at] = naive.o, naive.lse
     return expected
 
 
+_ORDERS = 8
+
+
 class _Head:
-    """One head of one sequence, every pair materialised, in the dtype of ``q``."""
+    """One head of one sequence, every pair materialised, in the dtype of ``q``.
+
+    ``order`` 0 sums as the tensors lie; others shuffle channels and keys; odd ones scale and divide at other times.
+    """
 
     def __init__(
         self, q: Array, k: Array, v: Array, score: Score | None, visible: Array, scale: float, sink: float | None,
-        pairs: Pairs,
+        pairs: Pairs, order: int = 0,
     ) -> None:  # fmt: skip
         dtype = q.dtype.type
-        self.v, self.sink = v, sink
+        shuffle = np.random.default_rng(order).permutation if order else np.arange
+        channels, keys = shuffle(q.shape[1]), shuffle(k.shape[0])
         self.size = dtype(scale) * (
             abs(q) @ abs(k).T
         )  # of the terms of a score: what its rounding error scales with
-        s = dtype(scale) * (q @ k.T)
+        q, k = q[:, channels], k[:, channels]
+        s = (dtype(scale) * q) @ k.T if order % 2 else dtype(scale) * (q @ k.T)
         z = s if score is None else np.broadcast_to(score(s, pairs), s.shape).astype(dtype)
         live = visible & (z != -np.inf)  # a score of -inf has weight 0
+        z, live, visible, self.v, self.sink = z[:, keys], live[:, keys], visible[:, keys], v[keys], sink
         self.z = np.where(live, z, 0)
         top = np.max(np.where(live, z, -np.inf), axis=1, initial=-np.inf if sink is None else sink)
         pivot = np.where(top == -np.inf, 0, top).astype(dtype)
         weights = np.where(live, np.exp(z - pivot[:, None]), dtype(0))
         total = weights.sum(axis=1)
-        self.sink_weight = np.zeros_like(total)
-        if sink is not None:
-            self.sink_weight = np.exp(dtype(sink) - pivot)
-            total = total + self.sink_weight
-        total = np.where(total == 0, dtype(1), total)  # a row that sees nothing: no weights, o = 0
-        self.p, self.sink_weight = weights / total[:, None], self.sink_weight / total
-        self.lse = np.where(
-            (self.p == 0).all(axis=1) & (self.sink_weight == 0), -np.inf, pivot + np.log(total)
+        sink_weight = np.zeros_like(total) if sink is None else np.exp(dtype(sink) - pivot)
+        total = total + sink_weight
+        self.lse = pivot + np.log(total)  # log(0) is -inf: nothing was seen
+        total = np.where(total == 0, dtype(1), total)
+        self.p, self.sink_weight = weights / total[:, None], sink_weight / total
+        self.o = (
+            _sum(weights, visible, self.v) / total[:, None] if order % 2 else _sum(self.p, visible, self.v)
         )
-        self.o = self.p @ np.where(np.isfinite(v), v, 0)
-        for j in np.flatnonzero(~np.isfinite(v).all(axis=1)):  # reaches only the rows that see it
-            bad = ~np.isfinite(v[j])
-            self.o[:, bad] += np.where(live[:, j, None], self.p[:, j, None] * v[j, bad], 0)
 
     def terms(self) -> tuple[Array, Array]:
         """First-order growth of rounding errors: each weight may be wrong by its share of 1 + |score| + its terms."""
         wrong = self.p * (1 + self.size + abs(self.z))
         row = wrong.sum(axis=1) + (0 if self.sink is None else self.sink_weight * (1 + abs(self.sink)))
         return wrong @ abs(self.v) + row[:, None] * abs(self.o), row
+
+
+def _sum(weights: Array, visible: Array, v: Array) -> Array:
+    """Weighted values ``[q_len, Dv]``; NaN and infinities reach only the rows that see them."""
+    # BLAS has another, more exact way for a single row: four copies of it go the way of all others.
+    rows = np.repeat(weights, 4, axis=0) if len(weights) == 1 else weights
+    o: Array = (rows @ np.where(np.isfinite(v), v, 0))[: len(weights)]
+    for j in np.flatnonzero(~np.isfinite(v).all(axis=1)):
+        bad = ~np.isfinite(v[j])
+        o[:, bad] += np.where(visible[:, j, None], weights[:, j, None] * v[j, bad], 0)
+    return o
 
 
 def _sequences(

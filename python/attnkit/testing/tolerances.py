@@ -1,7 +1,8 @@
 """When a result is close enough. Two gates, and both must be passed.
 
-1. FlashAttention's rule: the largest error is at most twice that of the naive computation in the same dtype, plus
-   two units in the last place. It scales with the difficulty of the problem but trusts somebody else's errors.
+1. FlashAttention's rule: the largest error is at most twice that of the naive computation in the same dtype (the
+   worst of a few orders of its sums), plus two units in the last place. It scales with the difficulty of the problem,
+   but trusts somebody else's errors.
 2. An a-priori bound, element by element: ``|o - o*| <= kappa * u * o_terms + 2 u |o*|`` with ``u`` the unit
    roundoff. With weights ``P``, logits ``z`` and ``a = scale * |q| . |k|``, what rounds on the way to a weight is of
    size ``A = 1 + a + |z|``, and to first order that moves o by ``o_terms = (P A) |v| + (P A) 1 |o*|``, lse by
@@ -106,7 +107,8 @@ def measure(o: Array, lse: Array, expected: Expected) -> Measured:
         error, size = _error(got, want, known), np.abs(np.where(known, want, 0))
         largest = float(size.max(initial=0)) if np.isfinite(want).any() else 0.0
         ulp = float(np.spacing(np.asarray(largest, o.dtype)))
-        allowed = FACTOR * float(_error(naive, want, known).max(initial=0)) + _ULPS * ulp
+        naive_error = max(float(_error(one, want, known).max(initial=0)) for one in naive)
+        allowed = FACTOR * naive_error + _ULPS * ulp
         ratios.append(float(error.max(initial=0)) / allowed)
         beyond = error - 2 * u * size - lost
         unit = u * np.where(known, terms, 0)
@@ -116,10 +118,9 @@ def measure(o: Array, lse: Array, expected: Expected) -> Measured:
 
 
 def _error(got: Array, want: Array, known: Array) -> Array:
-    got = np.where(known, got, 0).astype(
-        np.float64
-    )  # a naive result that overflowed has no error to compare with
-    return np.abs(got - np.where(known, want, 0))
+    # A naive result that overflowed has no error to compare with.
+    difference: Array = np.where(known, got, 0).astype(np.float64) - np.where(known, want, 0)
+    return np.abs(difference)
 
 
 def _not_vacuous(want: Array, what: str) -> None:

@@ -26,6 +26,8 @@ class CpuBackend:
         try:
             engine()
         except AttnkitError as exc:
+            if exc.code != "AK501":
+                raise  # a setting of the user's is wrong, which no other backend should hide
             return exc.given or exc.what
         return None
 

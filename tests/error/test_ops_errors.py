@@ -1,0 +1,508 @@
+"""Bad calls: every code of arguments, capability and run time is provoked, and hostile calls end in a typed error."""
+
+import contextlib
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+import attnkit as ak
+import attnkit.ops  # defines torch.ops.attnkit
+from attnkit.errors import CODES
+from attnkit.testing import strategies
+
+B, H, HKV, S, D = 2, 4, 2, 6, 8
+PLAIN = ak.trace(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx).text
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.linspace(-1, 1, math.prod(shape)).view(shape)
+
+
+def i32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+Q, K, V = rand(B, H, S, D), rand(B, HKV, S, D), rand(B, HKV, S, D)
+SINK = torch.zeros(H)
+
+
+def attention(q: Any = Q, k: Any = K, v: Any = V, **keywords: Any) -> Any:
+    return ak.attention(q, k, v, **keywords)
+
+
+def dense(**keywords: Any) -> Any:
+    return ak.dense_attention(Q, K, V, **keywords)
+
+
+def packed(**keywords: Any) -> Any:
+    return ak.attention(Q[:1], K[:1], V[:1], **keywords)
+
+
+def op(
+    *,
+    q: Any = Q,
+    k: Any = K,
+    v: Any = V,
+    text: Any = PLAIN,
+    buffers: Any = (),
+    params: Any = (),
+    seed: Any = None,
+) -> Any:
+    return torch.ops.attnkit.attend(q, k, v, text, list(buffers), list(params), seed, True)
+
+
+def program(body: str, buffers: str = "", **layouts: str) -> str:
+    q, kv = layouts.get("q", "bhsd"), layouts.get("kv", "bhsd")
+    return (
+        f"attnkit 1\nprogram (q: {q}, k: {kv}, v: {kv}) buffers({buffers}) {{\n"
+        f"o, lse = attend(q, k, v, scale = default) {{ {body} }}\nreturn o, lse\n}}"
+    )
+
+
+# --- one call for every way to be wrong ---------------------------------------------------------------------
+
+# name -> (code, the argument that the message names, the call)
+Call = Callable[[], Any]
+CALLS: dict[str, tuple[str, str, Call]] = {
+    # values
+    "scale nan": ("AK401", "scale", lambda: attention(scale=math.nan)),
+    "scale inf": ("AK401", "scale", lambda: attention(scale=math.inf)),
+    "scale 0": ("AK401", "scale", lambda: attention(scale=0.0)),
+    "scale -1": ("AK401", "scale", lambda: attention(scale=-1)),
+    "scale beyond float": ("AK401", "scale", lambda: attention(scale=10**400)),
+    "dropout above 1": ("AK401", "dropout_p", lambda: attention(dropout_p=1.5)),
+    "dropout nan": ("AK401", "dropout_p", lambda: attention(dropout_p=math.nan)),
+    "softcap": ("AK401", "softcap", lambda: dense(softcap=-3.0)),
+    "softcap nan": ("AK401", "softcap", lambda: dense(softcap=math.nan)),
+    "window distance": ("AK401", "left", lambda: dense(window=(-2, 0))),
+    "param without value": ("AK401", "cap", lambda: attention(score=ak.softcap(ak.param("cap")))),
+    "number of buffers": ("AK401", "buffers", lambda: op(buffers=[SINK])),
+    "number of params": ("AK401", "params", lambda: op(params=[1.0])),
+    # types
+    "q None": ("AK402", "q", lambda: attention(q=None)),
+    "q array": ("AK402", "q", lambda: attention(q=Q.numpy())),
+    "k list": ("AK402", "k", lambda: attention(k=K.tolist())),
+    "v None": ("AK402", "v", lambda: attention(v=None)),
+    "sparse q": ("AK402", "q", lambda: attention(q=Q.to_sparse())),
+    "sparse k": ("AK402", "k", lambda: attention(k=K.to_sparse())),
+    "sparse captured": ("AK402", "b0", lambda: attention(score=ak.bias(rand(S, S).to_sparse()))),
+    "scale str": ("AK402", "scale", lambda: attention(scale="0.3")),
+    "scale complex": ("AK402", "scale", lambda: attention(scale=1j)),
+    "dropout str": ("AK402", "dropout_p", lambda: attention(dropout_p="0.1")),
+    "dropout None": ("AK402", "dropout_p", lambda: attention(dropout_p=None)),
+    "softcap str": ("AK402", "softcap", lambda: dense(softcap="3")),
+    "window of str": ("AK402", "left", lambda: dense(window=("a", 0))),
+    "window of float": ("AK402", "left", lambda: dense(window=(1.5, 0))),
+    "mask tensor": ("AK402", "mask", lambda: attention(mask=rand(S, S) > 0)),
+    "mask number": ("AK402", "mask", lambda: dense(mask=3)),
+    "score tensor": ("AK402", "score", lambda: attention(score=rand(S, S))),
+    "score str": ("AK402", "score", lambda: dense(score="s", softcap=3.0)),
+    "normalizer": ("AK402", "normalizer", lambda: attention(normalizer="softmax")),
+    "sink number": ("AK402", "sink", lambda: attention(normalizer=ak.softmax(3))),
+    "sink list": ("AK402", "sink", lambda: dense(sink=[0.0] * H)),
+    "sink array": ("AK402", "sink", lambda: dense(sink=SINK.numpy())),
+    "alibi list": ("AK402", "slopes", lambda: dense(alibi_slopes=[0.5] * H)),
+    "captured array": ("AK402|AK306", "", lambda: attention(score=ak.bias(rand(S, S).numpy()))),
+    "kv_lens list": ("AK402", "kv_lens", lambda: attention(kv_lens=[S, S])),
+    "cu_seqlens list": ("AK402", "cu_seqlens_q", lambda: packed(cu_seqlens_q=[0, S], cu_seqlens_kv=i32(0, S))),
+    "trace of no function": ("AK402", "function", lambda: ak.trace(3)),  # type: ignore[arg-type]
+    "trace of a builtin": ("AK402", "function", lambda: ak.trace(max)),
+    "trace of three arguments": ("AK402", "function", lambda: ak.trace(lambda a, b, c: a)),
+    # shapes
+    "q 3-D": ("AK403", "q", lambda: attention(q=Q[0])),
+    "k 5-D": ("AK403", "k", lambda: attention(k=K[None])),
+    "batch": ("AK403", "q, k, v", lambda: attention(q=Q[:1])),
+    "k and v lengths": ("AK403", "k, v", lambda: attention(v=V[:, :, :3])),
+    "k and v heads": ("AK403", "k, v", lambda: attention(v=V[:, :1])),
+    "head_dim": ("AK403", "q, k", lambda: attention(q=Q[..., :4])),
+    "head_dim 0": ("AK403", "q, v", lambda: attention(q=Q[..., :0], k=K[..., :0])),
+    "v_head_dim 0": ("AK403", "q, v", lambda: attention(v=V[..., :0])),
+    "sink rank": ("AK403", "sink", lambda: dense(sink=SINK[None])),
+    "sink heads": ("AK403", "sink", lambda: dense(sink=SINK[:3])),
+    "alibi heads": ("AK403", "alibi_slopes", lambda: dense(alibi_slopes=torch.ones(H + 1))),
+    "alibi rank": ("AK403", "slopes", lambda: dense(alibi_slopes=torch.ones(1, 1, H))),
+    "bias rank": ("AK403", "bias", lambda: ak.bias(SINK)),
+    "document rank": ("AK403", "q_ids", lambda: ak.document(rand(1, 1, S))),
+    "prefix rank": ("AK403", "n", lambda: ak.prefix(rand(1, S))),
+    "kv_lens rank": ("AK403", "kv_lens", lambda: attention(kv_lens=i32(S, S)[None])),
+    "buffer rank": ("AK403", "b0", lambda: op(text=program("score = s + b0[h]", "b0: f32[1]"), buffers=[SINK[None]])),
+    # dtypes
+    "k float64": ("AK404", "k", lambda: attention(k=K.double())),
+    "v float16": ("AK404", "v", lambda: attention(v=V.half())),
+    "all int": ("AK404", "q", lambda: attention(Q.int(), K.int(), V.int())),
+    "all bool": ("AK404", "q", lambda: attention(Q > 0, K > 0, V > 0)),
+    "all complex": ("AK404", "q", lambda: attention(Q.cfloat(), K.cfloat(), V.cfloat())),
+    "sink dtype": ("AK404|AK403", "sink", lambda: dense(sink=SINK.double())),
+    "kv_lens int64": ("AK404", "kv_lens", lambda: attention(kv_lens=torch.tensor([S, S]))),
+    "cu_seqlens int64": ("AK404", "cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=torch.tensor([0, S]))),
+    "buffer dtype": ("AK404", "b0", lambda: op(text=program("score = s + b0[h]", "b0: f32[1]"), buffers=[SINK.double()])),
+    # devices
+    "k elsewhere": ("AK405", "k", lambda: attention(k=K.to("meta"))),
+    "q elsewhere": ("AK405", "k", lambda: attention(q=Q.to("meta"))),
+    "captured elsewhere": ("AK405", "b0", lambda: attention(score=ak.bias(rand(S, S).to("meta")))),
+    "kv_lens elsewhere": ("AK405", "b0|kv_lens", lambda: attention(kv_lens=i32(S, S).to("meta"))),
+    "sink elsewhere": ("AK405", "b0|sink", lambda: dense(sink=SINK.to("meta"))),
+    # the rest of the arguments
+    "window int": ("AK406", "window", lambda: dense(window=3)),
+    "window triple": ("AK406", "window", lambda: dense(window=(1, 2, 3))),
+    "heads": ("AK407", "q, k", lambda: attention(q=rand(B, 3, S, D))),
+    "no heads": ("AK407", "q, k", lambda: attention(q=Q[:, :0])),
+    "no kv heads": ("AK407", "q, k", lambda: attention(k=K[:, :0], v=V[:, :0])),
+    "half packed": ("AK408", "cu_seqlens_q, cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S))),
+    "packed and padded": (
+        "AK408", "kv_lens", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S), kv_lens=i32(S)),
+    ),
+    # capability
+    "no such backend": ("AK501", "backend", lambda: attention(backend="abacus")),
+    "backend None": ("AK501|AK402", "backend", lambda: attention(backend=None)),
+    "backend list": ("AK501|AK402", "backend", lambda: attention(backend=[])),
+    "float64": ("AK502", "backend", lambda: attention(Q.double(), K.double(), V.double())),
+    "bfloat16": ("AK502", "backend", lambda: attention(Q.bfloat16(), K.bfloat16(), V.bfloat16())),
+    "reference in bfloat16": ("AK502", "backend", lambda: attention(Q.bfloat16(), K.bfloat16(), V.bfloat16(), backend="reference")),
+    "head_dim too large": ("AK502", "backend", lambda: attention(rand(1, 1, 1, 4097), rand(1, 1, 1, 4097), rand(1, 1, 1, 1))),
+    "gradients": ("AK503", "attend", lambda: ak.dense_attention(Q.clone().requires_grad_(), K, V, softcap=3.0)),
+    "gradients of a bias": ("AK503", "attend", lambda: attention(score=ak.bias(rand(S, S).requires_grad_()))),
+    "select": ("AK504", "select", lambda: attention(select=object())),
+    "block_mask": ("AK504", "block_mask", lambda: attention(block_mask=object())),
+    "dropout": ("AK504", "dropout_p", lambda: attention(dropout_p=0.5)),
+    "seed": ("AK504", "seed", lambda: op(seed=torch.tensor(1))),
+    "sdpa in float64": (
+        "AK504", "scaled_dot_product_attention", lambda: ak.scaled_dot_product_attention(Q.double(), Q.double(), Q.double()),
+    ),
+    # run time
+    "bias too small": ("AK601", "score or mask", lambda: attention(score=ak.bias(rand(S - 1, S)))),
+    "document too small": ("AK601", "score or mask", lambda: attention(mask=ak.document(torch.arange(S - 1)))),
+    "negative index": ("AK601", "score or mask", lambda: attention(score=lambda s, b, h, i, j: s + SINK[i - 1])),
+    "empty table": ("AK601", "score or mask", lambda: attention(score=lambda s, b, h, i, j: s + SINK[:0][h])),
+    "on the reference": ("AK601", "score", lambda: attention(score=ak.bias(rand(S - 1, S)), backend="reference")),
+    "kv_lens number": ("AK602", "kv_lens", lambda: attention(kv_lens=i32(S))),
+    "kv_lens negative": ("AK602", "kv_lens", lambda: attention(kv_lens=i32(S, -1))),
+    "kv_lens too long": ("AK602", "kv_lens", lambda: attention(kv_lens=i32(S, S + 1))),
+    "cu_seqlens falls": ("AK602", "cu_seqlens_q", lambda: packed(cu_seqlens_q=i32(0, 4, 3, S), cu_seqlens_kv=i32(0, 2, 3, S))),
+    "cu_seqlens from 1": ("AK602", "cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(1, S))),
+    "cu_seqlens negative": ("AK602", "cu_seqlens_q", lambda: packed(cu_seqlens_q=i32(-2, S), cu_seqlens_kv=i32(0, S))),
+    "cu_seqlens too long": ("AK602", "cu_seqlens_q", lambda: packed(cu_seqlens_q=i32(0, S + 1), cu_seqlens_kv=i32(0, S))),
+    "cu_seqlens too short": ("AK602", "cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S - 1))),
+    "cu_seqlens empty": ("AK602", "cu_seqlens_q", lambda: packed(cu_seqlens_q=i32(), cu_seqlens_kv=i32())),
+    "cu_seqlens of two sizes": (
+        "AK602", "cu_seqlens_q, cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, 2, S)),
+    ),
+    "packed batch": ("AK602", "q", lambda: attention(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S))),
+    "integer overflow": ("AK604", "score or mask", lambda: attention(mask=lambda b, h, i, j: (i + 1) * 2**30 * 4 > j)),
+    "division by zero": ("AK605", "score or mask", lambda: attention(mask=lambda b, h, i, j: i // j == 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_way_to_be_wrong(name: str) -> None:
+    codes, where, call = CALLS[name]
+    with pytest.raises(ak.AttnkitError) as caught:
+        call()
+    exc = caught.value
+    assert exc.code in codes.split("|"), exc
+    assert re.search(where, exc.where), exc  # it names the argument,
+    assert exc.given or exc.code >= "AK6" or exc.what != CODES[exc.code].summary, (
+        exc
+    )  # what was given, or says what is the matter,
+    assert exc.allowed or exc.hint, exc  # and what to do instead
+    assert isinstance(exc, CODES[exc.code].error)
+
+
+def test_every_code_has_a_call() -> None:
+    provoked = {code for codes, _, _ in CALLS.values() for code in codes.split("|")} | {"AK603"}  # below
+    assert {code for code in CODES if code >= "AK4"} <= provoked
+
+
+def test_nothing_is_computed_or_changed_by_a_bad_call() -> None:
+    before = ak.installed_report().kernel_runs
+    for name, (code, _, call) in CALLS.items():
+        if code < "AK6":
+            with pytest.raises(ak.AttnkitError):
+                call()
+            assert ak.installed_report().kernel_runs == before, name
+    assert torch.equal(Q, rand(B, H, S, D))
+
+
+OUT_OF_MEMORY = """
+import resource
+from pathlib import Path
+import torch
+import attnkit as ak
+torch.set_num_threads(1)
+wide = [torch.ones(1, 1, 1, 4096) for _ in range(3)]
+small = [t[..., :8] for t in wide]
+expected = ak.attention(*small)
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 19), resource.RLIM_INFINITY))
+try:
+    ak.attention(*wide)
+except ak.AttnkitError as exc:
+    print(exc.code, exc.where)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(ak.attention(*small), expected)
+assert (ak.attention(*wide) == 1).all()
+print("and goes on")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_out_of_memory() -> None:
+    """AK603, in a process that may not grow; the next call works."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.splitlines() == ["AK603 backend cpu", "and goes on"], done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"q": None}, {"buffers": [3]}, {"text": 5}, {"params": ["x"]}, {"seed": "x"}], ids=str
+)
+def test_not_tensors_at_the_op_are_torchs_error(wrong: dict[str, Any]) -> None:
+    with pytest.raises((RuntimeError, TypeError)):
+        op(**wrong)
+
+
+def test_a_mask_of_other_arguments_is_pythons_error() -> None:
+    """Nobody can tell a function's own TypeError from a wrong number of arguments: it comes through as it is."""
+    with pytest.raises(TypeError, match="positional argument"):
+        attention(mask=lambda q_idx: q_idx)
+
+
+# --- hostile calls ------------------------------------------------------------------------------------------
+
+MANY = settings(max_examples=3 * settings().max_examples)  # of the profile: `make fuzz` asks for more
+
+
+@contextlib.contextmanager
+def typed_errors_alone() -> Iterator[None]:
+    """Whatever goes wrong inside goes wrong as an AttnkitError."""
+    try:
+        yield
+    except ak.AttnkitError as error:
+        known = error.code in CODES and str(error).startswith(error.code)
+        if not known:
+            raise
+
+
+def survives(call: Callable[[], Any], bound: float) -> None:
+    """A typed error, or a result: a weighted mean of values, so it cannot leave their range."""
+    result = "an error"
+    with typed_errors_alone():
+        result = call()
+    if isinstance(result, str):
+        return
+    o = result[0] if isinstance(result, tuple) else result
+    if o.device.type == "cpu":
+        assert o.isfinite().all()
+        assert o.numel() == 0 or o.abs().max() <= bound * 1.00001
+
+
+ODD_DTYPES = [
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+]
+ODD_THINGS = [None, 3, 1.5, "x", [1.0], np.ones((2, 2), np.float32), object()]
+
+
+def changes(base: Tensor) -> st.SearchStrategy[Any]:
+    """Mostly the tensor itself; else one of another dtype, device, rank, size, stride or layout, or no tensor."""
+    views = [
+        base, base, base, base, base[:1], base[:, :1], base[:, :3], base[:, :, :1], base[..., :3], base[:0], base[:, :0],
+        base[:, :, :0], base[..., :0], base[0], base[None], base.mT, base.flip(0), base[:, :, ::2], base[:, :1].expand_as(base),
+        base.transpose(1, 2), base.transpose(0, 1), torch.tensor(1.0), base.flatten(), base.to("meta"), base.to_sparse(),
+        torch.nn.Parameter(base, requires_grad=False),
+    ]  # fmt: skip
+    return st.one_of(
+        st.sampled_from(views),
+        st.just(base),
+        st.just(base),
+        st.sampled_from(ODD_DTYPES).map(base.to),
+        st.sampled_from(ODD_THINGS),
+    )
+
+
+LENGTHS = [
+    None, i32(S, S), i32(0, S), i32(0, 3), i32(0, 2, S), i32(-1, S), i32(S, 0), i32(0, S + 1), i32(2**31 - 1, -(2**31)), i32(), i32(S),
+    i32(0), torch.tensor([0, S]), torch.tensor([0.0, S]), i32(0, S).to("meta"), i32(0, S)[None], i32(0, 0, S, 0)[::2], [0, S], 3,
+]  # fmt: skip
+NUMBERS = [
+    None,
+    1.0,
+    0.5,
+    2,
+    True,
+    0,
+    0.0,
+    -1.0,
+    1e-30,
+    1e30,
+    math.inf,
+    -math.inf,
+    math.nan,
+    10**400,
+    "x",
+    1j,
+    [1.0],
+    torch.tensor(0.5),
+]
+MODS: list[Any] = [
+    None, 3, "x", rand(S, S), lambda *_: None, lambda *_: True, lambda *_: 0.5, lambda *_: rand(S), lambda *index: index[-1],
+    lambda *index: index[-1] <= index[-2], lambda *index: index[0] * 2, lambda *index: bool(index[0]), lambda *index: index,
+    lambda *index: rand(S, S)[index[-2], index[-1]], lambda *index: rand(S)[index[-1] + 1], lambda *index: SINK[index[-3]] > 0,
+    lambda *index: index[-1] // index[-2], lambda *index: index[-1] * 2**40, lambda *index: torch.sort(index[0]),
+]  # fmt: skip
+SCORES = [
+    *MODS, ak.bias(rand(S, S)), ak.alibi(SINK), ak.softcap(3.0), ak.alibi(torch.ones(1)), ak.bias(rand(B, 1, 1, S)),
+    ak.alibi(SINK.double()), ak.bias(rand(S, S).to("meta")),
+]  # fmt: skip
+MASKS = [
+    *MODS,
+    ak.causal(),
+    ak.document(i32(0, 0, 1, 1, 2, 2)),
+    ak.prefix(3),
+    ak.window(1, None),
+    ak.document(torch.ones(S)),
+]
+KEYWORDS: dict[str, list[Any]] = {
+    "score": SCORES, "mask": MASKS, "scale": NUMBERS, "dropout_p": [0.0, 0.0, *NUMBERS], "kv_lens": LENGTHS,
+    "cu_seqlens_q": LENGTHS, "cu_seqlens_kv": LENGTHS, "return_lse": [True, False],
+}  # fmt: skip
+OWN: dict[str, list[Any]] = {
+    "normalizer": [None, ak.softmax(), ak.softmax(SINK), ak.softmax(SINK[:2]), ak.softmax(SINK.to("meta")), ak.softmax(3), "softmax"],
+    "backend": ["auto", "cpu", "reference", "abacus", "", None, 3], "select": [None, 3], "block_mask": [None, 3],
+}  # fmt: skip
+DENSE: dict[str, list[Any]] = {
+    "causal": [True, False], "softcap": NUMBERS, "sink": [None, SINK, SINK[:3], SINK[::2], SINK.int(), SINK.to("meta"), 3, [0.0]],
+    "window": [None, (1, 0), [None, -1], (0, 0), 3, (1,), (1, 2, 3), ("a", 0), (1.5, None), (-2, 0), (math.nan, 0), (2**62, 0), (2**31, 3)],
+    "alibi_slopes": [None, SINK, torch.ones(1), torch.ones(B, H), SINK[:3], SINK.double(), SINK.int(), SINK.to("meta"), rand(1, 1, 1), 3],
+}  # fmt: skip
+
+
+def keywords(*tables: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    """A few keywords at a time: a call with everything wrong shows only the first error."""
+    one = [
+        st.tuples(st.just(name), st.sampled_from(values))
+        for table in tables
+        for name, values in table.items()
+    ]
+    return st.lists(st.one_of(*one), max_size=3).map(dict)
+
+
+@MANY
+@given(changes(Q), changes(K), changes(V), keywords(KEYWORDS, OWN))
+def test_hostile_attention(q: Any, k: Any, v: Any, chosen: dict[str, Any]) -> None:
+    survives(lambda: ak.attention(q, k, v, **chosen), 1.0)
+
+
+@MANY
+@given(keywords(KEYWORDS, OWN))
+def test_hostile_keywords(chosen: dict[str, Any]) -> None:
+    survives(lambda: ak.attention(Q, K, V, **chosen), 1.0)
+    survives(
+        lambda: ak.attention(
+            Q[:1], K[:1], V[:1], **{"cu_seqlens_q": i32(0, S), "cu_seqlens_kv": i32(0, S), **chosen}
+        ),
+        1.0,
+    )
+
+
+@MANY
+@given(keywords(KEYWORDS, DENSE))
+def test_hostile_dense_attention(chosen: dict[str, Any]) -> None:
+    survives(lambda: ak.dense_attention(Q, K, V, **chosen), 1.0)
+
+
+SDPA_MASKS = [
+    None,
+    rand(S, S),
+    rand(S, S) > 0,
+    rand(1, S),
+    rand(S),
+    rand(B, 1, S, S),
+    rand(S + 1, S),
+    rand(S, S).int(),
+    rand(S, S).to("meta"),
+    3,
+]
+
+
+@MANY
+@given(
+    changes(Q),
+    changes(Q),
+    changes(Q),
+    st.sampled_from(SDPA_MASKS),
+    keywords({"dropout_p": NUMBERS, "scale": NUMBERS, "is_causal": [True, False]}),
+)
+def test_hostile_sdpa(q: Any, k: Any, v: Any, mask: Any, chosen: dict[str, Any]) -> None:
+    survives(lambda: ak.scaled_dot_product_attention(q, k, v, mask, **chosen), 1.0)
+
+
+TENSORS = [
+    SINK, SINK.double(), SINK.half(), SINK[0], rand(S, S), rand(S, S).mT, rand(1, 1, 1, 1, 1), rand(0), i32(0, S), i32(S, S), i32(3),
+    torch.arange(S), torch.arange(S) > 2, SINK.to("meta"), rand(H, S, S)[:, ::2], SINK[:1].expand(H),
+]  # fmt: skip
+
+
+@MANY
+@given(strategies.programs(max_ops=8), st.data())
+def test_hostile_bindings(drawn: Any, data: st.DataObject) -> None:
+    """Any program with any buffers: of its number or not, of its types or not."""
+    n = data.draw(st.one_of(st.just(len(drawn.buffers)), st.integers(0, 4)))
+    buffers = [
+        data.draw(st.one_of(fitting(declared), st.sampled_from(TENSORS))) for declared in drawn.buffers[:n]
+    ]
+    buffers += [SINK] * (n - len(buffers))
+    params = [1.0] * data.draw(st.one_of(st.just(drawn.num_params), st.integers(0, 3)))
+    with typed_errors_alone():
+        op(q=Q[:1], k=K[:1], v=V[:1], text=drawn.text, buffers=buffers, params=params)
+
+
+def fitting(declared: Any) -> st.SearchStrategy[Tensor]:
+    """Tensors of a declared type; lengths among them."""
+    dtype = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}[declared.dtype]
+    made = [
+        torch.full((n,) * declared.rank, 3.0).to(dtype) for n in (0, 1, S, 300) if n**declared.rank <= 100_000
+    ]
+    return st.sampled_from(
+        made + ([i32(0, S), i32(S)] if (declared.dtype, declared.rank) == ("i32", 1) else [])
+    )
+
+
+@MANY
+@given(st.one_of(st.text(max_size=200), st.binary(max_size=200).map(lambda b: b.decode("latin-1"))))
+def test_garbage_as_a_program(text: str) -> None:
+    with pytest.raises((ak.AttnkitError, UnicodeEncodeError)):  # lone surrogates do not even reach the op
+        op(text=text)
+
+
+@MANY
+@given(strategies.programs(max_ops=8), st.data())
+def test_damaged_programs(drawn: Any, data: st.DataObject) -> None:
+    """One edit to a valid program, as a torn file has it: a typed error, or a program that binds or does not."""
+    text = drawn.text
+    at = data.draw(st.integers(0, len(text)))
+    length = data.draw(st.integers(0, 3))
+    text = (
+        text[:at]
+        + data.draw(st.text("(){}[],:=+-*/<>&|~ \n.0123456789abskqtvhof_", max_size=3))
+        + text[at + length :]
+    )
+    with typed_errors_alone():
+        op(q=Q[:1], k=K[:1], v=V[:1], text=text)

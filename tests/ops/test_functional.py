@@ -1,0 +1,636 @@
+"""The public functions: every parameter against the oracle, and traces that never outlive what they captured."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attnkit as ak
+
+HEADS = 4
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+
+def check(actual: Any, expected: tuple[Tensor, Tensor]) -> None:
+    """o and lse (or o alone) equal the float64 oracle within a few float32 roundings."""
+    for a, e in zip(actual if isinstance(actual, tuple) else (actual,), expected, strict=False):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=3e-6)
+
+
+def causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return kv_idx <= q_idx
+
+
+# --- parameters against the oracle ------------------------------------------------------------------------
+
+DENSE: dict[str, tuple[dict[str, Any], Callable[[int, int], dict[str, Any]]]] = {
+    "nothing": ({}, lambda m, n: {}),
+    "causal": ({"causal": True}, lambda m, n: {"mask": lambda b, h, i, j: j <= i + n - m}),
+    "window": ({"window": (3, 1)}, lambda m, n: {"mask": lambda b, h, i, j: (i + n - m - j <= 3) & (j - i - n + m <= 1)}),
+    "window, open left": ({"window": (None, 0)}, lambda m, n: {"mask": lambda b, h, i, j: j <= i + n - m}),
+    "window, open right": ({"window": [2, -1]}, lambda m, n: {"mask": lambda b, h, i, j: i + n - m - j <= 2}),
+    "window, open": ({"window": (-1, None)}, lambda m, n: {}),
+    "mask": ({"mask": lambda b, h, i, j: (i + j + h) % 3 != b}, lambda m, n: {"mask": lambda b, h, i, j: (i + j + h) % 3 != b}),
+    "softcap": ({"softcap": 2.0}, lambda m, n: {"score": lambda s, *_: 2 * (s / 2).tanh()}),
+    "alibi": (
+        {"alibi_slopes": SLOPES},
+        lambda m, n: {"score": lambda s, b, h, i, j: s - SLOPES[h] * (i + n - m - j).abs()},
+    ),
+    "alibi per batch": (
+        {"alibi_slopes": torch.stack([SLOPES, 2 * SLOPES])},
+        lambda m, n: {"score": lambda s, b, h, i, j: s - (b + 1) * SLOPES[h] * (i + n - m - j).abs()},
+    ),
+    "score": ({"score": lambda s, b, h, i, j: s * (h + 1) - j}, lambda m, n: {"score": lambda s, b, h, i, j: s * (h + 1) - j}),
+    "sink": ({"sink": SLOPES * 8}, lambda m, n: {"sink": SLOPES * 8}),
+    "scale": ({"scale": 0.7}, lambda m, n: {"scale": 0.7}),
+    "integer scale": ({"scale": 1}, lambda m, n: {"scale": 1.0}),
+    "softcap, then alibi, then score": (
+        {"softcap": 2.0, "alibi_slopes": SLOPES, "score": lambda s, *_: 3 * s, "scale": 0.9},
+        lambda m, n: {"scale": 0.9, "score": lambda s, b, h, i, j: 3 * (2 * (s / 2).tanh() - SLOPES[h] * (i + n - m - j).abs())},
+    ),
+    "every mask": (
+        {"causal": True, "window": (4, None), "mask": lambda b, h, i, j: j != 2},
+        lambda m, n: {"mask": lambda b, h, i, j: (j <= i + n - m) & (i + n - m - j <= 4) & (j != 2)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "kv_len"), [(19, 19), (7, 19), (19, 7)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("name", DENSE)
+def test_dense_attention(name: str, length: int, kv_len: int, qkv: Any, oracle: Any) -> None:
+    keywords, wanted = DENSE[name]
+    q, k, v = qkv(heads=HEADS, length=length, kv_len=kv_len, kv_heads=2, v_head_dim=5)
+    expected = oracle(q, k, v, **wanted(length, kv_len))
+    check(ak.dense_attention(q, k, v, return_lse=True, **keywords), expected)
+    check(ak.dense_attention(q, k, v, **keywords), expected)
+
+
+def test_every_parameter_is_tested() -> None:
+    elsewhere = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_kv", "kv_lens", "dropout_p", "return_lse"}
+    tested = {name for keywords, _ in DENSE.values() for name in keywords}
+    assert set(inspect.signature(ak.dense_attention).parameters) == tested | elsewhere
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
+def test_grouped_heads(kv_heads: int, qkv: Any, oracle: Any) -> None:
+    q, k, v = qkv(heads=8, kv_heads=kv_heads)
+    check(ak.attention(q, k, v, mask=causal, return_lse=True), oracle(q, k, v, mask=causal))
+
+
+def test_any_strides(randn: Any, oracle: Any) -> None:
+    shape = (2, HEADS, 13, 8)
+    for permutation in ((0, 1, 2, 3), (0, 2, 1, 3), (3, 2, 1, 0), (1, 3, 0, 2)):
+        back = tuple(np.argsort(permutation))
+        q, k, v = (randn(*(shape[i] for i in permutation)).permute(back) for _ in range(3))
+        check(ak.attention(q, k, v, mask=causal), oracle(q, k, v, mask=causal))
+    wide = randn(2, HEADS, 26, 16)
+    q, k, v = wide[:, :, ::2, 1::2], wide[:, :1, 5:6, 3:11].expand(shape), wide[..., 13:, :8]
+    check(ak.attention(q, k, v, mask=causal), oracle(q, k, v, mask=causal))
+
+
+def test_padded(qkv: Any, oracle: Any) -> None:
+    q, k, v = qkv(batch=4)
+    lens = torch.tensor([0, 1, 7, 19], dtype=torch.int32)
+
+    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (kv_idx < lens[b]) & (kv_idx <= q_idx + lens[b] - 19)
+
+    expected = oracle(q, k, v, mask=mask)
+    for b, n in enumerate(lens.tolist()):
+        k[b, :, n:], v[b, :, n:] = math.nan, math.inf  # what lies behind the last key reaches nothing
+    check(ak.dense_attention(q, k, v, causal=True, kv_lens=lens, return_lse=True), expected)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["self", "cross"])
+def test_packed(same: bool, randn: Any, oracle: Any) -> None:
+    q_lens, kv_lens = [5, 0, 1, 9], [5, 0, 1, 9] if same else [3, 2, 0, 11]
+    cu_q, cu_kv = (torch.tensor([0, *np.cumsum(n)], dtype=torch.int32) for n in (q_lens, kv_lens))
+    q, k, v = randn(1, HEADS, sum(q_lens), 8), randn(1, 2, sum(kv_lens), 8), randn(1, 2, sum(kv_lens), 6)
+    bias = randn(4, HEADS, 9, 11)
+    lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}
+    o, lse = ak.attention(q, k, v, score=ak.bias(bias), mask=ak.causal(), return_lse=True, **lengths)
+    assert (o.shape, lse.shape) == ((1, HEADS, sum(q_lens), 6), (1, HEADS, sum(q_lens)))
+    for b, (m, n) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_kv[b], cu_kv[b + 1])
+        segment = q[:, :, rows], k[:, :, keys], v[:, :, keys]
+        expected = oracle(
+            *segment,
+            score=lambda s, _, h, i, j, b=b: s + bias[b, h, i, j],
+            mask=lambda b, h, i, j, m=m, n=n: j <= i + n - m,
+        )
+        check((o[:, :, rows], lse[:, :, rows]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reference_backend(dtype: torch.dtype, qkv: Any, oracle: Any) -> None:
+    q, k, v = (t.to(dtype) for t in qkv(kv_heads=2, kv_len=11))
+    keywords = {"score": ak.alibi(SLOPES), "mask": ak.causal(), "return_lse": True}
+    o, lse = ak.attention(q, k, v, backend="reference", **keywords)
+    assert (o.dtype, lse.dtype) == (dtype, torch.float32)
+    expected = oracle(
+        q,
+        k,
+        v,
+        score=lambda s, b, h, i, j: s - SLOPES[h] * (i - 8 - j).abs(),
+        mask=lambda b, h, i, j: j <= i - 8,
+    )
+    torch.testing.assert_close(
+        o.double(), expected[0], rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=1e-7
+    )
+    check(lse, (expected[1],))
+
+
+def test_backends_by_name(qkv: Any) -> None:
+    q, k, v = qkv()
+    assert torch.equal(ak.attention(q, k, v, backend="cpu"), ak.attention(q, k, v))
+    for name in ("nope", "cuda", "", None):
+        with pytest.raises(ak.AttnkitError, match="backend"):
+            ak.attention(q, k, v, backend=name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("length", "kv_len", "batch"),
+    [(0, 5, 2), (5, 0, 2), (0, 0, 2), (5, 5, 0)],
+    ids=["q", "kv", "both", "batch"],
+)
+def test_nothing_to_see(length: int, kv_len: int, batch: int, qkv: Any) -> None:
+    q, k, v = qkv(batch, length=length, kv_len=kv_len, v_head_dim=3)
+    o, lse = ak.attention(q, k, v, mask=causal, return_lse=True)
+    assert o.shape == (batch, HEADS, length, 3)
+    assert (o == 0).all()
+    assert (lse == -math.inf).all()
+
+
+def test_trace_is_the_program() -> None:
+    program = ak.trace(lambda s, b, h, q_idx, kv_idx: s + SLOPES[h])
+    assert "b0: f32[1]" in program.text
+    assert "score = s + b0[h]" in program.text
+    assert ak.parse(program.text) is program
+    assert ak.trace(causal) is ak.trace(ak.causal("top_left"))
+
+
+# --- a trace never outlives what it captured ----------------------------------------------------------------
+
+
+@pytest.fixture
+def same_as_fresh(qkv: Any) -> Callable[..., Tensor]:
+    """``same_as_fresh(score, wanted)``: what the function gives now is what ``wanted`` says it should, exactly."""
+    q, k, v = qkv(length=9)
+
+    def compare(score: Any, wanted: float | Tensor) -> Tensor:
+        result = ak.attention(q, k, v, score=score)
+        scale = torch.as_tensor(
+            wanted, dtype=torch.float32
+        ).clone()  # a fresh tensor: traced to a load, never stale
+        expected = ak.attention(q, k, v, score=lambda s, b, h, i, j: s * scale)
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+        return result
+
+    return compare
+
+
+class Holder:
+    """Somebody's module."""
+
+    factor = 2.0
+
+    def __init__(self) -> None:
+        self.own = 2.0
+        self.table = torch.tensor([2.0])
+
+    def by_class(self, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return s * self.factor
+
+    def __call__(self, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return s * self.own
+
+
+class Factor(float):
+    """A number with something beside it."""
+
+    beside = 2.0
+
+
+GLOBAL = 2.0
+GLOBAL_TENSOR = torch.tensor(2.0)
+Change = Callable[[], tuple[Callable[..., Any], Callable[[float], None]]]
+
+
+def rebound_cell() -> Any:
+    factor = 2.0
+
+    def change(value: float) -> None:
+        nonlocal factor
+        factor = value
+
+    return lambda s, *_: s * factor, change
+
+
+def global_number() -> Any:
+    def change(value: float) -> None:
+        globals()["GLOBAL"] = value
+
+    return lambda s, *_: s * GLOBAL, change
+
+
+def global_of_a_helper() -> Any:
+    def helper(s: Any) -> Any:
+        return s * GLOBAL
+
+    return lambda s, *_: sum(helper(x) for x in (s,)), global_number()[1]
+
+
+def global_tensor() -> Any:
+    def change(value: float) -> None:
+        globals()["GLOBAL_TENSOR"] = torch.tensor(value)
+
+    return lambda s, *_: s * GLOBAL_TENSOR, change
+
+
+def default_argument() -> Any:
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, factor: float = 2.0) -> Any:
+        return s * factor
+
+    return score, lambda value: setattr(score, "__defaults__", (value,))
+
+
+def keyword_default() -> Any:
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, *, factor: float = 2.0) -> Any:
+        return s * factor
+
+    return score, lambda value: setattr(score, "__kwdefaults__", {"factor": value})
+
+
+def function_attribute() -> Any:
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return s * score.factor  # type: ignore[attr-defined]
+
+    score.factor = 2.0  # type: ignore[attr-defined]
+    return score, lambda value: setattr(score, "factor", value)
+
+
+def attribute(name: str) -> Any:
+    held = Holder()
+    return lambda s, *_: s * getattr(held, name), lambda value: setattr(held, name, value)
+
+
+def attribute_tensor() -> Any:
+    held = Holder()
+    return lambda s, *_: s * held.table[0], held.table.fill_
+
+
+def class_attribute() -> Any:
+    class Config:
+        factor = 2.0
+
+    return lambda s, *_: s * Config.factor, lambda value: setattr(Config, "factor", value)
+
+
+def bound_method() -> Any:
+    held = Holder()
+    return held.by_class, lambda value: setattr(held, "factor", value)
+
+
+def callable_object() -> Any:
+    held = Holder()
+    return held, lambda value: setattr(held, "own", value)
+
+
+def partial() -> Any:
+    keywords = {"factor": 2.0}
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, factor: float) -> Any:
+        return s * factor
+
+    made = functools.partial(score, **keywords)
+    return made, lambda value: made.keywords.update(factor=value)
+
+
+def in_a(container: Any) -> Any:
+    key = "factor" if isinstance(container, dict) else 0
+    return lambda s, *_: s * container[key], lambda value: container.__setitem__(key, value)
+
+
+def method_of_a_container() -> Any:
+    table = {"factor": 2.0}
+    get = table.get
+    return lambda s, *_: s * get("factor"), lambda value: table.update(factor=value)
+
+
+def beside_a_number() -> Any:
+    factor = Factor(1.0)
+    return lambda s, *_: s * factor.beside, lambda value: setattr(factor, "beside", value)
+
+
+def beside_a_tensor() -> Any:
+    held = torch.tensor(1.0)
+    held.beside = 2.0  # type: ignore[attr-defined]
+    return lambda s, *_: s * held.beside, lambda value: setattr(held, "beside", value)
+
+
+def contents_of_a_tensor() -> Any:
+    factor = torch.tensor([2.0])
+    return lambda s, b, h, i, j: s * factor[h * 0], factor.fill_
+
+
+def item_of_a_tensor() -> Any:
+    factor = torch.tensor(2.0)
+    return lambda s, *_: s * factor.item(), factor.fill_
+
+
+def list_of_a_tensor() -> Any:
+    factor = torch.tensor([2.0])
+    return lambda s, *_: s * factor.tolist()[0], factor.fill_
+
+
+def float_of_a_tensor() -> Any:
+    factor = torch.tensor(2.0)
+    return lambda s, *_: s * float(factor), factor.fill_
+
+
+def branch_on_a_tensor() -> Any:
+    factor = torch.tensor(2.0)
+    return lambda s, *_: s * 2.0 if factor < 3 else s * 5.0, factor.fill_
+
+
+def computed_from_a_tensor() -> Any:
+    factor = torch.tensor([1.0])
+    return lambda s, b, h, i, j: s * (factor + 1)[h * 0], lambda value: factor.fill_(value - 1)
+
+
+def numpy_view_of_a_tensor() -> Any:
+    factor = torch.tensor(2.0)
+    array = factor.numpy()
+    return lambda s, *_: s * float(array), factor.fill_
+
+
+def param() -> Any:
+    factor = ak.param("factor", 2.0)
+    return lambda s, *_: s * factor, lambda value: setattr(factor, "value", value)
+
+
+def value_of_a_param() -> Any:
+    factor = ak.param("factor", 2.0)
+    return lambda s, *_: s * factor.value, lambda value: setattr(factor, "value", value)
+
+
+def param_and_its_value() -> Any:
+    factor = ak.param("factor", math.sqrt(2.0))
+    return lambda s, *_: s * factor * factor.value, lambda value: setattr(factor, "value", math.sqrt(value))
+
+
+def from_elsewhere() -> Any:
+    space: dict[str, Any] = {"factor": 2.0}
+    exec("def score(s, b, h, q_idx, kv_idx): return s * factor", space)  # noqa: S102 -- functions without a module
+    return space["score"], lambda value: space.update(factor=value)
+
+
+CAPTURES: dict[str, Any] = {
+    f.__name__.replace("_", " "): f
+    for f in (
+        rebound_cell, global_number, global_of_a_helper, global_tensor, default_argument, keyword_default, function_attribute,
+        attribute_tensor, class_attribute, bound_method, callable_object, partial, method_of_a_container, beside_a_number, beside_a_tensor,
+        contents_of_a_tensor, item_of_a_tensor, list_of_a_tensor, float_of_a_tensor, branch_on_a_tensor,
+        computed_from_a_tensor, numpy_view_of_a_tensor, param, value_of_a_param, param_and_its_value, from_elsewhere,
+    )
+}  # fmt: skip
+CAPTURES |= {
+    "attribute": lambda: attribute("own"),
+    "list": lambda: in_a([2.0]),
+    "dict": lambda: in_a({"factor": 2.0}),
+    "array": lambda: in_a(np.array([2.0])),
+}
+
+
+@pytest.mark.parametrize("name", CAPTURES)
+def test_a_change_takes_effect_at_the_next_call(name: str, same_as_fresh: Any) -> None:
+    try:
+        score, change = CAPTURES[name]()
+        for value in (2.0, 5.0, 2.0):
+            change(value)
+            first, second = same_as_fresh(score, value), same_as_fresh(score, value)
+            assert torch.equal(first, second)
+    finally:
+        globals().update(GLOBAL=2.0, GLOBAL_TENSOR=torch.tensor(2.0))
+
+
+def test_a_captured_tensor_may_change_shape_and_dtype(qkv: Any) -> None:
+    q, k, v = qkv(length=9)
+    table: Tensor
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return s + (table[h] if table.dim() == 1 else table[h, kv_idx]) * (0.5 * table.shape[-1])
+
+    for table in (
+        SLOPES,
+        torch.arange(36.0).view(4, 9),
+        torch.arange(4),
+        torch.arange(36).view(4, 9),
+        SLOPES > 0.2,
+    ):
+        expected = ak.attention(
+            q,
+            k,
+            v,
+            score=ak.bias(
+                (table if table.dim() == 2 else table[:, None]).float()[:, None] * 0.5 * table.shape[-1]
+            ),
+        )
+        torch.testing.assert_close(ak.attention(q, k, v, score=score), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_same_code_different_captures(same_as_fresh: Any) -> None:
+    def scaled(factor: Any) -> Any:
+        return lambda s, *_: s * factor
+
+    values = [
+        2.0,
+        3.0,
+        2,
+        True,
+        -0.0,
+        0.0,
+        torch.tensor(2.0),
+        torch.tensor(5.0),
+        torch.tensor(3),
+        ak.param("x", 7.0),
+        np.float64(4),
+        np.float32(5),
+        np.int64(6),
+    ]
+    scores = [scaled(value) for value in values]
+    for _ in range(2):
+        for score, value in zip(scores, values, strict=True):
+            same_as_fresh(score, value.value if isinstance(value, type(ak.param(""))) else value)
+
+
+def test_captured_ints_and_floats_are_told_apart(qkv: Any) -> None:
+    q, k, v = qkv(length=9)
+
+    def divided(by: Any) -> Any:
+        return lambda s, b, h, q_idx, kv_idx: s - kv_idx // by + (7 + q_idx * 0) // by
+
+    for by in (2, 2.0, 3, True):
+        wanted = (torch.arange(9) // by)[None, :].float() * -1
+        expected = ak.attention(q, k, v, score=ak.bias(wanted.expand(9, 9)))
+        torch.testing.assert_close(ak.attention(q, k, v, score=divided(by)), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_aliased_captures_stay_apart(qkv: Any, oracle: Any) -> None:
+    q, k, v = qkv(length=9)
+
+    def two(first: Tensor, second: Tensor) -> Any:
+        return lambda s, b, h, q_idx, kv_idx: s + first[q_idx] * second[kv_idx]
+
+    one, other = torch.arange(9.0) / 9, torch.arange(9.0).flip(0) / 9
+    for first, second in ((one, one), (one, other), (other, one), (one[:], one), (other, other)):
+        check(ak.attention(q, k, v, score=two(first, second)), oracle(q, k, v, score=two(first, second)))
+    check(
+        ak.attention(q, k, v, score=ak.alibi(SLOPES), normalizer=ak.softmax(SLOPES)),
+        oracle(q, k, v, score=lambda s, b, h, i, j: s - SLOPES[h] * (i - j).abs(), sink=SLOPES),
+    )
+
+
+def test_recursion_and_generators(qkv: Any) -> None:
+    q, k, v = qkv(length=9)
+
+    def power(x: Any, n: int) -> Any:
+        return x if n == 1 else x * power(x, n - 1)
+
+    cubed = ak.attention(q, k, v, score=lambda s, *_: power(s, 3))
+    assert torch.equal(cubed, ak.attention(q, k, v, score=lambda s, *_: s * (s * s)))
+
+    tangled: list[Any] = [2.0]
+    tangled.append(tangled)
+    doubled = ak.attention(q, k, v, score=lambda s, *_: s * tangled[0])
+    assert torch.equal(doubled, ak.attention(q, k, v, score=lambda s, *_: s * 2.0))
+
+    def endless(s: Any, *index: Any) -> Any:
+        return endless(s, *index)
+
+    with pytest.raises(RecursionError):  # their function's own, not ours
+        ak.attention(q, k, v, score=endless)
+
+    def generator(s: Any, *index: Any) -> Any:
+        yield s
+
+    with pytest.raises(ak.AttnkitTypeError, match="AK305"):
+        ak.attention(q, k, v, score=generator)
+    assert torch.equal(
+        ak.attention(q, k, v, score=lambda s, *_: sum(x for x in (s, s))),
+        ak.attention(q, k, v, score=lambda s, *_: s * 2),
+    )
+
+
+def test_what_a_function_raises_comes_through(qkv: Any) -> None:
+    class Theirs(Exception):
+        pass
+
+    def score(s: Any, *index: Any) -> Any:
+        raise Theirs
+
+    with pytest.raises(Theirs):
+        ak.attention(*qkv(), score=score)
+
+
+# --- gradients ----------------------------------------------------------------------------------------------
+
+EXPRESSIBLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "scale": ({"scale": 0.3}, {"scale": 0.3}),
+    "causal": ({"causal": True}, {"is_causal": True}),
+    "top left": ({"mask": ak.causal("top_left")}, {"is_causal": True}),
+    "python": ({"mask": causal}, {"is_causal": True}),
+}
+
+
+def gradients(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    fresh = [t.clone().requires_grad_() for t in tensors]
+    function(*fresh).square().sum().backward()
+    return [t.grad for t in fresh if t.grad is not None]
+
+
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_gradients_are_torchs_and_counted(name: str, qkv: Any) -> None:
+    ours, torchs = EXPRESSIBLE[name]
+    tensors = qkv(heads=8, kv_heads=2)
+    before = ak.installed_report()
+    actual = gradients(lambda q, k, v: ak.dense_attention(q, k, v, **ours), tensors)
+    after = ak.installed_report()
+    expected = gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **torchs), tensors
+    )
+    assert len(actual) == 3
+    assert all(map(torch.equal, actual, expected))
+    assert after.torch.get("gradients required", 0) == before.torch.get("gradients required", 0) + 1
+    assert after.kernel_runs == before.kernel_runs
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"softcap": 3.0}, {"alibi_slopes": SLOPES}, {"sink": SLOPES}, {"window": (3, 0)}, {"return_lse": True},
+        {"kv_lens": torch.tensor([3, 4], dtype=torch.int32)}, {"score": lambda s, *_: s * 2}, {"mask": lambda b, h, i, j: j != i},
+    ],
+    ids=lambda k: next(iter(k)),
+)  # fmt: skip
+def test_other_gradients_are_refused_and_not_needed_without_grad(keywords: Any, qkv: Any) -> None:
+    q, k, v = qkv()
+    expected = ak.dense_attention(q, k, v, **keywords)
+    for wanting in range(3):
+        tensors = [t.clone().requires_grad_(i == wanting) for i, t in enumerate((q, k, v))]
+        with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
+            ak.dense_attention(*tensors, **keywords)
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(ak.dense_attention(*tensors, **keywords), expected, rtol=0, atol=0)
+
+
+def test_gradients_of_causal_where_it_is_not_torchs(qkv: Any) -> None:
+    """Bottom-right and top-left causal part where the lengths differ."""
+    q, k, v = qkv(length=5, kv_len=9)
+    with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
+        gradients(lambda q, k, v: ak.dense_attention(q, k, v, causal=True), (q, k, v))
+    ours = gradients(lambda q, k, v: ak.attention(q, k, v, mask=ak.causal("top_left")), (q, k, v))
+    torchs = gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v))
+    assert all(map(torch.equal, ours, torchs))
+
+
+def test_gradients_for_captured_tensors_are_refused(qkv: Any) -> None:
+    q, k, v = qkv()
+    slopes = SLOPES.clone().requires_grad_()
+    for keywords in (
+        {"alibi_slopes": slopes},
+        {"sink": slopes},
+        {"score": lambda s, b, h, i, j: s + slopes[h]},
+    ):
+        with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
+            ak.dense_attention(q, k, v, **keywords)
+        with torch.no_grad():
+            ak.dense_attention(q, k, v, **keywords)
+
+
+def test_gradients_check_what_the_kernel_would_check(qkv: Any) -> None:
+    q, k, v = (t.requires_grad_() for t in qkv())
+    text = ak.trace(causal).text
+    attend = torch.ops.attnkit.attend
+    wrong: list[tuple[Any, ...]] = [
+        (text, [SLOPES], [], None), (text, [], [1.0], None), (text, [], [], torch.tensor(1)),
+    ]  # fmt: skip
+    for program, buffers, params, seed in wrong:
+        with pytest.raises(ak.AttnkitError):
+            attend(q, k, v, program, buffers, params, seed, False)
+
+
+def test_gradients_on_a_backend_by_name_are_refused(qkv: Any) -> None:
+    q, k, v = qkv()
+    with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
+        ak.attention(q.requires_grad_(), k, v, backend="reference")

@@ -1,0 +1,287 @@
+"""Threads, forks, the environment and the schedule: none of them changes a bit, and none of them hangs."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import attnkit as ak
+from attnkit import _engine
+from attnkit.backends import get
+from attnkit.ops.traced import Traceable, bind
+from attnkit.runtime import prepare
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+
+
+def make(
+    rng: np.random.Generator, batch: int, q_len: int, kv_len: int, heads: int = 4, kv_heads: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (batch, heads, q_len, 32), (batch, kv_heads, kv_len, 32), (batch, kv_heads, kv_len, 40)
+    q, k, v = (torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for shape in shapes)
+    return q, k, v
+
+
+def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+    return (s / 20.0).tanh() * 20.0 + SLOPES[h] * (j - i)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **keywords: Any) -> tuple[Tensor, Tensor]:
+    o, lse = ak.attention(q, k, v, score=score, mask=mask or ak.causal(), return_lse=True, **keywords)
+    return o, lse
+
+
+def equal(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the schedule changes no bit -------------------------------------------------------------------------
+
+SIZES = [(3, 300, 300), (2, 97, 500), (5, 1, 700), (2, 130, 64)]
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), SIZES)
+@pytest.mark.usefixtures("restored_threads")
+def test_threads_and_repeats(batch: int, q_len: int, kv_len: int, isa: str, rng: np.random.Generator) -> None:
+    q, k, v = make(rng, batch, q_len, kv_len)
+    torch.set_num_threads(1)
+    want = run(q, k, v)
+    assert torch.isfinite(want[0]).all()
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            equal(run(q, k, v), want)
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), SIZES)
+def test_batch_composition(batch: int, q_len: int, kv_len: int, isa: str, rng: np.random.Generator) -> None:
+    """A sequence gives the same bits alone, in a batch, padded and packed."""
+    q, k, v = make(rng, batch, q_len, kv_len)
+    o, lse = run(q, k, v)
+    lens = torch.tensor([kv_len - 11 * b for b in range(batch)], dtype=torch.int32)
+    padded = run(q, k, v, kv_lens=lens)
+    packed = [x.transpose(0, 1).flatten(1, 2)[None].contiguous() for x in (q, k, v)]
+    cu_q, cu_kv = (torch.arange(batch + 1, dtype=torch.int32) * n for n in (q_len, kv_len))
+    po, plse = run(packed[0], packed[1], packed[2], cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv)
+    for b in range(batch):
+        one = slice(b, b + 1)
+        equal(run(q[one], k[one], v[one]), (o[one], lse[one]))
+        n = int(lens[b])
+        equal(run(q[one], k[one, :, :n], v[one, :, :n]), (padded[0][one], padded[1][one]))
+        rows = slice(b * q_len, (b + 1) * q_len)
+        equal((po[:, :, rows], plse[:, :, rows]), (o[one], lse[one]))
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), SIZES)
+def test_heads_and_queries_are_independent(
+    batch: int, q_len: int, kv_len: int, isa: str, rng: np.random.Generator
+) -> None:
+    """One head alone, and the last queries alone, give the bits they give among the others."""
+    q, k, v = make(rng, batch, q_len, kv_len)
+    o, lse = ak.attention(q, k, v, mask=ak.causal(), return_lse=True)
+    for h in range(4):
+        head = ak.attention(
+            q[:, h : h + 1], k[:, h // 2 : h // 2 + 1], v[:, h // 2 : h // 2 + 1], mask=ak.causal()
+        )
+        assert torch.equal(head, o[:, h : h + 1])
+    for last in {1, min(5, q_len), q_len}:
+        got = ak.attention(q[:, :, -last:], k, v, mask=ak.causal(), return_lse=True)
+        equal(got, (o[:, :, -last:], lse[:, :, -last:]))
+
+
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [*SIZES, (1, 6, 400)])
+@pytest.mark.parametrize("name", ["causal", "window", "document", "everything"])
+def test_tile_q(name: str, batch: int, q_len: int, kv_len: int, isa: str, rng: np.random.Generator) -> None:
+    """``tile_q`` is a schedule field, as the backend declares: it changes no bit, whatever the mask lets tiles skip."""
+    ids = torch.arange(max(q_len, kv_len), dtype=torch.int32) // 50
+    mask = {
+        "causal": ak.causal(),
+        "window": ak.window(40, 3),
+        "document": ak.document(ids),
+        "everything": None,
+    }[name]
+    q, k, v = make(rng, batch, q_len, kv_len)
+    bound = bind(Traceable(score, mask, None, None, None, None, None))
+    prepared = prepare(bound.text, "float32", q.shape[3], v.shape[3], backend="cpu")
+    backend = get("cpu")
+    space = backend.space(prepared.spec)
+    assert space["tile_q"].kind == "schedule"
+
+    def outputs(kernel: Any) -> tuple[Tensor, Tensor]:
+        o, lse = torch.full((batch, 4, q_len, 40), torch.nan), torch.full((batch, 4, q_len), torch.nan)
+        kernel(q, k, v, o, lse, bound.buffers, [], 2)
+        return o, lse
+
+    want = outputs(prepared.kernel)
+    for tile_q in sorted({*space["tile_q"].values, 1, 5, 17, 95}):
+        equal(outputs(backend.build(prepared.spec, {**prepared.config, "tile_q": tile_q})), want)
+
+
+# --- Python threads --------------------------------------------------------------------------------------
+
+
+def test_calls_from_many_threads(isa: str, rng: np.random.Generator) -> None:
+    """Eight threads, fifty calls each, of problems that need workspaces of different sizes."""
+    problems = [make(rng, 2, q_len, kv_len) for q_len, kv_len in ((20, 30), (150, 150), (1, 400), (97, 33))]
+    want = [run(*p) for p in problems]
+    start = threading.Barrier(8)
+
+    def work(thread: int) -> int:
+        start.wait(timeout=60)
+        for call in range(50):
+            n = (thread + call) % len(problems)
+            equal(run(*problems[n]), want[n])
+        return thread
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == list(range(8))
+
+
+def test_first_calls_from_many_threads(isa: str, rng: np.random.Generator) -> None:
+    """All at once trace, build and call a program that nobody has prepared."""
+    from attnkit import runtime
+
+    runtime.clear()
+    q, k, v = make(rng, 1, 33, 65)
+    start = threading.Barrier(8)
+
+    def work(_: int) -> tuple[Tensor, Tensor]:
+        start.wait(timeout=60)
+        return run(q, k, v, mask=ak.window(13, 5))
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    for result in results:
+        equal(result, results[0])
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_the_gil_is_released(isa: str, rng: np.random.Generator) -> None:
+    q, k, v = make(rng, 1, 1500 if isa == "scalar" else 6000, 6000)
+    torch.set_num_threads(1)
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        while ticks == 0:
+            time.sleep(0.001)
+        before, start = ticks, time.perf_counter()
+        ak.attention(q, k, v)
+        during, took = ticks - before, time.perf_counter() - start
+    finally:
+        done.set()
+        ticker.join()
+    assert took > 0.03, "too short a call to tell"
+    assert during >= 5, f"{during} ticks of a millisecond during a call of {took:.3f} s"
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, **environment}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+
+
+FORK = """
+import os, sys, signal
+import torch
+torch.set_num_threads(2)
+import attnkit as ak
+from attnkit import _engine
+
+_engine.set_isa(sys.argv[1] if len(sys.argv) > 1 else {isa!r})
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 4, 300, 32) for _ in range(3))
+
+def digest():
+    return ak.attention(q, k, v, mask=ak.causal()).numpy().tobytes()
+
+want = digest()  # two threads, and they stay
+threads = len(os.listdir("/proc/self/task"))
+assert threads >= 2, f"{{threads}} threads: nothing is tested"
+
+def fork(depth):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        same = all(digest() == want for _ in range(3))
+        if depth:
+            same = same and fork(depth - 1) == 0
+        os._exit(0 if same else 3)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+code = fork(1)
+assert code == 0, f"child: {{code}} (3: other bits, -14: it hung)"
+assert digest() == want
+assert fork(0) == 0
+"""
+
+
+def test_a_forked_child_computes_the_same(isa: str) -> None:
+    done = python(FORK.format(isa=isa))
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+CALL = """
+import torch
+import attnkit as ak
+from attnkit import _engine
+from attnkit.errors import AttnkitError
+
+q = torch.ones(1, 1, 3, 4)
+try:
+    ak.attention(q, q, q)
+    said = _engine.last_isa()
+except AttnkitError as refused:
+    said = f"{refused.code} {refused.given} {refused.allowed}"
+import sys
+sys.stdout.write(said)
+"""
+
+
+@pytest.mark.parametrize("level", _engine.isa_levels())
+def test_environment_caps_the_instruction_set(level: str) -> None:
+    done = python(CALL, ATTNKIT_ISA=level)
+    assert done.stdout == level, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("level", ["nonsense", "", "AVX512", "scalar "])
+def test_environment_names_no_instruction_set(level: str) -> None:
+    """Importing is fine; the first use says what the levels are."""
+    done = python(CALL, ATTNKIT_ISA=level)
+    assert done.stdout == f"AK401 {level!r} {', '.join(_engine.isa_levels())}", done.stderr[-2000:]
+
+
+def test_without_an_environment_the_best_is_used() -> None:
+    clean = {k: v for k, v in os.environ.items() if k != "ATTNKIT_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", CALL], env=clean, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == _engine.isa_levels()[-1], done.stderr[-2000:]
