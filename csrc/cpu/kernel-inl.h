@@ -352,10 +352,14 @@ class Forward {
 
   // ---- softmax ----
 
+  // Weights are summed in turns: many equal small ones added to a large one would all be rounded the same way. Keys
+  // start at multiples of kStrip, so the turns do not depend on what was trimmed.
+  static constexpr int kSums = 4;
+
   template <int kVecs>
   void softmax_lanes(int32_t lane, int32_t count) {
     float* s = ws_ + at_.s + lane;
-    vf largest[kVecs], pivot[kVecs], sum[kVecs];
+    vf largest[kVecs], pivot[kVecs], sum[kSums][kVecs] = {};
     for (int v = 0; v < kVecs; ++v) largest[v] = set1(-kInfinity);
     for (int32_t n = 0; n < count; ++n)
       for (int v = 0; v < kVecs; ++v) largest[v] = max_or_second(load(s + n * at_.bm + v * kLanes), largest[v]);
@@ -366,18 +370,26 @@ class Forward {
       pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
       store(max, new_max);
       store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
-      sum[v] = vf{};
     }
-    for (int32_t n = 0; n < count; ++n)
+    const auto weigh = [&](int32_t n, int u) {
       for (int v = 0; v < kVecs; ++v) {
         float* x = s + n * at_.bm + v * kLanes;
         const vf w = exp_weight(load(x) - pivot[v]);
-        sum[v] += w;
+        sum[u][v] += w;
         store(x, w);
       }
+    };
+    int32_t n = 0;
+    for (; n + kSums <= count; n += kSums)
+#pragma GCC unroll 4
+      for (int u = 0; u < kSums; ++u) weigh(n + u, u);
+#pragma GCC unroll 4
+    for (int u = 0; u < kSums; ++u)
+      if (n + u < count) weigh(n + u, u);
     for (int v = 0; v < kVecs; ++v) {
       float* total = ws_ + at_.sum + lane + v * kLanes;
-      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes), sum[v]));
+      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
+                       (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
     }
   }
 

@@ -32,8 +32,9 @@ class Kappa(NamedTuple):
     lse: int
 
 
-# Measured over tests/conformance on every instruction set; a kernel's constants may go down, never up.
-KAPPA: dict[str, Kappa] = {"cpu": Kappa(o=16, lse=16)}
+# The largest needed by tests/conformance on every instruction set and ten seeds was 4.4 for o (outliers), 5.9 for lse
+# (all scores equal: their errors have one sign). A kernel's constants may go down, never up.
+KAPPA: dict[str, Kappa] = {"cpu": Kappa(o=5, lse=6)}
 
 FACTOR = 2.0  # of the naive computation's error
 _ULPS = 2.0
