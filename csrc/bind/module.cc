@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <optional>
@@ -96,6 +97,9 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   need(lse == 0 || lse_stride.size() == 3, "lse has three strides");
+  for (const auto& [data, shape] : {std::pair{q, &q_shape}, {k, &k_shape}, {v, &v_shape}})
+    if (data == 0 && std::find(shape->begin(), shape->end(), 0) == shape->end())
+      return {static_cast<int>(Fault::no_data), -1};
   const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples);
   const std::vector<Sequence> sequences = make_sequences(given_sequences, q_shape[0], q_shape[2], k_shape[2]);
   Problem p{};

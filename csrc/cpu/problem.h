@@ -48,6 +48,7 @@ enum class Fault : int32_t {
   div_zero,     // an integer divisor may be zero; value = instruction
   index_range,  // a pair that exists reads outside a buffer; value = instruction
   no_memory,
+  no_data,      // a tensor that has elements has no address
 };
 
 struct Status {

@@ -131,6 +131,9 @@ CODES: dict[str, Code] = {
         _VALUE, "integer of a score or mask may leave 32 bits", "compute it in float, or bound it first"
     ),
     "AK605": Code(_VALUE, "integer divisor may be zero", "bound it away from zero: max(n, 1)"),
+    "AK606": Code(
+        _VALUE, "tensor has elements but no memory", "a wrapper of another library: unwrap it first"
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import attnkit as ak
 import attnkit.ops  # defines torch.ops.attnkit
 from attnkit.errors import CODES
+from attnkit.runtime import prepare
 from attnkit.testing import strategies
 
 B, H, HKV, S, D = 2, 4, 2, 6, 8
@@ -219,7 +220,10 @@ def test_every_way_to_be_wrong(name: str) -> None:
 
 
 def test_every_code_has_a_call() -> None:
-    provoked = {code for codes, _, _ in CALLS.values() for code in codes.split("|")} | {"AK603"}  # below
+    provoked = {code for codes, _, _ in CALLS.values() for code in codes.split("|")} | {
+        "AK603",
+        "AK606",
+    }  # below
     assert {code for code in CODES if code >= "AK4"} <= provoked
 
 
@@ -262,6 +266,14 @@ def test_out_of_memory() -> None:
         [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.splitlines() == ["AK603 backend cpu", "and goes on"], done.stderr
+
+
+def test_a_tensor_without_memory() -> None:
+    """AK606, whoever gives it to the kernel: here torch's own functional wrapper, past the dispatcher."""
+    kernel = prepare(PLAIN, "float32", D, D).kernel
+    with pytest.raises(ak.AttnkitError) as caught:
+        kernel(torch._to_functional_tensor(Q), K, V, Q.clone(), None, [], [], 1)
+    assert caught.value.code == "AK606"
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,15 @@ def _attend_autograd(
         return torch.ops.attnkit.attend.default(*args)  # type: ignore[no-any-return]
 
 
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
+
+
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors are what they look like: no subclass, no lazy view, no mode that wants to see the call."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(t) in (Tensor, Parameter) and not t.is_neg() and not t._is_zerotensor() for t in tensors
+        type(t) in (Tensor, Parameter)
+        and not (t.is_neg() or t._is_zerotensor() or _is_transformed(t) or torch._is_functional_tensor(t))
+        for t in tensors
     )
 
 

@@ -13,7 +13,7 @@ from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
 _BUFFER_DTYPES = {"torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3}
 # Status codes of csrc/cpu/problem.h.
-_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603"}
+_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606"}
 
 
 class CpuBackend:
