@@ -140,7 +140,8 @@ def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]
     try:
         kernel = CpuKernel(KernelSpec(program, "float32", 1, kv_len), tiles)
     except AttnkitError as refused:
-        assert "tiles alive" in str(refused)
+        if "tiles alive" not in str(refused):
+            raise
         event("too many tiles")
         return
     heads, faults = {}, False

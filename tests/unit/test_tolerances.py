@@ -125,6 +125,9 @@ def test_nan_and_infinity_must_be_where_the_oracle_has_them(rng: np.random.Gener
     clean = right(testing.attention(q, np.nan_to_num(k), v, **CAUSAL))
     with pytest.raises(AssertionError, match="NaN at"):
         testing.check(*clean, expected)
+    blind = testing.attention(q, np.nan_to_num(k), v, score=lambda s, p: np.where(p.q_idx < 2, -np.inf, s))
+    assert not blind.o[1, :2, :2].any()
+    assert np.isposinf(blind.o[1, :2, 2:, 5]).all()
 
 
 # --- inputs and oracle ------------------------------------------------------------------------------------

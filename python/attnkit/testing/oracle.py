@@ -126,9 +126,8 @@ class _Head:
         dtype = q.dtype.type
         shuffle = np.random.default_rng(order).permutation if order else np.arange
         channels, keys = shuffle(q.shape[1]), shuffle(k.shape[0])
-        self.size = dtype(scale) * (
-            abs(q) @ abs(k).T
-        )  # of the terms of a score: what its rounding error scales with
+        # The size of the terms of a score: what its rounding error scales with.
+        self.size = dtype(scale) * (abs(q) @ abs(k).T)
         q, k = q[:, channels], k[:, channels]
         s = (dtype(scale) * q) @ k.T if order % 2 else dtype(scale) * (q @ k.T)
         z = s if score is None else np.broadcast_to(score(s, pairs), s.shape).astype(dtype)
@@ -142,11 +141,11 @@ class _Head:
         sink_weight = np.zeros_like(total) if sink is None else np.exp(dtype(sink) - pivot)
         total = total + sink_weight
         self.lse = pivot + np.log(total)  # log(0) is -inf: nothing was seen
-        total = np.where(total == 0, dtype(1), total)
+        dead = total == 0
+        total = np.where(dead, dtype(1), total)
         self.p, self.sink_weight = weights / total[:, None], sink_weight / total
-        self.o = (
-            _sum(weights, visible, self.v) / total[:, None] if order % 2 else _sum(self.p, visible, self.v)
-        )
+        o = _sum(weights, visible, self.v) / total[:, None] if order % 2 else _sum(self.p, visible, self.v)
+        self.o = np.where(dead[:, None], 0, o)  # also where values that are not numbers have weight 0
 
     def terms(self) -> tuple[Array, Array]:
         """First-order growth of rounding errors: each weight may be wrong by its share of 1 + |score| + its terms."""
