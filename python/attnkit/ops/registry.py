@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from attnkit.ir.text import parse
 from attnkit.ops import torch_sdpa
 from attnkit.ops.check import check_bindings, check_qkv, has_tangent, needs_derivatives
 from attnkit.ops.counts import counts, recorder
-from attnkit.runtime import Prepared, prepare
+from attnkit.runtime import prepare
 
 _lib: Any = torch.library.Library("attnkit", "DEF")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -24,6 +24,19 @@ _lib.define(
     " -> (Tensor o, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+class Call(NamedTuple):
+    """The arguments of ``attend``, in the order of its schema."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    program: str
+    buffers: list[Tensor]
+    params: list[float]
+    seed: Tensor | None
+    need_lse: bool
 
 
 def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
@@ -36,37 +49,17 @@ def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     return o, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-def _attend_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    program: str,
-    buffers: list[Tensor],
-    params: list[float],
-    seed: Tensor | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def _attend_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, _, _, _, _, need_lse = Call(*args)
     check_qkv(q, k, v)
     return outputs(q, v, need_lse)
 
 
-def _prepare(q: Tensor, v: Tensor, program: str) -> Prepared:
-    return prepare(program, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type)
-
-
-def _attend_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    program: str,
-    buffers: list[Tensor],
-    params: list[float],
-    seed: Tensor | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def _attend_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    q, k, v, program, buffers, params, seed, need_lse = Call(*args)
     check_qkv(q, k, v)
     _check_seed(seed)
-    prepared = _prepare(q, v, program)
+    prepared = prepare(program, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type)
     check_bindings(prepared.spec.program, q, k, buffers, params)
     o, lse = outputs(q, v, need_lse)
     record = recorder()
@@ -78,22 +71,13 @@ def _attend_kernel(
     return o, lse
 
 
-def _attend_autograd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    program: str,
-    buffers: list[Tensor],
-    params: list[float],
-    seed: Tensor | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    args = (q, k, v, program, buffers, params, seed, need_lse)
-    tensors = (q, k, v, *buffers)
+def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*args)
+    tensors = (call.q, call.k, call.v, *call.buffers)
     if not all(isinstance(t, Tensor) for t in tensors):
-        check_qkv(q, k, v)
+        check_qkv(call.q, call.k, call.v)
     if needs_derivatives(tensors):
-        return _with_gradients(*args)
+        return _with_gradients(call)
     if is_plain(tensors):
         return _attend_kernel(*args)  # nobody is watching: spare the second trip through the dispatcher
     with torch._C._AutoDispatchBelowAutograd():
@@ -112,17 +96,9 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _with_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    program: str,
-    buffers: list[Tensor],
-    params: list[float],
-    seed: Tensor | None,
-    need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def _with_gradients(call: Call) -> tuple[Tensor, Tensor]:
     """There is no backward kernel yet: torch's own op, where it means the same, and a typed error where it does not."""
+    q, k, v, program, buffers, params, seed, need_lse = call
     check_qkv(q, k, v)
     _check_seed(seed)
     parsed = parse(program)
