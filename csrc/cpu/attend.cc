@@ -129,7 +129,6 @@ Box whole_box(const Problem& p) {
     box.kv_len[0] = std::min(box.kv_len[0], s.kv_len);
     box.kv_len[1] = std::max(box.kv_len[1], s.kv_len);
   }
-  if (box.q_len[1] == 0) box.q_len[0] = box.q_len[1] = box.kv_len[0] = box.kv_len[1] = 1;
   box.q[1] = box.q_len[1] - 1;
   box.kv[1] = box.kv_len[1] - 1;
   return box;
@@ -157,8 +156,13 @@ constexpr double kMinFlopsPerThread = 1e6;
 
 Status attend(const Program& program, const Problem& p, const Config& config) {
   if (p.num_heads == 0 || p.num_sequences == 0) return {};
-  IntervalAnalysis analysis(program, p);
-  const Facts facts = analysis.prove(whole_box(p));
+  const auto has_pairs = [](const Sequence& s) { return s.q_len > 0 && s.kv_len > 0; };
+  Facts facts;
+  if (std::any_of(p.sequences, p.sequences + p.num_sequences, has_pairs)) {
+    facts = IntervalAnalysis(program, p).prove(whole_box(p));
+  } else {
+    facts.load_in_bounds.assign(program.code.size(), 0);  // nothing is evaluated
+  }
   if (facts.status.fault != Fault::none) return facts.status;
 
   int64_t longest = 1;

@@ -161,7 +161,6 @@ Interval IntervalAnalysis::eval_load(const Instruction& in, size_t i) {
     if (in.op == Op::load_f) return kAnyFloat;
     return buffer_range(b);
   }
-  if (facts_ != nullptr && in.op == Op::load_f) return kAnyFloat;  // proofs about floats are never needed
   Interval r{kInf, -kInf, false};
   for (int64_t n = 0; n < count; ++n) widen(r, element(buf, first + n * step));
   return r.lo <= r.hi ? r : kAnyFloat;
@@ -211,8 +210,9 @@ Interval IntervalAnalysis::eval(size_t i, const Box& box) {
       const Interval r = corners(arg(0), arg(1), [](double x, double y) { return x * y; });
       return outward(r.lo, r.hi);
     }
-    case Op::min_f: return plain ? ints(std::min(arg(0).lo, arg(1).lo), std::min(arg(0).hi, arg(1).hi)) : kAnyFloat;
-    case Op::max_f: return plain ? ints(std::max(arg(0).lo, arg(1).lo), std::max(arg(0).hi, arg(1).hi)) : kAnyFloat;
+    case Op::min_f: return {std::min(arg(0).lo, arg(1).lo), std::min(arg(0).hi, arg(1).hi), arg(0).nan || arg(1).nan};
+    case Op::max_f: return {std::max(arg(0).lo, arg(1).lo), std::max(arg(0).hi, arg(1).hi), arg(0).nan || arg(1).nan};
+    case Op::floor_f: return plain ? ints(std::floor(arg(0).lo), std::floor(arg(0).hi)) : kAnyFloat;
     case Op::lt_f:
     case Op::lt_i: return less(arg(0), arg(1), false);
     case Op::le_f:

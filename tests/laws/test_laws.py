@@ -141,3 +141,28 @@ def test_any_finite_score_is_a_score(rng: np.random.Generator, isa: str, low: fl
     q, k, v = problem(rng, 20, 50)
     o = ak.attention(q, k, v, score=lambda s, b, h, q_idx, kv_idx: s * 0.0 + low)
     close(o, v.repeat_interleave(2, 1).mean(2, keepdim=True).expand_as(o))
+
+
+def test_where_there_is_no_pair_nothing_is_evaluated(rng: np.random.Generator, isa: str) -> None:
+    q, k, v = problem(rng, 9, 9)
+    o, lse = ak.attention(
+        q,
+        k[:, :, :0],
+        v[:, :, :0],
+        mask=lambda b, h, q_idx, kv_idx: kv_idx // (kv_idx * 0) >= 0,
+        return_lse=True,
+    )
+    assert not o.any()
+    assert torch.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("bounded", ["clamp", "floor"])
+def test_an_int_from_a_bounded_float_is_accepted(rng: np.random.Generator, isa: str, bounded: str) -> None:
+    q, k, v = problem(rng, 9, 40)
+    table = torch.from_numpy(rng.uniform(0, 5, 40).astype(np.float32))
+
+    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        x = table[kv_idx].clamp(0, 3) if bounded == "clamp" else torch.floor(table[kv_idx])
+        return x.int() >= 1
+
+    close(ak.attention(q, k, v, mask=mask), ak.attention(q, k, v, mask=mask, backend="reference"))
