@@ -107,9 +107,8 @@ def _broadcast(mask: Tensor, full: tuple[int, ...], rank: int) -> tuple[Tensor, 
         return "layout that is not strided"
     if not 2 <= mask.dim() <= rank:
         return "mask of another rank"
-    if (
-        rank == 5 and mask.dim() >= 4
-    ):  # the two leading dimensions of q are one in the program: the mask may have neither
+    # The two leading dimensions of a 5-D q are one in the program: its mask may have neither.
+    if rank == 5 and mask.dim() >= 4:
         if mask.shape[-4] != 1:
             return "mask of more than four dimensions"
         while mask.dim() > 3 and mask.shape[0] == 1:
@@ -130,6 +129,7 @@ def _four_dimensional(t: Tensor) -> Tensor:
     return t.unsqueeze(0) if t.dim() == 3 else t.flatten(0, 1)
 
 
+_MAX_TEXTS = 1024  # a model has a handful; the bound only stops a leak
 _texts: dict[Any, str] = {}
 
 
@@ -139,6 +139,8 @@ def _cached_text(*key: Any) -> str:
         return _text(*key)
     text = _texts.get(key)
     if text is None:
+        if len(_texts) >= _MAX_TEXTS:
+            _texts.clear()
         text = _texts.setdefault(key, _text(*key))
     return text
 
