@@ -86,9 +86,21 @@ CODES: dict[str, Code] = {
     "AK211": Code(_VALUE, "layouts of q, k and v do not go together"),
     "AK212": Code(_VALUE, "scale is not finite and positive", "leave it out for head_dim ** -0.5"),
     "AK213": Code(_VALUE, "integer constant does not fit 32 bits", "write it as a float"),
-    "AK214": Code(_VALUE, "return lists the wrong values", "return o, or o and lse"),
+    "AK214": Code(_VALUE, "return lists the wrong values", "return results, each once: return o, lse"),
     "AK215": Code(_VALUE, "program is too large", "move constants into a captured tensor"),
-    "AK216": Code(_VALUE, "program has the wrong shape", "inputs q, k, v; one attend; one return"),
+    "AK216": Code(_VALUE, "program has the wrong shape", "inputs, operations, and one return at the end"),
+    "AK217": Code(_VALUE, "operation has the wrong operands"),
+    "AK218": Code(_VALUE, "keyword of an operation has a value that is not allowed"),
+    "AK219": Code(_VALUE, "tokens of different sequences or pools do not go together"),
+    "AK220": Code(_VALUE, "recurrence cannot combine these", "a state knows sums alone: use attend"),
+    "AK221": Code(
+        _VALUE, "output does not exist here", "lse and what rests on it belong to softmax over a whole row"
+    ),
+    "AK222": Code(_VALUE, "sink would be added more than once", "give the sink to one part of a merge"),
+    "AK223": Code(_VALUE, "carried sum is used wrongly", "carry = ... in the body, and f in the score"),
+    "AK224": Code(_VALUE, "variable has no meaning here"),
+    "AK225": Code(_VALUE, "codec is not one of those that exist"),
+    "AK226": Code(_VALUE, "normalizer does not allow this"),
     # tracing
     "AK301": Code(
         _TYPE,

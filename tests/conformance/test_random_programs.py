@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, event, given, settings, strategies as st
 from attnkit import _engine
 from attnkit.backends.cpu.backend import CpuKernel
 from attnkit.errors import AttnkitError
-from attnkit.ir.program import Attend, Buffer, Layout, Program, Return, Softmax
+from attnkit.ir.program import Attend, Buffer, Layout, Program, Return
 from attnkit.ir.verify import verify
 from attnkit.plan.spec import KernelSpec
 from attnkit.testing.strategies import buffers, expressions
@@ -28,7 +28,7 @@ def problems(draw: st.DrawFn) -> tuple[Program, int, int, int, dict[str, int]]:
     score = draw(expressions("float", **shared))
     mask = draw(st.one_of(st.none(), expressions("bool", VARIABLES, **shared)))
     program = Program(
-        (Layout(),) * 3, declared, 1, (Attend(0, 1, 2, 1.0, score, mask, Softmax()), Return((3, 4)))
+        (Layout(),) * 3, declared, 1, (Attend((0, 1, 2), 1.0, score=score, mask=mask), Return((3, 4)))
     )
     verify(program)
     q_len, kv_len = draw(st.sampled_from([(1, 70), (17, 40), (100, 33), (40, 150), (3, 16)]))

@@ -15,15 +15,15 @@ from attnkit.analysis.interval import Facts
 from attnkit.backends import get
 from attnkit.backends.reference import evaluate
 from attnkit.errors import AttnkitError
-from attnkit.ir.expr import topological, var
+from attnkit.ir.expr import topological
 from attnkit.ir.intervals import Interval, point
-from attnkit.ir.optable import OPS, VARIABLES
-from attnkit.ir.program import Attend, Buffer, Layout, Program, Return, Softmax
+from attnkit.ir.optable import OPS
+from attnkit.ir.program import Attend, Buffer, Layout, Program, Return
 from attnkit.ir.text import parse
 from attnkit.ops.traced import Traceable, bind
 from attnkit.plan.bytecode import emit
 from attnkit.plan.spec import KernelSpec
-from attnkit.testing.strategies import buffers as buffer_types, expressions
+from attnkit.testing.strategies import PAIR_VARIABLES, buffers as buffer_types, expressions
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 ENGINE_KINDS = {Block.EMPTY: EMPTY, Block.PARTIAL: PARTIAL, Block.FULL: FULL}
@@ -195,7 +195,7 @@ def masks(draw: st.DrawFn, floats: bool) -> tuple[Program, Arrays, list[float]]:
     mask = draw(expressions("bool", INDICES, declared, num_params, max_ops=12, ops=ops))
     assume(floats or all(node.dtype != "float" for node in topological([mask])))
     layout = Layout("bhsd", None)
-    ops_of = (Attend(0, 1, 2, None, var("s"), mask, Softmax(None)), Return((3,)))
+    ops_of = (Attend((0, 1, 2), mask=mask), Return((3,)))
     program = Program((layout, layout, layout), tuple(declared), num_params, ops_of)
     rng = np.random.default_rng(draw(st.integers(0, 99)))
     held = [_array(b, rng) for b in declared]
@@ -256,4 +256,4 @@ def engine_pairs(
 
 
 def test_every_index_variable_is_drawn() -> None:
-    assert {*INDICES, "s"} == set(VARIABLES)
+    assert {*INDICES, "s"} == set(PAIR_VARIABLES)

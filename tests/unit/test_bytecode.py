@@ -11,7 +11,7 @@ from attnkit.ir.optable import OPS, VARIABLES
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.plan.bytecode import disassemble, emit, opcode_name
-from attnkit.testing.strategies import programs
+from attnkit.testing.strategies import PAIR_VARIABLES, programs
 
 TYPED = {
     "fi": "neg abs add sub mul floordiv mod min max lt le gt ge eq ne where",
@@ -20,7 +20,7 @@ TYPED = {
 }
 NAMES = [
     *(f"{leaf}_{t}" for leaf in ("const", "load") for t in "fib"),
-    *(f"var_{name}" for name in VARIABLES),
+    *(f"var_{name}" for name in PAIR_VARIABLES),
     "param",
     *sorted({f"{base}_{t}" for types, bases in TYPED.items() for base in bases.split() for t in types}),
     *("i_to_f", "b_to_f", "b_to_i", "f_to_i"),

@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from attnkit.errors import AttnkitError
 from attnkit.ir.expr import const, load, make, param, var
-from attnkit.ir.program import Attend, Buffer, Layout, Program, Return, Softmax
+from attnkit.ir.program import Attend, Buffer, Layout, Normalizer, Program, Return
 from attnkit.ir.text import parse, print_program
 from attnkit.testing.strategies import programs
 
@@ -38,7 +38,7 @@ def program(
     scale: float | None = None,
     sink: int | None = None,
 ) -> Any:
-    attend = Attend(0, 1, 2, scale, score, mask, Softmax(sink))
+    attend = Attend((0, 1, 2), scale, score=score, mask=mask, normalizer=Normalizer(sink=sink))
     return Program((Layout(),) * 3, tuple(buffers), num_params, (attend, Return((3, 4))))
 
 
@@ -79,7 +79,7 @@ def test_canonical_text() -> None:
 
 def test_names_order_and_layout_are_not_part_of_identity() -> None:
     text = """attnkit 1  # a comment
-    program(query:bhsd,key:padded[lens],value:padded[lens]) buffers(slope:f32[1],lens:i32[1]) params(x:f32) {
+    program(query:bhsd,key:padded[lens],value:padded[lens]) buffers(slope:f32[1],lens:i32[1]) params(number:f32) {
       out, l = attend(query, key, value, scale=default) {
         mask = kv_idx <= (q_idx + (kv_len - q_len))
         here = q_idx + (kv_len - q_len)

@@ -171,7 +171,7 @@ def test_build_text_appends_what_the_layout_needs() -> None:
         "  o, lse = attend(q, k, v, scale = 0.5) {",
     ]
     assert "softmax(sink = b1)" in program.text
-    assert program.ops[-1].values == (3,)
+    assert program.ops[-1].operands == (3,)
     assert len(traced.buffers) == 3
     padded = trace_mods(None, None)
     assert "k: padded[b0], v: padded[b0]" in build_text(padded, kv_lens=lens)

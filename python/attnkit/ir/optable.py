@@ -21,7 +21,8 @@ from attnkit.ir import intervals as iv
 DType = Literal["float", "int", "bool"]
 TypeRule = Callable[[tuple[DType, ...]], tuple[tuple[DType, ...], DType] | None]
 
-# Variables of a scalar expression. Lengths and indices are those of the segment that b names.
+# Variables of a scalar expression; `ir.program` says which operation has which. Lengths and indices are those of
+# the sequence that b names.
 VARIABLES: dict[str, DType] = {
     "s": "float",  # the scaled logit
     "b": "int",
@@ -30,6 +31,11 @@ VARIABLES: dict[str, DType] = {
     "kv_idx": "int",
     "q_len": "int",
     "kv_len": "int",
+    "f": "float",  # what earlier queries carried onto the key
+    "x": "float",  # the operands of a map
+    "y": "float",
+    "z": "float",
+    "w": "float",
 }
 
 
@@ -39,7 +45,9 @@ class OpInfo:
 
     ``rule`` maps operand dtypes to (dtypes to cast the operands to, result dtype), or None if illegal.
     ``symbol`` and ``precedence`` spell it: infix or prefix where precedence > 0, else a call. ``numpy``
-    computes it on float64, int64 and bool arrays. ``interval`` bounds it. ``cpu`` is the opcode's base name,
+    computes it on float64, int64 and bool arrays. ``interval`` bounds it. ``derivative`` gives its partial
+    derivatives by each float operand, as text in the operands ``x, y, z`` and the result ``w``; none: it is
+    flat. Where it has a corner the derivative is the mean of its sides. ``cpu`` is the opcode's base name,
     ``ulp`` the error bound of a float32 implementation (inf for floor division and remainder of floats: they step, and
     a quotient's last bit decides on which side). ``torch`` names the functions and methods that trace
     to it; a name that starts with ``__r`` takes its operands swapped.
@@ -55,6 +63,7 @@ class OpInfo:
     cpu: str
     ulp: float
     torch: tuple[str, ...]
+    derivative: tuple[str, ...] = ()
 
 
 # --- type rules -----------------------------------------------------------------------------------------
@@ -146,10 +155,10 @@ def _row(
     ulp: float,
     torch: str,
     cpu: str = "",
+    derivative: tuple[str, ...] = (),
 ) -> OpInfo:
-    return OpInfo(
-        name, arity, rule, symbol, precedence, numpy, interval, cpu or name, ulp, tuple(torch.split())
-    )
+    names = tuple(torch.split())
+    return OpInfo(name, arity, rule, symbol, precedence, numpy, interval, cpu or name, ulp, names, derivative)
 
 
 COMPARISON, PREFIX = 1, 7  # precedences: as in Python, comparisons bind weakest and do not chain
@@ -157,30 +166,51 @@ COMPARISON, PREFIX = 1, 7  # precedences: as in Python, comparisons bind weakest
 # fmt: off
 _ROWS = (
     # name arity rule     symbol prec   numpy             interval           ulp  torch names
-    _row("neg", 1, _arithmetic, "-", PREFIX, np.negative, iv.neg, 0, "neg negative __neg__"),
-    _row("abs", 1, _arithmetic, "abs", 0, np.abs, iv.absolute, 0, "abs absolute __abs__"),
-    _row("add", 2, _arithmetic, "+", 5, np.add, iv.add, 0.5, "add __add__ __radd__"),
-    _row("sub", 2, _arithmetic, "-", 5, np.subtract, iv.sub, 0.5, "sub subtract __sub__ __rsub__"),
-    _row("mul", 2, _arithmetic, "*", 6, np.multiply, iv.mul, 0.5, "mul multiply __mul__ __rmul__"),
+    _row("neg", 1, _arithmetic, "-", PREFIX, np.negative, iv.neg, 0, "neg negative __neg__",
+         derivative=("-1.0",)),
+    _row("abs", 1, _arithmetic, "abs", 0, np.abs, iv.absolute, 0, "abs absolute __abs__",
+         derivative=("where(x > 0.0, 1.0, where(x < 0.0, -1.0, 0.0))",)),
+    _row("add", 2, _arithmetic, "+", 5, np.add, iv.add, 0.5, "add __add__ __radd__",
+         derivative=("1.0", "1.0")),
+    _row("sub", 2, _arithmetic, "-", 5, np.subtract, iv.sub, 0.5, "sub subtract __sub__ __rsub__",
+         derivative=("1.0", "-1.0")),
+    _row("mul", 2, _arithmetic, "*", 6, np.multiply, iv.mul, 0.5, "mul multiply __mul__ __rmul__",
+         derivative=("y", "x")),
     _row("div", 2, _floating, "/", 6, np.divide, iv.div, 0.5,
-         "div divide true_divide __div__ __rdiv__ __truediv__ __rtruediv__"),
+         "div divide true_divide __div__ __rdiv__ __truediv__ __rtruediv__",
+         derivative=("1.0 / y", "-w / y")),
     _row("floordiv", 2, _arithmetic, "//", 6, _floordiv, iv.floordiv, math.inf,
          "floor_divide __floordiv__ __rfloordiv__"),
-    _row("mod", 2, _arithmetic, "%", 6, _mod, iv.mod, math.inf, "remainder __mod__ __rmod__"),
-    _row("min", 2, _arithmetic, "min", 0, np.minimum, iv.minimum, 0, "minimum min clamp_max"),
-    _row("max", 2, _arithmetic, "max", 0, np.maximum, iv.maximum, 0, "maximum max clamp_min"),
-    _row("pow", 2, _floating, "pow", 0, np.power, iv.power, 16, "pow float_power __pow__ __rpow__"),
-    _row("exp", 1, _floating, "exp", 0, np.exp, iv.monotone(np.exp), 2, "exp"),
-    _row("exp2", 1, _floating, "exp2", 0, np.exp2, iv.monotone(np.exp2), 2, "exp2"),
-    _row("log", 1, _floating, "log", 0, np.log, iv.from_zero(np.log), 2, "log"),
-    _row("log2", 1, _floating, "log2", 0, np.log2, iv.from_zero(np.log2), 2, "log2"),
-    _row("sqrt", 1, _floating, "sqrt", 0, np.sqrt, iv.from_zero(np.sqrt), 0.5, "sqrt"),
-    _row("rsqrt", 1, _floating, "rsqrt", 0, _rsqrt, iv.rsqrt, 2, "rsqrt"),
-    _row("tanh", 1, _floating, "tanh", 0, np.tanh, iv.monotone(np.tanh), 4, "tanh"),
-    _row("sigmoid", 1, _floating, "sigmoid", 0, _sigmoid, iv.monotone(_sigmoid), 4, "sigmoid expit"),
-    _row("erf", 1, _floating, "erf", 0, _erf, iv.monotone(math.erf), 4, "erf"),
-    _row("sin", 1, _floating, "sin", 0, np.sin, iv.wave, 4, "sin"),
-    _row("cos", 1, _floating, "cos", 0, np.cos, iv.wave, 4, "cos"),
+    _row("mod", 2, _arithmetic, "%", 6, _mod, iv.mod, math.inf, "remainder __mod__ __rmod__",
+         derivative=("1.0", "-floor(x / y)")),
+    _row("min", 2, _arithmetic, "min", 0, np.minimum, iv.minimum, 0, "minimum min clamp_max",
+         derivative=("where(x < y, 1.0, where(x == y, 0.5, 0.0))", "where(y < x, 1.0, where(x == y, 0.5, 0.0))")),
+    _row("max", 2, _arithmetic, "max", 0, np.maximum, iv.maximum, 0, "maximum max clamp_min",
+         derivative=("where(x > y, 1.0, where(x == y, 0.5, 0.0))", "where(y > x, 1.0, where(x == y, 0.5, 0.0))")),
+    _row("pow", 2, _floating, "pow", 0, np.power, iv.power, 16, "pow float_power __pow__ __rpow__",
+         derivative=("where(y == 0.0, 0.0, y * pow(x, y - 1.0))", "where((x == 0.0) & (y >= 0.0), 0.0, w * log(x))")),
+    _row("exp", 1, _floating, "exp", 0, np.exp, iv.monotone(np.exp), 2, "exp",
+         derivative=("w",)),
+    _row("exp2", 1, _floating, "exp2", 0, np.exp2, iv.monotone(np.exp2), 2, "exp2",
+         derivative=("0.6931471805599453 * w",)),
+    _row("log", 1, _floating, "log", 0, np.log, iv.from_zero(np.log), 2, "log",
+         derivative=("1.0 / x",)),
+    _row("log2", 1, _floating, "log2", 0, np.log2, iv.from_zero(np.log2), 2, "log2",
+         derivative=("1.4426950408889634 / x",)),
+    _row("sqrt", 1, _floating, "sqrt", 0, np.sqrt, iv.from_zero(np.sqrt), 0.5, "sqrt",
+         derivative=("0.5 / w",)),
+    _row("rsqrt", 1, _floating, "rsqrt", 0, _rsqrt, iv.rsqrt, 2, "rsqrt",
+         derivative=("-0.5 * w / x",)),
+    _row("tanh", 1, _floating, "tanh", 0, np.tanh, iv.monotone(np.tanh), 4, "tanh",
+         derivative=("1.0 - w * w",)),
+    _row("sigmoid", 1, _floating, "sigmoid", 0, _sigmoid, iv.monotone(_sigmoid), 4, "sigmoid expit",
+         derivative=("w * (1.0 - w)",)),
+    _row("erf", 1, _floating, "erf", 0, _erf, iv.monotone(math.erf), 4, "erf",
+         derivative=("1.1283791670955126 * exp(-(x * x))",)),
+    _row("sin", 1, _floating, "sin", 0, np.sin, iv.wave, 4, "sin",
+         derivative=("cos(x)",)),
+    _row("cos", 1, _floating, "cos", 0, np.cos, iv.wave, 4, "cos",
+         derivative=("-sin(x)",)),
     _row("floor", 1, _floating, "floor", 0, np.floor, iv.monotone(np.floor), 0, "floor"),
     _row("eq", 2, _equality, "==", COMPARISON, np.equal, iv.eq, 0, "eq __eq__"),
     _row("ne", 2, _equality, "!=", COMPARISON, np.not_equal, iv.ne, 0, "ne not_equal __ne__"),
@@ -195,7 +225,8 @@ _ROWS = (
          "logical_xor bitwise_xor __xor__ __rxor__"),
     _row("not", 1, _logic, "~", PREFIX, np.logical_not, iv.logical_not, 0,
          "logical_not bitwise_not __invert__"),
-    _row("where", 3, _select, "where", 0, np.where, iv.where, 0, "where"),
+    _row("where", 3, _select, "where", 0, np.where, iv.where, 0, "where",
+         derivative=("", "where(x, 1.0, 0.0)", "where(x, 0.0, 1.0)")),
     _row("float", 1, _to_float, "float", 0, _to_float64, iv.to_float, 0.5, "float", cpu="to_f"),
     _row("int", 1, _to_int, "int", 0, _to_int64, iv.to_int, 0, "int long", cpu="to_i"),
 )

@@ -9,21 +9,27 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.expr import Expr, const, load, make, param, var
 from attnkit.ir.optable import CALLS, COMPARISON, INFIX, PREFIXES, VARIABLES
 from attnkit.ir.program import (
+    CODECS,
     ELEMENT,
-    Attend,
+    LAYOUT_BUFFERS,
+    NORMALIZERS,
+    OPERATIONS,
     Buffer,
     BufferDType,
+    Codec,
     Layout,
     LayoutKind,
+    Normalizer,
+    Operation,
     Program,
     Return,
-    Softmax,
+    attributes,
 )
 
 MAX_TEXT = 256 * 1024
@@ -39,7 +45,9 @@ _TOKEN = re.compile(
     re.ASCII | re.DOTALL,
 )
 _CONSTANTS: dict[str, bool | float] = {"true": True, "false": False, "inf": math.inf, "nan": math.nan}
-_BODY = ("score", "mask", "normalizer")
+_BODY = frozenset(
+    f.name for op in OPERATIONS.values() for f in attributes(op) if f.metadata["kind"] in op.BODY
+)
 _RESERVED = frozenset([*VARIABLES, *CALLS, *_CONSTANTS, *_BODY])
 
 _T = TypeVar("_T")
@@ -169,27 +177,31 @@ class Parser:
             self._expect("(")
             self._list(self._param, ")")
         self._expect("{")
-        ops: list[Attend | Return] = []
+        ops: list[Operation] = []
         while not self._accept("}"):
-            ops.append(self._return() if self._accept("return") else self._attend())
+            ops.append(self._return() if self._accept("return") else self._operation())
         if self._next.kind != "end":
             self._fail("AK103", self._next, allowed="end of text")
-        layouts = tuple(
-            Layout(kind, None if name is None else self._buffer_index(name)) for kind, name in inputs
-        )
+        layouts = tuple(self._layout(*parts) for parts in inputs)
         buffers = tuple(buffer for _, buffer in self._buffers.values())
         return Program(layouts, buffers, len(self._params), tuple(ops))
 
-    def _input(self) -> tuple[LayoutKind, _Token | None]:
+    def _input(self) -> tuple[_Token, list[_Token], Codec | None]:
         self._define(self._values, self._name("a name"), len(self._values))
         self._expect(":")
-        kinds: dict[str, LayoutKind] = {"bhsd": "bhsd", "packed": "packed", "padded": "padded"}
-        kind = self._choice(kinds)
-        if not self._accept("["):  # buffers are declared later: the name is looked up at the end
-            return kind, None
-        name = self._name("the name of a buffer")
-        self._expect("]")
-        return kind, name
+        kind = self._next
+        self._expect(*LAYOUT_BUFFERS)
+        names = []
+        if self._accept("["):  # buffers are declared later: the names are looked up at the end
+            names = self._list(lambda: self._name("the name of a buffer"), "]")
+        return kind, names, self._codec() if self._next.text in CODECS else None
+
+    def _layout(self, token: _Token, names: list[_Token], codec: Codec | None) -> Layout:
+        kind: LayoutKind = token.text  # type: ignore[assignment]  # _input has checked it
+        held = [self._lookup(self._buffers, name, "buffer")[0] for name in names]
+        if len(held) > 2:
+            self._fail("AK103", names[2], allowed="at most two buffers")
+        return Layout(kind, held[-1] if held else None, held[0] if len(held) == 2 else None, codec)
 
     def _choice(self, table: dict[str, _T]) -> _T:
         return table[self._expect(*table)]
@@ -226,56 +238,122 @@ class Parser:
             values.append(self._read_value())
         return Return(tuple(values))
 
-    def _attend(self) -> Attend:
+    # --- operations -----------------------------------------------------------------------------------
+
+    def _operation(self) -> Operation:
         results = [self._name("a result, return or }")]
         while self._accept(","):
             results.append(self._name("a result"))
-        if len(results) != len(Attend.results):
-            self._fail("AK103", results[-1], what="attend has two results", allowed="o, lse = attend(...)")
-        for word in ("=", "attend", "("):
-            self._expect(word)
-        operands = []
-        for _ in range(3):
-            operands.append(self._read_value())
-            self._expect(",")
-        for word in ("scale", "="):
-            self._expect(word)
-        scale = None if self._accept("default") else float(self._number(negative=self._accept("-")))
-        self._expect(")")
-        self._expect("{")
-        score, mask, normalizer = self._body()
+        self._expect("=")
+        operation = self._lookup(OPERATIONS, self._name("an operation"), "operation")
+        kinds = {f.name: f.metadata for f in attributes(operation)}
+        self._expect("(")
+        operands: list[int] = []
+        given: dict[str, Any] = {}
+        self._scalars = dict(self._params)
+
+        def argument() -> None:
+            token = self._name("a value or a keyword")
+            if not self._accept("="):
+                if given:
+                    self._fail("AK103", token, what="values come before keywords")
+                operands.append(self._lookup(self._values, token, "value"))
+                return
+            written = {name: kind for name, kind in kinds.items() if kind["kind"] not in operation.BODY}
+            kind = self._lookup(written, token, "keyword")
+            if token.text in given:
+                self._fail("AK109", token, what="given twice")
+            given[token.text] = self._attribute(kind["kind"], kind["choices"])
+
+        self._list(argument, ")")
+        if any(kind["kind"] in operation.BODY for kind in kinds.values()) and self._accept("{"):
+            given.update(self._body(operation))
+        op = operation(tuple(operands), **given)
+        if len(results) != len(op.results):
+            allowed = f"{', '.join(op.results)} = {operation.NAME}(...)"
+            self._fail("AK103", results[-1], what="wrong number of results", allowed=allowed)
         for token in results:
             self._define(self._values, token, len(self._values))
-        return Attend(operands[0], operands[1], operands[2], scale, score, mask, normalizer)
+        return op
 
-    def _body(self) -> tuple[Expr, Expr | None, Softmax]:
-        self._scalars = dict(self._params)
-        roots: dict[str, Expr] = {}
-        normalizer: Softmax | None = None
+    def _attribute(self, kind: str, choices: tuple[str, ...]) -> Any:
+        """The value of a keyword. Numbers stand for themselves, names are looked up."""
+        if kind == "number":
+            return self._expression()
+        if kind == "scale" and self._accept("default"):
+            return None
+        if kind in ("scale", "float"):
+            return self._signed()
+        if kind == "bool":
+            return self._choice({"true": True, "false": False})
+        if kind == "word":
+            return self._expect(*choices)
+        if kind == "codec":
+            return self._codec()
+        if kind == "value":
+            return self._read_value()
+        if kind == "int":
+            token = self._next
+            value = self._number()
+            if not isinstance(value, int):
+                self._fail("AK103", token, allowed="an integer")
+            return value
+        item: dict[str, Callable[[], Any]] = {
+            "floats": self._signed, "pair": self._read_value, "words": lambda: self._expect(*choices),
+        }  # fmt: skip
+        self._expect("(")
+        return tuple(self._list(item[kind], ")"))
+
+    def _signed(self) -> float:
+        return float(self._number(negative=self._accept("-")))
+
+    def _codec(self) -> Codec:
+        name = self._expect(*CODECS)
+        self._expect("(")
+        axis = self._name("what shares a scale").text
+        self._expect(",")
+        group = self._attribute("int", ())
+        self._expect(")")
+        return Codec(name, axis, group)
+
+    def _body(self, operation: type[Operation]) -> dict[str, Any]:
+        roots = {
+            f.name: f.metadata["kind"] for f in attributes(operation) if f.metadata["kind"] in operation.BODY
+        }
+        given: dict[str, Any] = {}
         while not self._accept("}"):
             token = self._name("a name or }")
             self._expect("=")
-            if token.text in roots or (token.text == "normalizer" and normalizer is not None):
+            if token.text in given:
                 self._fail("AK109", token, what="defined twice")
-            if token.text == "normalizer":
-                normalizer = self._softmax()
-            elif token.text in _BODY:
-                roots[token.text] = self._expression()
+            if token.text in roots:
+                is_expr = roots[token.text] == "expr"
+                given[token.text] = self._expression() if is_expr else self._normalizer()
             else:
                 self._define(self._scalars, token, self._expression())
-        return roots.get("score", var("s")), roots.get("mask"), normalizer or Softmax()
+        return given
 
-    def _softmax(self) -> Softmax:
-        self._expect("softmax")
-        if not self._accept("("):
-            return Softmax()
-        for word in ("sink", "="):
-            self._expect(word)
-        sink = self._buffer_index(self._name("the name of a buffer"))
-        self._expect(")")
-        return Softmax(sink)
+    def _normalizer(self) -> Normalizer:
+        kind = self._expect(*NORMALIZERS)
+        sink = epsilon = None
+        if self._accept("("):
+            if self._expect("sink", "epsilon") == "sink":
+                self._expect("=")
+                sink = self._buffer_index(self._name("the name of a buffer"))
+            else:
+                self._expect("=")
+                epsilon = self._signed()
+            self._expect(")")
+        return Normalizer(kind, sink, epsilon)
 
     # --- expressions ----------------------------------------------------------------------------------
+
+    def expression(self) -> Expr:
+        """Parse the whole text as one expression."""
+        node = self._expression()
+        if self._next.kind != "end":
+            self._fail("AK103", self._next, allowed="end of text")
+        return node
 
     def _expression(self, binding: int = 0) -> Expr:
         """An expression of operators that bind tighter than ``binding``."""

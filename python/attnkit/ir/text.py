@@ -7,19 +7,20 @@ written leaves no trace in it. Operators have Python's precedence, except that c
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from attnkit.ir.expr import Expr, topological
 from attnkit.ir.optable import OPS, PREFIX
 from attnkit.ir.parser import Parser
-from attnkit.ir.program import Attend, Layout, Op, Program
+from attnkit.ir.program import Codec, Layout, Normalizer, Operation, Program, attributes
 from attnkit.ir.verify import verify
 
 VERSION = 1
 MAX_INLINE = 24  # nesting of a printed expression; a deeper part gets a line of its own
 
 _ATOM = PREFIX + 1
-_VALUES = ("q", "k", "v", "o", "lse")
 
 
 @lru_cache(maxsize=256)
@@ -36,9 +37,15 @@ def parse(text: str) -> Program:
     return program
 
 
+def parse_expr(text: str) -> Expr:
+    """An expression by itself, in the variables alone: the derivatives of the op table are written so."""
+    return Parser(text).expression()
+
+
 def print_program(program: Program) -> str:
     """The canonical text of a program."""
-    inputs = ", ".join(f"{_value(i)}: {_layout(x)}" for i, x in enumerate(program.inputs))
+    names = value_names(program)
+    inputs = ", ".join(f"{name}: {_layout(x)}" for name, x in zip(names, program.inputs, strict=False))
     head = f"program ({inputs})"
     if program.buffers:
         buffers = (f"b{i}: {x.dtype}[{x.rank}]" for i, x in enumerate(program.buffers))
@@ -46,11 +53,23 @@ def print_program(program: Program) -> str:
     if program.num_params:
         head += f" params({', '.join(f'p{i}: f32' for i in range(program.num_params))})"
     lines = [f"attnkit {VERSION}", head + " {"]
-    value = len(program.inputs)
+    first = len(program.inputs)
     for op in program.ops:
-        lines += _print_op(op, value)
-        value += len(op.results) if isinstance(op, Attend) else 0
+        results = names[first : first + len(op.results)]
+        lines += _print_op(op, results, names)
+        first += len(results)
     return "\n".join([*lines, "}", ""])
+
+
+def value_names(program: Program) -> list[str]:
+    """The canonical names of all values: ``q, k, v, x3, x4 ...``, then each result's own name, numbered."""
+    names = ["qkv"[i] if i < 3 else f"x{i}" for i in range(len(program.inputs))]
+    seen: Counter[str] = Counter()
+    for op in program.ops:
+        for result in op.results:
+            names.append(f"{result}{seen[result] or ''}")
+            seen[result] += 1
+    return names
 
 
 def print_expr(expr: Expr, limit: int = 200) -> str:
@@ -59,30 +78,75 @@ def print_expr(expr: Expr, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def _value(index: int) -> str:
-    return _VALUES[index] if 0 <= index < len(_VALUES) else f"x{index}"
-
-
 def _layout(layout: Layout) -> str:
-    return layout.kind if layout.lengths is None else f"{layout.kind}[b{layout.lengths}]"
+    buffers = ", ".join(f"b{i}" for i in layout.buffers)
+    codec = "" if layout.codec is None else f" {_codec(layout.codec)}"
+    return layout.kind + (f"[{buffers}]" if buffers else "") + codec
 
 
-def _print_op(op: Op, value: int) -> list[str]:
-    if not isinstance(op, Attend):
-        return [f"  return {', '.join(map(_value, op.values))}"]
-    results = ", ".join(_value(value + i) for i in range(len(op.results)))
-    scale = "default" if op.scale is None else repr(float(op.scale))
-    roots = {} if (op.score.op, op.score.attr) == ("var", "s") else {"score": op.score}
-    if op.mask is not None:
-        roots["mask"] = op.mask
-    sink = op.normalizer.sink
-    normalizer = "softmax" if sink is None else f"softmax(sink = b{sink})"
-    return [
-        f"  {results} = attend({_value(op.q)}, {_value(op.k)}, {_value(op.v)}, scale = {scale}) {{",
-        *(f"    {line}" for line in _print_expressions(roots)),
-        f"    normalizer = {normalizer}",
-        "  }",
-    ]
+def _codec(codec: Codec) -> str:
+    return f"{codec.name}({codec.axis}, {codec.group})"
+
+
+def _print_op(op: Operation, results: Sequence[str], names: Sequence[str]) -> list[str]:
+    def name(value: int) -> str:
+        return names[value] if 0 <= value < len(names) else f"x{value}"
+
+    operands = ", ".join(map(name, op.operands))
+    if op.NAME == "return":
+        return [f"  return {operands}"]
+    keywords = [operands]
+    body: list[str] = []
+    for f in attributes(type(op)):
+        kind, held = f.metadata["kind"], getattr(op, f.name)
+        if kind == "normalizer":
+            body.append(f"normalizer = {_normalizer(held)}")
+        elif kind not in op.BODY and (
+            kind == "scale" or held != (_usual(op) if kind == "words" else f.default)
+        ):
+            keywords.append(f"{f.name} = {_attribute(kind, held, name)}")
+    roots = {
+        key: expr
+        for key, expr in op.expressions.items()
+        if not (key in ("score", "value") and (expr.op, expr.attr) in (("var", "s"), ("var", "x")))
+    }
+    body = _print_expressions(roots) + body
+    line = f"  {', '.join(results)} = {op.NAME}({', '.join(keywords)})"
+    return [line + " {", *(f"    {each}" for each in body), "  }"] if body else [line]
+
+
+def _usual(op: Any) -> Any:
+    return op.usual_outputs
+
+
+def _normalizer(normalizer: Normalizer) -> str:
+    if normalizer.sink is not None:
+        return f"{normalizer.kind}(sink = b{normalizer.sink})"
+    if normalizer.epsilon is not None:
+        return f"{normalizer.kind}(epsilon = {_float(normalizer.epsilon)})"
+    return normalizer.kind
+
+
+def _attribute(kind: str, held: Any, name: Any) -> str:
+    if kind == "scale":
+        return "default" if held is None else _float(held)
+    if kind == "float":
+        return _float(held)
+    if kind == "floats":
+        return f"({', '.join(map(_float, held))})"
+    if kind == "number":
+        return print_expr(held)
+    if kind == "value":
+        return str(name(held))
+    if kind == "pair":
+        return f"({', '.join(map(name, held))})"
+    if kind == "words":
+        return f"({', '.join(held)})"
+    return _codec(held) if kind == "codec" else str(held).lower()
+
+
+def _float(value: float) -> str:
+    return repr(float(value) + 0.0)  # -0.0 is 0.0
 
 
 def _print_expressions(roots: dict[str, Expr]) -> list[str]:

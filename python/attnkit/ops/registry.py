@@ -145,7 +145,7 @@ def _causal_masks() -> tuple[object, object]:
 def _torch_form(program: Program, square: bool) -> tuple[bool, float | None] | None:
     """(is_causal, scale) if torch's op computes this program, which is top-left causal or unmasked softmax."""
     attend = program.attend
-    if program.buffers or attend.score.op != "var" or attend.normalizer.sink is not None:
+    if not attend.plain or program.buffers or attend.score.op != "var" or attend.normalizer.sink is not None:
         return None
     top_left, bottom_right = _causal_masks()
     if attend.mask is None:

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from attnkit.errors import AttnkitError
 from attnkit.ir.expr import Expr, const, load, make, param, var
 from attnkit.ir.intervals import INT32_MAX, INT32_MIN
-from attnkit.ir.optable import OPS, VARIABLES, DType
-from attnkit.ir.program import ELEMENT, Attend, Buffer, BufferDType, Layout, Program, Return, Softmax
+from attnkit.ir.optable import OPS, DType
+from attnkit.ir.program import ELEMENT, Attend, Buffer, BufferDType, Layout, Normalizer, Program, Return
 from attnkit.ir.verify import verify
 
 _BUFFER_DTYPES: tuple[BufferDType, ...] = ("f32", "i32", "i64", "bool")
+PAIR_VARIABLES = ("s", "b", "h", "q_idx", "kv_idx", "q_len", "kv_len")
 _KINDS: tuple[tuple[Any, Any], ...] = (("bhsd", "bhsd"), ("bhsd", "padded"), ("packed", "packed"))
 
 
@@ -35,7 +36,7 @@ def buffers(max_size: int = 4, max_rank: int = 5) -> st.SearchStrategy[list[Buff
 def expressions(
     draw: st.DrawFn,
     dtype: DType = "float",
-    variables: Sequence[str] = tuple(VARIABLES),
+    variables: Sequence[str] = PAIR_VARIABLES,
     buffers: Sequence[Buffer] = (),
     num_params: int = 0,
     max_ops: int = 30,
@@ -92,10 +93,10 @@ def programs(draw: st.DrawFn, max_ops: int = 30) -> Program:
     num_params = draw(st.integers(0, 2))
     shared: dict[str, Any] = {"buffers": declared, "num_params": num_params, "max_ops": max_ops}
     score = draw(st.one_of(st.just(var("s")), expressions("float", **shared)))
-    indices = [name for name in VARIABLES if name != "s"]
+    indices = PAIR_VARIABLES[1:]
     mask = draw(st.one_of(st.none(), expressions("bool", indices, **shared)))
     scale = draw(st.one_of(st.none(), st.floats(1e-30, 1e30)))
-    attend = Attend(0, 1, 2, scale, score, mask, Softmax(sink))
+    attend = Attend((0, 1, 2), scale, score=score, mask=mask, normalizer=Normalizer(sink=sink))
     values = draw(st.sampled_from([(3,), (3, 4)]))
     program = Program(
         (inputs[0], inputs[1], inputs[1]), tuple(declared), num_params, (attend, Return(values))

@@ -34,6 +34,8 @@ class CpuBackend:
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32 tensors on the CPU; heads of 1 to 4096 channels."""
         reasons = []
+        if not (spec.program.is_attention and spec.program.attend.plain):
+            reasons.append("the program is more than softmax attention with a score, a mask and a sink")
         if spec.device != "cpu":
             reasons.append(f"tensors are on {spec.device}, not on the CPU")
         if spec.dtype != "float32":

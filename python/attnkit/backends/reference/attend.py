@@ -1,154 +1,261 @@
-"""Attention by the definition: every score is materialised, one head of one sequence at a time."""
+"""Attention by the definition, one sequence at a time: every score of every head is materialised."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from attnkit.backends.reference.evaluate import Evaluation
+from attnkit.backends.reference.evaluate import Scope
+from attnkit.backends.reference.philox import kept
+from attnkit.backends.reference.select import Relation
+from attnkit.backends.reference.tape import Array, Node, concatenate, exp, log, weighted, where
 from attnkit.errors import error
-from attnkit.ir.program import Attend, Layout, Program
+from attnkit.ir.program import Attend
+
+Q_TILE, KV_TILE, SKIP_ROWS = 128, 64, 16  # of density and of skipping: they are part of the meaning
 
 
-class _Segment(NamedTuple):
-    """One sequence: where it lies in memory, and its number ``b`` in score and mask."""
+@dataclass(frozen=True)
+class Related:
+    """What else one attention of one sequence reads: relations, the carry to start with, the seed of dropout."""
 
     b: int
-    batch: int
-    q: slice
-    kv: slice
+    blocks: Relation | None = None
+    groups: tuple[Relation, Relation] | None = None
+    initial: Node | None = None
+    seed: int | None = None
 
 
 def attend(
-    program: Program, q: Any, k: Any, v: Any, buffers: Sequence[Any] = (), params: Sequence[float] = ()
-) -> tuple[Any, Any]:
-    """Run the attention of ``program`` in float64.
-
-    Args:
-        program: a verified program.
-        q: numpy array ``[B, Hq, Sq, D]``; packed: ``[1, Hq, total, D]``.
-        k: ``[B, Hkv, Skv, D]``, where ``Hq`` is a multiple of ``Hkv``.
-        v: ``[B, Hkv, Skv, Dv]``.
-        buffers: the captured arrays, in the order of the program's buffers.
-        params: the run-time scalars.
-
-    Returns:
-        ``o [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]``, float64. A row that sees nothing has ``o`` 0 and
-        ``lse`` -inf (with a sink: the sink). A masked pair does not exist, whatever its key and value hold.
+    op: Attend, q: Node, segments: list[tuple[Node, Node]], related: Related, scope: Scope
+) -> list[Node]:
+    """The outputs of ``op`` for one sequence: ``q [Hq, n, D]``, segments of ``k [Hkv, m, D]`` and ``v [Hkv, m, Dv]``.
 
     Raises:
-        AttnkitError: AK401 (number of buffers or params), AK403 and AK407 (shapes), AK601 (a load leaves its
-            buffer at a visible pair), AK602 (lengths).
+        AttnkitError: AK601, a load leaves its buffer at a pair that exists.
     """
-    op = program.attend
-    q, k, v = (np.asarray((q, k, v)[i], dtype=np.float64) for i in (op.q, op.k, op.v))
-    _check(program, q, k, v, buffers, params)
-    group = q.shape[1] // max(k.shape[1], 1)
-    o = np.zeros((*q.shape[:3], v.shape[3]))
-    lse = np.full(q.shape[:3], -np.inf)
-    for segment in _segments(program.inputs[op.q], program.inputs[op.k], q, k, buffers):
-        for h in range(q.shape[1]):
-            q_head = q[segment.batch, h, segment.q]
-            k_head, v_head = (x[segment.batch, h // group, segment.kv] for x in (k, v))
-            z, visible = _logits(op, q_head, k_head, segment.b, h, buffers, params)
-            sink = None if op.normalizer.sink is None else float(buffers[op.normalizer.sink][h])
-            o_head, lse_head = _softmax(z, visible, v_head, sink)
-            o[segment.batch, h, segment.q], lse[segment.batch, h, segment.q] = o_head, lse_head
-    return o, lse
-
-
-def _logits(
-    op: Attend, q: Any, k: Any, b: int, h: int, buffers: Sequence[Any], params: Sequence[float]
-) -> tuple[Any, Any]:
-    """Scores and visibility of all pairs, both ``[q_len, kv_len]``."""
-    shape = (q.shape[0], k.shape[0])
-    scale = q.shape[1] ** -0.5 if op.scale is None else op.scale
-    with np.errstate(all="ignore"):
-        s = scale * (q @ k.T)
-    variables = {
-        "s": s,
-        "b": b,
-        "h": h,
-        "q_idx": np.arange(shape[0])[:, None],
-        "kv_idx": np.arange(shape[1])[None, :],
-        "q_len": shape[0],
-        "kv_len": shape[1],
-    }
-    values = Evaluation(op.roots, variables, buffers, params)
-    visible = np.ones(shape, dtype=bool)
+    heads, q_len = q.shape[:2]
+    group = heads // max(segments[0][0].shape[0], 1)
+    k, v = (concatenate([pair[i] for pair in segments], axis=1).repeat(group) for i in (0, 1))
+    pairs = {
+        "b": related.b, "h": np.arange(heads)[:, None, None], "q_idx": np.arange(q_len)[:, None],
+        "kv_idx": np.arange(k.shape[1]), "q_len": q_len, "kv_len": k.shape[1],
+    }  # fmt: skip
+    shape = (heads, q_len, k.shape[1])
+    exists = np.ones(shape, bool)
     if op.mask is not None:
-        visible = np.broadcast_to(values[op.mask], shape)
-    for name, root in (("score", op.score), ("mask", op.mask)):
-        if root is not None and np.any(values.outside(root) & visible):
-            raise error("AK601", where=f"{name}, at a visible pair", given=repr(root))
-    return np.broadcast_to(values[op.score], shape), visible
+        mask, outside = scope.plain(op.mask, pairs)
+        exists = np.broadcast_to(mask, shape)
+        _inside("mask", outside & exists, op.mask)
+    possible = exists
+    if related.blocks is not None:
+        exists = exists & related.blocks.pairs(heads, q_len, k.shape[1])
+    seen = np.any(exists, axis=1)[:, :, None]  # what nobody sees reaches nothing, gradients included
+    k, v = where(seen, k, 0.0), where(seen, v, 0.0)
+    scale = q.shape[2] ** -0.5 if op.scale is None else op.scale
+    s = (q @ k.swap()) * scale
+    variables: dict[str, Any] = {**pairs, "s": s}
+    carried = None
+    if op.carry is not None:
+        carried, exists = _carry(op, s, exists, variables, related, scope)
+        variables["f"] = carried[:, :q_len]
+    z, outside = scope.apply(op.score, variables, s.shape)
+    _inside("score", outside & exists, op.score)
+    sink = None if op.normalizer.sink is None else scope.buffers[op.normalizer.sink]
+    keep = None
+    if op.dropout is not None:
+        p = scope.number(op.dropout)
+        keep = kept(related.seed, related.b, s.shape, p) / (1 - p if p < 1 else 1)
+    if op.skip is not None:
+        exists = _unskipped(z.value, exists, scope.number(op.skip))
+    if related.groups is not None:
+        return [_grouped(op, z, exists, v, keep, related.groups)]
+    weights, lse, top = _normalise(op, z, exists, sink)
+    dropped = weights if keep is None else weights * keep
+    found = _Outputs(op, z, exists, possible, weights, lse, top)
+    given = {"o": lambda: weighted(dropped, exists, v), "weights": lambda: dropped}
+    if carried is not None:
+        given["carry"] = lambda: carried[0, q_len]
+    return [given[name]() if name in given else getattr(found, name)() for name in op.outputs]
 
 
-def _softmax(z: Any, visible: Any, v: Any, sink: float | None) -> tuple[Any, Any]:
-    """Weighted values ``[q_len, Dv]`` and log-sum-exp ``[q_len]`` of visible logits ``z``."""
-    live = visible & (z != -np.inf)  # a score of -inf has weight 0
-    with np.errstate(all="ignore"):
-        top = np.max(np.where(live, z, -np.inf), axis=1, initial=-np.inf)
-        if sink is not None:
-            top = np.maximum(top, sink)
-        pivot = np.where(top == -np.inf, 0.0, top)
-        weight = np.where(live, np.exp(z - pivot[:, None]), 0.0)
-        total = weight.sum(axis=1)
-        if sink is not None:
-            total = total + np.exp(sink - pivot)
-        lse = pivot + np.log(total)
-        o = weight @ np.where(np.isfinite(v), v, 0.0)
-        for j in np.flatnonzero(
-            ~np.isfinite(v).all(axis=1)
-        ):  # reaches the rows that see it, whatever their weight
-            bad = ~np.isfinite(v[j])
-            o[:, bad] += np.where(visible[:, j, None], weight[:, j, None] * v[j, bad], 0.0)
-        return np.where(total[:, None] == 0, 0.0, o / total[:, None]), lse
+def _inside(name: str, outside: Array, root: Any) -> None:
+    if np.any(outside):
+        raise error("AK601", where=f"{name}, at a visible pair", given=repr(root))
 
 
-def _segments(
-    q_layout: Layout, kv_layout: Layout, q: Any, k: Any, buffers: Sequence[Any]
-) -> Iterator[_Segment]:
-    if q_layout.lengths is not None and kv_layout.lengths is not None:  # packed
-        q_ends = _lengths(buffers[q_layout.lengths], q.shape[2])
-        kv_ends = _lengths(buffers[kv_layout.lengths], k.shape[2])
-        if len(q_ends) != len(kv_ends):
-            given = f"{len(q_ends)} and {len(kv_ends)} entries"
-            raise error("AK602", what="cu_seqlens of q and of k differ in length", given=given)
-        for b in range(len(q_ends) - 1):
-            yield _Segment(b, 0, slice(q_ends[b], q_ends[b + 1]), slice(kv_ends[b], kv_ends[b + 1]))
-        return
-    kv_lens = np.full(k.shape[0], k.shape[2])
-    if kv_layout.lengths is not None:  # padded
-        kv_lens = np.asarray(buffers[kv_layout.lengths])
-        if len(kv_lens) != k.shape[0] or np.any(kv_lens < 0) or np.any(kv_lens > k.shape[2]):
-            allowed = f"{k.shape[0]} lengths from 0 to {k.shape[2]}"
-            raise error("AK602", where="kv_lens", given=str(kv_lens), allowed=allowed)
-    for b in range(q.shape[0]):
-        yield _Segment(b, b, slice(0, q.shape[2]), slice(0, int(kv_lens[b])))
+def _normalise(op: Attend, z: Node, exists: Array, sink: Any) -> tuple[Node, Node, Array]:
+    """Weights, lse ``[H, n]`` and the largest score, where there is such a thing."""
+    kind = op.normalizer.kind
+    live = exists & (z.value != -np.inf)  # a score of -inf has weight 0
+    if kind in ("none", "sum"):
+        weights = where(live, z, 0.0)
+        if kind == "sum":
+            weights = _divide(weights, weights.sum(2) + (op.normalizer.epsilon or 0.0))
+        return weights, Node(np.zeros(z.shape[:2])), np.zeros(z.shape[:2])
+    if kind == "softmax_over_queries":
+        weights, _, _ = _softmax(z.swap(), live.swapaxes(1, 2), None)
+        weights = weights.swap()
+        if op.normalizer.epsilon is not None:
+            weights = _divide(weights, weights.sum(2) + op.normalizer.epsilon)
+        return weights, Node(np.zeros(z.shape[:2])), np.zeros(z.shape[:2])
+    sign = np.sign(z.value) if kind == "signed_softmax" else np.ones(z.shape)
+    weights, lse, top = _softmax(z * sign, live, sink)
+    return weights * sign, lse, top
 
 
-def _lengths(cu_seqlens: Any, total: int) -> list[int]:
-    ends = np.asarray(cu_seqlens).tolist()
-    if not ends or ends[0] != 0 or ends[-1] > total or any(a > b for a, b in pairwise(ends)):
-        allowed = f"from 0, never falling, to at most {total}"
-        raise error("AK602", where="cu_seqlens", given=str(ends), allowed=allowed)
-    return list(ends)
+def _softmax(z: Node, live: Array, sink: Any) -> tuple[Node, Node, Array]:
+    top = np.max(np.where(live, z.value, -np.inf), axis=2, initial=-np.inf, keepdims=True)
+    logit = None if sink is None else sink.reshape(-1, 1, 1)
+    if logit is not None:
+        top = np.maximum(top, logit.value)
+    pivot = np.where(top == -np.inf, 0.0, top)
+    weights = where(live, exp(where(live, z, 0.0) - pivot), 0.0)
+    total = weights.sum(2)
+    if logit is not None:
+        total = total + exp(logit - pivot)
+    lse = log(total) + pivot
+    return _divide(weights, total), lse.reshape(*lse.shape[:2]), top[..., 0]
 
 
-def _check(program: Program, q: Any, k: Any, v: Any, buffers: Sequence[Any], params: Sequence[float]) -> None:
-    if len(buffers) != len(program.buffers) or len(params) != program.num_params:
-        allowed = f"{len(program.buffers)} buffers, {program.num_params} params"
-        raise error("AK401", given=f"{len(buffers)} buffers, {len(params)} params", allowed=allowed)
-    shapes = [x.shape for x in (q, k, v)]
-    given = " ".join(map(str, shapes))
-    if any(len(shape) != 4 for shape in shapes) or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        allowed = "q [B, Hq, Sq, D], k [B, Hkv, Skv, D], v [B, Hkv, Skv, Dv]"
-        raise error("AK403", where="q, k, v", given=given, allowed=allowed)
-    if q.shape[0] != k.shape[0] or (program.inputs[program.attend.q].kind == "packed" and q.shape[0] != 1):
-        raise error("AK403", where="batch of q, k, v", given=given, allowed="equal; 1 if packed")
-    if q.shape[1] % max(k.shape[1], 1) or (q.shape[1] and not k.shape[1]):
-        raise error("AK407", where="q, k", given=f"{q.shape[1]} and {k.shape[1]} heads")
+def _divide(weights: Node, total: Node) -> Node:
+    """Rows by their totals; a row of nothing stays nothing."""
+    dead = total.value == 0
+    return where(np.broadcast_to(dead, weights.shape), 0.0, weights / where(dead, 1.0, total))
+
+
+def _carry(
+    op: Attend, s: Node, exists: Array, variables: dict[str, Any], related: Related, scope: Scope
+) -> tuple[Node, Array]:
+    """The accumulator before every query and after the last, ``[1, n + 1, m]``; and the pairs that the budget leaves."""
+    assert op.carry is not None
+    if op.head >= s.shape[0]:
+        raise error("AK401", where="head of attend", given=str(op.head), allowed=f"0..{s.shape[0] - 1}")
+    of_head = {**variables, "s": s[op.head : op.head + 1], "h": np.full((1, 1, 1), op.head)}
+    shape = (1, *s.shape[1:])
+    added, outside = scope.apply(op.carry, of_head, shape)
+    _inside("carry", outside & exists[op.head], op.carry)
+    added = where(exists[op.head : op.head + 1], added, 0.0)
+    padded = concatenate([added, Node(np.zeros((1, 1, shape[2])))], axis=1)
+    carried = padded.before()
+    if related.initial is not None:
+        carried = carried + related.initial.reshape(1, 1, -1)
+    if op.budget is None:
+        return carried, exists
+    return carried, exists & _budget(op.budget, carried.value[0], exists[op.head])
+
+
+def _budget(budget: int, f: Array, exists: Array) -> Array:
+    """Which keys are still there at each query: what is evicted once never comes back. ``[n, m]``."""
+    q_len, kv_len = exists.shape
+    held = np.zeros((q_len, kv_len), bool)
+    evicted = np.zeros(kv_len, bool)
+    for i in range(q_len):
+        live = exists[i] & ~evicted
+        own = np.max(np.flatnonzero(live), initial=-1)
+        while live.sum() > budget:
+            candidates = np.flatnonzero(live)
+            candidates = candidates[(candidates != candidates[0]) & (candidates != own)]
+            worst = candidates[np.argmax(f[i, candidates])]  # ties: the oldest
+            live[worst], evicted[worst] = False, True
+        held[i] = live
+    return held
+
+
+def _unskipped(z: Array, exists: Array, threshold: float) -> Array:
+    """The pairs that online skipping keeps (SpargeAttn, stage 2): in tiles of 16 queries and 64 keys a tile is left
+    out if every row's maximum lies ``threshold`` (in log2) or more below the running one; never the first tile that
+    its 128 queries visit, nor the last two."""
+    out = exists.copy()
+    heads, q_len, kv_len = z.shape
+    for h, first in np.ndindex(heads, -(-q_len // Q_TILE)):
+        block = slice(first * Q_TILE, min((first + 1) * Q_TILE, q_len))
+        starts = range(0, kv_len, KV_TILE)
+        tiles = [slice(j, j + KV_TILE) for j in starts if exists[h, block, j : j + KV_TILE].any()]
+        for row in range(block.start, block.stop, SKIP_ROWS):
+            rows = slice(row, min(row + SKIP_ROWS, block.stop))
+            running = np.full(rows.stop - rows.start, -np.inf)
+            for t, keys in enumerate(tiles):
+                scores = np.where(exists[h, rows, keys], z[h, rows, keys], -np.inf)
+                top = scores.max(axis=1, initial=-np.inf)
+                live = top > -np.inf
+                below = np.max((top - running)[live] / np.log(2), initial=-np.inf)
+                if 0 < t < len(tiles) - 2 and not below + threshold > 0:
+                    out[h, rows, keys] = False
+                running = np.maximum(running, top)
+    return out
+
+
+def _grouped(
+    op: Attend, z: Node, exists: Array, v: Node, keep: Any, groups: tuple[Relation, Relation]
+) -> Node:
+    """Attention within each group, and the mean of a token's results over its groups."""
+    heads, q_len, kv_len = z.shape
+    in_q, in_k = groups
+    total, count = Node(np.zeros((heads, q_len, v.shape[2]))), np.zeros((heads, q_len, 1))
+    for c in range(in_q.array.shape[2]):
+        members = in_q.rows(heads)[:, 0, c, :, None]
+        inside = exists & members & in_k.of_queries(heads, q_len, c)
+        weights, _, _ = _normalise(op, z, inside, None)
+        weights = weights if keep is None else weights * keep
+        total, count = total + weighted(weights, inside, v) * members, count + members
+    return total / np.maximum(count, 1)
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Everything beside o that attention can tell, each made when it is asked for."""
+
+    op: Attend
+    z: Node
+    exists: Array
+    possible: Array
+    weights: Node
+    sums: Node
+    top: Array
+
+    def lse(self) -> Node:
+        """The logarithm of the sum of exponentials."""
+        return self.sums
+
+    def density(self) -> Node:
+        """Tiles visited, of those in which a pair could exist, for each head."""
+        visited, possible = (_tiles(x).sum(axis=(1, 2)) for x in (self.exists, self.possible))
+        return Node(np.where(possible == 0, 0.0, visited / np.maximum(possible, 1)))
+
+    def column_sum(self) -> Node:
+        """The weight that each key gets from all queries."""
+        return self.weights.sum(1).reshape(self.z.shape[0], self.z.shape[2])
+
+    def column_max(self) -> Node:
+        """The largest weight of each key."""
+        return self._largest(1)
+
+    def row_max(self) -> Node:
+        """The largest weight of each query."""
+        return self._largest(2)
+
+    def entropy(self) -> Node:
+        """Of each query's weights, in nats."""
+        live = self.weights.value > 0
+        logs = log(where(live, self.weights, 1.0))
+        return (self.weights * logs * -1.0).sum(2).reshape(*self.z.shape[:2])
+
+    def _largest(self, axis: int) -> Node:
+        shape = tuple(n for i, n in enumerate(self.z.shape) if i != axis)
+        if self.z.shape[axis] == 0:
+            return Node(np.zeros(shape))
+        best = np.expand_dims(np.argmax(self.weights.value, axis=axis), axis)
+        chosen = best == np.arange(self.z.shape[axis]).reshape([-1 if i == axis else 1 for i in range(3)])
+        found: Node = (self.weights * chosen).sum(axis).reshape(*shape)
+        return found
+
+
+def _tiles(pairs: Array) -> Array:
+    heads, q_len, kv_len = pairs.shape
+    padded = np.zeros((heads, -(-q_len // Q_TILE) * Q_TILE, -(-kv_len // KV_TILE) * KV_TILE), bool)
+    padded[:, :q_len, :kv_len] = pairs
+    tiles = padded.reshape(heads, -1, Q_TILE, padded.shape[2] // KV_TILE, KV_TILE)
+    return np.asarray(np.any(tiles, axis=(2, 4)))

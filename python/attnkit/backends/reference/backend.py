@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from attnkit.backends import Kernel
-from attnkit.backends.reference.attend import attend
+from attnkit.backends.reference.run import run
+from attnkit.ir.program import Program, Return
 from attnkit.plan.spec import Config, KernelSpec, Space
+
+
+@lru_cache(maxsize=256)
+def _with_all_outputs(program: Program) -> Program:
+    """The same attention, returning everything it gives."""
+    values = tuple(range(3, 3 + len(program.attend.outputs)))
+    return Program(program.inputs, program.buffers, program.num_params, (program.attend, Return(values)))
+
+
+def attend(
+    program: Program, q: Any, k: Any, v: Any, buffers: Sequence[Any] = (), params: Sequence[float] = (),
+    seed: int | None = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """The attention of a program over three inputs: ``o [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]``, float64.
+
+    Where the normaliser has no lse it is NaN. Raises as `run`.
+    """
+    o, *lse = run(_with_all_outputs(program), (q, k, v), buffers, params, seed)
+    return o, lse[0] if lse else np.full(o.shape[:3], np.nan)
 
 
 class ReferenceBackend:
