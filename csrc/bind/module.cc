@@ -167,7 +167,7 @@ py::array_t<float> call_evaluate(const std::string& opcode,
       pointers[a] = in[a].data();
     }
     std::vector<float> out(padded);
-    current_isa().evaluate(static_cast<Op>(i), out.data(), pointers, static_cast<int32_t>(padded));
+    evaluate(static_cast<Op>(i), out.data(), pointers, static_cast<int32_t>(padded));
     py::array_t<float> result(static_cast<py::ssize_t>(n));
     std::memcpy(result.mutable_data(), out.data(), n * sizeof(float));
     return result;

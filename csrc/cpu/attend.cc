@@ -223,10 +223,16 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
 #pragma omp parallel num_threads(threads)
     work();
   }
-  g_last_isa = &kernel;
   if (no_memory) return {Fault::no_memory, -1};
+  if (num_tasks > 0) g_last_isa = &kernel;
   if (bad_load >= 0) return {Fault::index_range, bad_load};
   return {};
+}
+
+void evaluate(Op op, float* dst, const float* const* args, int32_t n) {
+  const Kernel& kernel = current_isa();
+  kernel.evaluate(op, dst, args, n);
+  g_last_isa = &kernel;
 }
 
 std::vector<Block> block_map(const Program& program, const Problem& p, int32_t sequence, int32_t head, int32_t q_block,
@@ -246,9 +252,12 @@ std::vector<Block> block_map(const Program& program, const Problem& p, int32_t s
 }
 
 std::vector<const Kernel*> isa_levels() {
-  std::vector<const Kernel*> levels{&kScalarKernel};
-#ifdef ATTNKIT_HAS_AVX512
   // The compiler's run-time support also asks the operating system whether it saves the registers.
+  std::vector<const Kernel*> levels{&kScalarKernel};
+#ifdef ATTNKIT_HAS_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&kAvx2Kernel);
+#endif
+#ifdef ATTNKIT_HAS_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     levels.push_back(&kAvx512Kernel);

@@ -15,6 +15,9 @@ struct Config {
 // The caller has checked that the problem describes real memory; `attend` checks everything about the expressions.
 Status attend(const Program& program, const Problem& problem, const Config& config);
 
+// The routine behind one opcode, by itself: see Kernel::evaluate.
+void evaluate(Op op, float* dst, const float* const* args, int32_t n);
+
 // What each tile of one head's score matrix holds, row by row: the engine's own block analysis.
 std::vector<Block> block_map(const Program& program, const Problem& problem, int32_t sequence, int32_t head,
                              int32_t q_block, int32_t kv_block);
@@ -23,7 +26,7 @@ std::vector<Block> block_map(const Program& program, const Problem& problem, int
 std::vector<const Kernel*> isa_levels();
 const Kernel& current_isa();
 bool set_isa(const char* name);
-const char* last_isa();  // of the last finished call since set_isa; empty before it
+const char* last_isa();  // whose code ran last since set_isa; empty if none did
 
 void set_poison(bool on);  // fill every workspace with NaN before use: a read of unset memory becomes visible
 

@@ -63,6 +63,9 @@ struct Kernel {
 };
 
 extern const Kernel kScalarKernel;
+#ifdef ATTNKIT_HAS_AVX2
+extern const Kernel kAvx2Kernel;
+#endif
 #ifdef ATTNKIT_HAS_AVX512
 extern const Kernel kAvx512Kernel;
 #endif

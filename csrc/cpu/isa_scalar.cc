@@ -7,8 +7,43 @@ inline constexpr int kLanes = 4;
 // 16 registers: 8 accumulators leave room for the streamed operands on every 64-bit architecture.
 inline constexpr int kAccumulators = 8, kQueryVecs = 2, kMaxKeyRows = 8;
 inline constexpr int kOutRows = 4, kOutVecs = 2;
+inline constexpr int kSoftmaxVecs = 1;
 #include "simd-inl.h"
+
+template <class F>
+ATTNKIT_INLINE vf lanes_of(F f) {
+  vf r{};
+  for (int i = 0; i < kLanes; ++i) r[i] = f(i);
+  return r;
+}
+
+ATTNKIT_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }  // rounded twice: the machine may have nothing better
+ATTNKIT_INLINE vf max_or_second(vf a, vf b) { return a > b ? a : b; }
+ATTNKIT_INLINE vf min_or_second(vf a, vf b) { return a < b ? a : b; }
+ATTNKIT_INLINE vf round_nearest(vf x) {
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it leaves no fraction bits
+  const vf r = (x + magic) - magic;
+  return (x < set1(4194304.0f)) & (x > set1(-4194304.0f)) ? r : x;
+}
+ATTNKIT_INLINE vf floor(vf x) {
+  return lanes_of([&](int i) { return __builtin_floorf(x[i]); });
+}
+ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, n); }
+ATTNKIT_INLINE vf sqrt(vf x) {
+  return lanes_of([&](int i) { return __builtin_sqrtf(x[i]); });
+}
+ATTNKIT_INLINE bool any(vi mask) {
+  int32_t r = 0;
+  for (int i = 0; i < kLanes; ++i) r |= mask[i];
+  return r != 0;
+}
+ATTNKIT_INLINE vf gather(const float* base, vi offset) {
+  return lanes_of([&](int i) { return base[offset[i]]; });
+}
+
+#include "math-inl.h"
 #include "tile_ops-inl.h"
+#include "products-inl.h"
 #include "kernel-inl.h"
 #include "probe-inl.h"
 }  // namespace

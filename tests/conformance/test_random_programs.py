@@ -1,9 +1,11 @@
 """Random scores and masks: tiles, strips and ranks must give what the operators give pair by pair."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings, strategies as st
 
@@ -125,6 +127,13 @@ def weights_of(z: Any, live: Any) -> tuple[Any, Any]:
         return np.where(total == 0, 0, w / total), (pivot + np.log(total))[:, 0]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _restored_isa() -> Iterator[None]:
+    before = _engine.current_isa()
+    yield
+    _engine.set_isa(before)
+
+
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(problems())
 def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]]) -> None:
@@ -144,22 +153,20 @@ def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]
             raise
         event("too many tiles")
         return
-    heads, faults = {}, False
-    for b in range(BATCH):
-        for h in range(HEADS):
-            s = q[b, h] @ k[b, h // (HEADS // KV_HEADS)].T
-            leaves = {"b": b, "h": h, "q_len": q_len, "kv_len": kv_len}
-            heads[b, h] = PairByPair(kernel.bytecode.code, s, leaves, arrays, param), s
+    held = [torch.from_numpy(np.array(x)) for x in (q, k, v)]
     score, mask = kernel.bytecode.score, kernel.bytecode.mask
-    live = {
-        at: np.ones(s.shape, bool) if mask < 0 else pairs.values[mask] != 0
-        for at, (pairs, s) in heads.items()
-    }
-    faults = any((pairs.outside & live[at]).any() for at, (pairs, _) in heads.items())
     for isa in _engine.isa_levels():
         _engine.set_isa(isa)
+        heads, live = {}, {}
+        for b, h in itertools.product(range(BATCH), range(HEADS)):
+            s = q[b, h] @ k[b, h // (HEADS // KV_HEADS)].T
+            leaves = {"b": b, "h": h, "q_len": q_len, "kv_len": kv_len}
+            pairs = PairByPair(kernel.bytecode.code, s, leaves, arrays, param)
+            heads[b, h] = pairs, s if score < 0 else pairs.values[score]
+            live[b, h] = np.ones(s.shape, bool) if mask < 0 else pairs.values[mask] != 0
+        faults = any((pairs.outside & live[at]).any() for at, (pairs, _) in heads.items())
+        _engine.set_isa(isa)  # forgets that operators ran
         o, lse = torch.empty(BATCH, HEADS, q_len, kv_len), torch.empty(BATCH, HEADS, q_len)
-        held = [torch.from_numpy(np.array(x)) for x in (q, k, v)]
         try:
             kernel(*held, o, lse, [torch.from_numpy(x) for x in arrays], [param], 2)
         except AttnkitError as fault:
@@ -167,10 +174,11 @@ def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]
             if fault.code == "AK601":
                 assert faults
             continue
+        assert _engine.last_isa() == isa
         assert all(pairs.ints_hold for pairs, _ in heads.values())
         assert not faults
         event("ran")
-        for at, (pairs, s) in heads.items():
-            want, want_lse = weights_of(s if score < 0 else pairs.values[score], live[at])
+        for at, (_, z) in heads.items():
+            want, want_lse = weights_of(z, live[at])
             np.testing.assert_allclose(o[at].numpy(), want, rtol=3e-5, atol=1e-36)
             np.testing.assert_allclose(lse[at].numpy(), want_lse, rtol=1e-6, atol=1e-6)

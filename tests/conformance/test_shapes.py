@@ -1,5 +1,6 @@
 """Every size, head grouping, layout and kind of input: where tiles end, vectors end and tensors are not contiguous."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,32 @@ def test_all_lengths_up_to_129(isa: str, rng: np.random.Generator, compare: Any)
         compare(*qkv("gaussian", rng, Dims(1, 1, 1, length, 7, 5, 4)), what=f"{length} x 7")
 
 
-@pytest.mark.parametrize("v_head_dim", [1, 8, 16, 17, 33, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("head_dim", [1, 8, 16, 17, 33, 64, 80, 96, 128, 256])
+# Ends of vectors (4, 8, 16), of micro-tiles (16, 24, 64) and of stretches of channels (128), and what models have.
+HEAD_DIMS = (1, 3, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 127, 128, 129, 160, 192, 224, 255, 256)
+
+
+# Scores see one dimension and outputs the other: three partners for each are as good as all pairs.
+@pytest.mark.parametrize(
+    ("head_dim", "v_head_dim"),
+    [
+        *((HEAD_DIMS[i - shift], dim) for shift in (0, 3, 11) for i, dim in enumerate(HEAD_DIMS)),
+        *((192, 128), (576, 512), (4096, 1), (1, 4096)),
+    ],
+)
 def test_head_dims(head_dim: int, v_head_dim: int, isa: str, rng: np.random.Generator, compare: Any) -> None:
     tensors = qkv("gaussian", rng, Dims(1, 2, 2, 37, 70, head_dim, v_head_dim))
     compare(*tensors, oracle=CAUSAL, mask=ak.causal())
+
+
+@pytest.mark.parametrize("q_len", [1, 3, 40])
+def test_latent_attention(q_len: int, isa: str, rng: np.random.Generator, compare: Any) -> None:
+    """MLA as DeepSeek decodes: all heads share 576 channels a key, of which the first 512 are also its value."""
+    q, k, _ = qkv("gaussian", rng, Dims(2, 8, 1, q_len, 150, 576, 1))
+    v = k[..., :512]
+    assert torch.from_numpy(v).data_ptr() == torch.from_numpy(k).data_ptr()
+    compare(q, k, v, oracle={**CAUSAL, "scale": 192**-0.5}, mask=ak.causal(), scale=192**-0.5)
+    lens = np.array([150, 63], np.int32)
+    compare(q, k, v, oracle={"kv_lens": lens}, kv_lens=torch.from_numpy(lens))
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1), (5, 1), (32, 2)])
@@ -98,7 +120,7 @@ def test_long_sums_keep_their_bits(
     ("q_len", "kv_len", "batch"), [(0, 5, 2), (5, 0, 2), (0, 0, 1), (5, 5, 0), (300, 0, 1)]
 )
 def test_no_queries_no_keys_no_batch(
-    q_len: int, kv_len: int, batch: int, isa: str, rng: np.random.Generator
+    q_len: int, kv_len: int, batch: int, isa: str, rng: np.random.Generator, compare: Any
 ) -> None:
     q, k, v = map(torch.from_numpy, qkv("gaussian", rng, Dims(batch, 2, 1, q_len, kv_len, 8, 12)))
     table = torch.ones(1)
@@ -110,6 +132,7 @@ def test_no_queries_no_keys_no_batch(
         # Nothing is evaluated where nothing is seen: no index is out of range, no divisor zero.
         {"score": lambda s, b, h, q_idx, kv_idx: s + table[q_idx]},
         {"mask": lambda b, h, q_idx, kv_idx: kv_idx % q_idx.context.variable("kv_len") == 0},
+        {"kv_lens": torch.zeros(batch, dtype=torch.int32), "mask": ak.causal()},
     ]
     for call in calls:
         o, lse = ak.attention(q, k, v, return_lse=True, **call)
@@ -121,6 +144,7 @@ def test_no_queries_no_keys_no_batch(
             o, lse = ak.attention(q, k, v, return_lse=True, normalizer=ak.softmax(sink), **call)
             assert not o.any()
             assert torch.equal(lse, sink[None, :, None].expand_as(lse))
+    compare(*qkv("gaussian", rng, Dims(1, 2, 1, 20, 30, 8, 12)), what="an ordinary call after them")
 
 
 # --- layouts ----------------------------------------------------------------------------------------------
@@ -204,7 +228,7 @@ def test_captured_tensors_of_any_strides(isa: str, rng: np.random.Generator, com
 # --- several sequences in one call ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_lens", [[90, 1, 64], [0, 37, 90], [65, 0, 0]])
+@pytest.mark.parametrize("kv_lens", [[90, 1, 64], [0, 37, 90], [65, 0, 0], [0, 0, 0]])
 def test_padded(kv_lens: list[int], isa: str, rng: np.random.Generator, compare: Any) -> None:
     q, k, v = qkv("gaussian", rng, Dims(3, 4, 2, 33, 90, 16, 24))
     lens = np.array(kv_lens, np.int32)
@@ -218,7 +242,7 @@ def test_padded(kv_lens: list[int], isa: str, rng: np.random.Generator, compare:
 
     visible = {"mask": lambda p: (p.kv_idx >= p.position - 25) & (p.kv_idx <= p.position + 3)}
     tensor = torch.from_numpy(lens)
-    compare(q, k, v, oracle={"kv_lens": lens}, kv_lens=tensor)
+    compare(q, k, v, oracle={"kv_lens": lens}, kv_lens=tensor, mostly_dead=not any(kv_lens))
     compare(
         q, k, v, oracle={"kv_lens": lens, "score": oracle, **visible}, kv_lens=tensor, score=score, mask=mask,
         mostly_dead=sum(kv_lens) < 70,
@@ -261,3 +285,22 @@ def test_packed(name: str, isa: str, rng: np.random.Generator, compare: Any) -> 
         mask=lambda b, h, q_idx, kv_idx: kv_idx % (b + 1) <= q_idx,
         **lengths,
     )  # fmt: skip
+
+
+def test_packed_segments_of_no_tokens(isa: str, rng: np.random.Generator, compare: Any) -> None:
+    """Every way in which three segments may lack queries, keys or both."""
+    for segments in itertools.product([(0, 0), (0, 9), (5, 0), (5, 9)], repeat=3):
+        q_lens, kv_lens = zip(*segments, strict=True)
+        tensors = qkv("gaussian", rng, Dims(1, 2, 1, sum(q_lens), sum(kv_lens), 8, 12))
+        cu = {
+            f"cu_seqlens_{side}": np.cumsum([0, *lens]).astype(np.int32)
+            for side, lens in (("q", q_lens), ("kv", kv_lens))
+        }
+        compare(
+            *tensors,
+            oracle={**cu, **CAUSAL},
+            mask=ak.causal(),
+            mostly_dead=(5, 0) in segments or (5, 9) not in segments,
+            what=str(segments),
+            **{side: torch.from_numpy(x) for side, x in cu.items()},
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import attnkit as ak
+from attnkit import _engine
 
 LENGTHS = [(40, 40), (7, 130), (130, 65)]
 
@@ -166,3 +167,34 @@ def test_an_int_from_a_bounded_float_is_accepted(rng: np.random.Generator, isa: 
         return x.int() >= 1
 
     close(ak.attention(q, k, v, mask=mask), ak.attention(q, k, v, mask=mask, backend="reference"))
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"mask": ak.causal(), "normalizer": ak.softmax(torch.tensor([0.1, 0.2, 0.3, 0.4]))},
+    "functions": {
+        "score": lambda s, b, h, q_idx, kv_idx: (
+            (3 * s.tanh() * s.sigmoid()).exp2() + (-(s * s)).exp() - s.sin()
+        ),
+        "mask": ak.window(30, 3),
+    },
+}
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (33, 17)])
+@pytest.mark.parametrize("name", CALLS)
+def test_no_level_orders_a_sum_of_its_own(
+    rng: np.random.Generator, isa: str, name: str, dims: tuple[int, int]
+) -> None:
+    """Levels with fused multiply-adds give the same bits; scalar rounds products too, and is close."""
+    shapes = ((2, 4, 130, dims[0]), (2, 2, 131, dims[0]), (2, 2, 131, dims[1]))
+    q, k, v = (torch.from_numpy(rng.standard_normal(s).astype(np.float32)) for s in shapes)
+    results = []
+    for level in (_engine.isa_levels()[-1], isa):
+        _engine.set_isa(level)
+        results.append(ak.attention(q, k, v, return_lse=True, **CALLS[name]))
+    for want, got in zip(*results, strict=True):
+        if isa == "scalar":
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(got, want)

@@ -161,8 +161,8 @@ def empty_buffers() -> None:
             assert refused.value.code == "AK601"
 
 
-def run_apart(what: str, isa: str) -> None:
-    command = [sys.executable, str(Path(__file__)), what, isa]
+def run_apart(what: str, isa_name: str) -> None:
+    command = [sys.executable, str(Path(__file__)), what, isa_name]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (
         f"exit code {done.returncode} (-11: a page outside was touched)\n{done.stderr[-3000:]}"
@@ -182,12 +182,12 @@ numpy.lib.stride_tricks.as_strided(x.numpy(), (26,)).sum()
     assert done.returncode == -11, done.stderr.decode()[-2000:]
 
 
-def test_nothing_outside_a_tensor_is_touched(isa: str) -> None:
-    run_apart("guards", isa)
+def test_nothing_outside_a_tensor_is_touched(isa_name: str) -> None:
+    run_apart("guards", isa_name)
 
 
-def test_loads_from_an_empty_buffer(isa: str) -> None:
-    run_apart("empty", isa)
+def test_loads_from_an_empty_buffer(isa_name: str) -> None:
+    run_apart("empty", isa_name)
 
 
 # --- offsets beyond 2^31 elements ------------------------------------------------------------------------
@@ -227,6 +227,22 @@ def test_offsets_of_64_bits(dim: int, vast: Tensor, isa: str, rng: np.random.Gen
     assert torch.equal(far[3], near[0])
     assert torch.equal(far[4], near[1])
     assert resident_bytes() - before < 2**30
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3], ids=["head", "token", "channel"])
+def test_segments_of_64_bit_offsets(dim: int, vast: Tensor, isa: str, rng: np.random.Generator) -> None:
+    """Packed and padded sequences, and more channels than are summed in one stretch."""
+    near = [torch.from_numpy(rng.standard_normal((1, 2, n, 140), dtype=np.float32)) for n in (19, 35, 35)]
+    far = [spread(vast, x, dim, i * 2**20) for i, x in enumerate(near)]
+    assert all((x.shape[dim] - 1) * x.stride(dim) > BIG for x in far)
+    cu_q, cu_kv = (torch.tensor(x, dtype=torch.int32) for x in ([0, 4, 4, 19], [0, 0, 20, 35]))
+    for lengths in (
+        {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv},
+        {"kv_lens": torch.tensor([21], dtype=torch.int32)},
+    ):
+        want, got = (ak.attention(*x, return_lse=True, **lengths) for x in (near, far))
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64, torch.bool], ids=str)

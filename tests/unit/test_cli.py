@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 
 import attnkit
 from attnkit import backends
+from attnkit.backends.cpu.engine import engine
 from attnkit.bench import records
 from attnkit.bench.workloads import DTYPES, Shape, Workload, suites
 from attnkit.cli import options
@@ -217,6 +218,22 @@ def test_doctor_finds_this_environment_sound(cli: Cli) -> None:
     said = cli("doctor").stdout
     assert "no problems found" in said
     assert "OpenMP" in said
+
+
+def test_doctor_names_the_level_that_runs(cli: Cli, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNKIT_ISA", isa)
+    facts = json.loads(cli("doctor", "--json").stdout)
+    assert facts["machine"]["isa"] == facts["threads"]["ATTNKIT_ISA"] == isa
+    assert isa in facts["machine"]["isa_levels"]
+    assert facts["problems"] == []
+
+
+def test_doctor_says_which_levels_there_are(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNKIT_ISA", "nonsense")
+    engine.cache_clear()
+    said = cli("doctor", code=1).stdout.replace("\n", " ")
+    engine.cache_clear()
+    assert "'nonsense' (environment variable ATTNKIT_ISA; allowed: scalar" in said
 
 
 def test_doctor_reports_problems(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,20 @@ def test_isa_objects_define_no_weak_symbols() -> None:
     assert not weak, "\n".join(weak)
 
 
+# AVX2 may use the wide registers of AVX, AVX-512 also those that only EVEX instructions reach; the rest neither.
+WIDE, EVEX = re.compile(r"%ymm"), re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
+USES = {"isa_avx2.cc.o": (True, False), "isa_avx512.cc.o": (True, True)}
+
+
+def test_objects_use_the_registers_of_their_level_alone() -> None:
+    objects = sorted((ROOT / "build").glob("*/CMakeFiles/_engine.dir/csrc/*/*.o"))
+    assert objects, "no objects under build/: run `make dev`"
+    for path in objects:
+        run = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True)
+        used = tuple(bool(registers.search(run.stdout)) for registers in (WIDE, EVEX))
+        assert used == USES.get(path.name, (False, False)), path.name
+
+
 @pytest.mark.slow
 @pytest.mark.shows
 def test_wheel_runs_without_a_compiler(tmp_path: Path) -> None:

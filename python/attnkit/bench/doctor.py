@@ -43,7 +43,8 @@ def examine() -> dict[str, Any]:
     try:
         facts |= machine.describe()
     except AttnkitError as exc:
-        problems.append(f"the CPU engine does not work: {exc.given or exc.what} ({exc.where})")
+        allowed = f"; allowed: {exc.allowed}" if exc.allowed else ""
+        problems.append(f"the CPU engine does not work: {exc.given or exc.what} ({exc.where}{allowed})")
     else:
         problems += _instruction_set_problems(facts) + _self_test()
     for name in ("OMP_NUM_THREADS", "ATTNKIT_ISA"):

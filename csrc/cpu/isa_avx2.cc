@@ -1,0 +1,37 @@
+// The kernels for AVX2 with FMA. Everything lies in an anonymous namespace, as in isa_avx512.cc.
+#include <immintrin.h>
+
+#include "call.h"
+
+namespace attnkit::cpu {
+namespace {
+inline constexpr int kLanes = 8;
+// 16 registers: 12 accumulators, 2 or 3 vectors of the streamed operand, one broadcast. Two multiply-adds a cycle of 4
+// or 5 cycles each need 8 to 10 sums in flight.
+inline constexpr int kAccumulators = 12, kQueryVecs = 3, kMaxKeyRows = 8;
+inline constexpr int kOutRows = 6, kOutVecs = 2;
+inline constexpr int kSoftmaxVecs = 1;
+#include "simd-inl.h"
+
+ATTNKIT_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+ATTNKIT_INLINE vf max_or_second(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+ATTNKIT_INLINE vf min_or_second(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+ATTNKIT_INLINE vf round_nearest(vf x) {
+  return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, n); }
+ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
+ATTNKIT_INLINE bool any(vi mask) { return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0; }
+ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm256_i32gather_ps(base, (__m256i)offset, 4); }
+
+#include "math-inl.h"
+#include "tile_ops-inl.h"
+#include "products-inl.h"
+#include "kernel-inl.h"
+#include "probe-inl.h"
+}  // namespace
+
+const Kernel kAvx2Kernel{"avx2", workspace_bytes, run, evaluate, fma_burst, read_burst};
+
+}  // namespace attnkit::cpu

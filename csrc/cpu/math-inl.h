@@ -1,0 +1,70 @@
+// The functions that an instruction set has no instruction for, on the vectors of simd-inl.h.
+
+inline constexpr float kLog2e = 1.44269504088896340736f;
+inline constexpr float kInfinity = __builtin_inff();
+
+// 2^f for |f| <= 1/2, exactly 1 at 0. Coefficients: minimax of (2^f - 1)/f, error 2e-9.
+ATTNKIT_INLINE vf exp2_fraction(vf f) {
+  vf p = set1(0.00015353360504377633f);
+  p = fma(p, f, set1(0.0013398875016719103f));
+  p = fma(p, f, set1(0.00961843691766262f));
+  p = fma(p, f, set1(0.055503323674201965f));
+  p = fma(p, f, set1(0.24022647738456726f));
+  p = fma(p, f, set1(0.6931471824645996f));
+  return fma(p, f, set1(1.0f));
+}
+
+// The clamps keep infinities out of x - n; the order of their operands lets NaN through.
+ATTNKIT_INLINE vf exp2(vf x) {
+  x = min_or_second(set1(130.0f), max_or_second(set1(-160.0f), x));
+  const vf n = round_nearest(x);
+  return scale_by_power(exp2_fraction(x - n), n);
+}
+
+// e^x for x <= 0: a softmax weight. The fraction is rounded once, after the subtraction, so a weight is right to about
+// one unit in the last place however small it is. Exactly 1 at 0: rescaling by an unchanged maximum changes no bit.
+ATTNKIT_INLINE vf exp_weight(vf x) {
+  x = max_or_second(set1(-115.0f), x);
+  const vf n = round_nearest(x * set1(kLog2e));
+  return scale_by_power(exp2_fraction(fma(x, set1(kLog2e), -n)), n);
+}
+
+// r = x - n ln 2 and e^r - 1, |r| <= ln(2)/2. Coefficients: minimax of (e^r - 1 - r)/r^2, error 2.4e-10.
+struct ExpParts {
+  vf n, em1;
+};
+ATTNKIT_INLINE ExpParts exp_parts(vf x) {
+  const vf n = round_nearest(x * set1(kLog2e));
+  vf r = fma(n, set1(-0.693359375f), x);         // the high part of ln 2 has 9 bits: n times it is exact
+  r = fma(n, set1(2.12194440054690583e-4f), r);  // minus the (negative) low part
+  vf p = set1(0.00019913705182261765f);
+  p = fma(p, r, set1(0.0013941116631031036f));
+  p = fma(p, r, set1(0.00833327416330576f));
+  p = fma(p, r, set1(0.04166635498404503f));
+  p = fma(p, r, set1(0.1666666716337204f));
+  p = fma(p, r, set1(0.5f));
+  return {n, fma(p, r * r, r)};
+}
+
+ATTNKIT_INLINE vf exp(vf x) {
+  x = min_or_second(set1(90.0f), max_or_second(set1(-105.0f), x));
+  const ExpParts e = exp_parts(x);
+  return scale_by_power(e.em1 + set1(1.0f), e.n);
+}
+
+// (e^2x - 1) / (e^2x + 1) with e^2x - 1 kept whole, so that small arguments keep all their bits.
+ATTNKIT_INLINE vf tanh(vf x) {
+  const vf clamped = min_or_second(set1(9.25f), max_or_second(set1(-9.25f), x));
+  const ExpParts e = exp_parts(clamped + clamped);
+  const vf power = scale_by_power(set1(1.0f), e.n);
+  const vf em1 = fma(power, e.em1, power - set1(1.0f));
+  const vf t = em1 / (em1 + set1(2.0f));
+  const vf a = as_float(as_int(x) & set1_int(0x7fffffff));
+  return a < set1(1e-4f) ? x : t;  // keeps -0 and subnormals
+}
+
+// From e^-|x|, which cannot overflow: the far negative tail keeps its bits.
+ATTNKIT_INLINE vf sigmoid(vf x) {
+  const vf e = exp(as_float(as_int(x) | set1_int(INT32_MIN)));
+  return select(x < vf{}, e, set1(1.0f)) / (set1(1.0f) + e);
+}

@@ -1,0 +1,124 @@
+// The two matrix products of a tile: scores from queries and keys, outputs from weights and values.
+//
+// An instruction set says, before it includes this, how its registers are used: scores are computed for
+// kAccumulators / kQueryVecs keys by kQueryVecs vectors of queries (where only one vector of queries is left, for
+// kMaxKeyRows keys), outputs for kOutRows queries by kOutVecs vectors of channels, weights for kSoftmaxVecs vectors of
+// queries. None of these orders a sum: they change no bit.
+
+static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kAccumulators / 2 <= kMaxKeyRows);
+static_assert(kMaxTileQ % kLanes == 0 && kMaxTileKv % kLanes == 0);
+
+// Scores of kRows keys, over `depth` channels; added to what `s` holds, or (`first`) put there.
+template <int kRows, int kVecs>
+ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t rows, int32_t depth,
+                            bool first, float* s) {
+  const float* key[kRows];
+  for (int r = 0; r < kRows; ++r) key[r] = k + (r < rows ? r : rows - 1) * k_stride;  // tails repeat the last key
+  vf acc[kRows][kVecs];
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = vf{};
+  for (int32_t d = 0; d < depth; ++d) {
+    vf q[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) q[v] = load(qt + static_cast<int64_t>(d) * bm + v * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const vf x = set1(key[r][d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, q[v], acc[r][v]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      float* x = s + r * bm + v * kLanes;
+      store(x, first ? acc[r][v] : load(x) + acc[r][v]);
+    }
+}
+
+// Not inlined: inside `run` the compiler would keep the keys' addresses in memory.
+template <int kRows, int kVecs>
+__attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count,
+                                          int32_t depth, bool first, float* s) {
+  for (int32_t n = 0; n < count; n += kRows)
+    qk_tile<kRows, kVecs>(qt, bm, k + n * k_stride, k_stride, count - n, depth, first,
+                          s + static_cast<int64_t>(n) * bm);
+}
+
+// Channels are summed in stretches of so many: several short sums lose fewer bits than one long one.
+inline constexpr int32_t kChannels = 128;
+
+// S = K Q^T for `count` keys. Rows up to the next multiple of the micro-tile are written with copies of the last key.
+inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t head_dim,
+               float* s) {
+  for (int32_t d = 0; d < head_dim; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k += kChannels) {
+    const int32_t depth = head_dim - d < kChannels ? head_dim - d : kChannels;
+    const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
+      qk_columns<kRows, kVecs>(qt + lane, bm, k, k_stride, count, depth, d == 0, s + lane);
+    };
+    int32_t lane = 0;
+    for (; lane + kQueryVecs * kLanes <= bm; lane += kQueryVecs * kLanes)
+      columns.template operator()<kAccumulators / kQueryVecs, kQueryVecs>(lane);
+    for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes) columns.template operator()<kAccumulators / 2, 2>(lane);
+    for (; lane < bm; lane += kLanes) columns.template operator()<kMaxKeyRows, 1>(lane);
+  }
+}
+
+// O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide. A tile's keys are
+// summed by themselves first: two short sums lose fewer bits than one long one.
+template <int kRows, int kVecs>
+ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count,
+                            const float* alpha, float* o, int32_t o_stride) {
+  vf acc[kRows][kVecs];
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) acc[r][c] = vf{};
+  for (int32_t n = 0; n < count; ++n) {
+    vf value[kVecs];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) value[c] = load(v + n * v_stride + c * kLanes);
+    const float* weight = p + static_cast<int64_t>(n) * bm;
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const vf w = set1(weight[r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) acc[r][c] = fma(w, value[c], acc[r][c]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    const vf a = set1(alpha[r]);
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      float* x = o + static_cast<int64_t>(r) * o_stride + c * kLanes;
+      store(x, fma(load(x), a, acc[r][c]));
+    }
+  }
+}
+
+template <int kVecs>
+void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha,
+                float* o, int32_t o_stride, int32_t queries) {
+  int32_t m = 0;
+  const auto group = [&]<int kRows>() {
+    pv_tile<kRows, kVecs>(p + m, bm, v, v_stride, count, alpha + m, o + static_cast<int64_t>(m) * o_stride, o_stride);
+    m += kRows;
+  };
+  while (queries - m >= kOutRows) group.template operator()<kOutRows>();
+  while (queries - m >= 2) group.template operator()<2>();
+  if (queries > m) group.template operator()<1>();
+}
+
+inline void pv(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha,
+               float* o, int32_t o_stride, int32_t queries) {
+  int32_t c = 0;
+  for (; c + kOutVecs * kLanes <= o_stride; c += kOutVecs * kLanes)
+    pv_columns<kOutVecs>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+  for (; c + 2 * kLanes <= o_stride; c += 2 * kLanes)
+    pv_columns<2>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+  for (; c < o_stride; c += kLanes) pv_columns<1>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+}
