@@ -130,6 +130,11 @@ CODES: dict[str, Code] = {
     ),
     "AK407": Code(_VALUE, "head counts do not go together", "q heads are a multiple of k and v heads"),
     "AK408": Code(_VALUE, "arguments exclude each other"),
+    "AK416": Code(
+        _TYPE,
+        "a model computes with its attention mask, which attnkit keeps as a function",
+        'load the model with attn_implementation="sdpa" and call it inside attnkit.installed()',
+    ),
     # capability
     "AK501": Code(_MISSING, "backend is not available here"),
     "AK502": Code(_MISSING, "no backend supports this problem"),

@@ -29,7 +29,9 @@ def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "attnkit 1 calls" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "docs/design/cpu-engine.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/architecture.md", "docs/transformers.md", "docs/design/cpu-engine.md"]
+)
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)

@@ -63,6 +63,20 @@ def test_constant_results() -> None:
     assert body(lambda s, b, h, q, kv: SCALAR) == ["score = b0[]"]
 
 
+def test_conjunctions_that_begin_with_a_constant() -> None:
+    """As transformers joins masks: the constant is of the index tensors' device, and leaves nothing behind."""
+
+    def all_of(b: Any, h: Any, q: Any, kv: Any) -> Any:
+        seen = q.new_ones((), dtype=torch.bool)
+        for mask in (kv <= q, h.new_zeros(()) == 0, kv >= 2):
+            seen = seen & mask.to(seen.device)
+        return kv.new_zeros((), dtype=torch.bool) | seen
+
+    assert body(None, all_of) == ["mask = (kv_idx <= q_idx) & (0 == 0) & (kv_idx >= 2)"]
+    with pytest.raises(AttnkitError, match="AK302"):
+        body(None, lambda b, h, q, kv: q.new_ones((3,)) == kv)
+
+
 def test_zero_dimensional_tensors_are_scalars() -> None:
     assert body(lambda s, b, h, q, kv: SCALAR * s - SCALAR + NUMBER) == [
         "score = b0[] * s - b0[] + float(b1[])"

@@ -22,7 +22,8 @@ from attnkit.ir.verify import MAX_RANK
 
 # A captured buffer is anything with a dtype and a shape: a torch tensor, a numpy array.
 _BUFFER_DTYPES: dict[str, BufferDType] = {"float32": "f32", "int32": "i32", "int64": "i64", "bool": "bool"}
-_CASTS: dict[str, DType] = {"float32": "float", "int32": "int", "int64": "int", "bool": "bool"}
+CASTS: dict[str, DType] = {"float32": "float", "int32": "int", "int64": "int", "bool": "bool"}
+_IDENTITY = {"and": "true", "or": "false"}
 
 
 class Param:
@@ -115,6 +116,9 @@ class Context:
         if typed is None:
             given = f"{op} of {', '.join(dtypes)}"
             raise error("AK201", where=self.location(), given=given, hint="compare first: x != 0")
+        if _IDENTITY.get(op) in names:  # as conjunctions built in a loop begin
+            other = names[1] if names[0] == _IDENTITY[op] else names[0]
+            return self.proxy_class(self, other, "bool")
         if info.precedence == 0:
             return self._line(f"{info.symbol}({', '.join(names)})", typed[1])
         return self._line(
@@ -228,9 +232,9 @@ def _pow(context: Context, x: Any, y: Any) -> Proxy:
 
 def _to(context: Context, x: Any, dtype: Any) -> Proxy:
     """``dtype`` is a torch dtype, or another traced number's."""
-    wanted = dtype if isinstance(dtype, str) else _CASTS.get(_dtype_name(dtype))
+    wanted = dtype if isinstance(dtype, str) else CASTS.get(_dtype_name(dtype))
     if wanted not in ("float", "int", "bool"):
-        raise error("AK302", where=context.location(), given=f"to({dtype})", allowed=", ".join(_CASTS))
+        raise error("AK302", where=context.location(), given=f"to({dtype})", allowed=", ".join(CASTS))
     return _bool(context, x) if wanted == "bool" else context.emit(wanted, x)
 
 

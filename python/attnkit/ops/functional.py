@@ -91,7 +91,7 @@ def attention(
     _check_function("mask", mask)
     if scale is not None:
         scale = check_number("scale", scale)
-        if not (math.isfinite(scale) and scale > 0):
+        if not 0 < scale < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
             raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     sink = None if normalizer is None else normalizer.sink

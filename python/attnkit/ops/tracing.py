@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from attnkit.errors import error
 from attnkit.ir.optable import DType
-from attnkit.ir.trace import FUNCTIONS, METHODS, Context, Function, Param, Proxy, Traced, trace
+from attnkit.ir.trace import CASTS, FUNCTIONS, METHODS, Context, Function, Param, Proxy, Traced, trace
 
 
 def _torch_functions() -> dict[Any, Function]:
@@ -60,7 +60,32 @@ def param(name: str, value: float | None = None) -> Param:
 
 
 class TorchProxy(Proxy):
-    """A proxy that torch functions accept."""
+    """A proxy that torch functions accept, and that answers what functions of index tensors ask."""
+
+    device = None  # what is made on this device is made on the default one
+
+    def to(self, target: Any) -> Proxy:
+        """A cast; moving to a device does nothing."""
+        stays = target is None or isinstance(target, torch.device)
+        return self if stays else METHODS["to"](self.context, self, target)
+
+    def new_zeros(self, size: tuple[()], dtype: Any = None) -> Proxy:
+        """The constant 0 of this or another dtype; ``size`` is ``()``."""
+        return self._constant(0, size, dtype)
+
+    def new_ones(self, size: tuple[()], dtype: Any = None) -> Proxy:
+        """The constant 1 of this or another dtype; ``size`` is ``()``."""
+        return self._constant(1, size, dtype)
+
+    def _constant(self, value: int, size: tuple[()], dtype: Any) -> Proxy:
+        kind = self.dtype if dtype is None else CASTS.get(str(dtype).removeprefix("torch."))
+        if size != () or kind is None:
+            given = f"a new tensor of size {size}, {dtype}"
+            raise error(
+                "AK302", where=self.context.location(), given=given, allowed=f"(), {', '.join(CASTS)}"
+            )
+        name = str(bool(value)).lower() if kind == "bool" else f"{value}" if kind == "int" else f"{value}.0"
+        return type(self)(self.context, name, kind)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
