@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from attnkit.ir.mods import (
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import registry  # defines torch.ops.attnkit
+from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     check_bindings,
     check_number,
@@ -30,7 +30,7 @@ from attnkit.ops.check import (
     shape_of,
 )
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.traced import Traceable, bind
+from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.runtime import prepare
 
 Mod = Callable[..., Any]
@@ -69,7 +69,8 @@ def attention(
         normalizer: ``ak.softmax()``, or ``ak.softmax(sink)`` with one float32 logit per query head.
         scale: finite and positive; None is ``D ** -0.5``.
         dropout_p: not built yet; must be 0.
-        block_mask: not built yet; the block structure is found from ``mask`` itself.
+        block_mask: an `ak.BlockMask` or torch's flex BlockMask, joined with ``mask`` by "and". It must be built for the
+            lengths, batch and heads of this call. Without one the block structure is found from ``mask``.
         cu_seqlens_q: int32 ``[N + 1]``: q is ``[1, Hq, total, D]``, packed; b, q_idx and the lengths are per segment.
         cu_seqlens_kv: the same for k and v; both or neither.
         kv_lens: int32 ``[B]``: only the first ``kv_lens[b]`` keys of each batch entry exist.
@@ -86,7 +87,7 @@ def attention(
     if v is None:
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
     check_qkv(q, k, v)
-    _check_not_built(select, block_mask, dropout_p, normalizer)
+    _check_not_built(select, dropout_p, normalizer)
     _check_function("score", score)
     _check_function("mask", mask)
     if scale is not None:
@@ -94,6 +95,7 @@ def attention(
         if not 0 < scale < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
             raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
+    mask = _with_blocks(mask, block_mask, q, k, packed=cu_seqlens_q is not None)
     sink = None if normalizer is None else normalizer.sink
     if sink is not None:
         check_tensor("sink", sink, q.device)
@@ -201,19 +203,7 @@ def trace(function: Mod) -> Program:
     Raises:
         AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
     """
-    try:
-        arity = len(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        arity = 0
-    if arity not in (4, 5):
-        raise error(
-            "AK402",
-            where="function",
-            given=f"{arity} arguments",
-            allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
-        )
-    score, mask = (function, None) if arity == 5 else (None, function)
-    return parse(bind(Traceable(score, mask, None, None, None, None, None)).text)
+    return parse(bind_function(function).text)
 
 
 def _pair(window: Any) -> tuple[int | None, int | None]:
@@ -247,23 +237,29 @@ def _all_of(masks: list[Mod]) -> Mod | None:
     return mask
 
 
+def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, packed: bool) -> Mod | None:
+    """``mask`` and ``block_mask``; a block mask among them must be one for these tensors."""
+    masks: list[Mod] = [] if mask is None else [mask]
+    if block_mask is not None:
+        masks.append(as_block_mask(block_mask))
+    for each in masks:
+        if isinstance(each, BlockMask):
+            if packed:
+                raise error("AK408", where="block_mask", what="packed sequences have no common block mask",
+                            hint="pass a mask function")  # fmt: skip
+            each.check(q, k)
+    return _all_of(masks)
+
+
 def _check_function(name: str, function: Any) -> None:
     if function is not None and not callable(function):
         allowed = "a function; bias tensors are score=ak.bias(tensor)"
         raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
 
 
-def _check_not_built(select: Any, block_mask: Any, dropout_p: float, normalizer: Any) -> None:
+def _check_not_built(select: Any, dropout_p: float, normalizer: Any) -> None:
     if select is not None:
         raise error("AK504", where="select", what="selection is not built yet", allowed="None")
-    if block_mask is not None:
-        raise error(
-            "AK504",
-            where="block_mask",
-            what="block masks are not built yet",
-            allowed="None",
-            hint="pass mask=",
-        )
     dropout_p = check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise error("AK401", where="dropout_p", given=str(dropout_p), allowed="0..1")

@@ -8,6 +8,7 @@ change unseen: such a function is traced again at every call.
 from __future__ import annotations
 
 import builtins
+import inspect
 import math
 import operator
 import types
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from attnkit.errors import error
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
 from attnkit.ops.tracing import TorchParam, trace_mods
@@ -85,7 +87,7 @@ class _Fingerprint:
             return ("stateless", id(value))
         if kind is types.BuiltinFunctionType and (value.__self__ is None or value.__self__ in _STATELESS):
             return ("stateless", id(value))
-        if kind in _COMPOSITE and not any(value is other for other in self._open):
+        if (kind in _COMPOSITE or _is_our_mask(value)) and not any(value is other for other in self._open):
             self._open.append(value)
             try:
                 return self._composite(value)
@@ -113,7 +115,7 @@ class _Fingerprint:
         return (function.__code__, cells, defaults, keywords, known)
 
 
-_COMPOSITE = frozenset((tuple, list, Mask, types.FunctionType, Traceable))
+_COMPOSITE = frozenset((tuple, list, types.FunctionType, Traceable))
 
 _SHAPE_QUERIES = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.device.__get__,  # type: ignore[attr-defined]
@@ -159,6 +161,27 @@ def bind(what: Traceable) -> Bound:
     )
 
 
+def bind_function(function: Any) -> Bound:
+    """The program of one score (five arguments) or mask (four arguments) function.
+
+    Raises:
+        AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
+    """
+    try:
+        arity = len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        arity = 0
+    if arity not in (4, 5):
+        raise error(
+            "AK402",
+            where="function",
+            given=f"{arity} arguments",
+            allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
+        )
+    score, mask = (function, None) if arity == 5 else (None, function)
+    return bind(Traceable(score, mask, None, None, None, None, None))
+
+
 def _trace(what: Traceable) -> Bound:
     traced: Traced = trace_mods(what.score, what.mask)
     text = build_text(
@@ -184,6 +207,11 @@ def _remember(key: Any, bound: Bound, prints: _Fingerprint) -> _Entry | None:
     )
     _cache[key] = entry
     return entry
+
+
+def _is_our_mask(value: Any) -> bool:
+    """What a mask class of ours holds beside its function does not decide what it traces to."""
+    return isinstance(value, Mask) and type(value).__module__.startswith("attnkit.")
 
 
 def _global_names(code: types.CodeType) -> tuple[str, ...]:
