@@ -108,14 +108,21 @@ CODES: dict[str, Code] = {
         "use torch.where(cond, a, b) for if, and & | ~ for and, or, not",
     ),
     "AK302": Code(_MISSING, "torch function or method is not supported in score and mask"),
-    "AK303": Code(_TYPE, "captured tensor has an unsupported dtype", "convert it once, outside: x.float()"),
+    "AK303": Code(
+        _TYPE, "captured tensor has an unsupported dtype", "convert it once, outside: x.float(), x.int()"
+    ),
     "AK304": Code(_VALUE, "captured tensor is indexed in an unsupported way", "give one index per dimension"),
     "AK305": Code(_TYPE, "score or mask returned something that is not a traced number"),
     "AK306": Code(_TYPE, "operand cannot be traced", "use numbers, captured tensors and ak.param"),
-    "AK307": Code(
+    "AK308": Code(
+        _TYPE,
+        "a score or mask function writes where it must not",
+        "traced numbers may be written to by their own kind; captured tensors are read only",
+    ),
+    "AK309": Code(
         _VALUE,
-        "torch.compile has decided a comparison that involves a traced number",
-        "it does so for an int that changes between calls: use a 0-d tensor, ak.param or ak.window instead",
+        "a row of a captured tensor cannot be unrolled",
+        "index all but one dimension; compute long rows outside, and load the result",
     ),
     # arguments
     "AK401": Code(_VALUE, "argument has a value that is not allowed"),

@@ -40,7 +40,11 @@ class Mask:
         return Mask(lambda *index: other(*index) | self(*index))
 
     def __invert__(self) -> Mask:
-        return Mask(lambda *index: self(*index).logical_not())  # dynamo knows no `~` on objects
+        return self.logical_not()
+
+    def logical_not(self) -> Mask:
+        """``~mask``, also where a mask is made under torch.compile: dynamo knows ``~`` of tensors alone."""
+        return Mask(lambda *index: self(*index).logical_not())
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,7 @@ def prefix(n: Any) -> Mask:
     A prefix language model is ``ak.prefix(n) | ak.causal()``.
     """
     if isinstance(n, int):
-        # not `kv_idx < n`: dynamo refuses to compare its objects with an int that changes between calls
-        return Mask(lambda b, h, q_idx, kv_idx: kv_idx.context.emit("lt", kv_idx, n))
+        return Mask(lambda b, h, q_idx, kv_idx: kv_idx < n)
     _require_rank("n", n, (1,), "an int or [B]")
     return Mask(lambda b, h, q_idx, kv_idx: kv_idx < _load(n, b))
 

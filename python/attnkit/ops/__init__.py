@@ -2,6 +2,7 @@
 
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
+from attnkit.ops.flex import flex_attention
 from attnkit.ops.functional import attention, dense_attention, trace
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
@@ -16,6 +17,7 @@ __all__ = [
     "block_mask",
     "dense_attention",
     "explain",
+    "flex_attention",
     "install",
     "installed",
     "installed_report",

@@ -101,7 +101,7 @@ def attention(
         check_tensor("sink", sink, q.device)
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
-    text, buffers, params = bind(Traceable(score, mask, scale, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens))
+    text, buffers, params = bind(Traceable(score, mask, scale, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens), q)
     for i, buffer in enumerate(buffers):
         check_tensor(f"captured tensor b{i}", buffer, q.device)
     values = [p.current() for p in params]

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from attnkit.errors import error
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
+from attnkit.ops.proxies import TorchProxy, TorchRow
 from attnkit.ops.tracing import TorchParam, trace_mods
 
 _MAX_ENTRIES = 4096
@@ -129,29 +130,29 @@ class _Watch(TorchFunctionMode):
     read_values = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _SHAPE_QUERIES:
+        if func not in _SHAPE_QUERIES and not any(issubclass(t, (TorchProxy, TorchRow)) for t in types):
             self.read_values = True
         return func(*args, **(kwargs or {}))
 
 
-def bind(what: Traceable) -> Bound:
-    """Trace, or recall the trace of, a program.
+def bind(what: Traceable, like: Tensor | None = None) -> Bound:
+    """Trace, or recall the trace of, a program. ``like`` is the query tensor: functions may ask for its dtype and device.
 
     Raises:
         AttnkitError: AK3xx or AK201, a function does what cannot be traced.
     """
     if torch.compiler.is_compiling():
-        return _trace(what)
+        return _trace(what, like)
     prints = _Fingerprint()
     try:
-        key = tuple(map(prints.of, what))
+        key = (None if like is None else (like.dtype, like.device), *map(prints.of, what))
     except (_Unknown, ValueError):  # ValueError: an empty cell
-        return _trace(what)
+        return _trace(what, like)
     entry = _cache.get(key)
     if entry is None:
         reads = sum(p.reads for p in prints.params)
         with _Watch() as watch:
-            bound = _trace(what)
+            bound = _trace(what, like)
         watch.read_values |= sum(p.reads for p in prints.params) != reads
         entry = None if watch.read_values else _remember(key, bound, prints)
         if entry is None:
@@ -182,8 +183,8 @@ def bind_function(function: Any) -> Bound:
     return bind(Traceable(score, mask, None, None, None, None, None))
 
 
-def _trace(what: Traceable) -> Bound:
-    traced: Traced = trace_mods(what.score, what.mask)
+def _trace(what: Traceable, like: Tensor | None) -> Bound:
+    traced: Traced = trace_mods(what.score, what.mask, like)
     text = build_text(
         traced,
         scale=what.scale,
