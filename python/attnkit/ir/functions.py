@@ -257,8 +257,15 @@ def _to(context: Context, x: Any, *target: Any, dtype: Any = None, other: Any = 
     return x
 
 
+_LARGEST = 2147483520.0  # the last float32 before 2 ** 31
+
+
 def _cast(context: Context, x: Any, kind: DType) -> Any:
-    return _bool(context, x) if kind == "bool" else context.emit(kind, x)
+    if kind == "bool":
+        return _bool(context, x)
+    if kind == "int" and _kind(context, x) == "float":
+        x = _clamp(context, x, -_LARGEST, _LARGEST)  # torch leaves it open what log(0).long() is: a very small number
+    return context.emit(kind, x)
 
 
 def _constant(context: Context, like: Any, value: Any, dtype: Any) -> Any:
@@ -364,6 +371,7 @@ FUNCTIONS: dict[str, Function] = {
     "__rrshift__": _swapped(bits.right_shift),
     "masked_fill": lambda context, x, condition, value: context.emit("where", condition, value, x),
     "bool": _bool,
+    **dict.fromkeys(("int", "long"), lambda context, x: _cast(context, x, "int")),
     "to": _to,
     "type": _to,
     "type_as": _to,

@@ -74,9 +74,12 @@ def _needing(name: str) -> Function:
     return lambda context, x, *args, **kwargs: needs_value(context, name, x)
 
 
-def _embedding(context: TorchContext, at: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-    if args or any(value for value in kwargs.values()):
-        raise error("AK302", where=context.location(), given="embedding with options")
+def _embedding(
+    context: TorchContext, at: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *gradients: Any, **others: Any
+) -> Any:
+    """A row of ``weight``; the other options are about gradients."""
+    if max_norm is not None:
+        raise error("AK302", where=context.location(), given="embedding with max_norm")
     return rows.index(context, weight, at)
 
 
