@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         param as param,
         scaled_dot_product_attention as scaled_dot_product_attention,
         trace as trace,
+        tree as tree,
         uninstall as uninstall,
     )
 
@@ -70,6 +71,7 @@ _HOMES = {
     "softcap": "attnkit.ir",
     "softmax": "attnkit.ir",
     "trace": "attnkit.ops",
+    "tree": "attnkit.ops",
     "uninstall": "attnkit.ops",
     "window": "attnkit.ir",
 }

@@ -140,6 +140,7 @@ CODES: dict[str, Code] = {
     "AK409": Code(_VALUE, "block mask was built for other lengths", "build it for the lengths of this call"),
     "AK410": Code(_VALUE, "block mask was built for another batch size or number of heads"),
     "AK411": Code(_VALUE, "block structure is not valid"),
+    "AK414": Code(_VALUE, "parents do not make a tree", "each node names its parent, roots name -1"),
     "AK416": Code(
         _TYPE,
         "a model computes with its attention mask, which attnkit keeps as a function",

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
 
 import attnkit as ak
 import attnkit.ops  # defines torch.ops.attnkit
@@ -44,6 +45,10 @@ def attention(q: Any = Q, k: Any = K, v: Any = V, **keywords: Any) -> Any:
 
 def dense(**keywords: Any) -> Any:
     return ak.dense_attention(Q, K, V, **keywords)
+
+
+def flex(query: Any = Q, key: Any = K, value: Any = V, **keywords: Any) -> Any:
+    return ak.flex_attention(query, key, value, enable_gqa=True, **keywords)
 
 
 def packed(**keywords: Any) -> Any:
@@ -230,6 +235,21 @@ CALLS: dict[str, tuple[str, str, Call]] = {
         "AK602", "cu_seqlens_q, cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, 2, S)),
     ),
     "packed batch": ("AK602", "q", lambda: attention(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S))),
+    "tree with a cycle": ("AK414", "parents", lambda: ak.tree(i32(-1, 2, 1))),
+    "flex heads": ("AK407", "query, key", lambda: ak.flex_attention(Q, K, V)),
+    "flex scale": ("AK401", "scale", lambda: flex(scale=math.nan)),
+    "flex scale None": ("AK402", "scale", lambda: flex(scale="1")),
+    "flex score": ("AK402", "score", lambda: flex(score_mod=SINK)),
+    "flex block mask": ("AK402", "block_mask", lambda: flex(block_mask=BLOCKS)),
+    "flex block mask is a function": ("AK402", "block_mask", lambda: flex(block_mask=lambda b, h, i, j: i > j)),
+    "flex batches": ("AK403", "query, key, block_mask", lambda: flex(key=K[:1], value=V[:1], block_mask=ak.block_mask(None, 3, 1, S, S))),
+    "flex batches without a mask": ("AK403", "q, k, v", lambda: flex(key=K[:1], value=V[:1])),
+    "flex options": ("AK402", "kernel_options", lambda: flex(kernel_options=[1])),
+    "flex aux": ("AK402", "return_aux", lambda: flex(return_aux=True)),
+    "flex aux and lse": ("AK408", "return_lse, return_aux", lambda: flex(return_aux=AuxRequest(), return_lse=True)),
+    "flex maxima": ("AK504", "return_aux", lambda: flex(return_aux=AuxRequest(max_scores=True))),
+    "flex rank": ("AK403", "q", lambda: flex(query=Q[0])),
+    "flex None": ("AK402", "k", lambda: flex(key=None)),
     "integer overflow": ("AK604", "score or mask", lambda: attention(mask=lambda b, h, i, j: (i + 1) * 2**30 * 4 > j)),
     "division by zero": ("AK605", "score or mask", lambda: attention(mask=lambda b, h, i, j: i // j == 0)),
 }  # fmt: skip

@@ -82,7 +82,9 @@ def oracle() -> Oracle:
 
 
 @pytest.fixture
-def same_as_flex(qkv: Callable[..., tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def same_as_flex(
+    qkv: Callable[..., tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
     """``compare(score_mod, mask_mod, (B, Hq, Hkv, L, S))``: ours, eager and compiled, against torch's own in float64."""
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # the equation, materialised
 

@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN202 -- the functions are written as their users write them
 """Mask functions of FlexAttention's documentation, its blog and public galleries, written down from what they mean.
 
 Each runs unchanged through `ak.flex_attention` as the mask of a BlockMask, eager and compiled, and is compared with
@@ -312,7 +313,9 @@ def cross_attention_padded() -> Mask:
 # --- images and videos --------------------------------------------------------------------------------------
 
 
-def neighbourhood(coordinates: Callable[[Any], tuple[Any, Any]], width: int, height: int, kernel: int) -> Mask:
+def neighbourhood(
+    coordinates: Callable[[Any], tuple[Any, Any]], width: int, height: int, kernel: int
+) -> Mask:
     """The keys around a query; its window is moved inside the image at the edges."""
 
     def natten(b, h, q_idx, kv_idx):
@@ -600,7 +603,9 @@ def torch_functions_for_operators() -> Mask:
         near = torch.lt(torch.sub(q_idx, kv_idx), 9)
         even = torch.eq(torch.remainder(torch.add(q_idx, kv_idx), 2), 0)
         odd_head = torch.bitwise_and(h, 1).to(torch.bool)
-        return torch.logical_or(torch.bitwise_and(past, near), torch.logical_xor(even, odd_head)) & ~(kv_idx == 5)
+        return torch.logical_or(torch.bitwise_and(past, near), torch.logical_xor(even, odd_head)) & ~(
+            kv_idx == 5
+        )
 
     return spelled_out
 

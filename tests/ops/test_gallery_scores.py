@@ -1,3 +1,4 @@
+# ruff: noqa: ANN001, ANN002, ANN202, B008, RET504 -- the functions are written as their users write them
 """Score functions of FlexAttention's documentation, its blog and public galleries, written down from what they mean.
 
 Each runs unchanged through `ak.flex_attention`, eager and compiled, and is compared with torch's own flex_attention on
@@ -153,9 +154,9 @@ def t5_buckets() -> Score:
         bucket = (distance > 0).to(torch.long) * half
         distance = torch.abs(distance)
         near = half // 2
-        far = near + (
-            torch.log(distance.float() / near) / math.log(furthest / near) * (half - near)
-        ).to(torch.long)
+        far = near + (torch.log(distance.float() / near) / math.log(furthest / near) * (half - near)).to(
+            torch.long
+        )
         far = torch.min(far, torch.full_like(far, half - 1))
         bucket += torch.where(distance < near, distance, far)
         return score + table[bucket, h]
@@ -268,7 +269,7 @@ def checkerboard() -> Score:
 @score
 def head_offset() -> Score:
     def offset(score, b, h, q_idx, kv_idx):
-        return score + 2 ** h / H
+        return score + 2**h / H
 
     return offset
 

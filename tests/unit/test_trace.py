@@ -82,7 +82,7 @@ def test_conjunctions_that_begin_with_a_constant() -> None:
 
 def test_zero_dimensional_tensors_are_scalars() -> None:
     assert body(lambda s, b, h, q, kv: SCALAR * s - SCALAR + NUMBER) == [
-        "score = b0[] * s - b0[] + float(b1[])"
+        "score = s * b0[] - b0[] + float(b1[])"
     ]
 
 

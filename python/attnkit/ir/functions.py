@@ -264,7 +264,9 @@ def _cast(context: Context, x: Any, kind: DType) -> Any:
     if kind == "bool":
         return _bool(context, x)
     if kind == "int" and _kind(context, x) == "float":
-        x = _clamp(context, x, -_LARGEST, _LARGEST)  # torch leaves it open what log(0).long() is: a very small number
+        x = _clamp(
+            context, x, -_LARGEST, _LARGEST
+        )  # torch leaves it open what log(0).long() is: a very small number
     return context.emit(kind, x)
 
 

@@ -307,7 +307,7 @@ def trace(
 
 def _result(context: Context, name: str, value: Any, allowed: tuple[DType, ...]) -> tuple[str, DType]:
     known = context.is_traced(value) or isinstance(value, (bool, int, float, Param))
-    if not known and not _is_buffer(value):
+    if not known and not (_is_buffer(value) and len(value.shape) == 0):
         raise error("AK305", where=name, given=type(value).__name__, allowed=" or ".join(allowed))
     text, kind = context.operand(value)
     if kind not in allowed:

@@ -7,6 +7,7 @@ from attnkit.ops.functional import attention, dense_attention, trace
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
+from attnkit.ops.trees import tree
 
 __all__ = [
     "BlockMask",
@@ -24,5 +25,6 @@ __all__ = [
     "param",
     "scaled_dot_product_attention",
     "trace",
+    "tree",
     "uninstall",
 ]

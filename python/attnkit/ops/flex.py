@@ -59,7 +59,7 @@ def flex_attention(
             "AK402", where="kernel_options", given=type(kernel_options).__name__, allowed="a dict, or None"
         )
     score_mod, scale = _scaled(score_mod, scale)
-    want_lse = bool(return_lse) or _check_aux(return_aux, bool(return_lse))
+    want_lse = _check_aux(return_aux, bool(return_lse)) or bool(return_lse)
     result = attention(
         query, key, value, score=score_mod, block_mask=block_mask, scale=scale, return_lse=want_lse
     )
@@ -110,7 +110,7 @@ def _check_aux(request: Any, return_lse: bool) -> bool:
             "AK402", where="return_aux", given=type(request).__name__, allowed="an AuxRequest, or None"
         )
     if return_lse:
-        raise error("AK408", where="return_lse, return_aux", allowed="one of them")
+        raise error("AK408", where="return_lse, return_aux", given="both", allowed="one of them")
     if request.max_scores:
         given = "max_scores=True"
         raise error("AK504", where="return_aux", given=given, allowed="AuxRequest(lse=True)")

@@ -8,6 +8,7 @@ change unseen: such a function is traced again at every call.
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import math
 import operator
@@ -101,6 +102,15 @@ class _Fingerprint:
             return ("mask", self.of(value.function))
         if isinstance(value, types.FunctionType):
             return self._function(value)
+        if isinstance(value, functools.partial):
+            keywords = tuple((k, self.of(v)) for k, v in value.keywords.items())
+            return (
+                "partial",
+                self.of(value.func),
+                self.of(value.args),
+                keywords,
+                self.of(tuple(value.__dict__)),
+            )
         return (type(value), *map(self.of, value))
 
     def _function(self, function: types.FunctionType) -> Any:
@@ -116,7 +126,7 @@ class _Fingerprint:
         return (function.__code__, cells, defaults, keywords, known)
 
 
-_COMPOSITE = frozenset((tuple, list, types.FunctionType, Traceable))
+_COMPOSITE = frozenset((tuple, list, functools.partial, types.FunctionType, Traceable))
 
 _SHAPE_QUERIES = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.device.__get__,  # type: ignore[attr-defined]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 from torch.overrides import TorchFunctionMode
 
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
 from attnkit.ir.functions import FUNCTIONS, METHODS, Function
 from attnkit.ir.optable import DType
 from attnkit.ir.trace import NEEDS_VALUE, Context, Param, Traced, needs_value, trace
@@ -75,7 +75,13 @@ def _needing(name: str) -> Function:
 
 
 def _embedding(
-    context: TorchContext, at: Any, weight: Any, padding_idx: Any = None, max_norm: Any = None, *gradients: Any, **others: Any
+    context: TorchContext,
+    at: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *gradients: Any,
+    **others: Any,
 ) -> Any:
     """A row of ``weight``; the other options are about gradients."""
     if max_norm is not None:
@@ -149,6 +155,16 @@ def _lookup(func: Any) -> Function | None:
     return _TABLE.get(func)
 
 
+def _operator(func: Any) -> Callable[..., Any]:
+    return lambda self, *args: self.context.apply(func, (self, *args), {})
+
+
+# Tensor's own operators take a TypeError from __torch_function__, ours too, to mean that the other operand has the method.
+for _name in dir(Tensor):
+    if _name.startswith("__") and callable(_func := getattr(Tensor, _name)) and _func in _TABLE:
+        setattr(TorchProxy, _name, _operator(_func))
+
+
 # --- a trace of torch code ----------------------------------------------------------------------------------
 
 
@@ -187,11 +203,15 @@ class TorchContext(Context):
                 return of_rows(self, *args, **kwargs)
             if function is not None:
                 return rows.elementwise(self, function, args, kwargs)
+        name = getattr(func, "__name__", func)
         if function is None:
-            raise error(
-                "AK302", where=self.location(), given=f"torch function {getattr(func, '__name__', func)}"
-            )
-        return function(self, *args, **kwargs)
+            raise error("AK302", where=self.location(), given=f"torch function {name}")
+        try:
+            return function(self, *args, **kwargs)
+        except TypeError as exc:
+            if isinstance(exc, AttnkitError):
+                raise
+            raise error("AK302", where=self.location(), given=f"torch function {name}: {exc}") from exc
 
     def settled(self, value: Any) -> Any:
         """``value``; but a number that dynamo knows only as a symbol becomes a traced one, read from a tensor.
