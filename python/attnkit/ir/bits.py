@@ -59,33 +59,29 @@ def conjunction(context: Context, x: Any, y: Any) -> Any:
     if shared == 0:
         return context.constant(0)
     if _is_literal(y):
-        if y < 0:
-            return context.emit("sub", x, conjunction(context, x, ~y))
-        return _masked(context, x, shared)
-    if shared < 0:
+        result = context.emit("sub", x, conjunction(context, x, ~y)) if y < 0 else _masked(context, x, shared)
+    elif shared < 0:
         given, hint = "a bitwise operator of two ints of either sign", "mask one of them first: x & 0xffff"
         raise error("AK302", where=context.location(), given=given, hint=hint)
-    total = None
-    for at in range(shared.bit_length()):
-        if shared >> at & 1:
-            both = context.emit("mul", _digits(context, x, at, 1), _digits(context, y, at, 1))
-            placed = context.emit("mul", both, 1 << at) if at else both
-            total = placed if total is None else context.emit("add", total, placed)
-    return total
+    else:
+        result = _digit_by_digit(context, x, y, shared)
+    return context.learn(result, shared)
 
 
 def disjunction(context: Context, x: Any, y: Any) -> Any:
     """``x | y``."""
-    total = context.emit("add", x, y)
-    return total if _apart(context, x, y) else context.emit("sub", total, conjunction(context, x, y))
+    result = context.emit("add", x, y)
+    if context.bits(x) & context.bits(y):
+        result = context.emit("sub", result, conjunction(context, x, y))
+    return context.learn(result, context.bits(x) | context.bits(y))
 
 
 def exclusive(context: Context, x: Any, y: Any) -> Any:
     """``x ^ y``."""
-    total = context.emit("add", x, y)
-    if _apart(context, x, y):
-        return total
-    return context.emit("sub", total, context.emit("mul", conjunction(context, x, y), 2))
+    result = context.emit("add", x, y)
+    if context.bits(x) & context.bits(y):
+        result = context.emit("sub", result, context.emit("mul", conjunction(context, x, y), 2))
+    return context.learn(result, context.bits(x) | context.bits(y))
 
 
 def complement(context: Context, x: Any) -> Any:
@@ -135,8 +131,14 @@ def _is_literal(x: Any) -> bool:
     return isinstance(x, int)
 
 
-def _apart(context: Context, x: Any, y: Any) -> bool:
-    return context.bits(x) & context.bits(y) == 0
+def _digit_by_digit(context: Context, x: Any, y: Any, shared: int) -> Any:
+    total = None
+    for at in range(shared.bit_length()):
+        if shared >> at & 1:
+            both = context.emit("mul", _digits(context, x, at, 1), _digits(context, y, at, 1))
+            placed = context.emit("mul", both, 1 << at) if at else both
+            total = placed if total is None else context.emit("add", total, placed)
+    return total
 
 
 def _masked(context: Context, x: Any, mask: int) -> Any:

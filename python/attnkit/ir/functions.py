@@ -113,8 +113,10 @@ def _round(context: Context, x: Any) -> Any:
 
 
 def _sign(context: Context, x: Any) -> Any:
-    negative = context.emit("where", context.emit("lt", x, 0), -1, context.emit("mul", x, 0))
-    return context.emit("where", context.emit("gt", x, 0), 1, negative)
+    sign = context.emit(
+        "where", context.emit("gt", x, 0), 1, context.emit("where", context.emit("lt", x, 0), -1, 0)
+    )
+    return _cast(context, sign, _kind(context, x))
 
 
 def _log1p(context: Context, x: Any) -> Any:

@@ -136,6 +136,11 @@ class Context:
             return value
         return self._bits.get(value.text, bits.ANY) if self.is_traced(value) else bits.ANY
 
+    def learn(self, x: Any, possible: int) -> Any:
+        """``x``, an int of which it is known better than from its operands what bits it may have set."""
+        self._bits[x.text] = possible
+        return x
+
     def emit(self, op: str, *operands: Any) -> Any:
         """Apply an operator of the op table to traced numbers, numbers, params and rank-0 tensors."""
         info = OPS[op]
