@@ -152,7 +152,11 @@ CODES: dict[str, Code] = {
     "AK503": Code(_MISSING, "gradients are not supported here", "call it under torch.no_grad()"),
     "AK504": Code(_MISSING, "not supported yet"),
     # run time
-    "AK601": Code(_VALUE, "load reads outside its buffer", "clamp the index: min(max(i, 0), n - 1)"),
+    "AK601": Code(
+        _VALUE,
+        "load reads outside its buffer",
+        "clamp the index, min(max(i, 0), n - 1): one below zero does not count from the end",
+    ),
     "AK602": Code(_VALUE, "lengths are not valid"),
     "AK603": Code(_VALUE, "kernel ran out of memory"),
     "AK604": Code(

@@ -77,7 +77,7 @@ _OPERANDS: dict[str, list[Callable[[Any, Any, Any], tuple[Any, ...]]]] = {
         lambda s, q, kv: (q, 2), lambda s, q, kv: (q - kv, 1), lambda s, q, kv: (q - kv, 0), lambda s, q, kv: (q * 1001, kv),
         lambda s, q, kv: (q - 20, kv), lambda s, q, kv: (q - 20, 40),
     ],
-    "where": [lambda s, q, kv: (q > kv, s, -math.inf), lambda s, q, kv: (s > 0, q, kv)],
+    "where": [lambda s, q, kv: (q > kv, s, -math.inf), lambda s, q, kv: (s > 0, q, kv), lambda s, q, kv: (s, q > kv, 0.0)],
     "masked_fill": [lambda s, q, kv: (s, q > kv, -math.inf), lambda s, q, kv: (q, s > 0, 7)],
     "addcmul": [lambda s, q, kv: (s, q * 0.5, kv * 0.5)],
     "lerp": [lambda s, q, kv: (q * 1.0, kv * 1.0, 0.25)],
@@ -148,18 +148,18 @@ def test_every_name_exists_in_torch() -> None:
 @pytest.mark.parametrize(("name", "home"), NAMED, ids=[f"{h.__name__}.{n}" for n, h in NAMED])
 def test_named_functions(name: str, home: Any) -> None:
     function = getattr(home, name)
-    for operands in OPERANDS.get(name, [lambda s, q, kv: (s,)]):
-        if _takes(name, home, operands):
-            same_as_torch(lambda s, q, kv, operands=operands: function(*operands(s, q, kv)))
+    rows = OPERANDS.get(name, [lambda s, q, kv: (s,)])
+    taken = [operands for operands in rows if _takes(function, operands)]
+    assert taken
+    for operands in taken:
+        same_as_torch(lambda s, q, kv, operands=operands: function(*operands(s, q, kv)))
 
 
-def _takes(name: str, home: Any, operands: Any) -> bool:
-    """torch has no function of a number and a tensor in this order, or of these dtypes."""
-    first = torch.ones(3), torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)
+def _takes(function: Any, operands: Any) -> bool:
+    """Some of torch's functions want a tensor where others take a number, or floats alone."""
     try:
-        getattr(home, name)(*operands(*first))
+        function(*operands(torch.ones(3), torch.ones(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)))
     except (TypeError, RuntimeError):
-        assert len(OPERANDS[name]) > 1
         return False
     return True
 
