@@ -43,7 +43,7 @@ SCORES: dict[str, tuple[str, str, Any]] = {
     "numpy": ("AK301", "as it is", lambda s, b, h, q, kv: np.exp(s)),
     "to numpy": ("AK301", "as it is", lambda s, b, h, q, kv: s.numpy()),
     "numpy table": ("AK301", "as it is", lambda s, b, h, q, kv: s * np.ones(4)[q]),
-    "tensor of numbers": ("AK301", "", lambda s, b, h, q, kv: s * torch.tensor([q, kv])[0]),
+    "tensor of numbers": ("AK302", "tensor", lambda s, b, h, q, kv: s * torch.tensor([q, kv])[0]),
     "unknown function": ("AK302", "cumsum", lambda s, b, h, q, kv: torch.cumsum(s, 0)),
     "unknown method": ("AK302", "cumprod", lambda s, b, h, q, kv: s.cumprod(0)),
     "unknown of modules": ("AK302", "dropout", lambda s, b, h, q, kv: F.dropout(s)),

@@ -71,7 +71,7 @@ def sliding_window_by_composition() -> Mask:
 
 @mask
 def symmetric_window() -> Mask:
-    return lambda b, h, q, kv: torch.abs(q - kv) <= 4
+    return lambda b, h, q, kv: abs(q - kv) <= 4
 
 
 @mask

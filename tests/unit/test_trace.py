@@ -269,6 +269,10 @@ COMPILED = {
         None,
         lambda cap, n: lambda b, h, q, kv: (kv == n) | (kv < n) | (n <= q) | (q - n == 1),
     ),
+    "absolute": (
+        lambda cap, n: lambda s, b, h, q, kv: s * -abs(abs(q - kv)) + abs(s) * abs(kv - n).float(),
+        lambda cap, n: lambda b, h, q, kv: abs(q - kv) <= n,
+    ),
     "halves": (
         lambda cap, n: lambda s, b, h, q, kv: s * cap + (q >> 1) // n - n * (kv & 3) + (n - kv) ** 2,
         None,
@@ -298,10 +302,12 @@ def test_compiled_functions_compute_what_they_do_in_eager_mode(name: str, dynami
 @pytest.mark.parametrize(
     ("score", "message"),
     [
-        (lambda s, b, h, i, j: s * float(i), "AK301"),
+        (lambda s, b, h, i, j: s * int(i), "AK301"),
+        (lambda s, b, h, i, j: s * float(i), "exception"),  # dynamo's own
         (lambda s, b, h, i, j: s * i.item(), "AK301"),
         (lambda s, b, h, i, j: torch.cumsum(s, 0), "AK302"),
-        (lambda s, b, h, i, j: s if i > j else 0.0, "AK301, no value yet: use torch.where"),
+        (lambda s, b, h, i, j: s * abs(TABLE[h, i]).sum(), "AK302"),  # which dynamo computes without asking
+        (lambda s, b, h, i, j: s if i > j else 0.0, "AK301: use torch.where for if"),
         (lambda s, b, h, i, j: sum(s for _ in range(i)), "range"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from attnkit.errors import error
 from attnkit.ir.optable import DType
@@ -72,13 +73,38 @@ class WrappedRow(TorchRow):
 
 
 def make_proxy(context: TorchContext, text: str, kind: DType) -> TorchProxy:
-    """A traced number."""
-    if torch.compiler.is_dynamo_compiling():  # the comment is part of what dynamo says of `if traced:`
-        traced = torch.empty(()).as_subclass(TorchProxy)  # AK301, no value yet: use torch.where for if
+    """A traced number.
+
+    Under dynamo it is on "meta", so that nobody takes it for a number; complex and as long as its place in
+    ``context.blanks``, so that `unseen` knows what Python's ``abs`` made of it, which dynamo hands to nobody.
+    """
+    if torch.compiler.is_dynamo_compiling():  # the next comment is part of what dynamo says of `if traced:`
+        size = len(context.blanks)
+        blank = torch.empty(size, dtype=_BLANK, device="meta")  # AK301: use torch.where for if
+        traced = blank.as_subclass(TorchProxy)
+        context.blanks.append(traced)
     else:
         traced = torch.Tensor._make_wrapper_subclass(WrappedProxy, ())
     traced.context, traced.text, traced.kind = context, text, kind
     return traced
+
+
+def unseen(context: TorchContext, value: Any) -> Any:
+    """``value``; or the traced number that it must be if dynamo computed it from one without asking."""
+    if not isinstance(value, Tensor) or isinstance(value, (TorchProxy, TorchRow)):
+        return value
+    if not value.is_meta or context.device.type == "meta":
+        return value
+    if value.dtype != _ABSOLUTE or value.dim() != 1:
+        given, hint = (
+            "an operator that torch computed itself",
+            "use torch's function for it, such as torch.abs",
+        )
+        raise error("AK302", where=context.location(), given=given, hint=hint)
+    return context.emit("abs", context.blanks[value.shape[0]])
+
+
+_BLANK, _ABSOLUTE = torch.complex64, torch.float32  # what abs makes of it
 
 
 def make_row(
@@ -91,7 +117,7 @@ def make_row(
 ) -> TorchRow:
     """What is left of ``buffer[at]``, or the vector of ``numbers``."""
     if torch.compiler.is_dynamo_compiling():
-        row = torch.empty(sizes).as_subclass(TorchRow)
+        row = torch.empty(sizes, dtype=torch.float64, device="meta").as_subclass(TorchRow)
     else:
         row = torch.Tensor._make_wrapper_subclass(WrappedRow, sizes)
     row.context, row.sizes, row.buffer, row.at, row.numbers = context, sizes, buffer, at, numbers
@@ -110,6 +136,37 @@ def apply(func: Any, args: Any, kwargs: Any) -> Any:
         hint = "combine it with a traced number first, or use its value outside"
         raise error("AK306", where=str(getattr(func, "__name__", func)), given="an ak.param alone", hint=hint)
     return context.apply(func, args, kwargs)
+
+
+class AskedFirst(TorchFunctionMode):
+    """Takes what is done to traced numbers before any other mode does, such as torch.export's, which wants their values.
+
+    Dynamo needs it too: it looks for traced numbers in no tuple, as in ``tensor[q_idx, kv_idx]``, and forgets what
+    ``abs`` returned.
+    """
+
+    def __init__(self, context: TorchContext) -> None:
+        super().__init__()
+        self.context = context
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        dynamo = torch.compiler.is_dynamo_compiling()
+        if _concerns_us(args, dynamo) or _concerns_us(tuple(kwargs.values()), dynamo):
+            return self.context.apply(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _concerns_us(args: Iterable[Any], dynamo: bool) -> bool:
+    """Whether there are traced numbers in nested arguments, or what may be their absolute values."""
+    for arg in args:
+        if isinstance(arg, (TorchProxy, TorchRow)):
+            return True
+        if dynamo and isinstance(arg, Tensor) and arg.is_meta and arg.dtype == _ABSOLUTE:
+            return True
+        if isinstance(arg, (tuple, list)) and _concerns_us(arg, dynamo):
+            return True
+    return False
 
 
 def find_context(args: Iterable[Any]) -> TorchContext | None:

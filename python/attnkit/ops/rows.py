@@ -131,7 +131,9 @@ ROW_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.all, Tensor.all), _reduction("and", True)),
     **dict.fromkeys((torch.amax, Tensor.amax), _reduction("max", 0)),
     **dict.fromkeys((torch.amin, Tensor.amin), _reduction("min", 0)),
-    Tensor.__iter__: lambda context, row: iter(numbers(row)),
+    **dict.fromkeys(
+        (torch.unbind, Tensor.unbind), lambda context, row, dim=0: tuple(numbers(row))
+    ),  # for x in row
     Tensor.__len__: lambda context, row: row.sizes[0],
     Tensor.shape.__get__: lambda context, row: torch.Size(row.sizes),  # type: ignore[attr-defined]
     Tensor.size: lambda context, row, dim=None: torch.Size(row.sizes) if dim is None else row.sizes[dim],

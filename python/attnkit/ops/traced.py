@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from attnkit.errors import error
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
-from attnkit.ops.proxies import TorchProxy, TorchRow
 from attnkit.ops.tracing import TorchParam, trace_mods
 
 _MAX_ENTRIES = 4096
@@ -140,7 +139,7 @@ class _Watch(TorchFunctionMode):
     read_values = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _SHAPE_QUERIES and not any(issubclass(t, (TorchProxy, TorchRow)) for t in types):
+        if func not in _SHAPE_QUERIES:
             self.read_values = True
         return func(*args, **(kwargs or {}))
 

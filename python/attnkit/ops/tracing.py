@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -10,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
-from torch.overrides import TorchFunctionMode
 
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.functions import FUNCTIONS, METHODS, Function
 from attnkit.ir.optable import DType
 from attnkit.ir.trace import NEEDS_VALUE, Context, Param, Traced, needs_value, trace
 from attnkit.ops import rows
-from attnkit.ops.proxies import TorchProxy, TorchRow, apply, find_context, make_proxy
+from attnkit.ops.proxies import AskedFirst, TorchProxy, TorchRow, apply, make_proxy, unseen
 
 
 class TorchParam(Param):
@@ -115,6 +115,11 @@ _QUERIES: dict[Any, Function] = {
 }
 
 
+def _methods() -> list[tuple[str, Any]]:
+    """Tensor's methods; and Python's operators, which is what torch.export sees instead of Tensor's."""
+    return [(name, getattr(home, name)) for home in (Tensor, operator) for name in dir(home)]
+
+
 def _torch_functions() -> dict[Any, Function]:
     """What each torch function does to traced numbers, found by the names of `ir.functions`."""
     table: dict[Any, Function] = {}
@@ -122,8 +127,7 @@ def _torch_functions() -> dict[Any, Function]:
         for name, function in FUNCTIONS.items():
             if callable(target := vars(module).get(name)):
                 table[target] = function
-    for name in dir(Tensor):
-        target = getattr(Tensor, name)
+    for name, target in _methods():
         written = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")  # __iadd__, add_
         if name in METHODS:
             table[target] = METHODS[name]
@@ -131,14 +135,17 @@ def _torch_functions() -> dict[Any, Function]:
             table[target] = _in_place(METHODS[written])
         elif name in NEEDS_VALUE:
             table[target] = _needing(name)
-    return table | _QUERIES | {
+    others: dict[Any, Function] = {
         Tensor.__getitem__: rows.index,
+        operator.getitem: rows.index,
         Tensor.__setitem__: _set_item,
+        operator.setitem: _set_item,
         torch.nn.functional.embedding: _embedding,
         torch.embedding: lambda context, weight, at, *args: _embedding(context, at, weight),
         torch.take: _take,
         Tensor.take: _take,
-    }  # fmt: skip
+    }
+    return table | _QUERIES | others
 
 
 _TABLE = _torch_functions()
@@ -178,6 +185,7 @@ class TorchContext(Context):
         self.dtype = dtype
         self.device = device
         self.varying: list[tuple[Any, Tensor]] = []
+        self.blanks: list[Any] = []
 
     def proxy(self, text: str, kind: DType) -> TorchProxy:
         """As in `Context`."""
@@ -197,7 +205,7 @@ class TorchContext(Context):
             args = [self.settled(x) for x in args]
             kwargs = {name: self.settled(x) for name, x in kwargs.items()}
         function = _lookup(func)
-        if any(isinstance(x, TorchRow) for x in args) and func is not Tensor.__getitem__:
+        if any(isinstance(x, TorchRow) for x in args) and function is not rows.index:
             of_rows = rows.ROW_FUNCTIONS.get(func)
             if of_rows is not None:
                 return of_rows(self, *args, **kwargs)
@@ -218,7 +226,9 @@ class TorchContext(Context):
 
         As a constant it would compile anew for each value.
         """
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or has_static_value(value):
+        if not isinstance(value, (int, float)):
+            return unseen(self, value)
+        if isinstance(value, bool) or has_static_value(value):
             return value
         for known, tensor in self.varying:
             if type(known) is type(value) and statically_known_true(known == value):
@@ -259,15 +269,6 @@ class TorchContext(Context):
         return "" if torch.compiler.is_dynamo_compiling() else super().location()
 
 
-class _HiddenArguments(TorchFunctionMode):
-    """Lets dynamo see the traced numbers in ``tensor[q_idx, kv_idx]``: it does not look for them inside a tuple."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if find_context(args) is None and find_context(tuple((kwargs or {}).values())) is None:
-            return func(*args, **(kwargs or {}))
-        return apply(func, args, kwargs)
-
-
 def trace_mods(
     score: Callable[..., Any] | None, mask: Callable[..., Any] | None, like: Tensor | None = None
 ) -> Traced:
@@ -280,7 +281,5 @@ def trace_mods(
         AttnkitError: AK3xx and AK201, as `ir.trace.trace`.
     """
     context = TorchContext() if like is None else TorchContext(like.dtype, like.device)
-    if not torch.compiler.is_dynamo_compiling():
-        return trace(score, mask, context)
-    with _HiddenArguments():
+    with AskedFirst(context):
         return trace(score, mask, context)
