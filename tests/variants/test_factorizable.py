@@ -205,14 +205,14 @@ def backward(
     m0, m1, m2 = (
         before(np.einsum("s...,sv->s...v", x, np.hstack([v, ones]))) for x in (np.ones(len(k)), k, kk)
     )  # the last channel is z
-    sums = a0 * m0 + a1 * np.einsum("sa,sav->sv", q, m1) + a2 * np.einsum("sab,sabv->sv", qq, m2)
+    sums = a0 * m0 + a1 * np.einsum("ta,tav->tv", q, m1) + a2 * np.einsum("sab,sabv->sv", qq, m2)
     g, o = sums[:, -1:], sums[:, :-1] / sums[:, -1:]
     up = np.hstack([y / g, -np.sum(y * o, axis=1, keepdims=True) / g])  # of the numerator and of g
-    d_q = a1 * np.einsum("sav,sv->sa", m1, up) + 2 * a2 * np.einsum("sabv,sv,sb->sa", m2, up, q)
+    d_q = a1 * np.einsum("tav,tv->ta", m1, up) + 2 * a2 * np.einsum("sabv,sv,sb->sa", m2, up, q)
     n0, n1, n2 = (after(np.einsum("s...,sv->s...v", x, up)) for x in (np.ones(len(k)), q, qq))
     values = np.hstack([v, ones])
-    d_k = a1 * np.einsum("sav,sv->sa", n1, values) + 2 * a2 * np.einsum("sabv,sv,sb->sa", n2, values, k)
-    d_v = a0 * n0 + a1 * np.einsum("sa,sav->sv", k, n1) + a2 * np.einsum("sab,sabv->sv", kk, n2)
+    d_k = a1 * np.einsum("tav,tv->ta", n1, values) + 2 * a2 * np.einsum("sabv,sv,sb->sa", n2, values, k)
+    d_v = a0 * n0 + a1 * np.einsum("ta,tav->tv", k, n1) + a2 * np.einsum("sab,sabv->sv", kk, n2)
     return {"q": d_q, "k": d_k, "v": d_v[:, :-1]}
 
 
