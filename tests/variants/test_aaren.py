@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit.testing import agree
 from attnkit.variants import aaren, dense
 
 pytestmark = pytest.mark.shows
@@ -16,15 +17,11 @@ def random(rng: np.random.Generator, batch: int = 2, length: int = 7) -> tuple[A
     return rng.standard_normal((2, 3)), rng.standard_normal((*shape, 3)), rng.standard_normal((*shape, 2))
 
 
-def close(found: Any, expected: Any, rtol: float = 1e-12) -> None:
-    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol)
-
-
 def test_prefixes_by_hand() -> None:
     k, v = (np.array(x, np.float64)[None, None, :, None] for x in ([0, np.log(2), np.log(5)], [1, 4, 2]))
     o, lse = aaren.naive(np.ones((1, 1)), k, v, scale=1.0)
-    close(o.ravel(), [1, (1 + 8) / 3, (1 + 8 + 10) / 8])  # weights 1, 2, 5
-    close(lse.ravel(), np.log([1, 3, 8]))
+    agree(o.ravel(), [1, (1 + 8) / 3, (1 + 8 + 10) / 8])  # weights 1, 2, 5
+    agree(lse.ravel(), np.log([1, 3, 8]))
 
 
 @pytest.mark.parametrize("name", aaren.CASES)
@@ -33,7 +30,7 @@ def test_it_is_causal_attention_with_equal_queries(name: str, rng: np.random.Gen
     queries = np.broadcast_to(query[:, None], k.shape)
     expected = dense.naive(queries, k, v, causal=True, scale=aaren.CASES[name].get("scale"))
     for found, want in zip(aaren.naive(query, k, v, **aaren.CASES[name]), expected, strict=True):
-        close(found, want)
+        agree(found, want)
 
 
 def test_states_combine_in_any_grouping(rng: np.random.Generator) -> None:
@@ -55,8 +52,8 @@ def test_states_combine_in_any_grouping(rng: np.random.Generator) -> None:
     o, lse = aaren.naive(query, k[:, :, kept], v[:, :, kept])
     for state in (left, tree(tokens)):
         found = aaren.result(state)
-        close(found[0], o[0, :, -1])
-        close(found[1], lse[0, :, -1])
+        agree(found[0], o[0, :, -1])
+        agree(found[1], lse[0, :, -1])
     nothing = aaren.result(aaren.combine(aaren.empty(2, 2), aaren.empty(2, 2)))
     assert (nothing[0] == 0).all()
     assert (nothing[1] == -np.inf).all()
@@ -65,8 +62,8 @@ def test_states_combine_in_any_grouping(rng: np.random.Generator) -> None:
 def test_large_logits_do_not_overflow() -> None:
     k, v = (np.array(x, np.float64)[None, None, :, None] for x in ([-2000, 0, 2000], [1, 4, 2]))
     o, lse = aaren.naive(np.ones((1, 1)), k, v, scale=1.0)
-    close(o.ravel(), [1, 4, 2])
-    close(lse.ravel(), [-2000, 0, 2000])
+    agree(o.ravel(), [1, 4, 2])
+    agree(lse.ravel(), [-2000, 0, 2000])
 
 
 def test_state_carries_a_sequence_on(rng: np.random.Generator) -> None:
@@ -75,8 +72,8 @@ def test_state_carries_a_sequence_on(rng: np.random.Generator) -> None:
     first_o, first_lse = aaren.naive(query, k[:, :, :4], v[:, :, :4])
     carried = {"initial_state": (first_o[:, :, -1], first_lse[:, :, -1])}
     rest_o, rest_lse = aaren.naive(query, k[:, :, 4:], v[:, :, 4:], **carried)
-    close(np.concatenate([first_o, rest_o], axis=2), o)
-    close(np.concatenate([first_lse, rest_lse], axis=2), lse)
+    agree(np.concatenate([first_o, rest_o], axis=2), o)
+    agree(np.concatenate([first_lse, rest_lse], axis=2), lse)
 
 
 def test_packed_is_a_loop_over_sequences(rng: np.random.Generator) -> None:
@@ -86,5 +83,5 @@ def test_packed_is_a_loop_over_sequences(rng: np.random.Generator) -> None:
     for n in range(3):
         rows = slice(ends[n], ends[n + 1])
         alone = aaren.naive(query, k[:, :, rows], v[:, :, rows])
-        close(o[:, :, rows], alone[0])
-        close(lse[:, :, rows], alone[1])
+        agree(o[:, :, rows], alone[0])
+        agree(lse[:, :, rows], alone[1])

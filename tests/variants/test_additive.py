@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit.testing import agree
 from attnkit.variants import aaren, additive
 
 pytestmark = pytest.mark.shows
@@ -15,27 +16,23 @@ def random(rng: np.random.Generator, batch: int = 2, length: int = 7) -> list[Ar
     return [rng.standard_normal((batch, 2, length, 3)) for _ in range(3)] + [rng.standard_normal((2, 3))]
 
 
-def close(found: Any, expected: Any, rtol: float = 1e-12) -> None:
-    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol)
-
-
 def test_one_vector_by_hand() -> None:
     q, k, v = (np.array(x, np.float64)[None, None, :, None] for x in ([0, np.log(3)], [1, 2], [5, 7]))
     o = additive.naive(q, k, v, np.ones((1, 1)))
     g = 0.75 * np.log(3)  # weights 1 and 3
-    close(o.ravel(), [5 * g, 14 * g])
+    agree(o.ravel(), [5 * g, 14 * g])
 
 
 def test_no_learned_vector_is_a_mean(rng: np.random.Generator) -> None:
     q, k, v, w = random(rng)
-    close(additive.naive(q, k, v, 0 * w), k * q.mean(axis=2, keepdims=True) * v)
+    agree(additive.naive(q, k, v, 0 * w), k * q.mean(axis=2, keepdims=True) * v)
 
 
 def test_the_causal_form_is_the_scan(rng: np.random.Generator) -> None:
     q, k, v, w = random(rng)
     found = additive.naive(q, k, v, w, causal=True)
-    close(found, k * aaren.naive(w, q, q)[0] * v)
-    close(found[:, :, -1], additive.naive(q, k, v, w)[:, :, -1])
+    agree(found, k * aaren.naive(w, q, q)[0] * v)
+    agree(found[:, :, -1], additive.naive(q, k, v, w)[:, :, -1])
 
 
 def test_packed_is_a_loop_over_sequences(rng: np.random.Generator) -> None:
@@ -45,7 +42,7 @@ def test_packed_is_a_loop_over_sequences(rng: np.random.Generator) -> None:
         o = additive.naive(q, k, v, w, cu_seqlens=ends, **parameters)
         for n in range(3):
             rows = slice(ends[n], ends[n + 1])
-            close(o[:, :, rows], additive.naive(*(x[:, :, rows] for x in (q, k, v)), w, **parameters))
+            agree(o[:, :, rows], additive.naive(*(x[:, :, rows] for x in (q, k, v)), w, **parameters))
 
 
 @pytest.mark.parametrize("name", additive.CASES)

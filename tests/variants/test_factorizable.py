@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from attnkit.errors import AttnkitError
-from attnkit.testing.differences import central
+from attnkit.testing import agree, differences
 from attnkit.variants import factorizable, linear
 from attnkit.variants.linear import normed
 
@@ -27,12 +27,6 @@ def random(
     )
 
 
-def close(found: Any, expected: Any, rtol: float = 1e-12) -> None:
-    np.testing.assert_allclose(
-        found, expected, rtol=rtol, atol=rtol * max(1, np.max(np.abs(expected), initial=0))
-    )
-
-
 # --- numbers by hand --------------------------------------------------------------------------------------
 
 Q = np.array([[[[1.0, 0.0], [0.0, 1.0]]]])
@@ -41,9 +35,9 @@ V = np.array([[[[1.0], [3.0]]]])
 
 def test_orders_by_hand() -> None:
     for order, expected in ((1, [5 / 3, 7 / 3]), (2, [11 / 7, 17 / 7])):  # weights 2 and 1; 5/2 and 1
-        close(factorizable.naive(Q, Q, V, order=order, qk_norm="none").o.ravel(), expected)
+        agree(factorizable.naive(Q, Q, V, order=order, qk_norm="none").o.ravel(), expected)
     softmax = [(math.e + 3) / (math.e + 1), (1 + 3 * math.e) / (1 + math.e)]
-    close(softmax, [1.537883, 2.462117], 1e-6)
+    agree(softmax, [1.537883, 2.462117], 1e-6)
     distance = [
         abs(factorizable.naive(Q, Q, V, order=p, qk_norm="none").o.ravel() - softmax).max() for p in (1, 2)
     ]
@@ -52,13 +46,13 @@ def test_orders_by_hand() -> None:
 
 def test_state_by_hand() -> None:
     found = factorizable.naive(2 * Q, 2 * Q, V, qk_norm="none")
-    close(found.state[0, 0, :, 0], [4, 2, 6, 4, 0, 0, 12])  # 1; k; k (x) k, times 1 and 3
-    close(found.norm[0, 0], [2, 2, 2, 4, 0, 0, 4])
+    agree(found.state[0, 0, :, 0], [4, 2, 6, 4, 0, 0, 12])  # 1; k; k (x) k, times 1 and 3
+    agree(found.norm[0, 0], [2, 2, 2, 4, 0, 0, 4])
 
 
 def test_temperature_divides_the_products() -> None:
     found = factorizable.naive(Q, Q, V, order=1, qk_norm="none", temperature=2.0)
-    close(found.o.ravel(), [(1.5 + 3) / 2.5, (1 + 4.5) / 2.5])
+    agree(found.o.ravel(), [(1.5 + 3) / 2.5, (1 + 4.5) / 2.5])
 
 
 # --- ways to say the same ---------------------------------------------------------------------------------
@@ -75,7 +69,7 @@ def test_moments_are_the_matrix(name: str, kv_heads: int, rng: np.random.Generat
         for size in (1, 3, 64):  # recurrence, chunks, one piece
             for packed in (False, True):
                 found = factorizable.moments(q, k, v, chunk_size=size, packed=packed, **parameters, **extra)
-                close(found, o)
+                agree(found, o)
 
 
 @each_case
@@ -86,9 +80,9 @@ def test_state_carries_a_sequence_on(name: str, rng: np.random.Generator) -> Non
     start = factorizable.naive(*(x[:, :, :4] for x in (q, k, v)), **parameters)
     carried = parameters | {"initial_state": (start.state, start.norm)}
     end = factorizable.naive(*(x[:, :, 4:] for x in (q, k, v)), **carried)
-    close(np.concatenate([start.o, end.o], axis=2), whole.o)
-    close(end.state, whole.state)
-    close(end.norm, whole.norm)
+    agree(np.concatenate([start.o, end.o], axis=2), whole.o)
+    agree(end.state, whole.state)
+    agree(end.norm, whole.norm)
 
 
 @each_case
@@ -99,9 +93,9 @@ def test_packed_is_a_loop_over_sequences(name: str, rng: np.random.Generator) ->
     packed = factorizable.naive(q, k, v, cu_seqlens=ends, **parameters)
     for n in range(3):
         alone = factorizable.naive(*(x[:, :, ends[n] : ends[n + 1]] for x in (q, k, v)), **parameters)
-        close(packed.o[:, :, ends[n] : ends[n + 1]], alone.o)
-        close(packed.state[n], alone.state[0])
-        close(packed.norm[n], alone.norm[0])
+        agree(packed.o[:, :, ends[n] : ends[n + 1]], alone.o)
+        agree(packed.state[n], alone.state[0])
+        agree(packed.norm[n], alone.norm[0])
 
 
 def test_order_one_is_linear_attention_of_one_more_channel(rng: np.random.Generator) -> None:
@@ -109,7 +103,7 @@ def test_order_one_is_linear_attention_of_one_more_channel(rng: np.random.Genera
     one = np.ones((2, 2, 7, 1))
     wider = (np.concatenate([x, one], axis=3) for x in (q, k))
     expected = linear.naive(*wider, v, scale=1.0, normalize=True, epsilon=10.0).o
-    close(factorizable.naive(q, k, v, order=1, qk_norm="none", causal=True, epsilon=10.0).o, expected)
+    agree(factorizable.naive(q, k, v, order=1, qk_norm="none", causal=True, epsilon=10.0).o, expected)
 
 
 # --- limits -----------------------------------------------------------------------------------------------
@@ -122,15 +116,15 @@ def test_the_last_causal_row_is_the_last_full_row(name: str, rng: np.random.Gene
     causal, full = (
         factorizable.naive(q, k, v, **parameters | {"causal": causal}).o for causal in (True, False)
     )
-    close(causal[:, :, -1], full[:, :, -1])
+    agree(causal[:, :, -1], full[:, :, -1])
     if not parameters.get("epsilon"):
-        close(causal[:, :, 0], v[:, :, 0])
+        agree(causal[:, :, 0], v[:, :, 0])
 
 
 def test_a_constant_polynomial_is_a_running_mean(rng: np.random.Generator) -> None:
     q, k, v = random(rng)
     found = factorizable.naive(q, k, v, coefficients=(1.0, 0.0, 0.0), causal=True).o
-    close(found, np.cumsum(v, axis=2) / np.arange(1, 8)[:, None])
+    agree(found, np.cumsum(v, axis=2) / np.arange(1, 8)[:, None])
 
 
 def test_order_two_divides_by_no_less_than_half_the_keys(rng: np.random.Generator) -> None:
@@ -139,7 +133,7 @@ def test_order_two_divides_by_no_less_than_half_the_keys(rng: np.random.Generato
     small = factorizable.naive(q, k, v, qk_norm="none", causal=True, coefficients=(1.0, 1.0, 0.5))
     same = factorizable.naive(q, k, twos, qk_norm="none", causal=True)
     assert np.isfinite(small.o).all()
-    close(same.o, twos)  # the weights sum to 1, and none is negative:
+    agree(same.o, twos)  # the weights sum to 1, and none is negative:
     assert (small.o <= np.maximum.accumulate(v, axis=2) + 1e-12).all()
     assert (small.o >= np.minimum.accumulate(v, axis=2) - 1e-12).all()
 
@@ -167,11 +161,11 @@ def test_the_longest_token_of_a_sequence_normalises_it(norm: str, rng: np.random
         x = x if axis is None else x - x.mean(axis=axis, keepdims=True)
         return x / np.sqrt((x * x).sum(axis=3).max(axis=2))[:, :, None, None]
 
-    close(found.o, factorizable.naive(by_hand(q), by_hand(k), v, qk_norm="none").o)
+    agree(found.o, factorizable.naive(by_hand(q), by_hand(k), v, qk_norm="none").o)
     scaled = factorizable.naive(5 * q, 5 * k, v, qk_norm=norm)
-    close(found.o, scaled.o)
+    agree(found.o, scaled.o)
     zero = factorizable.naive(0 * q, 0 * k, v, qk_norm=norm)  # nothing to divide by
-    close(zero.o, np.broadcast_to(v.mean(axis=2, keepdims=True), v.shape))
+    agree(zero.o, np.broadcast_to(v.mean(axis=2, keepdims=True), v.shape))
 
 
 @pytest.mark.parametrize("norm", SEQMAX)
@@ -254,5 +248,5 @@ def test_linear_time_backward_is_the_gradient(name: str, rng: np.random.Generato
         return factorizable.naive(*inputs, **parameters)[:1]
 
     found = backward_of(q, k, v, y, **parameters)
-    for one, other in zip(found, central(function, [q, k, v], [y]), strict=True):
-        close(one, other, 1e-6)
+    for one, other in zip(found, differences(function, [q, k, v], [y]), strict=True):
+        agree(one, other, 1e-6)

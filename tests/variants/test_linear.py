@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnkit.testing.differences import central
+from attnkit.testing import agree, differences
 from attnkit.variants import linear
 
 pytestmark = pytest.mark.shows
@@ -39,15 +39,9 @@ def cut(parameters: dict[str, Any], tokens: slice) -> dict[str, Any]:
     return {**parameters, **{name: parameters[name][:, :, tokens] for name in of_tokens}}
 
 
-def close(found: Any, expected: Any, rtol: float = 1e-12) -> None:
-    np.testing.assert_allclose(
-        found, expected, rtol=rtol, atol=rtol * max(1, np.max(np.abs(expected), initial=0))
-    )
-
-
 def same(found: linear.Results, expected: linear.Results, rtol: float = 1e-12) -> None:
     for one, other in zip(found, expected, strict=True):
-        close(one, other, rtol)
+        agree(one, other, rtol)
 
 
 def column(*values: float) -> Array:
@@ -60,28 +54,28 @@ def column(*values: float) -> Array:
 def test_decay_by_hand() -> None:
     found = linear.naive(column(1, 1, 2), column(1, 2, 3), column(1, 1, 1), gate=np.log([0.5]))
     # S = 1, 0.5 + 2, 1.25 + 3
-    close(found.o, column(1, 2.5, 8.5))
-    close(found.state, [[[[4.25]]]])
+    agree(found.o, column(1, 2.5, 8.5))
+    agree(found.state, [[[[4.25]]]])
 
 
 def test_normaliser_by_hand() -> None:
     found = linear.naive(column(1, 2), column(0, -1), column(3, 5), feature_map="elu1", normalize=True)
     # elu(x) + 1: the keys are 1 and exp(-1)
-    close(found.o, column(3, (3 + 5 / np.e) / (1 + 1 / np.e)))
-    close(found.norm, [[[1 + 1 / np.e]]])
+    agree(found.o, column(3, (3 + 5 / np.e) / (1 + 1 / np.e)))
+    agree(found.norm, [[[1 + 1 / np.e]]])
 
 
 def test_delta_rule_by_hand() -> None:
     found = linear.naive(column(1, 1), column(1, 1), column(4, 8), beta=np.array([[[0.5, 0.25]]]))
     # S = 0 + 0.5 (4 - 0), 2 + 0.25 (8 - 2)
-    close(found.o, column(2, 3.5))
+    agree(found.o, column(2, 3.5))
 
 
 def test_decay_comes_before_the_delta_rule() -> None:
     gate, beta = np.log([0.5]), np.array([[[1.0, 0.5]]])
     found = linear.naive(column(1, 1), column(1, 1), column(4, 8), gate=gate, beta=beta)
     # S = 4, then decayed to 2 and moved half the way to 8
-    close(found.o, column(4, 5))
+    agree(found.o, column(4, 5))
 
 
 def test_bonus_reads_before_decay_and_write() -> None:
@@ -89,13 +83,13 @@ def test_bonus_reads_before_decay_and_write() -> None:
         column(1, 1), column(1, 2), column(3, 5), gate=np.log([0.5]), bonus=np.array([[10.0]])
     )
     # reads 0 + 10 * 3, then the whole 3 + 10 * 2 * 5; the state is 3, then 1.5 + 10
-    close(found.o, column(30, 103))
-    close(found.state, [[[[11.5]]]])
+    agree(found.o, column(30, 103))
+    agree(found.state, [[[[11.5]]]])
 
 
 def test_named_decays() -> None:
-    close(np.exp(linear.retention_gate(3)), [31 / 32, 63 / 64, 127 / 128])
-    close(linear.lightning_gate(4, 1, 4), [0, -1.5, -3, -4.5])
+    agree(np.exp(linear.retention_gate(3)), [31 / 32, 63 / 64, 127 / 128])
+    agree(linear.lightning_gate(4, 1, 4), [0, -1.5, -3, -4.5])
 
 
 # --- three ways to say the same ---------------------------------------------------------------------------
@@ -111,7 +105,7 @@ def test_chunks_and_matrix_are_the_recurrence(name: str, heads: str, rng: np.ran
     o = weights @ np.repeat(v, weights.shape[1] // v.shape[1], axis=1)
     if parameters.get("normalize"):
         o /= weights.sum(axis=-1, keepdims=True) + parameters.get("epsilon", 0)
-    close(o, whole.o)
+    agree(o, whole.o)
     if parameters.get("causal", True):
         for size in (1, 3, 64):
             same(linear.chunked(q, k, v, chunk_size=size, **parameters), whole)
@@ -127,9 +121,9 @@ def test_state_carries_a_sequence_on(name: str, rng: np.random.Generator) -> Non
     carried = cut(parameters, rest) | {"initial_state": (start.state, start.norm)}
     for evaluate in (linear.naive, linear.chunked):
         end = evaluate(*(x[:, :, rest] for x in (q, k, v)), **carried)
-        close(np.concatenate([start.o, end.o], axis=2), whole.o)
-        close(end.state, whole.state)
-        close(end.norm, whole.norm)
+        agree(np.concatenate([start.o, end.o], axis=2), whole.o)
+        agree(end.state, whole.state)
+        agree(end.norm, whole.norm)
 
 
 @each_case
@@ -141,9 +135,9 @@ def test_packed_is_a_loop_over_sequences(name: str, rng: np.random.Generator) ->
     for n in range(3):
         rows = slice(ends[n], ends[n + 1])
         alone = linear.naive(*(x[:, :, rows] for x in (q, k, v)), **cut(parameters, rows))
-        close(packed.o[:, :, rows], alone.o)
-        close(packed.state[n], alone.state[0])
-        close(packed.norm[n], alone.norm[0])
+        agree(packed.o[:, :, rows], alone.o)
+        agree(packed.state[n], alone.state[0])
+        agree(packed.norm[n], alone.norm[0])
 
 
 # --- limits -----------------------------------------------------------------------------------------------
@@ -178,25 +172,25 @@ def test_beta_of_zero_only_forgets(rng: np.random.Generator) -> None:
     q, k, v = random(rng)
     state, gate = rng.standard_normal((2, 2, 3, 2)), member("gla", rng, q, k, v)["gate"]
     found = linear.naive(q, k, v, gate=gate, beta=np.zeros((2, 2, 7)), initial_state=state)
-    close(found.state, np.exp(gate.sum(axis=2))[..., None] * state)
+    agree(found.state, np.exp(gate.sum(axis=2))[..., None] * state)
 
 
 def test_delta_rule_recalls_orthonormal_keys(rng: np.random.Generator) -> None:
     keys, _ = np.linalg.qr(rng.standard_normal((4, 4)))
     v = rng.standard_normal((1, 1, 4, 3))
     found = linear.naive(keys[None, None], keys[None, None], v, beta=np.ones((1, 1, 4)))
-    close(keys @ found.state[0, 0], v[0, 0])
+    agree(keys @ found.state[0, 0], v[0, 0])
     rewritten = linear.naive(
         keys[None, None], keys[None, None], 2 * v, beta=np.ones((1, 1, 4)), initial_state=found.state
     )
-    close(keys @ rewritten.state[0, 0], 2 * v[0, 0])  # a key written again holds the new value alone
+    agree(keys @ rewritten.state[0, 0], 2 * v[0, 0])  # a key written again holds the new value alone
 
 
 def test_beta_of_two_reflects(rng: np.random.Generator) -> None:
     q, k, v = random(rng)
     state = rng.standard_normal((2, 2, 3, 2))
     found = linear.naive(q, k, 0 * v, qk_norm="l2", beta=np.full((2, 2, 7), 2.0), initial_state=state)
-    close(np.linalg.norm(found.state, axis=2), np.linalg.norm(state, axis=2))
+    agree(np.linalg.norm(found.state, axis=2), np.linalg.norm(state, axis=2))
 
 
 def test_positive_features_give_convex_combinations(rng: np.random.Generator) -> None:
@@ -205,7 +199,7 @@ def test_positive_features_give_convex_combinations(rng: np.random.Generator) ->
     seen = [v[:, :, : t + 1] for t in range(7)]
     assert all((found.o[:, :, t] <= seen[t].max(axis=2) + 1e-12).all() for t in range(7))
     assert all((found.o[:, :, t] >= seen[t].min(axis=2) - 1e-12).all() for t in range(7))
-    close(found.o[:, :, 0], v[:, :, 0])
+    agree(found.o[:, :, 0], v[:, :, 0])
 
 
 def test_a_gate_of_minus_infinity_forgets_everything(rng: np.random.Generator) -> None:
@@ -213,7 +207,7 @@ def test_a_gate_of_minus_infinity_forgets_everything(rng: np.random.Generator) -
     gate = member("gla", rng, q, k, v)["gate"]
     gate[:, :, 4] = -np.inf
     found = linear.naive(q, k, v, gate=gate)
-    close(found.o[:, :, 4:], linear.naive(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], gate=gate[:, :, 4:]).o)
+    agree(found.o[:, :, 4:], linear.naive(q[:, :, 4:], k[:, :, 4:], v[:, :, 4:], gate=gate[:, :, 4:]).o)
     assert np.isfinite(found.o).all()
 
 
@@ -229,7 +223,7 @@ def test_a_nan_reaches_only_those_who_see_it(name: str, where: str, rng: np.rand
     sees = np.zeros(found.shape, bool)
     sees[0, 0, seen_from : 5 if where == "q" else None, 0 if where == "v" else slice(None)] = True
     assert (np.isnan(found) == sees).all()
-    close(found[~sees], clean[~sees])
+    agree(found[~sees], clean[~sees])
 
 
 # --- gradients in closed form -----------------------------------------------------------------------------
@@ -298,10 +292,10 @@ def test_the_reverse_scan_is_the_gradient(name: str, rng: np.random.Generator) -
         return linear.naive(**dict(zip(arrays, inputs, strict=True)))[:2]
 
     y, cotangent = rng.standard_normal((1, 1, 5, 2)), rng.standard_normal((1, 1, 3, 2))
-    expected = dict(zip(arrays, central(function, list(arrays.values()), [y, cotangent]), strict=True))
+    expected = dict(zip(arrays, differences(function, list(arrays.values()), [y, cotangent]), strict=True))
     found = backward_of(arrays, y, cotangent)
     for key in arrays:
-        close(found[key], expected[key], 1e-8)
+        agree(found[key], expected[key], 1e-8)
 
 
 def backward_of(arrays: dict[str, Array], y: Array, cotangent: Array) -> dict[str, Array]:
@@ -332,7 +326,7 @@ def test_gate_gradient_needs_no_states(name: str, rng: np.random.Generator) -> N
     grads = backward_of(arrays, y, cotangent)
     last = np.sum(linear.naive(**arrays).state * cotangent, axis=-1)[:, :, None]
     gate = np.cumsum((q * grads["q"] - k * grads["k"])[:, :, ::-1], axis=2)[:, :, ::-1] + last
-    close(grads["gate"], gate if name == "gla" else gate.sum(axis=-1))
+    agree(grads["gate"], gate if name == "gla" else gate.sum(axis=-1))
 
 
 def test_normaliser_gradient_in_closed_form(rng: np.random.Generator) -> None:
@@ -352,5 +346,5 @@ def test_normaliser_gradient_in_closed_form(rng: np.random.Generator) -> None:
     def function(*inputs: Array) -> Any:
         return linear.naive(*inputs, normalize=True, epsilon=0.1)[:1]
 
-    for name, expected in zip("qkv", central(function, [q, k, v], [y]), strict=True):
-        close(grads[name], expected, 1e-8)
+    for name, expected in zip("qkv", differences(function, [q, k, v], [y]), strict=True):
+        agree(grads[name], expected, 1e-8)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit.testing import agree
 from attnkit.variants import dense, mega
 
 pytestmark = pytest.mark.shows
@@ -33,10 +34,6 @@ def attended(rng: np.random.Generator, batch: int = 2, heads: int = 1, length: i
     return tokens | {name: rng.standard_normal((heads, 3)) for name in ("kappa_q", "mu_q", "kappa_k", "mu_k")}
 
 
-def close(found: Any, expected: Any, rtol: float = 1e-12) -> None:
-    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol)
-
-
 def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
@@ -49,8 +46,8 @@ def test_average_by_hand() -> None:
     one = np.ones((1, 1))
     y, h = mega.ema(x, alpha=0.5 * one, delta=0.5 * one, beta=2 * one, eta=3 * one, omega=np.array([0.5]))
     # h = 0.5 * 2 * 1, then 2 + 0.75 * 1
-    close(y.ravel(), silu(np.array([3 * 1 + 0.5, 3 * 2.75 + 1])))
-    close(h.ravel(), [2.75])
+    agree(y.ravel(), silu(np.array([3 * 1 + 0.5, 3 * 2.75 + 1])))
+    agree(h.ravel(), [2.75])
 
 
 def test_it_is_a_convolution(rng: np.random.Generator) -> None:
@@ -62,13 +59,13 @@ def test_it_is_a_convolution(rng: np.random.Generator) -> None:
     u = np.stack([np.convolve(row, kernel[i % 3])[:7] for i, row in enumerate(x.reshape(-1, 7))]).reshape(
         x.shape
     )
-    close(mega.ema(**inputs)[0][..., 0], silu(u + inputs["omega"][:, None] * x))
+    agree(mega.ema(**inputs)[0][..., 0], silu(u + inputs["omega"][:, None] * x))
 
 
 def test_no_damping_and_full_weight_is_the_token_alone(rng: np.random.Generator) -> None:
     inputs = averaged(rng) | {"alpha": np.ones((3, 2)), "delta": np.ones((3, 2))}
     gain = 2**-0.5 * np.sum(inputs["eta"] * inputs["beta"], axis=1) + inputs["omega"]
-    close(mega.ema(**inputs)[0], silu(gain[:, None, None] * inputs["x"]))
+    agree(mega.ema(**inputs)[0], silu(gain[:, None, None] * inputs["x"]))
 
 
 def test_state_carries_a_sequence_on(rng: np.random.Generator) -> None:
@@ -76,17 +73,17 @@ def test_state_carries_a_sequence_on(rng: np.random.Generator) -> None:
     y, h = mega.ema(**inputs)
     first, state = mega.ema(**inputs | {"x": inputs["x"][:, :, :4]})
     rest, end = mega.ema(**inputs | {"x": inputs["x"][:, :, 4:]}, initial_state=state)
-    close(np.concatenate([first, rest], axis=2), y)
-    close(end, h)
+    agree(np.concatenate([first, rest], axis=2), y)
+    agree(end, h)
 
 
 # --- the attention ----------------------------------------------------------------------------------------
 
 
 def test_laplace_by_hand() -> None:
-    close(mega.laplace(np.array([math.sqrt(0.5)])), 0.5)
+    agree(mega.laplace(np.array([math.sqrt(0.5)])), 0.5)
     sigma = 1 / math.sqrt(4 * math.pi)
-    close(
+    agree(
         mega.laplace(np.sqrt(0.5) + sigma * np.array([-1, 1, 2])),
         [0.1586552539, 0.8413447461, 0.9772498681],
         1e-9,
@@ -95,7 +92,7 @@ def test_laplace_by_hand() -> None:
     slope = (
         mega.laplace(np.array([math.sqrt(0.5) + 1e-6])) - mega.laplace(np.array([math.sqrt(0.5) - 1e-6]))
     ) / 2e-6
-    close(slope, 2 * math.sqrt(0.5), 1e-6)
+    agree(slope, 2 * math.sqrt(0.5), 1e-6)
 
 
 def test_attention_by_hand() -> None:
@@ -103,7 +100,7 @@ def test_attention_by_hand() -> None:
     one, zero = np.ones((1, 1)), np.zeros((1, 1))
     o = mega.attention(tokens, tokens, 10 * tokens, one, zero, one, one, weights="relu2", causal=True)
     # the keys are 2 and 3; the first query sees one, the second two: 2; 4 / 2 and 6 / 2
-    close(o.ravel(), [10 * 4 * 1, 20 * (4 * 1 + 9 * 2)])
+    agree(o.ravel(), [10 * 4 * 1, 20 * (4 * 1 + 9 * 2)])
 
 
 @pytest.mark.parametrize("name", mega.CASES)
@@ -114,11 +111,11 @@ def test_chunks_are_sequences_of_their_own(name: str, rng: np.random.Generator) 
     alone = {key: value for key, value in parameters.items() if key != "chunk"}
     for start in (0, 3, 6):
         piece = {key: x[:, :, start : start + 3] if x.ndim == 4 else x for key, x in inputs.items()}
-        close(o[:, :, start : start + 3], mega.attention(**piece, **alone))
+        agree(o[:, :, start : start + 3], mega.attention(**piece, **alone))
 
 
 def test_softmax_weights_are_dense_attention(rng: np.random.Generator) -> None:
     inputs = attended(rng, heads=2)
     q, k = (inputs[f"kappa_{x}"][:, None] * inputs["z"] + inputs[f"mu_{x}"][:, None] for x in "qk")
     expected = inputs["r"] * dense.naive(q, k, inputs["v"], causal=True)[0]
-    close(mega.attention(**inputs, weights="softmax", causal=True), expected)
+    agree(mega.attention(**inputs, weights="softmax", causal=True), expected)

@@ -19,7 +19,8 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from attnkit.variants.linear import Array, Float64, layout, sequences_of, write
+from attnkit.variants.linear import layout, sequences_of
+from attnkit.variants.sequences import Array, Float64, write
 
 
 class Parameters(TypedDict, total=False):
@@ -36,7 +37,7 @@ State = tuple[Float64, Float64, Float64]  # m [...], u [...], w [..., Dv]
 
 def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
     """The text of a member's program (not canonical) and the arrays that its buffers are. Its inputs: `inputs`."""
-    tokens, head, buffers = layout(**parameters)
+    tokens, buffers = layout(**parameters)
     declared = ["query: hd", f"k: {tokens}", f"v: {tokens}"]
     lines = [
         "queries = map(k, query) { value = y }",
@@ -49,7 +50,7 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
         lines += ["o1, lse1 = merge(before, before_lse, o, lse)", "return o1, lse1"]
     else:
         lines += ["return o, lse"]
-    return write(declared, head, lines), buffers
+    return write(declared, lines, buffers), buffers
 
 
 def inputs(query: Array, k: Array, v: Array, **parameters: Unpack[Parameters]) -> list[Any]:

@@ -16,7 +16,8 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from attnkit.variants.linear import Array, Float64, layout, sequences_of, write
+from attnkit.variants.linear import layout, sequences_of
+from attnkit.variants.sequences import Array, Float64, write
 
 
 class Parameters(TypedDict, total=False):
@@ -30,7 +31,7 @@ class Parameters(TypedDict, total=False):
 
 def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
     """The text of a member's program (not canonical) and the arrays that its buffers are. Its inputs: `inputs`."""
-    tokens, head, buffers = layout(**parameters)
+    tokens, buffers = layout(**parameters)
     scale = parameters.get("scale", "default")
     declared = [f"{name}: {tokens}" for name in "qkv"]
     if parameters.get("causal", False):
@@ -43,10 +44,10 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
         declared.append("w: hsd")
         lines = [
             f"all, lse = attend(w, q, q, scale = {scale})",
-            "g, lse1 = attend(k, all, all)",  # one key has all the weight: every token reads it
+            "g, lse1 = attend(k, all, all, scale = default)",  # one key has all the weight: every token reads it
         ]
     lines += ["o = map(k, g, v) { value = x * y * z }", "return o"]
-    return write(declared, head, lines), buffers
+    return write(declared, lines, buffers), buffers
 
 
 def inputs(q: Array, k: Array, v: Array, w: Array, **parameters: Unpack[Parameters]) -> list[Any]:

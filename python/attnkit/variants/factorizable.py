@@ -30,7 +30,8 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from attnkit.errors import error
-from attnkit.variants.linear import Array, Float64, Results, features, layout, normed, sequences_of, write
+from attnkit.variants.linear import Results, features, layout, normed, sequences_of
+from attnkit.variants.sequences import Array, Float64, write
 
 
 class Parameters(TypedDict, total=False):
@@ -68,7 +69,7 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
             "AK401", what="every output would depend on every token", where="qk_norm", given=norm,
             allowed="none, l2, layer",
         )  # fmt: skip
-    tokens, head, buffers = layout(**parameters)
+    tokens, buffers = layout(**parameters)
     declared = [f"{name}: {tokens}" for name in "qkv"]
     q, k, lines = features(norm, "identity")
     a0, a1, a2 = (float(a) for a in coefficients_of(parameters))
@@ -83,7 +84,7 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
         declared += ["initial: bhdv", "initial_norm: bhd"]
         attributes += ["initial = initial", "initial_norm = initial_norm"]
     lines += [f"o, state, norm = recur({q}, {k}, v, {', '.join(attributes)})", "return o, state, norm"]
-    return write(declared, head, lines), buffers
+    return write(declared, lines, buffers), buffers
 
 
 def inputs(q: Array, k: Array, v: Array, **parameters: Unpack[Parameters]) -> list[Any]:

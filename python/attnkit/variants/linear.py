@@ -30,10 +30,8 @@ from itertools import product
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
-Float64 = NDArray[np.float64]
+from attnkit.variants.sequences import Array, Float64, write
 
 
 class Parameters(TypedDict, total=False):
@@ -68,7 +66,7 @@ FEATURE_MAPS = {"identity": "x", "elu1": "max(x, 0.0) + exp(min(x, 0.0))"}
 
 def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
     """The text of a member's program (not canonical) and the arrays that its buffers are. Its inputs: `inputs`."""
-    tokens, head, buffers = layout(**parameters)
+    tokens, buffers = layout(**parameters)
     arrays = _arrays(parameters, tokens)
     declared = [f"{name}: {tokens}" for name in "qkv"] + [
         f"{name}: {kind}" for name, (kind, _) in arrays.items()
@@ -79,7 +77,7 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
     attributes += [f"{name} = {value}".lower() for name, value in plain.items() if value is not None]
     lines.append(f"o, state, norm = recur({q}, {k}, v, {', '.join(attributes)})")
     lines.append("return o, state, norm" if parameters.get("normalize") else "return o, state")
-    return write(declared, head, lines), buffers
+    return write(declared, lines, buffers), buffers
 
 
 def inputs(q: Array, k: Array, v: Array, **parameters: Unpack[Parameters]) -> list[Any]:
@@ -87,12 +85,12 @@ def inputs(q: Array, k: Array, v: Array, **parameters: Unpack[Parameters]) -> li
     return [q, k, v, *(array for _, array in _arrays(parameters, "").values())]
 
 
-def layout(**parameters: Any) -> tuple[str, str, list[Any]]:
-    """The layout of the tokens, the declaration of the buffer that it names, and that buffer."""
+def layout(**parameters: Any) -> tuple[str, list[Any]]:
+    """The layout of the tokens, and the buffers of the program: the lengths that the layout names, if any."""
     for kind, name in (("packed", "cu_seqlens"), ("padded", "lens")):
         if name in parameters:
-            return f"{kind}[lengths]", " buffers(lengths: i32[1])", [parameters[name]]
-    return "bhsd", "", []
+            return f"{kind}[b0]", [parameters[name]]
+    return "bhsd", []
 
 
 def features(qk_norm: str, feature_map: str) -> tuple[str, str, list[str]]:
@@ -101,11 +99,6 @@ def features(qk_norm: str, feature_map: str) -> tuple[str, str, list[str]]:
         return "q", "k", []
     line = "{0}_mapped = map({0}, norm = {1}) {{ value = {2} }}"
     return "q_mapped", "k_mapped", [line.format(name, qk_norm, FEATURE_MAPS[feature_map]) for name in "qk"]
-
-
-def write(declared: list[str], head: str, lines: list[str]) -> str:
-    """The text of a program: its inputs, what follows them, and its operations."""
-    return "\n  ".join([f"attnkit 1\nprogram ({', '.join(declared)}){head} {{", *lines]) + "\n}\n"
 
 
 def _arrays(parameters: Parameters, tokens: str) -> dict[str, tuple[str, Any]]:

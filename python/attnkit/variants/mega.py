@@ -26,7 +26,7 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from attnkit.variants.linear import Array, Float64, write
+from attnkit.variants.sequences import Array, Float64, write
 
 
 class Parameters(TypedDict, total=False):
@@ -56,13 +56,13 @@ def ema_program(*, initial_state: bool = False) -> str:
         "gate = map(x, alpha, delta) { value = log(1.0 - y * z) }",
         "taken = map(x, alpha, beta) { value = y * z }",
         "read = map(x, eta) { value = y }",
-        "o, state, norm = recur(read, taken, x, gate = gate{})".format(
+        "o, state, norm = recur(read, taken, x, scale = default, gate = gate{})".format(
             ", initial = initial" if initial_state else ""
         ),
         "y = map(o, x, omega) { u = x + y * z; value = u * sigmoid(u) }".replace("; ", "\n    "),
         "return y, state",
     ]
-    return write(declared, "", lines)
+    return write(declared, lines)
 
 
 def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
@@ -80,11 +80,11 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
     end = f"{position} + 1" if causal else f"min({start} + {chunk}, kv_len)" if chunk else "kv_len"
     masks = [f"(kv_idx <= {position})"] * bool(causal)
     masks += [f"(kv_idx // {chunk} == {position} // {chunk})"] * bool(chunk)
-    body, buffers, head = [f"mask = {' & '.join(masks)}"] if masks else [], [], ""
+    body, buffers = [f"mask = {' & '.join(masks)}"] if masks else [], []
     body.append("z = s" if weights == "softmax" else f"z = s / ({end} - {start})")
     if "bias" in parameters:
-        buffers, head = [parameters["bias"]], " buffers(bias: f32[1])"
-        body.append(f"x = z + bias[kv_idx - {position} + {(len(parameters['bias']) - 1) // 2}]")
+        buffers = [parameters["bias"]]
+        body.append(f"x = z + b0[kv_idx - {position} + {(len(parameters['bias']) - 1) // 2}]")
     else:
         body.append("x = z")
     body.append(
@@ -112,7 +112,7 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
         "r: bhsd",
         *(f"{name}: hd" for name in ("kappa_q", "mu_q", "kappa_k", "mu_k")),
     ]
-    return write(declared, head, lines), buffers
+    return write(declared, lines, buffers), buffers
 
 
 # --- as equations -----------------------------------------------------------------------------------------
