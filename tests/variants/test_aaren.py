@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnkit.testing import agree
+from attnkit.backends.reference import gradients, run
+from attnkit.ir.text import parse
+from attnkit.testing import agree, differences
 from attnkit.variants import aaren, dense
 
 pytestmark = pytest.mark.shows
@@ -85,3 +87,56 @@ def test_packed_is_a_loop_over_sequences(rng: np.random.Generator) -> None:
         alone = aaren.naive(query, k[:, :, rows], v[:, :, rows])
         agree(o[:, :, rows], alone[0])
         agree(lse[:, :, rows], alone[1])
+
+
+# --- the program, on the reference backend ----------------------------------------------------------------
+
+
+def reference(query: Array, k: Array, v: Array, **parameters: Any) -> list[Array]:
+    text, buffers = aaren.program(**parameters)
+    return run(parse(text), aaren.inputs(query, k, v, **parameters), buffers)
+
+
+LAYOUTS = {"plain": (2, {}), "packed": (1, {"cu_seqlens": [0, 3, 3, 7]}), "padded": (3, {"lens": [7, 0, 4]})}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", aaren.CASES)
+def test_program_is_the_equation(name: str, layout: str, rng: np.random.Generator) -> None:
+    batch, lengths = LAYOUTS[layout]
+    query, k, v = random(rng, batch)
+    parameters = aaren.CASES[name] | {key: np.array(x, np.int32) for key, x in lengths.items()}
+    sequences = 2 if layout == "plain" else 3
+    state = rng.standard_normal((sequences, 2, 2)), rng.standard_normal((sequences, 2))
+    for extra in ({}, {"initial_state": state}):
+        expected = aaren.naive(query, k, v, **parameters, **extra)
+        exists = expected[1] > -np.inf
+        for found, want in zip(reference(query, k, v, **parameters, **extra), expected, strict=True):
+            agree(found[exists], want[exists])
+            if not extra:
+                agree(found, want)
+
+
+def test_program_carries_a_sequence_on(rng: np.random.Generator) -> None:
+    query, k, v = random(rng)
+    o, lse = reference(query, k, v)
+    first_o, first_lse = reference(query, k[:, :, :4], v[:, :, :4])
+    state = {"initial_state": (first_o[:, :, -1], first_lse[:, :, -1])}
+    rest_o, rest_lse = reference(query, k[:, :, 4:], v[:, :, 4:], **state)
+    agree(np.concatenate([first_o, rest_o], axis=2), o)
+    agree(np.concatenate([first_lse, rest_lse], axis=2), lse)
+
+
+def test_program_has_the_gradients_of_the_equation(rng: np.random.Generator) -> None:
+    query, k, v = random(rng, batch=1, length=4)
+    state = rng.standard_normal((1, 2, 2)), rng.standard_normal((1, 2))
+
+    def function(query: Array, k: Array, v: Array, *state: Array) -> Any:
+        return aaren.naive(query, k, v, initial_state=state)
+
+    text, buffers = aaren.program(initial_state=state)
+    cotangents = [rng.standard_normal(x.shape) for x in function(query, k, v, *state)]
+    found = gradients(parse(text), aaren.inputs(query, k, v, initial_state=state), cotangents, buffers).inputs
+    expected = differences(function, [query, k, v, *state], cotangents)
+    for one, other in zip([*found[:3], *(x.sum(axis=2) for x in found[3:])], expected, strict=True):
+        agree(one, other, 1e-6)  # the state stands before every token

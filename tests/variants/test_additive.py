@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnkit.testing import agree
+from attnkit.backends.reference import gradients, run
+from attnkit.ir.text import parse
+from attnkit.testing import agree, differences
 from attnkit.variants import aaren, additive
 
 pytestmark = pytest.mark.shows
@@ -52,3 +54,30 @@ def test_tokens_may_be_shuffled_unless_it_is_causal(name: str, rng: np.random.Ge
     o = additive.naive(q, k, v, w, **additive.CASES[name])
     shuffled = additive.naive(*(x[:, :, order] for x in (q, k, v)), w, **additive.CASES[name])
     assert np.allclose(shuffled, o[:, :, order]) == (name == "additive")
+
+
+# --- the program, on the reference backend ----------------------------------------------------------------
+
+LAYOUTS = {"plain": (2, {}), "packed": (1, {"cu_seqlens": [0, 3, 3, 7]}), "padded": (3, {"lens": [7, 0, 4]})}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", additive.CASES)
+def test_program_is_the_equation(name: str, layout: str, rng: np.random.Generator) -> None:
+    batch, lengths = LAYOUTS[layout]
+    arrays = random(rng, batch)
+    parameters = additive.CASES[name] | {key: np.array(x, np.int32) for key, x in lengths.items()}
+    text, buffers = additive.program(**parameters)
+    (found,) = run(parse(text), additive.inputs(*arrays, **parameters), buffers)
+    agree(found, additive.naive(*arrays, **parameters))
+
+
+@pytest.mark.parametrize("name", additive.CASES)
+def test_program_has_the_gradients_of_the_equation(name: str, rng: np.random.Generator) -> None:
+    arrays, parameters = random(rng, batch=1, length=4), additive.CASES[name]
+    text, buffers = additive.program(**parameters)
+    y = rng.standard_normal(arrays[2].shape)
+    found = gradients(parse(text), additive.inputs(*arrays, **parameters), [y], buffers).inputs
+    expected = differences(lambda *inputs: [additive.naive(*inputs, **parameters)], arrays, [y])
+    for one, other in zip(found, expected, strict=True):
+        agree(one.reshape(other.shape), other, 1e-6)

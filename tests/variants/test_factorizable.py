@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit.backends.reference import gradients, run
 from attnkit.errors import AttnkitError
+from attnkit.ir.text import parse
 from attnkit.testing import agree, differences
 from attnkit.variants import factorizable, linear
 from attnkit.variants.linear import normed
@@ -250,3 +252,70 @@ def test_linear_time_backward_is_the_gradient(name: str, rng: np.random.Generato
     found = backward_of(q, k, v, y, **parameters)
     for one, other in zip(found, differences(function, [q, k, v], [y]), strict=True):
         agree(one, other, 1e-6)
+
+
+# --- the programs, on the reference backend ---------------------------------------------------------------
+
+
+def reference(q: Array, k: Array, v: Array, **parameters: Any) -> list[Array]:
+    text, buffers = factorizable.program(**parameters)
+    return run(parse(text), factorizable.inputs(q, k, v, **parameters), buffers)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@each_case
+def test_program_is_the_equation(name: str, kv_heads: int, rng: np.random.Generator) -> None:
+    q, k, v = random(rng, kv_heads=kv_heads)
+    parameters = factorizable.CASES[name](3)
+    start = factorizable.naive(*random(rng, kv_heads=kv_heads), **parameters)
+    for extra in ({}, {"initial_state": (start.state, start.norm)}):
+        results = reference(q, k, v, **parameters, **extra)
+        for found, expected in zip(results, factorizable.naive(q, k, v, **parameters, **extra), strict=True):
+            agree(found, expected)
+
+
+LAYOUTS = {"packed": ("cu_seqlens", [0, 3, 3, 7]), "padded": ("lens", [7, 0, 4])}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
+def test_program_keeps_sequences_apart(name: str, layout: str, rng: np.random.Generator) -> None:
+    keyword, lengths = LAYOUTS[layout]
+    q, k, v = random(rng, batch=1 if layout == "packed" else 3)
+    parameters = factorizable.CASES[name](3) | {keyword: np.array(lengths, np.int32)}
+    expected = factorizable.naive(q, k, v, **parameters)
+    if layout == "padded":
+        for x in (q, k, v):
+            x[1], x[2, :, 4:] = np.nan, np.nan  # what does not exist reaches nothing
+    for found, want in zip(reference(q, k, v, **parameters), expected, strict=True):
+        agree(found, want)
+
+
+@each_case
+def test_program_has_the_gradients_of_the_equation(name: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng, kv_heads=1, batch=1, length=4, dim=2)
+    parameters = factorizable.CASES[name](2)
+    start = factorizable.naive(*random(rng, kv_heads=1, batch=1, length=4, dim=2), **parameters)
+    state = (start.state, start.norm)
+
+    def function(q: Array, k: Array, v: Array, *state: Array) -> Any:
+        return factorizable.naive(q, k, v, **parameters, initial_state=state)
+
+    text, buffers = factorizable.program(**parameters, initial_state=state)
+    inputs = factorizable.inputs(q, k, v, initial_state=state)
+    cotangents = [rng.standard_normal(x.shape) for x in function(*inputs)]
+    found = gradients(parse(text), inputs, cotangents, buffers).inputs
+    for one, other in zip(found, differences(function, inputs, cotangents), strict=True):
+        agree(one, other, 1e-6)
+
+
+@each_case
+def test_program_has_the_gradients_of_linear_time(name: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng)
+    parameters = factorizable.CASES[name](3) | {"epsilon": 0.0}
+    y = rng.standard_normal(v.shape)
+    text, buffers = factorizable.program(**parameters)
+    nothing = [np.zeros((2, 2, 13, 2)), np.zeros((2, 2, 13))]
+    found = gradients(parse(text), [q, k, v], [y, *nothing], buffers).inputs
+    for one, other in zip(found, backward_of(q, k, v, y, **parameters), strict=True):
+        agree(one, other, 1e-10)

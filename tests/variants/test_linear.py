@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit.backends.reference import gradients, run
+from attnkit.ir.text import parse
 from attnkit.testing import agree, differences
 from attnkit.variants import linear
 
@@ -348,3 +350,95 @@ def test_normaliser_gradient_in_closed_form(rng: np.random.Generator) -> None:
 
     for name, expected in zip("qkv", differences(function, [q, k, v], [y]), strict=True):
         agree(grads[name], expected, 1e-8)
+
+
+# --- the programs, on the reference backend ---------------------------------------------------------------
+
+
+def reference(q: Array, k: Array, v: Array, **parameters: Any) -> list[Array]:
+    text, buffers = linear.program(**parameters)
+    return run(parse(text), linear.inputs(q, k, v, **parameters), buffers)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@each_case
+def test_program_is_the_equation(name: str, heads: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng, HEADS[heads])
+    parameters = member(name, rng, q, k, v)
+    start = linear.naive(*random(rng, HEADS[heads]), **parameters)
+    initial = (start.state, start.norm) if parameters.get("normalize") else start.state
+    for extra in ({}, {"initial_state": initial}, {"scale": 0.3}):
+        results = reference(q, k, v, **parameters, **extra)
+        for found, expected in zip(results, linear.naive(q, k, v, **parameters, **extra), strict=False):
+            agree(found, expected)
+
+
+LAYOUTS = {"packed": ("cu_seqlens", [0, 3, 3, 7]), "padded": ("lens", [7, 0, 4])}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
+def test_program_keeps_sequences_apart(name: str, layout: str, rng: np.random.Generator) -> None:
+    keyword, lengths = LAYOUTS[layout]
+    q, k, v = random(rng, HEADS["grouped keys"], batch=1 if layout == "packed" else 3)
+    parameters = member(name, rng, q, k, v) | {keyword: np.array(lengths, np.int32)}
+    state = rng.standard_normal((3, 4, 3, 2)), np.abs(rng.standard_normal((3, 4, 3)))
+    parameters["initial_state"] = state if parameters.get("normalize") else state[0]
+    expected = linear.naive(q, k, v, **parameters)
+    if layout == "padded":
+        for x in (q, k, v):
+            x[1], x[2, :, 4:] = np.nan, np.nan  # what does not exist reaches nothing
+    for found, want in zip(reference(q, k, v, **parameters), expected, strict=False):
+        agree(found, want)
+
+
+def test_program_of_no_tokens(rng: np.random.Generator) -> None:
+    q, k, v = random(rng, length=0)
+    state = rng.standard_normal((2, 2, 3, 2))
+    o, last = reference(q, k, v, initial_state=state)
+    assert o.shape == (2, 2, 0, 2)
+    agree(last, state)
+
+
+def test_program_forgets_everything_exactly(rng: np.random.Generator) -> None:
+    q, k, v = random(rng)
+    gate = member("gla", rng, q, k, v)["gate"]
+    gate[:, :, 4] = -np.inf
+    agree(reference(q, k, v, gate=gate)[0], linear.naive(q, k, v, gate=gate).o)
+
+
+@each_case
+def test_program_has_the_gradients_of_the_equation(name: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng, HEADS["grouped keys"], batch=1, length=4, dim=2)
+    parameters = member(name, rng, q, k, v)
+    parameters["initial_state"] = rng.standard_normal((1, 4, 2, 2))
+    if parameters.get("normalize"):
+        parameters["initial_state"] = parameters["initial_state"], np.abs(rng.standard_normal((1, 4, 2)))
+    arrays = [name for name in ("gate", "beta", "bonus") if name in parameters]
+
+    def function(q: Array, k: Array, v: Array, *others: Array) -> Any:
+        given = parameters | dict(zip(arrays, others, strict=False))
+        state = others[len(arrays) :]
+        given["initial_state"] = state if parameters.get("normalize") else state[0]
+        return linear.naive(q, k, v, **given)[: 3 if parameters.get("normalize") else 2]
+
+    text, buffers = linear.program(**parameters)
+    inputs = linear.inputs(q, k, v, **parameters)
+    cotangents = [rng.standard_normal(x.shape) for x in function(*inputs)]
+    found = gradients(parse(text), inputs, cotangents, buffers).inputs
+    for one, other in zip(found, differences(function, inputs, cotangents), strict=True):
+        agree(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_program_has_the_gradients_of_the_reverse_scan(name: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng, (1, 1, 1), batch=1)
+    parameters = member(name, rng, q, k, v) | {"initial_state": rng.standard_normal((1, 1, 3, 2))}
+    parameters.pop("qk_norm", None)
+    y, cotangent = rng.standard_normal((1, 1, 7, 2)), rng.standard_normal((1, 1, 3, 2))
+    text, buffers = linear.program(**parameters)
+    found = gradients(parse(text), linear.inputs(q, k, v, **parameters), [y, cotangent], buffers).inputs
+    expected = backward_of({"q": q, "k": k, "v": v} | parameters, y, cotangent)
+    order = [name for name in ("q", "k", "v", "gate", "beta", "bonus", "initial_state") if name in expected]
+    for one, name in zip(found, order, strict=True):
+        agree(one, expected[name], 1e-11)

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnkit.testing import agree
+from attnkit.backends.reference import gradients, run
+from attnkit.ir.text import parse
+from attnkit.testing import agree, differences
 from attnkit.variants import dense, mega
 
 pytestmark = pytest.mark.shows
@@ -119,3 +121,49 @@ def test_softmax_weights_are_dense_attention(rng: np.random.Generator) -> None:
     q, k = (inputs[f"kappa_{x}"][:, None] * inputs["z"] + inputs[f"mu_{x}"][:, None] for x in "qk")
     expected = inputs["r"] * dense.naive(q, k, inputs["v"], causal=True)[0]
     agree(mega.attention(**inputs, weights="softmax", causal=True), expected)
+
+
+# --- the programs, on the reference backend ---------------------------------------------------------------
+
+
+def test_average_program_is_the_equation(rng: np.random.Generator) -> None:
+    inputs = averaged(rng)
+    for extra in ({}, {"initial_state": rng.standard_normal((2, 3, 2, 1))}):
+        program = parse(mega.ema_program(initial_state=bool(extra)))
+        found = run(program, [*inputs.values(), *extra.values()])
+        for one, other in zip(found, mega.ema(**inputs, **extra), strict=True):
+            agree(one, other)
+
+
+def test_average_program_has_the_gradients_of_the_equation(rng: np.random.Generator) -> None:
+    inputs = [*averaged(rng, batch=1, length=4).values(), rng.standard_normal((1, 3, 2, 1))]
+    cotangents = [rng.standard_normal(x.shape) for x in mega.ema(*inputs)]
+    found = gradients(parse(mega.ema_program(initial_state=True)), inputs, cotangents).inputs
+    for one, other in zip(found, differences(mega.ema, inputs, cotangents), strict=True):
+        agree(one, other, 1e-6)
+
+
+@pytest.mark.parametrize("name", mega.CASES)
+def test_attention_program_is_the_equation(name: str, rng: np.random.Generator) -> None:
+    for heads in (1, 2):
+        inputs, parameters = attended(rng, heads=heads), mega.CASES[name](7, rng)
+        text, buffers = mega.program(**parameters)
+        (found,) = run(parse(text), list(inputs.values()), buffers)
+        agree(found, mega.attention(**inputs, **parameters))
+
+
+@pytest.mark.parametrize("name", mega.CASES)
+def test_attention_program_has_the_gradients_of_the_equation(name: str, rng: np.random.Generator) -> None:
+    inputs, parameters = list(attended(rng, batch=1, length=5).values()), mega.CASES[name](5, rng)
+    text, buffers = mega.program(**parameters)
+    y = rng.standard_normal((1, 1, 5, 2))
+    found = gradients(parse(text), inputs, [y], buffers)
+
+    def function(*arrays: Array) -> Any:
+        bias = dict(zip(["bias"], arrays[7:], strict=False))
+        return [mega.attention(*arrays[:7], **parameters | bias)]
+
+    for one, other in zip(
+        [*found.inputs, *found.buffers], differences(function, [*inputs, *buffers], [y]), strict=True
+    ):
+        agree(one, other, 1e-6)
