@@ -10,7 +10,7 @@ state is ``(m, u, w)`` with ``m = max s``, ``u = sum exp(s - m)`` and ``w = sum 
 neutral. ``o = w / u`` and ``lse = m + log u`` hold the same: combining states is merging results.
 
 Parameters: ``scale`` (``D ** -0.5``); ``initial_state``, the ``o [B, H, Dv]`` and ``lse [B, H]`` of what came before;
-``cu_seqlens`` and ``lens`` as in `linear`.
+``cu_seqlens`` as in `linear`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class Parameters(TypedDict, total=False):
     scale: float
     initial_state: tuple[Any, Any]
     cu_seqlens: Any
-    lens: Any
 
 
 State = tuple[Float64, Float64, Float64]  # m [...], u [...], w [..., Dv]

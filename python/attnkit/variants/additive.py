@@ -7,7 +7,7 @@ With a learned ``w_h`` per head, tokens ``n`` of a sequence, all of one width D:
 Every token gets the same ``g``: linear time, and not causal. With causal=True token ``n`` gets the ``g`` of the tokens
 up to n, which is the scan of `aaren`. The projection after the product belongs to the layer.
 
-Parameters: ``causal`` (False); ``scale`` (``D ** -0.5``); ``cu_seqlens`` and ``lens`` as in `linear`.
+Parameters: ``causal`` (False); ``scale`` (``D ** -0.5``); ``cu_seqlens`` as in `linear`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class Parameters(TypedDict, total=False):
     causal: bool
     scale: float
     cu_seqlens: Any
-    lens: Any
 
 
 def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:

@@ -12,7 +12,7 @@ Because ``f`` is a polynomial, the sums factor into moments of the keys, and the
 Parameters (the keywords of every function here), each left out where it is not wanted: ``order`` 1 or 2 (2);
 ``coefficients`` (a0, a1, a2) instead of the Taylor series of the exponential (1, 1, 1/2) up to the order; ``qk_norm``
 "none", "l2" (the default) or "layer"; ``temperature`` (1); ``epsilon`` (0); ``causal``
-(False); ``initial_state``, the pair of M and z to start with; ``cu_seqlens`` and ``lens`` as in `linear`.
+(False); ``initial_state``, the pair of M and z to start with; ``cu_seqlens`` as in `linear`.
 
 `naive` also knows the three normalisations of the published code that divide by the longest token of the sequence:
 "seqmax_token" after taking the token's mean over channels away, "seqmax_channel" after taking the sequence's mean
@@ -45,7 +45,6 @@ class Parameters(TypedDict, total=False):
     causal: bool
     initial_state: tuple[Any, Any]
     cu_seqlens: Any
-    lens: Any
 
 
 def coefficients_of(parameters: Parameters) -> tuple[float, float, float]:

@@ -15,8 +15,8 @@ Parameters (the keywords of every function here), each left out where it is not 
 "elu1" (elu + 1); ``qk_norm`` "none", "l2" or "layer", before the feature map; ``scale`` (``D ** -0.5``);
 ``normalize`` bool; ``epsilon`` (0); ``causal`` (True); and the arrays ``gate`` ``[H]``, ``[B, H, S]`` or
 ``[B, H, S, D]``, a natural logarithm <= 0; ``beta`` ``[B, H, S]``; ``bonus`` ``[H, D]``; ``initial_state``
-``[B, H, D, Dv]``, or a pair of that and the z to start with, ``[B, H, D]``; ``cu_seqlens`` ``[N + 1]`` for packed and
-``lens`` ``[B]`` for padded batches. States are one per sequence: B is N where tokens are packed.
+``[B, H, D, Dv]``, or a pair of that and the z to start with, ``[B, H, D]``; ``cu_seqlens`` ``[N + 1]`` for packed
+batches. States are one per sequence: their B is N where tokens are packed.
 
 H, the heads of the state, is the larger of k's and v's. Consecutive query heads share a state, or consecutive states
 (value heads) a query and key.
@@ -48,7 +48,6 @@ class Parameters(TypedDict, total=False):
     bonus: Any
     initial_state: Any
     cu_seqlens: Any
-    lens: Any
 
 
 class Results(NamedTuple):
@@ -87,10 +86,7 @@ def inputs(q: Array, k: Array, v: Array, **parameters: Unpack[Parameters]) -> li
 
 def layout(**parameters: Any) -> tuple[str, list[Any]]:
     """The layout of the tokens, and the buffers of the program: the lengths that the layout names, if any."""
-    for kind, name in (("packed", "cu_seqlens"), ("padded", "lens")):
-        if name in parameters:
-            return f"{kind}[b0]", [parameters[name]]
-    return "bhsd", []
+    return ("packed[b0]", [parameters["cu_seqlens"]]) if "cu_seqlens" in parameters else ("bhsd", [])
 
 
 def features(qk_norm: str, feature_map: str) -> tuple[str, str, list[str]]:
@@ -289,12 +285,11 @@ def _heads(q: Array, k: Array, v: Array, parameters: Parameters) -> tuple[Result
 
 def sequences_of(batch: int, length: int, **parameters: Any) -> Iterator[tuple[int, int, slice]]:
     """(number, batch entry, tokens) of every sequence of a batch."""
-    if "cu_seqlens" in parameters:
-        cuts = parameters["cu_seqlens"]
-        yield from ((n, 0, slice(cuts[n], cuts[n + 1])) for n in range(len(cuts) - 1))
+    if "cu_seqlens" not in parameters:
+        yield from ((b, b, slice(0, length)) for b in range(batch))
         return
-    lens = parameters.get("lens", [length] * batch)
-    yield from ((b, b, slice(0, lens[b])) for b in range(batch))
+    cuts = parameters["cu_seqlens"]
+    yield from ((n, 0, slice(cuts[n], cuts[n + 1])) for n in range(len(cuts) - 1))
 
 
 FEATURES: dict[str, Callable[[Float64], Float64]] = {

@@ -81,17 +81,17 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
     masks = [f"(kv_idx <= {position})"] * bool(causal)
     masks += [f"(kv_idx // {chunk} == {position} // {chunk})"] * bool(chunk)
     body, buffers = [f"mask = {' & '.join(masks)}"] if masks else [], []
-    body.append("z = s" if weights == "softmax" else f"z = s / ({end} - {start})")
+    body.append("logit = s" if weights == "softmax" else f"logit = s / ({end} - {start})")
     if "bias" in parameters:
         buffers = [parameters["bias"]]
-        body.append(f"x = z + b0[kv_idx - {position} + {(len(parameters['bias']) - 1) // 2}]")
+        body.append(f"biased = logit + b0[kv_idx - {position} + {(len(parameters['bias']) - 1) // 2}]")
     else:
-        body.append("x = z")
+        body.append("biased = logit")
     body.append(
         {
-            "laplace": f"score = 0.5 * (1.0 + erf((x - {MU}) * {STEEPNESS}))",
-            "relu2": "score = max(x, 0.0) * max(x, 0.0)",
-            "softmax": "score = x",
+            "laplace": f"score = 0.5 * (1.0 + erf((biased - {MU}) * {STEEPNESS}))",
+            "relu2": "score = max(biased, 0.0) * max(biased, 0.0)",
+            "softmax": "score = biased",
         }[weights]
     )
     body.append(f"normalizer = {'softmax' if weights == 'softmax' else 'none'}")
