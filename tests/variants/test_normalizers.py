@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit import testing
+from attnkit.backends.reference import gradients, run
+from attnkit.ir.text import parse
 from attnkit.variants import dense, normalizers
 from attnkit.variants.normalizers import naive
 
@@ -122,3 +125,125 @@ def test_rows_that_see_nothing(rng: np.random.Generator) -> None:
         assert o[:, :, 3:].all()
         assert (lse[:, :, :3] == -np.inf).all() if kind == "signed" else np.isnan(lse).all()
     assert not naive(q, k, v, "sigmoid", bias=0.0, causal=True)[0][:, :, :3].any()
+
+
+# --- as programs ------------------------------------------------------------------------------------------
+
+SHAPES = [(5, 7), (7, 4), (1, 6), (0, 3), (3, 0)]
+
+
+def case(name: str, skv: int) -> tuple[Any, dict[str, Any]]:
+    kind, parameters = normalizers.CASES[name]
+    return kind, parameters(skv)
+
+
+def results(kind: str, o: Any, lse: Any) -> list[Any]:
+    return [o, lse] if kind == "signed" else [o]
+
+
+@pytest.mark.parametrize("name", normalizers.CASES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_program_is_the_equation(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> None:
+    kind, parameters = case(name, shape[1])
+    q, k, v = qkv(rng, *shape)
+    text, buffers = normalizers.program(kind, **parameters)
+    want = results(kind, *naive(q, k, v, kind, **parameters))
+    for got, expected in zip(run(parse(text), [q, k, v], buffers), want, strict=True):
+        testing.agree(got, expected)
+
+
+@pytest.mark.parametrize("name", normalizers.CASES)
+def test_ragged_programs(rng: np.random.Generator, name: str) -> None:
+    kind, parameters = case(name, 4)
+    q, k, v = (x[:1] for x in qkv(rng, 9, 11))
+    packed = {
+        "cu_seqlens_q": np.array([0, 3, 3, 9], np.int32),
+        "cu_seqlens_kv": np.array([0, 2, 5, 11], np.int32),
+    }
+    text, buffers = normalizers.program(kind, **parameters, **packed)  # type: ignore[arg-type]
+    want = results(kind, *naive(q, k, v, kind, **parameters, **packed))  # type: ignore[arg-type]
+    for got, expected in zip(run(parse(text), [q, k, v], buffers), want, strict=True):
+        testing.agree(got, expected)
+    q, k, v = qkv(rng)
+    lens = np.array([7, 4], np.int32)
+    k[1, :, 4:], v[1, :, 4:] = np.nan, np.inf
+    text, buffers = normalizers.program(kind, **parameters, kv_lens=lens)
+    want = results(kind, *naive(q, k, v, kind, **parameters, kv_lens=lens))
+    for got, expected in zip(run(parse(text), [q, k, v], buffers), want, strict=True):
+        testing.agree(got, expected)
+
+
+@pytest.mark.parametrize("name", normalizers.CASES)
+@pytest.mark.parametrize("shape", [(4, 5), (5, 3)], ids=str)
+def test_gradients(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> None:
+    """Of q, k and v, rows without a key included; of the lse where there is one."""
+    kind, parameters = case(name, shape[1])
+    inputs = [x[:1] for x in qkv(rng, *shape)]
+    text, buffers = normalizers.program(kind, **parameters)
+    cotangents = results(
+        kind, rng.standard_normal((1, 4, shape[0], 3)), rng.standard_normal((1, 4, shape[0]))
+    )
+    want = testing.differences(lambda *x: results(kind, *naive(*x, kind, **parameters)), inputs, cotangents)
+    got = gradients(parse(text), inputs, cotangents, buffers)
+    for what, a, b in zip("qkv", got.inputs, want, strict=True):
+        testing.agree(a, b, 1e-6, what)
+
+
+def test_reversed_backward_in_closed_form(rng: np.random.Generator) -> None:
+    """ds_ij = P_ij (dP_ij - C_j) with C_j = v_j . dv_j."""
+    q, k, v, y = rng.standard_normal((4, 1, 1, 5, 4))
+    s = 0.5 * q @ np.swapaxes(k, 2, 3)
+    p = np.exp(s) / np.exp(s).sum(axis=2, keepdims=True)
+    dv = np.swapaxes(p, 2, 3) @ y
+    ds = p * (y @ np.swapaxes(v, 2, 3) - np.sum(v * dv, axis=3)[:, :, None, :])
+    got = gradients(parse(normalizers.program("over_queries")[0]), [q, k, v], [y])
+    for a, b in zip(got.inputs, (0.5 * ds @ k, 0.5 * np.swapaxes(ds, 2, 3) @ q, dv), strict=True):
+        testing.agree(a, b)
+
+
+def test_the_sign_has_no_gradient(rng: np.random.Generator) -> None:
+    """dz = sign(s) a (da - sum a da), a = softmax |s|; a score of exactly 0 gets none."""
+    q, k, v, y = rng.standard_normal((4, 1, 1, 5, 4))
+    k[:, :, 2] = 0
+    s = 0.5 * q @ np.swapaxes(k, 2, 3)
+    a = np.exp(abs(s)) / np.exp(abs(s)).sum(axis=3, keepdims=True)
+    da = np.sign(s) * (y @ np.swapaxes(v, 2, 3))
+    ds = np.sign(s) * a * (da - np.sum(a * da, axis=3, keepdims=True))
+    got = gradients(parse(normalizers.program("signed")[0]), [q, k, v], [y, np.zeros((1, 1, 5))])
+    for x, want in zip(got.inputs, (0.5 * ds @ k, 0.5 * np.swapaxes(ds, 2, 3) @ q), strict=False):
+        testing.agree(x, want)
+    assert not got.inputs[1][0, 0, 2].any()
+
+
+def test_signed_segments_and_merges(rng: np.random.Generator) -> None:
+    """Two segments are the whole, and so is the merge of two attentions."""
+    q, k, v = qkv(rng)
+    parts = [k[:, :, :3], v[:, :, :3], k[:, :, 3:], v[:, :, 3:]]
+    want = naive(q, k, v, "signed")
+    body = "{ normalizer = signed_softmax }"
+    head = "attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd, k1: bhsd, v1: bhsd) {\n"
+    segments = f"o, lse = attend(q, k, v, k1, v1, scale = default) {body}\nreturn o, lse\n}}"
+    merged = "\n".join(
+        [
+            f"o, lse = attend(q, k, v, scale = default) {body}",
+            f"o1, lse1 = attend(q, k1, v1, scale = default) {body}",
+            "o2, lse2 = merge(o, lse, o1, lse1)",
+            "return o2, lse2\n}",
+        ]
+    )
+    for text in (segments, merged):
+        for got, expected in zip(run(parse(head + text), [q, *parts]), want, strict=True):
+            testing.agree(got, expected)
+
+
+def test_reversed_as_two_programs(rng: np.random.Generator) -> None:
+    """First the lse of keys over queries, then weights without a normaliser that load it."""
+    q, k, v = rng.standard_normal((3, 2, 2, 5, 4))
+    (over, _), (roles, _) = normalizers.program("over_queries"), dense.program()
+    _, lse = run(parse(roles), [k, q, q])
+    second = """attnkit 1
+        program (q: bhsd, k: bhsd, v: bhsd) buffers(b0: f32[3]) {
+          o = attend(q, k, v, scale = default) { score = exp(s - b0[b, h, kv_idx])  normalizer = none }
+          return o
+        }"""
+    testing.agree(run(parse(second), [q, k, v], [lse])[0], run(parse(over), [q, k, v])[0])

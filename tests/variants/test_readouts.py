@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from attnkit import testing
+from attnkit.backends.reference import gradients, run
+from attnkit.ir.text import parse
 from attnkit.variants import dense, readouts
 
 pytestmark = pytest.mark.shows
@@ -69,3 +72,63 @@ def test_identities(rng: np.random.Generator) -> None:
     assert (got.entropy <= np.log(np.arange(3, 8)) + 1e-12).all()
     assert (got.entropy >= -np.log(got.row_max) - 1e-12).all()
     assert (got.column_max >= got.column_sum / 5 - 1e-12).all()
+
+
+# --- as programs ------------------------------------------------------------------------------------------
+
+SHAPES = [(5, 7), (7, 4), (0, 3), (3, 0)]
+
+
+@pytest.mark.parametrize("name", readouts.CASES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_program_is_the_equation(rng: np.random.Generator, name: str, shape: tuple[int, int]) -> None:
+    q, k, v = qkv(rng, *shape)
+    text, buffers = readouts.program(**readouts.CASES[name])
+    want = readouts.naive(q, k, v, **readouts.CASES[name])
+    for what, got in zip(readouts.OUTPUTS, run(parse(text), [q, k, v], buffers), strict=True):
+        testing.agree(got, getattr(want, what), what=what)
+
+
+def test_padded_programs(rng: np.random.Generator) -> None:
+    q, k, v = qkv(rng)
+    lens = np.array([7, 4], np.int32)
+    k[1, :, 4:], v[1, :, 4:] = np.nan, np.inf
+    text, buffers = readouts.program(causal=True, kv_lens=lens)
+    want = readouts.naive(q, np.nan_to_num(k), np.nan_to_num(v), causal=True, kv_lens=lens)
+    for what, got in zip(readouts.OUTPUTS, run(parse(text), [q, k, v], buffers), strict=True):
+        testing.agree(got, getattr(want, what), what=what)
+
+
+@pytest.mark.parametrize("name", readouts.CASES)
+def test_gradients(rng: np.random.Generator, name: str) -> None:
+    """A cotangent on every output at once, and on each alone."""
+    inputs = [x[:1] for x in qkv(rng, 4, 5)]
+    text, buffers = readouts.program(**readouts.CASES[name])
+    shapes = [x.shape for x in readouts.naive(*inputs, **readouts.CASES[name])]
+    everything = [rng.standard_normal(shape) for shape in shapes]
+    for only in (None, *range(len(shapes))):
+        cotangents = [x if only in (None, i) else np.zeros_like(x) for i, x in enumerate(everything)]
+        want = testing.differences(lambda *x: readouts.naive(*x, **readouts.CASES[name]), inputs, cotangents)
+        got = gradients(parse(text), inputs, cotangents, buffers)
+        for what, a, b in zip("qkv", got.inputs, want, strict=True):
+            testing.agree(a, b, 1e-6, f"{what} of {'all' if only is None else readouts.OUTPUTS[only]}")
+
+
+def test_cotangent_of_the_weights_in_closed_form(rng: np.random.Generator) -> None:
+    """dz = P * (R - sum_j P R)."""
+    q, k, v = rng.standard_normal((3, 1, 1, 5, 4))
+    r = rng.standard_normal((1, 1, 5, 5))
+    text = "attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd) {\np = attend(q, k, v, outputs = (weights))\nreturn p\n}"
+    p = readouts.naive(q, k, v).weights
+    dz = p * (r - np.sum(p * r, axis=3, keepdims=True))
+    got = gradients(parse(text), [q, k, v], [r])
+    testing.agree(got.inputs[0], 0.5 * dz @ k)
+    testing.agree(got.inputs[1], 0.5 * np.swapaxes(dz, 2, 3) @ q)
+
+
+def test_rows_of_the_map(rng: np.random.Generator) -> None:
+    """The full rows of chosen queries are the weights of a program of those queries."""
+    q, k, v = qkv(rng)
+    text = "attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd) {\np = attend(q, k, v, outputs = (weights))\nreturn p\n}"
+    (rows,) = run(parse(text), [q[:, :, [1, 4]], k, v])
+    testing.agree(rows, readouts.naive(q, k, v).weights[:, :, [1, 4]])

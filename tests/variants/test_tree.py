@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit import testing
+from attnkit.backends.reference import gradients, run
+from attnkit.ir.text import parse
 from attnkit.variants import dense, tree
 
 pytestmark = pytest.mark.shows
@@ -68,3 +71,35 @@ def test_nodes_see_no_strangers(rng: np.random.Generator) -> None:
         got, _ = tree.naive(q, k, v, tree.CASES["binary"])
     np.testing.assert_array_equal(got[:, :, [0, 1, 3, 4]], o[:, :, [0, 1, 3, 4]])
     assert not np.isfinite(got[:, :, [2, 5]]).any()
+
+
+# --- as programs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", tree.CASES)
+@pytest.mark.parametrize("prefix", [0, 1, 4])
+def test_the_program_is_the_equation(rng: np.random.Generator, name: str, prefix: int) -> None:
+    q, k, v = qkv(rng, prefix=prefix)
+    text, buffers = tree.program(tree.CASES[name])
+    want = tree.naive(q, k, v, tree.CASES[name])
+    for got, expected in zip(run(parse(text), [q, k, v], buffers), want, strict=True):
+        testing.agree(got, expected)
+
+
+def test_a_tree_per_sequence(rng: np.random.Generator) -> None:
+    q, k, v = qkv(rng)
+    parents = np.array([tree.CASES["binary"], tree.CASES["forest"]])
+    text, buffers = tree.program(parents)
+    want = tree.naive(q, k, v, parents)
+    for got, expected in zip(run(parse(text), [q, k, v], buffers), want, strict=True):
+        testing.agree(got, expected)
+
+
+def test_gradients(rng: np.random.Generator) -> None:
+    inputs = [x[:1] for x in qkv(rng, nodes=6, prefix=2)]
+    text, buffers = tree.program(tree.CASES["binary"])
+    cotangents = [rng.standard_normal((1, 4, 6, 3)), rng.standard_normal((1, 4, 6))]
+    want = testing.differences(lambda *x: tree.naive(*x, tree.CASES["binary"]), inputs, cotangents)
+    got = gradients(parse(text), inputs, cotangents, buffers)
+    for a, b in zip(got.inputs, want, strict=True):
+        testing.agree(a, b, 1e-6)
