@@ -70,11 +70,11 @@ def learned_lambda(a1: Array, b1: Array, a2: Array, b2: Array, start: float) -> 
 
 
 PERCEIVER = write(
-    ["z: bhsd", "x: bhsd"],
+    ["latents: bhsd", "tokens: bhsd"],
     [
-        "read = attend(z, x, x, scale = default, outputs = (o)) { normalizer = softmax }",
+        "read = attend(latents, tokens, tokens, scale = default, outputs = (o)) { normalizer = softmax }",
         "thought = attend(read, read, read, scale = default, outputs = (o)) { normalizer = softmax }",
-        "written = attend(x, thought, thought, scale = default, outputs = (o)) { normalizer = softmax }",
+        "written = attend(tokens, thought, thought, scale = default, outputs = (o)) { normalizer = softmax }",
         "return thought, written",
     ],
 )

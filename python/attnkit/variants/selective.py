@@ -49,7 +49,7 @@ def program(
     lines = [
         f"o, lse, c = attend(q, k, v, {attributes}, outputs = (o, lse, carry)) {{",
         *_body(softcap),
-        "score = z - f",
+        "score = t - f",
         "normalizer = softmax",
         "}",
         "return o, lse, c",
@@ -81,10 +81,10 @@ def _attributes(initial: bool, head: int, budget: int | None) -> str:
 
 def _body(softcap: float | None) -> list[str]:
     return [
-        "z = s" if softcap is None else f"z = {softcap!r} * tanh(s / {softcap!r})",
+        "t = s" if softcap is None else f"t = {softcap!r} * tanh(s / {softcap!r})",
         f"mask = {CAUSAL}",
-        # not max(z, 0): the derivative is 0 where z is 0
-        "carry = where((kv_idx >= 1) & (kv_idx < q_idx + (kv_len - q_len)) & (z > 0.0), z, 0.0)",
+        # not max(t, 0): the derivative is 0 where t is 0
+        "carry = where((kv_idx >= 1) & (kv_idx < q_idx + (kv_len - q_len)) & (t > 0.0), t, 0.0)",
     ]
 
 
