@@ -39,7 +39,7 @@ BY_HAND: dict[str, tuple[dict[str, Any], list[float], list[float]]] = {
         [1.731059, 1.914442],
         [1.313262, 2.142932],
     ),
-    "sink alone": ({"window": (0, -5), "sink": np.array([0.5], np.float32)}, [0, 0], [0.5, 0.5]),
+    "sink alone": ({"prefix": 0, "sink": np.array([0.5], np.float32)}, [0, 0], [0.5, 0.5]),
 }
 
 

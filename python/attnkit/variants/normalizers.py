@@ -89,35 +89,27 @@ def _weights(
     s: Array, seen: Array, kind: Kind, epsilon: float | None, bias: float | str | None
 ) -> tuple[Array, Any]:
     """Weights ``[q_len, kv_len]``, 0 where a pair does not exist; and lse ``[q_len]`` or NaN."""
-    q_len, kv_len = s.shape
     w = np.zeros(s.shape)
-    lse = np.full(q_len, -np.inf if kind == "signed" else np.nan)
-    if kind == "signed":
-        for i in range(q_len):
-            keys = np.flatnonzero(seen[i])
-            lse[i] = np.logaddexp.reduce(np.abs(s[i, keys]), initial=-np.inf)
-            w[i, keys] = np.sign(s[i, keys]) * np.exp(np.abs(s[i, keys]) - lse[i])
-    elif kind == "over_queries":
-        for j in range(kv_len):
+    if kind == "over_queries":
+        for j in range(s.shape[1]):
             rows = np.flatnonzero(seen[:, j])
             w[rows, j] = np.exp(s[rows, j] - np.logaddexp.reduce(s[rows, j], initial=-np.inf))
-        if epsilon is not None:
-            w /= w.sum(axis=1, keepdims=True) + epsilon
-    elif kind == "sigmoid":
-        for i in range(q_len):
-            count = np.count_nonzero(seen[i])
-            added = (
-                -math.log(kv_len) if bias is None else -np.log(count) if bias == "visible" else float(bias)
-            )
-            w[i] = np.where(seen[i], 1 / (1 + np.exp(-s[i] - added)), 0)
-    elif kind == "laplace":
-        erf = np.vectorize(math.erf, otypes=[np.float64])
-        w = np.where(seen, 0.5 * (1 + erf((s - MU) / (SIGMA * math.sqrt(2)))), 0)
-    else:
-        w = np.where(seen, s * s, 0)
-        total = w.sum(axis=1, keepdims=True) + (epsilon or 0)
-        w = np.divide(w, total, out=np.zeros_like(w), where=seen.any(axis=1, keepdims=True))
-    return w, lse
+        return (w if epsilon is None else w / (w.sum(axis=1, keepdims=True) + epsilon)), np.nan
+    lse = np.full(len(s), -np.inf)
+    for i in np.flatnonzero(seen.any(axis=1)):
+        exists = np.flatnonzero(seen[i])
+        z = s[i, exists]
+        if kind == "signed":
+            lse[i] = np.logaddexp.reduce(np.abs(z))
+            w[i, exists] = np.sign(z) * np.exp(np.abs(z) - lse[i])
+        elif kind == "sigmoid":
+            added = bias if isinstance(bias, float) else -math.log(s.shape[1] if bias is None else len(z))
+            w[i, exists] = 1 / (1 + np.exp(-z - added))
+        elif kind == "laplace":
+            w[i, exists] = [0.5 * (1 + math.erf((x - MU) / (SIGMA * math.sqrt(2)))) for x in z]
+        else:
+            w[i, exists] = z**2 / (np.sum(z**2) + (epsilon or 0))
+    return w, lse if kind == "signed" else np.nan
 
 
 CASES: dict[str, tuple[Kind, Callable[[int], dict[str, Any]]]] = {
