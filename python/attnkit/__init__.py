@@ -23,8 +23,11 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         document as document,
         parse as parse,
         prefix as prefix,
+        sigmoid as sigmoid,
+        signed_softmax as signed_softmax,
         softcap as softcap,
         softmax as softmax,
+        softmax_over_queries as softmax_over_queries,
         window as window,
     )
     from attnkit.ops import (
@@ -68,8 +71,11 @@ _HOMES = {
     "parse": "attnkit.ir",
     "prefix": "attnkit.ir",
     "scaled_dot_product_attention": "attnkit.ops",
+    "sigmoid": "attnkit.ir",
+    "signed_softmax": "attnkit.ir",
     "softcap": "attnkit.ir",
     "softmax": "attnkit.ir",
+    "softmax_over_queries": "attnkit.ir",
     "trace": "attnkit.ops",
     "tree": "attnkit.ops",
     "uninstall": "attnkit.ops",

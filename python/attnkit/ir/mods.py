@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnkit.errors import error
+from attnkit.ir.program import NORMALIZERS
 from attnkit.ir.trace import Param
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -48,18 +49,51 @@ class Mask:
 
 
 @dataclass(frozen=True)
-class SoftmaxNormalizer:
-    """Softmax; ``sink`` is a float32 tensor ``[Hq]`` of extra logits, or None."""
+class Weighting:
+    """How scores become weights: a normaliser of docs/ir.md, and what happens to the score before it.
 
+    ``sink`` is a float32 tensor ``[Hq]`` of extra logits, or None.
+    """
+
+    kind: str = "softmax"
     sink: Any = None
+    score: ScoreFunction | None = None
+
+    @property
+    def has_lse(self) -> bool:
+        """Whether there is a logarithm of a sum."""
+        return NORMALIZERS[self.kind].lse
 
 
-def softmax(sink: Any = None) -> SoftmaxNormalizer:
+def softmax(sink: Any = None) -> Weighting:
     """The normalizer ``softmax``, optionally with a learned sink.
 
     ``sink [Hq]`` (float32) is one logit per query head that takes part in the denominator and has no value.
     """
-    return SoftmaxNormalizer(sink)
+    return Weighting(sink=sink)
+
+
+def sigmoid(bias: float | None = None) -> Weighting:
+    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse."""
+    if bias is not None and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
+        raise error("AK402", where="bias", given=type(bias).__name__, allowed="a number or None")
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        if bias is not None:
+            return (s + bias).sigmoid()
+        return (s - kv_idx.context.variable("kv_len").log()).sigmoid()
+
+    return Weighting("none", score=score)
+
+
+def signed_softmax() -> Weighting:
+    """Weights ``sign(score) * softmax(|score|)`` (Cog attention, arXiv 2411.07176); lse is that of ``|score|``."""
+    return Weighting("signed_softmax")
+
+
+def softmax_over_queries() -> Weighting:
+    """Each key's weights sum to 1 over the queries that see it. Looks at the whole sequence, so it has no lse."""
+    return Weighting("softmax_over_queries")
 
 
 def causal(align: str = "bottom_right") -> Mask:

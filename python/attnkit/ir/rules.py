@@ -69,6 +69,11 @@ def _tokens(op: Operation, types: Types, count: int | None = None) -> list[Axis]
     return axes
 
 
+def _alike(a: Axis, b: Axis) -> bool:
+    """Whether tokens can stand beside each other, number for number (their count is known at run time)."""
+    return a[1:] == b[1:]
+
+
 def _number(op: Operation, name: str, lowest: float, highest: float, integer: bool = False) -> None:
     """Check a keyword that is a constant; a param is checked when it has a value."""
     held: Expr | int | None = getattr(op, name)
@@ -89,7 +94,9 @@ def _map(op: Map, types: Types, all_types: Types) -> tuple[Type, ...]:
     rank = {"h": 0, "hd": 1, "bhs": 2, "tokens": 3}
     if any(rank[t.kind] > rank[first.kind] for t in types):
         raise _wrong(op, ", ".join(t.kind for t in types), f"nothing larger than the first, {first.kind}")
-    if any(t.axis is not None and t.axis != first.axis for t in types[1:]):
+    if any(
+        t.axis is not None and first.axis is not None and not _alike(t.axis, first.axis) for t in types[1:]
+    ):
         raise error(
             "AK219", where=op.NAME, given="operands of different tokens", allowed="the tokens of the first"
         )
@@ -308,11 +315,11 @@ def _recur(op: Recur, types: Types, all_types: Types) -> tuple[Type, ...]:
 def _merge(op: Merge, types: Types, all_types: Types) -> tuple[Type, ...]:
     if len(types) < 2 or len(types) % 2:
         raise _wrong(op, f"{len(types)} operands", "pairs of o and lse")
-    axes = set()
+    axes: set[Any] = set()
     for o, lse in zip(types[::2], types[1::2], strict=True):
         if o.kind != "tokens" or lse.kind != "bhs":
             raise _wrong(op, f"{o.kind}, {lse.kind}", "pairs of o and lse")
-        axes |= {o.axis} | ({lse.axis} if lse.axis is not None else set())
+        axes |= {axis[1:] for axis in (o.axis, lse.axis) if axis is not None}
     if len(axes) != 1:
         raise error("AK219", where=op.NAME, given="results of different queries")
     sinks = sum(t.sinks for t in types[1::2])

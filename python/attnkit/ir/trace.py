@@ -19,7 +19,7 @@ from attnkit.errors import error
 from attnkit.ir import bits
 from attnkit.ir.functions import METHODS
 from attnkit.ir.optable import OPS, VARIABLES, DType
-from attnkit.ir.program import ELEMENT, BufferDType
+from attnkit.ir.program import ELEMENT, NORMALIZERS, BufferDType
 from attnkit.ir.verify import MAX_RANK
 
 # A captured buffer is anything with a dtype and a shape: a torch tensor, a numpy array.
@@ -325,6 +325,7 @@ def build_text(
     traced: Traced,
     *,
     scale: float | None = None,
+    normalizer: str = "softmax",
     sink: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_kv: Any = None,
@@ -338,7 +339,9 @@ def build_text(
     under dynamo.
     """
     context = traced.context
-    normalizer = "softmax" if sink is None else f"softmax(sink = b{context.capture(sink)[0]})"
+    has_lse = NORMALIZERS[normalizer].lse
+    if sink is not None:
+        normalizer = f"{normalizer}(sink = b{context.capture(sink)[0]})"
     q = kv = "bhsd"
     if cu_seqlens_q is not None:
         q = f"packed[b{context.capture(cu_seqlens_q)[0]}]"
@@ -358,10 +361,10 @@ def build_text(
         [
             "attnkit 1",
             f"program (q: {q}, k: {kv}, v: {kv}) buffers({buffers}) params({params}) {{",
-            f"o, lse = attend(q, k, v, scale = {'default' if scale is None else context.number(scale)}) {{",
+            f"{'o, lse' if has_lse else 'o'} = attend(q, k, v, scale = {'default' if scale is None else context.number(scale)}) {{",
             *body,
             "}",
-            "return o, lse" if return_lse else "return o",
+            "return o, lse" if return_lse and has_lse else "return o",
             "}",
         ]
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.mods import (
-    SoftmaxNormalizer,
+    Weighting,
     alibi as alibi_score,
     causal as causal_mask,
     softcap as softcap_score,
@@ -45,7 +45,7 @@ def attention(
     score: Mod | None = None,
     mask: Mod | None = None,
     select: Any = None,
-    normalizer: SoftmaxNormalizer | None = None,
+    normalizer: Weighting | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     block_mask: Any = None,
@@ -66,7 +66,8 @@ def attention(
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
         select: data-dependent selection; not built yet.
-        normalizer: ``ak.softmax()``, or ``ak.softmax(sink)`` with one float32 logit per query head.
+        normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
+            ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
         scale: finite and positive; None is ``D ** -0.5``.
         dropout_p: not built yet; must be 0.
         block_mask: an `ak.BlockMask` or torch's flex BlockMask, joined with ``mask`` by "and". It must be built for the
@@ -96,12 +97,19 @@ def attention(
             raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     mask = _with_blocks(mask, block_mask, q, k, packed=cu_seqlens_q is not None)
-    sink = None if normalizer is None else normalizer.sink
+    normalizer = normalizer or Weighting()
+    if return_lse and not normalizer.has_lse:
+        raise error("AK221", where="return_lse", given=normalizer.kind, allowed="softmax and signed_softmax")
+    if normalizer.score is not None:
+        score = _in_turn([each for each in (score, normalizer.score) if each is not None])
+    sink = normalizer.sink
     if sink is not None:
         check_tensor("sink", sink, q.device)
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
-    text, buffers, params = bind(Traceable(score, mask, scale, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens), q)
+    text, buffers, params = bind(
+        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens), q
+    )
     for i, buffer in enumerate(buffers):
         check_tensor(f"captured tensor b{i}", buffer, q.device)
     values = [p.current() for p in params]
@@ -187,7 +195,7 @@ def dense_attention(
         v,
         score=_in_turn(scores),
         mask=_all_of(masks),
-        normalizer=None if sink is None else SoftmaxNormalizer(sink),
+        normalizer=None if sink is None else Weighting(sink=sink),
         scale=scale,
         dropout_p=dropout_p,
         cu_seqlens_q=cu_seqlens_q,
@@ -267,7 +275,7 @@ def _check_not_built(select: Any, dropout_p: float, normalizer: Any) -> None:
         raise error(
             "AK504", where="dropout_p", what="dropout is not built yet", given=str(dropout_p), allowed="0.0"
         )
-    if normalizer is not None and not isinstance(normalizer, SoftmaxNormalizer):
+    if normalizer is not None and not isinstance(normalizer, Weighting):
         raise error("AK402", where="normalizer", given=type(normalizer).__name__, allowed="ak.softmax(...)")
 
 

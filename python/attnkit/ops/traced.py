@@ -38,6 +38,7 @@ class Traceable(NamedTuple):
     score: Callable[..., Any] | None
     mask: Callable[..., Any] | None
     scale: float | None
+    normalizer: str
     sink: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_kv: Tensor | None
@@ -189,7 +190,7 @@ def bind_function(function: Any) -> Bound:
             allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
         )
     score, mask = (function, None) if arity == 5 else (None, function)
-    return bind(Traceable(score, mask, None, None, None, None, None))
+    return bind(Traceable(score, mask, None, "softmax", None, None, None, None))
 
 
 def _trace(what: Traceable, like: Tensor | None) -> Bound:
@@ -197,6 +198,7 @@ def _trace(what: Traceable, like: Tensor | None) -> Bound:
     text = build_text(
         traced,
         scale=what.scale,
+        normalizer=what.normalizer,
         sink=what.sink,
         cu_seqlens_q=what.cu_seqlens_q,
         cu_seqlens_kv=what.cu_seqlens_kv,

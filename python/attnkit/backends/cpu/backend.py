@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Kernel
 from attnkit.backends.cpu.engine import engine
@@ -64,7 +65,8 @@ class CpuKernel:
     def __init__(self, spec: KernelSpec, config: Config) -> None:
         self.spec = spec
         self.config = config
-        self.bytecode: Bytecode = emit(spec.program.attend, spec.program, engine().opcodes())
+        program = canonical(spec.program)
+        self.bytecode: Bytecode = emit(program.attend, program, engine().opcodes())
         code = self.bytecode
         try:
             self.program = engine().Program(
