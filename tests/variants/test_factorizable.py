@@ -287,6 +287,35 @@ def test_program_keeps_sequences_apart(name: str, rng: np.random.Generator) -> N
 
 
 @each_case
+def test_program_generates_token_by_token(name: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng)
+    parameters = factorizable.CASES[name](3) | {"causal": True}
+    whole = reference(q, k, v, **parameters)
+    steps, carried = [], {}
+    for tokens in (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 7)):
+        o, *states = reference(*(x[:, :, tokens] for x in (q, k, v)), **parameters, **carried)
+        carried = {"initial_state": tuple(states)}
+        steps.append(o)
+    for found, expected in zip((np.concatenate(steps, axis=2), *states), whole, strict=True):
+        agree(found, expected)
+
+
+@pytest.mark.parametrize("where", "qkv")
+@each_case
+def test_a_nan_reaches_only_those_who_see_it(name: str, where: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng)
+    parameters = factorizable.CASES[name](3)
+    clean = factorizable.naive(q, k, v, **parameters).o
+    {"q": q, "k": k, "v": v}[where][0, 0, 4, 0] = np.nan
+    seen_from = 4 if parameters.get("causal", False) or where == "q" else 0
+    sees = np.zeros(clean.shape, bool)
+    sees[0, 0, seen_from : 5 if where == "q" else None, 0 if where == "v" else slice(None)] = True
+    for found in (factorizable.naive(q, k, v, **parameters).o, reference(q, k, v, **parameters)[0]):
+        assert (np.isnan(found) == sees).all()
+        agree(found[~sees], clean[~sees])
+
+
+@each_case
 def test_program_has_the_gradients_of_the_equation(name: str, rng: np.random.Generator) -> None:
     q, k, v = random(rng, kv_heads=1, batch=1, length=4)
     parameters = factorizable.CASES[name](3)
