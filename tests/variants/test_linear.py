@@ -31,8 +31,7 @@ def random(
 
 
 def member(name: str, rng: np.random.Generator, q: Array, k: Array, v: Array) -> dict[str, Any]:
-    states = max(k.shape[1], v.shape[1])
-    return {**linear.CASES[name](q.shape[0], states, q.shape[2], q.shape[3], rng)}
+    return {**linear.CASES[name](q.shape[0], v.shape[1], q.shape[2], q.shape[3], rng)}
 
 
 def cut(parameters: dict[str, Any], tokens: slice) -> dict[str, Any]:
@@ -220,12 +219,12 @@ def test_a_nan_reaches_only_those_who_see_it(name: str, where: str, rng: np.rand
     parameters = member(name, rng, q, k, v)
     clean = linear.naive(q, k, v, **parameters).o
     {"q": q, "k": k, "v": v}[where][0, 0, 4, 0] = np.nan
-    found = linear.naive(q, k, v, **parameters).o
     seen_from = 4 if parameters.get("causal", True) or where == "q" else 0
-    sees = np.zeros(found.shape, bool)
+    sees = np.zeros(clean.shape, bool)
     sees[0, 0, seen_from : 5 if where == "q" else None, 0 if where == "v" else slice(None)] = True
-    assert (np.isnan(found) == sees).all()
-    agree(found[~sees], clean[~sees])
+    for found in (linear.naive(q, k, v, **parameters).o, reference(q, k, v, **parameters)[0]):
+        assert (np.isnan(found) == sees).all()
+        agree(found[~sees], clean[~sees])
 
 
 # --- gradients in closed form -----------------------------------------------------------------------------
@@ -388,6 +387,21 @@ def test_program_keeps_sequences_apart(name: str, rng: np.random.Generator) -> N
     agree(last[1:], expected.state[1:])
 
 
+@pytest.mark.parametrize("name", [name for name in linear.CASES if not name.endswith("_full")])
+def test_program_generates_token_by_token(name: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng)
+    parameters = member(name, rng, q, k, v)
+    whole = reference(q, k, v, **parameters)
+    steps, carried = [], {}
+    for tokens in (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 7)):
+        o, *states = reference(*(x[:, :, tokens] for x in (q, k, v)), **cut(parameters, tokens), **carried)
+        carried = {"initial_state": tuple(states) if parameters.get("normalize") else states[0]}
+        steps.append(o)
+    agree(np.concatenate(steps, axis=2), whole[0])
+    for found, expected in zip(states, whole[1:], strict=True):
+        agree(found, expected)
+
+
 def test_program_of_no_tokens(rng: np.random.Generator) -> None:
     q, k, v = random(rng, length=0)
     state = rng.standard_normal((2, 2, 3, 2))
@@ -401,15 +415,21 @@ def test_program_forgets_everything_exactly(rng: np.random.Generator) -> None:
     gate = member("gla", rng, q, k, v)["gate"]
     gate[:, :, 4] = -np.inf
     agree(reference(q, k, v, gate=gate)[0], linear.naive(q, k, v, gate=gate).o)
+    y = np.zeros((2, 2, 7, 2))
+    y[:, :, 4:] = rng.standard_normal((2, 2, 3, 2))
+    found = gradients(parse(linear.program(gate=gate)[0]), [q, k, v, gate], [y, None]).inputs
+    assert all((x[:, :, :4] == 0).all() and np.isfinite(x).all() for x in found)
 
 
+@pytest.mark.parametrize("heads", HEADS)
 @each_case
-def test_program_has_the_gradients_of_the_equation(name: str, rng: np.random.Generator) -> None:
-    q, k, v = random(rng, HEADS["grouped keys"], batch=1, length=4, dim=2)
+def test_program_has_the_gradients_of_the_equation(name: str, heads: str, rng: np.random.Generator) -> None:
+    q, k, v = random(rng, HEADS[heads], batch=1, length=4, dim=2)
     parameters = member(name, rng, q, k, v)
-    parameters["initial_state"] = rng.standard_normal((1, 4, 2, 2))
+    parameters["initial_state"] = rng.standard_normal((1, v.shape[1], 2, 2))
     if parameters.get("normalize"):
-        parameters["initial_state"] = parameters["initial_state"], np.abs(rng.standard_normal((1, 4, 2)))
+        norm = np.abs(rng.standard_normal((1, v.shape[1], 2)))
+        parameters["initial_state"] = parameters["initial_state"], norm
     arrays = [name for name in ("gate", "beta", "bonus") if name in parameters]
 
     def function(q: Array, k: Array, v: Array, *others: Array) -> Any:
