@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from attnkit.errors import error
@@ -69,6 +69,14 @@ def _tokens(op: Operation, types: Types, count: int | None = None) -> list[Axis]
     return axes
 
 
+def _alike(op: Operation, types: Types) -> None:
+    """Operands that go together token by token: of one layout and pooling. How many they are, only a call can tell."""
+    axes = {(t.axis.layout, t.axis.block) for t in types if t.axis is not None}
+    if len(axes) > 1:
+        kinds = ", ".join(sorted(f"{lay.kind}, {block} pooled into one" for lay, block in axes))
+        raise error("AK219", where=op.NAME, given=kinds, allowed="tokens that lie alike")
+
+
 def _number(op: Operation, name: str, lowest: float, highest: float, integer: bool = False) -> None:
     """Check a keyword that is a constant; a param is checked when it has a value."""
     held: Expr | int | None = getattr(op, name)
@@ -89,10 +97,7 @@ def _map(op: Map, types: Types, all_types: Types) -> tuple[Type, ...]:
     rank = {"h": 0, "hd": 1, "bhs": 2, "tokens": 3}
     if any(rank[t.kind] > rank[first.kind] for t in types):
         raise _wrong(op, ", ".join(t.kind for t in types), f"nothing larger than the first, {first.kind}")
-    if any(t.axis is not None and t.axis != first.axis for t in types[1:]):
-        raise error(
-            "AK219", where=op.NAME, given="operands of different tokens", allowed="the tokens of the first"
-        )
+    _alike(op, types)
     if op.norm != "none" and first.kind != "tokens":
         raise _wrong(op, f"norm = {op.norm} of {first.kind}", "tokens")
     return (Type(first.kind, first.axis),)
@@ -282,6 +287,8 @@ def _recur(op: Recur, types: Types, all_types: Types) -> tuple[Type, ...]:
         value = getattr(op, name)
         if value is not None and all_types[value].kind not in wanted:
             raise _wrong(op, f"{name} = {all_types[value].kind}", " or ".join(wanted))
+        if value is not None:
+            _alike(op, [types[0], all_types[value]])
     delta, decayed, bonus = op.beta is not None, op.gate is not None, op.bonus is not None
     illegal = {
         "coefficients with gate, beta or bonus": op.coefficients is not None and (delta or decayed or bonus),
@@ -308,17 +315,15 @@ def _recur(op: Recur, types: Types, all_types: Types) -> tuple[Type, ...]:
 def _merge(op: Merge, types: Types, all_types: Types) -> tuple[Type, ...]:
     if len(types) < 2 or len(types) % 2:
         raise _wrong(op, f"{len(types)} operands", "pairs of o and lse")
-    axes = set()
     for o, lse in zip(types[::2], types[1::2], strict=True):
         if o.kind != "tokens" or lse.kind != "bhs":
             raise _wrong(op, f"{o.kind}, {lse.kind}", "pairs of o and lse")
-        axes |= {o.axis} | ({lse.axis} if lse.axis is not None else set())
-    if len(axes) != 1:
-        raise error("AK219", where=op.NAME, given="results of different queries")
+    _alike(op, types)
     sinks = sum(t.sinks for t in types[1::2])
     if sinks > 1:
         raise error("AK222", where=op.NAME, given=f"{sinks} sinks")
-    return replace(types[0], codec=None, pooled=False), replace(types[1], sinks=sinks)
+    axis = types[0].axis
+    return Type("tokens", axis), Type("bhs", axis, sinks=sinks)
 
 
 RULES: dict[type[Operation], Callable[..., tuple[Type, ...]]] = {

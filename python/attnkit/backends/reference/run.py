@@ -152,7 +152,15 @@ def _map(run: _Run, op: Map, b: int) -> list[Any]:
     first = operands[0]
     kinds = [run.values[i].type.kind for i in op.operands]
     nodes = [x.reshape(*_ALONG_TOKENS[kind](x.shape)) for x, kind in zip(operands, kinds, strict=True)]
-    shape = nodes[0].shape
+    (heads, n), width = nodes[0].shape[:2], max(x.shape[2] for x in nodes)
+    for x, kind in zip(nodes, kinds, strict=True):
+        tokens = n if kind in ("tokens", "bhs") else x.shape[1]
+        if x.shape[:2] != (heads, tokens) or x.shape[2] not in (1, width):
+            given = " ".join(str(operand.shape) for operand in operands)
+            raise error(
+                "AK403", where="map", given=given, allowed="equal heads and tokens; equal widths, or 1"
+            )
+    shape = (heads, n, width)
     variables: dict[str, Any] = dict(zip("xyzw", [_norm(op.norm, nodes[0]), *nodes[1:]], strict=False))
     variables |= {
         "b": b,
@@ -163,7 +171,7 @@ def _map(run: _Run, op: Map, b: int) -> list[Any]:
     value, outside = run.scope.apply(op.value, variables, shape)
     if np.any(outside):
         raise error("AK601", where="map", given=repr(op.value))
-    return [value.reshape(*first.shape)]
+    return [value if kinds[0] == "tokens" else value.reshape(*first.shape)]
 
 
 # How each kind of operand lies beside [H, n, D].
@@ -259,18 +267,46 @@ def _initial(run: _Run, op: Attend, b: int) -> Any:
 
 def _recur(run: _Run, op: Recur, b: int) -> list[Any]:
     q, k, v = (run.part(i, b) for i in op.operands)
-    if q.shape != k.shape or k.shape[1] != v.shape[1] or v.shape[0] % max(k.shape[0], 1):
+    (heads, n, width), d = v.shape, k.shape[2]
+    if (
+        q.shape[1:] != k.shape[1:]
+        or k.shape[1] != n
+        or heads % max(k.shape[0], 1)
+        or _unshared(q.shape[0], heads)
+    ):
         given = " ".join(str(x.shape) for x in (q, k, v))
-        raise error(
-            "AK403", where="q, k, v", given=given, allowed="q, k [Hk, n, D], v [H, n, Dv], H a multiple of Hk"
-        )
-    names = ("gate", "beta", "bonus", "initial", "initial_norm")
-    return list(recur(op, q, k, v, *(run.part(getattr(op, name), b) for name in names)))
+        allowed = "q [Hq, n, D], k [Hk, n, D], v [H, n, Dv], H a multiple of Hk, and Hq of H or H of Hq"
+        raise error("AK403", where="q, k, v of recur", given=given, allowed=allowed)
+    features = d if op.coefficients is None else sum(d**i for i in range(len(op.coefficients)))
+    shapes = {
+        "gate": ((heads,), (heads, n), (heads, n, d)), "beta": ((heads, n),), "bonus": ((heads, d),),
+        "initial": ((heads, features, width),), "initial_norm": ((heads, features),),
+    }  # fmt: skip
+    others = [run.part(getattr(op, name), b) for name in shapes]
+    for node, (name, allowed_shapes) in zip(others, shapes.items(), strict=True):
+        if node is not None and node.shape not in allowed_shapes:
+            raise error(
+                "AK403",
+                where=f"{name} of recur",
+                given=str(node.shape),
+                allowed=" or ".join(map(str, allowed_shapes)),
+            )
+    return list(recur(op, q, k, v, *others))
+
+
+def _unshared(q_heads: int, heads: int) -> bool:
+    """Whether neither count of heads is a multiple of the other."""
+    return bool(q_heads % max(heads, 1) and heads % max(q_heads, 1))
 
 
 def _merge(run: _Run, op: Merge, b: int) -> list[Any]:
     parts = [run.part(i, b) for i in op.operands]
     outputs, sums = parts[::2], parts[1::2]
+    if any(
+        o.shape != outputs[0].shape or lse.shape != o.shape[:2] for o, lse in zip(outputs, sums, strict=True)
+    ):
+        given = " ".join(str(x.shape) for x in parts)
+        raise error("AK403", where="merge", given=given, allowed="o [.., n, Dv] and lse [.., n], all alike")
     top = np.max([lse.value for lse in sums], axis=0)
     pivot = np.where(top == -np.inf, 0.0, top)
     weights = [
