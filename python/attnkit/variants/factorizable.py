@@ -6,13 +6,15 @@ With ``q^, k^`` after `qk_norm`, ``x_ij = q^_i . k^_j / temperature`` and ``f(x)
 
 Because ``f`` is a polynomial, the sums factor into moments of the keys, and the moments are the state::
 
-    M = sum_j phi(k_j) v_j^T,  z = sum_j phi(k_j),  phi(k) = (1, k, k (x) k)       [1 + D + D^2, Dv], [1 + D + D^2]
+    M = sum_j phi(k_j) v_j^T,  z = sum_j phi(k_j),  phi(k) = (1, k, k (x) k)     [F, Dv], [F]; F = 1 + D + D^2
     sum_j f(x_ij) v_j = a0 M_0 + a1 M_1^T q + a2 M_2^T (q (x) q)  with q = q_i / temperature,  and g_i of z
 
-Parameters (the keywords of every function here), each left out where it is not wanted: ``order`` 1 or 2 (2);
-``coefficients`` (a0, a1, a2) instead of the Taylor series of the exponential (1, 1, 1/2) up to the order; ``qk_norm``
-"none", "l2" (the default) or "layer"; ``temperature`` (1); ``epsilon`` (0); ``causal``
-(False); ``initial_state``, the pair of M and z to start with; ``cu_seqlens`` as in `linear`.
+With order 1 the last part is missing, of phi too, and F = 1 + D.
+
+Parameters (the keywords of every function here), each left out where it is not wanted: ``order`` 1 or 2 (2), or its
+``coefficients``, (a0, a1) or (a0, a1, a2), instead of the Taylor series of the exponential, (1, 1, 1/2); ``qk_norm``
+"none", "l2" (the default) or "layer"; ``temperature`` (1); ``epsilon`` (0); ``causal`` (False); ``initial_state``, the
+pair of M and z to start with; ``cu_seqlens`` as in `linear`. What is to be divided by 0 is 0.
 
 `naive` also knows the three normalisations of the published code that divide by the longest token of the sequence:
 "seqmax_token" after taking the token's mean over channels away, "seqmax_channel" after taking the sequence's mean
@@ -30,7 +32,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from attnkit.errors import error
-from attnkit.variants.linear import Results, features, layout, normed, sequences_of
+from attnkit.variants.linear import Results, features, layout, normed, quotient, sequences_of
 from attnkit.variants.sequences import Array, Float64, write
 
 
@@ -38,7 +40,7 @@ class Parameters(TypedDict, total=False):
     """What picks a member of the family; nothing given is full attention of order 2, tokens of length 1."""
 
     order: int
-    coefficients: tuple[float, float, float]
+    coefficients: tuple[float, ...]
     qk_norm: str
     temperature: float
     epsilon: float
@@ -47,10 +49,9 @@ class Parameters(TypedDict, total=False):
     cu_seqlens: Any
 
 
-def coefficients_of(parameters: Parameters) -> tuple[float, float, float]:
-    """(a0, a1, a2)."""
-    order = parameters.get("order", 2)
-    return parameters.get("coefficients", (1.0, 1.0, 0.5 if order == 2 else 0.0))
+def coefficients_of(parameters: Parameters) -> tuple[float, ...]:
+    """(a0, a1) or (a0, a1, a2)."""
+    return parameters.get("coefficients", (1.0, 1.0, 0.5)[: parameters.get("order", 2) + 1])
 
 
 # --- as programs ------------------------------------------------------------------------------------------
@@ -71,10 +72,9 @@ def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
     tokens, buffers = layout(**parameters)
     declared = [f"{name}: {tokens}" for name in "qkv"]
     q, k, lines = features(norm, "identity")
-    a0, a1, a2 = (float(a) for a in coefficients_of(parameters))
     attributes = [
         f"scale = {1 / parameters.get('temperature', 1.0)}",
-        f"coefficients = ({a0}, {a1}, {a2})",
+        f"coefficients = ({', '.join(str(float(a)) for a in coefficients_of(parameters))})",
         "normalize = true",
         f"epsilon = {float(parameters.get('epsilon', 0.0))}",
         f"causal = {parameters.get('causal', False)}".lower(),
@@ -99,19 +99,18 @@ def naive(q: Array, k: Array, v: Array, **parameters: Unpack[Parameters]) -> Res
 
     ``q [B, Hq, S, D]``, ``k [B, Hkv, S, D]``, ``v [B, Hkv, S, Dv]``; the state has Hkv heads.
     """
-    a0, a1, a2 = coefficients_of(parameters)
+    coefficients = coefficients_of(parameters)
     results, heads = _heads(q, k, v, parameters)
     for x in heads:
         for g, i in np.ndindex(x.q.shape[:2]):
             seen = slice(i + 1) if parameters.get("causal", False) else slice(None)
-            s = x.k[seen] @ x.q[g, i]
-            f = a0 + a1 * s + a2 * s * s
-            before = polynomial_features(x.q[g, i]) * _spread(a0, a1, a2, x.q.shape[2])
+            f = polynomial(coefficients, x.k[seen] @ x.q[g, i])
+            before = phi(x.q[g, i], coefficients)
             total = f.sum() + before @ x.norm + parameters.get("epsilon", 0.0)
-            x.o[g, i] = (f @ x.v[seen] + before @ x.state) / total
+            x.o[g, i] = quotient(f @ x.v[seen] + before @ x.state, total)
         for key, value in zip(x.k, x.v, strict=True):
-            x.state += np.outer(polynomial_features(key), value)
-            x.norm += polynomial_features(key)
+            x.state += np.outer(phi(key, ones(coefficients)), value)
+            x.norm += phi(key, ones(coefficients))
     return results
 
 
@@ -128,39 +127,47 @@ def moments(
 
     ``packed`` keeps the half of ``k (x) k`` that is not twice there: ``1 + D + D (D + 1) / 2`` features.
     """
-    a0, a1, a2 = coefficients_of(parameters)
-    dim, causal, epsilon = q.shape[3], parameters.get("causal", False), parameters.get("epsilon", 0.0)
-    upper = np.concatenate([np.full(1 + dim, True), np.tri(dim, dtype=bool).T.ravel()])
-    kept = upper if packed else np.full(len(upper), True)
-    twice = np.concatenate([np.ones(1 + dim), 2 - np.eye(dim).ravel()]) if packed else 1
-    spread = (_spread(a0, a1, a2, dim) * twice)[kept]
+    coefficients, dim = coefficients_of(parameters), q.shape[3]
+    causal, epsilon = parameters.get("causal", False), parameters.get("epsilon", 0.0)
+    kept = phi(np.ones(dim), ones(coefficients)) > 0
+    twice = np.ones(len(kept))
+    if packed and len(coefficients) == 3:
+        kept[1 + dim :] = np.tri(dim, dtype=bool).T.ravel()
+        twice[1 + dim :] = 2 - np.eye(dim).ravel()
     results, heads = _heads(q, k, v, parameters)
     for x in heads:
-        phi = np.array([polynomial_features(key)[kept] for key in x.k]).reshape(len(x.k), len(spread))
+        written = np.array([phi(key, ones(coefficients))[kept] for key in x.k]).reshape(len(x.k), kept.sum())
         values = np.hstack([x.v, np.ones((len(x.v), 1))])  # the channel of ones becomes the normaliser
         carried = np.hstack([x.state, x.norm[:, None]])[kept]
         if not causal:
-            carried = carried + phi.T @ values
+            carried = carried + written.T @ values
         for start in range(0, len(x.k), chunk_size):
             chunk = slice(start, start + chunk_size)
             for g, queries in enumerate(x.q[:, chunk]):
-                total = np.array([polynomial_features(query)[kept] * spread for query in queries]) @ carried
+                total = np.array([(phi(query, coefficients) * twice)[kept] for query in queries]) @ carried
                 if causal:
-                    s = queries @ x.k[chunk].T
-                    total += np.tril(a0 + a1 * s + a2 * s * s) @ values[chunk]
-                x.o[g, chunk] = total[:, :-1] / (total[:, -1:] + epsilon)
+                    total += np.tril(polynomial(coefficients, queries @ x.k[chunk].T)) @ values[chunk]
+                x.o[g, chunk] = quotient(total[:, :-1], total[:, -1:] + epsilon)
             if causal:
-                carried = carried + phi[chunk].T @ values[chunk]
+                carried = carried + written[chunk].T @ values[chunk]
     return results.o
 
 
-def polynomial_features(x: Float64) -> Float64:
-    """``(1, x, x (x) x)``, ``[1 + D + D^2]``."""
-    return np.concatenate([[1.0], x, np.outer(x, x).ravel()])
+def polynomial(coefficients: tuple[float, ...], x: Float64) -> Float64:
+    """``a0 + a1 x + a2 x^2``."""
+    total: Float64 = sum((a * x**power for power, a in enumerate(coefficients)), np.zeros(x.shape))
+    return total
 
 
-def _spread(a0: float, a1: float, a2: float, dim: int) -> Float64:
-    return np.repeat([a0, a1, a2], [1, dim, dim * dim])
+def phi(x: Float64, coefficients: tuple[float, ...]) -> Float64:
+    """``(1, x, x (x) x)``, each part times its coefficient, as many as there are: ``[F]``."""
+    parts = [np.ones(1), x, np.outer(x, x).ravel()]
+    return np.concatenate([a * part for a, part in zip(coefficients, parts, strict=False)])
+
+
+def ones(coefficients: tuple[float, ...]) -> tuple[float, ...]:
+    """As many ones."""
+    return (1.0,) * len(coefficients)
 
 
 @dataclass
@@ -181,7 +188,7 @@ class _Head:
 def _heads(q: Array, k: Array, v: Array, parameters: Parameters) -> tuple[Results, list[_Head]]:
     """Every state of every sequence, and the results that they write to."""
     batch, q_heads, length, dim = q.shape
-    states, size = k.shape[1], 1 + dim + dim * dim
+    states, size = k.shape[1], sum(dim**i for i in range(len(coefficients_of(parameters))))
     sequences = list(sequences_of(batch, length, **parameters))
     results = Results(
         np.zeros((batch, q_heads, length, v.shape[3])),

@@ -18,8 +18,8 @@ Parameters (the keywords of every function here), each left out where it is not 
 ``[B, H, D, Dv]``, or a pair of that and the z to start with, ``[B, H, D]``; ``cu_seqlens`` ``[N + 1]`` for packed
 batches. States are one per sequence: their B is N where tokens are packed.
 
-H, the heads of the state, is the larger of k's and v's. Consecutive query heads share a state, or consecutive states
-(value heads) a query and key.
+H, the heads of the state, are v's. Consecutive query heads share a state; consecutive states share a key, and a query
+where there are fewer of them. What is to be divided by 0 is 0.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def chunked(
                         + _products(queries, keys, b - gates, b, -1) @ written
                         + own
                     )
-                x.o[g, chunk] = o[:, :-1] / (o[:, -1:] + x.epsilon if x.normalize else 1)
+                x.o[g, chunk] = quotient(o[:, :-1], o[:, -1:] + x.epsilon) if x.normalize else o[:, :-1]
             state = np.exp(b[-1])[:, None] * state + (keys * np.exp(b[-1] - b)).T @ written
         x.state[:], x.norm[:] = state[:, :-1], state[:, -1]
     return results
@@ -233,15 +233,15 @@ class _Head:
     norm: Float64
 
     def read(self, t: int, state: Float64, norm: Float64) -> None:
-        total = (self.q[:, t] @ norm + self.epsilon)[:, None] if self.normalize else 1
-        self.o[:, t] = self.q[:, t] @ state / total
+        o = self.q[:, t] @ state
+        self.o[:, t] = quotient(o, (self.q[:, t] @ norm + self.epsilon)[:, None]) if self.normalize else o
 
 
 def _heads(q: Array, k: Array, v: Array, parameters: Parameters) -> tuple[Results, list[_Head]]:
     """Every state of every sequence, and the results that they write to."""
     get: Callable[..., Any] = parameters.get
     batch, q_heads, length, dim = q.shape
-    states = max(k.shape[1], v.shape[1])
+    states = v.shape[1]
     sequences = list(sequences_of(batch, length, **parameters))
     results = Results(
         np.zeros((batch, max(q_heads, states), length, v.shape[3])),
@@ -298,15 +298,23 @@ FEATURES: dict[str, Callable[[Float64], Float64]] = {
 }
 
 
+def quotient(x: Float64, total: Float64) -> Float64:
+    """``x / total``, 0 where total is 0."""
+    return np.where(total == 0, 0, x / np.where(total == 0, 1, total))
+
+
 def normed(x: Float64, norm: str) -> Float64:
-    """Every token by itself: its length 1 ("l2"), or its mean 0 and variance 1 ("layer"); what is 0 stays 0."""
-    if norm == "none":
-        return x
-    if norm == "layer":
+    """Every token by itself: of length 1 ("l2"; the token 0 stays 0), or of mean 0 and variance 1 ("layer")."""
+    if norm == "l2":
+        size = np.linalg.norm(x, axis=-1, keepdims=True)
+        x = x / np.where(size == 0, 1, size)
+    elif norm == "layer":
         x = x - x.mean(axis=-1, keepdims=True)
-    size = np.sqrt(np.sum(x * x, axis=-1, keepdims=True) / (x.shape[-1] if norm == "layer" else 1))
-    scaled: Float64 = x / np.where(size == 0, 1, size)
-    return scaled
+        x = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + LAYER_EPSILON)
+    return x
+
+
+LAYER_EPSILON = 1e-6
 
 
 # --- by name ----------------------------------------------------------------------------------------------
