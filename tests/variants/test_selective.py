@@ -219,6 +219,16 @@ def test_the_accumulator_of_the_program() -> None:
     np.testing.assert_array_equal(carry, [[0, 1e30, 2, 0]])
 
 
+def test_dropout_does_not_touch_the_selection(rng: np.random.Generator) -> None:
+    q, k, v = qkv(rng)
+    text = selective.program()[0]
+    o, lse, carry = run(parse(text), [q, k, v])
+    dropped = run(parse(text.replace("head = 0", "head = 0, dropout = 0.5")), [q, k, v], seed=3)
+    testing.agree(dropped[1], lse)
+    testing.agree(dropped[2], carry)
+    assert abs(dropped[0] - o).max() > 0.1
+
+
 def test_an_initial_carry_of_the_wrong_size(rng: np.random.Generator) -> None:
     q, k, v = qkv(rng)
     for size in (5, 7):
