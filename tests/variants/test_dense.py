@@ -118,6 +118,8 @@ def members(rng: np.random.Generator, sq: int, skv: int) -> dict[str, dict[str, 
         "bias": {"bias": floats(2, 4, sq, skv), "causal": True},
         "bias of a row": {"bias": floats(1, sq, skv)},
         "dropout": {"causal": True, "dropout": 0.3},
+        "dropout of nothing": {"dropout": 0.0},
+        "dropout of everything": {"causal": True, "dropout": 1.0},
         "everything": {
             "causal": True, "window": (3, 0), "softcap": 2.0, "alibi_slopes": floats(4),
             "bias": floats(sq, skv), "sink": floats(4), "dropout": 0.2,
@@ -141,6 +143,26 @@ def test_worked_numbers_of_the_program(name: str) -> None:
     text, buffers = dense.program(**parameters)
     for got, want in zip(run(parse(text), [Q, K, V], buffers), (o, lse), strict=True):
         np.testing.assert_allclose(got.ravel(), want, atol=6e-7)
+
+
+def test_top_left_by_hand() -> None:
+    """The other alignment is another mask."""
+    text = "attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd) {\no, l = attend(q, k, v, scale = 1.0) { mask = kv_idx <= q_idx }\nreturn o\n}"
+    np.testing.assert_allclose(run(parse(text), [Q, K, V])[0].ravel(), [1.0, 1.880797], atol=6e-7)
+
+
+def test_saturation_is_not_nan(rng: np.random.Generator) -> None:
+    """Caps that are reached and distances that are far: weights of exactly 0, gradients that are finite."""
+    q, k, v = qkv(rng)
+    slopes = np.full(4, 1e4, np.float32)
+    for parameters in ({"softcap": 2.0}, {"alibi_slopes": slopes}, {"softcap": 5.0, "alibi_slopes": slopes}):
+        text, buffers = dense.program(**parameters)  # type: ignore[arg-type]
+        inputs = [1e4 * q, 1e4 * k, v] if "softcap" in parameters else [q, k, v]
+        o, lse = run(parse(text), inputs, buffers)
+        got = gradients(parse(text), inputs, [np.ones_like(o), np.ones_like(lse)], buffers)
+        assert all(np.isfinite(x).all() for x in (o, lse, *got.inputs))
+        if "softcap" in parameters:
+            assert abs(got.inputs[0]).max() < 1e-6
 
 
 def test_ragged_programs(rng: np.random.Generator) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from attnkit import testing
 from attnkit.backends.reference import gradients, run
+from attnkit.errors import AttnkitError
 from attnkit.ir.text import parse
 from attnkit.variants import dense, selective
 
@@ -153,6 +154,16 @@ def test_documents_start_anew(rng: np.random.Generator) -> None:
 SHAPES = [(2, 4, 2, 6, 6), (1, 2, 1, 3, 7), (1, 3, 3, 6, 4), (1, 2, 1, 0, 3), (1, 2, 1, 3, 0)]
 
 
+def check(q: Any, k: Any, v: Any, initial: Any, **parameters: Any) -> selective.Selected:
+    """The program's results are those of the equation, which are returned."""
+    text, buffers = selective.program(initial=initial is not None, **parameters)
+    want = selective.naive(q, k, v, initial, **parameters)
+    inputs = [q, k, v] if initial is None else [q, k, v, initial]
+    for field, got in zip(("o", "lse", "carry"), run(parse(text), inputs, buffers), strict=True):
+        testing.agree(got, getattr(want, field), what=field)
+    return want
+
+
 @pytest.mark.parametrize("name", selective.CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_program_is_the_equation(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> None:
@@ -160,14 +171,8 @@ def test_the_program_is_the_equation(rng: np.random.Generator, name: str, shape:
     q, k, v = qkv(rng, *shape)
     parameters = selective.CASES[name](hq, sq, skv, rng)
     initial = abs(rng.standard_normal((b, skv)))
-    text, buffers = selective.program(initial=True, **parameters)
-    want = selective.naive(q, k, v, initial, **parameters)
-    for field, got in zip(("o", "lse", "carry"), run(parse(text), [q, k, v, initial], buffers), strict=True):
-        testing.agree(got, getattr(want, field), what=field)
-    plain, buffers = selective.program(**parameters)
-    want = selective.naive(q, k, v, **parameters)
-    for field, got in zip(("o", "lse", "carry"), run(parse(plain), [q, k, v], buffers), strict=True):
-        testing.agree(got, getattr(want, field), what=field)
+    check(q, k, v, initial, **parameters)
+    want = check(q, k, v, None, **parameters)
     memory, buffers = selective.memory_program(tau=0.7, **parameters)
     (rows,) = run(parse(memory), [q, k, v], buffers)
     for head in range(hq):
@@ -178,23 +183,58 @@ def test_the_program_is_the_equation(rng: np.random.Generator, name: str, shape:
 def test_ragged_programs(rng: np.random.Generator, name: str) -> None:
     """Packed documents, an empty one among them, and padded keys; what lies beyond a length reaches nothing."""
     parameters = selective.CASES[name](4, 6, 6, rng)
-    q, k, v = qkv(rng, b=1, sq=11, skv=11)
-    cu = np.array([0, 4, 4, 5, 11], np.int32)
-    text, buffers = selective.program(cu_seqlens_q=cu, cu_seqlens_kv=cu, **parameters)
-    want = selective.naive(q, k, v, cu_seqlens_q=cu, cu_seqlens_kv=cu, **parameters)
-    for field, got in zip(("o", "lse", "carry"), run(parse(text), [q, k, v], buffers), strict=True):
-        testing.agree(got, getattr(want, field), what=field)
+    q, k, v = qkv(rng, b=1, sq=9, skv=11)
+    cu_q, cu_kv = np.array([0, 3, 3, 4, 9], np.int32), np.array([0, 4, 4, 5, 11], np.int32)
+    before = abs(rng.standard_normal((1, 11)))
+    lengths: Any = {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}
+    check(q, k, v, before, **parameters, **lengths)
     q, k, v = qkv(rng, b=3, sq=4, skv=8)
-    lens = np.array([8, 4, 5], np.int32)
+    lens = np.array([7, 4, 5], np.int32)
+    before = abs(rng.standard_normal((3, 8)))
     for b, length in enumerate(lens):
-        k[b, :, length:], v[b, :, length:] = np.nan, np.inf
-    text, buffers = selective.program(kv_lens=lens, **parameters)
-    want = selective.naive(q, k, v, kv_lens=lens, **parameters)
-    o, lse, carry = run(parse(text), [q, k, v], buffers)
-    testing.agree(o, want.o)
-    testing.agree(lse, want.lse)
-    for b, length in enumerate(lens):
-        testing.agree(carry[b, :length], want.carry[b, :length])
+        k[b, :, length:], v[b, :, length:], before[b, length:] = np.nan, np.inf, 0
+    check(q, k, v, before, **parameters, kv_lens=lens)
+
+
+def test_the_accumulator_of_the_program() -> None:
+    """F itself, read as a score: sums of earlier rows alone, not blurred by what comes with its own row."""
+    q, k, eye = by_hand()
+    body = (
+        selective.program()[0]
+        .replace("score = t - f", "score = f")
+        .replace("normalizer = softmax", "normalizer = none")
+    )
+    program = parse(
+        body.replace("scale = default", "scale = 1.0")
+        .replace("(o, lse, carry)", "(o, carry)")
+        .replace("o, lse, c", "o, c")
+    )
+    f, carry = run(program, [q, k, eye])
+    np.testing.assert_array_equal(f[0, 0], [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 3, 0, 0]])
+    np.testing.assert_array_equal(carry, [[0, 3, 2, 0]])
+    huge = q.copy()
+    huge[0, 0, 3, 1] = 1e30
+    f, carry = run(program, [huge, k, eye])
+    np.testing.assert_array_equal(f[0, 0, 3], [0, 3, 0, 0])
+    np.testing.assert_array_equal(carry, [[0, 1e30, 2, 0]])
+
+
+def test_dropout_does_not_touch_the_selection(rng: np.random.Generator) -> None:
+    q, k, v = qkv(rng)
+    text = selective.program()[0]
+    o, lse, carry = run(parse(text), [q, k, v])
+    dropped = run(parse(text.replace("head = 0", "head = 0, dropout = 0.5")), [q, k, v], seed=3)
+    testing.agree(dropped[1], lse)
+    testing.agree(dropped[2], carry)
+    assert abs(dropped[0] - o).max() > 0.1
+
+
+def test_an_initial_carry_of_the_wrong_size(rng: np.random.Generator) -> None:
+    q, k, v = qkv(rng)
+    for size in (5, 7):
+        with pytest.raises(AttnkitError) as caught:
+            run(parse(selective.program(initial=True)[0]), [q, k, v, np.zeros((2, size))])
+        assert caught.value.code == "AK403"
 
 
 @pytest.mark.parametrize("budget", [None, 3])

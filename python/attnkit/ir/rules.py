@@ -178,7 +178,7 @@ def _attend(op: Attend, types: Types, all_types: Types) -> tuple[Type, ...]:
     lse = Type("bhs", q, sinks=int(op.normalizer.sink is not None))
     row, column = Type("bhs", q), Type("bhs", k)
     kinds = {
-        "o": Type("tokens", q), "lse": lse, "carry": Type("bs"), "density": Type("bh"), "weights": Type("weights"),
+        "o": Type("tokens", q), "lse": lse, "carry": Type("bs", k), "density": Type("bh"), "weights": Type("weights"),
         "column_sum": column, "column_max": column, "row_max": row, "entropy": row,
     }  # fmt: skip
     return tuple(kinds[name] for name in op.outputs)

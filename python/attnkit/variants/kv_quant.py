@@ -1,16 +1,16 @@
 """Attention over a quantised KV cache: what is stored is codes and scales, what is meant is what they decode to.
 
-A codec cuts the tokens ``[S, D]`` of a head into blocks that share a scale (and a zero point), see `Codec.block`::
+A codec cuts the tokens ``[S, D]`` of a head into blocks that share a scale (and a zero point), see `block`::
 
     int8         scale = max |x| / 127                     code = round(x / scale)            x^ = code * scale
     int4, int2   zero = min x, scale = (max x - zero) / (2^b - 1)
                                                            code = round((x - zero) / scale)   x^ = zero + code * scale
     fp8          scale = 1, or as calibrated               code = e4m3(x / scale), saturating at 448
 
-Rounding is to nearest, ties to even. Scales and zeros are stored in bfloat16: a scale is rounded to nearest, a zero
-*down* (before the scale is computed), so that every x lies within reach and ``|x - x^| <= scale / 2`` holds for what
-is stored. A constant block of int4 or int2 (of int8: of zeros) has code 0 and scale 0. NaN or infinity destroys its
-own block and no other.
+Codes are rounded to nearest, ties to even (int8: away from zero). Scales and zeros are stored in bfloat16: a scale is
+rounded to nearest, a zero *down* (before the scale is computed), so that every x lies within reach and ``|x - x^| <=
+scale / 2`` holds for what is stored. A constant block of int4 or int2 (of int8: of zeros) has code 0 and scale 0. NaN
+or infinity destroys its own block and no other.
 
 A cache holds whole groups of ``g`` tokens as codes, then the newest ``r`` tokens in full precision, ``R <= r < R + g``
 as soon as there are R: a group is quantised when it leaves. Queries are the last tokens. Attention runs over segments
@@ -22,64 +22,44 @@ Parameters: one pair of codecs (k, v) for each segment, None for tokens as they 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from attnkit.ir.program import Codec
 from attnkit.variants import dense
 from attnkit.variants.sequences import CAUSAL, Array, Float64, write
 
-
-@dataclass(frozen=True)
-class Codec:
-    """``name`` int8, int4, int2 or fp8; what shares a scale: ``axis`` token, channel, tile or head, and a ``group``.
-
-    token: g channels of a token. channel: g tokens of a channel. tile: all channels of g tokens. head: everything.
-    A group of 0 is all there are.
-    """
-
-    name: str
-    axis: str
-    group: int = 0
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return {"int8": 8, "fp8": 8, "int4": 4, "int2": 2}[self.name]
-
-    @property
-    def has_zero(self) -> bool:
-        """Whether blocks have a zero point."""
-        return self.bits < 8
-
-    def block(self, tokens: int, channels: int) -> tuple[int, int]:
-        """The shape of a block of ``[tokens, channels]``: what shares a scale."""
-        rows, columns = {"token": (1, channels), "channel": (tokens, 1)}.get(self.axis, (tokens, channels))
-        if self.axis == "token":
-            return rows, self.group or columns
-        return self.group or rows, columns
-
-    def bits_per_element(self, tokens: int, channels: int) -> float:
-        """Of codes, scales and zeros together."""
-        rows, columns = self.block(tokens, channels)
-        return self.bits + 16 * (1 + self.has_zero) / (rows * columns)
-
-    def __str__(self) -> str:
-        return f"{self.name}({self.axis}, {self.group})"
-
-
-INT8 = Codec("int8", "token")
-FP8 = Codec("fp8", "head")
+INT8 = Codec("int8", "token", 0)
+FP8 = Codec("fp8", "head", 0)
 # K per channel over groups of tokens, V per token over groups of channels.
 KIVI4 = (Codec("int4", "channel", 32), Codec("int4", "token", 32))
 KIVI2 = (Codec("int2", "channel", 32), Codec("int2", "token", 32))
+BITS = {"int8": 8, "fp8": 8, "int4": 4, "int2": 2}
+
+
+def has_zero(codec: Codec) -> bool:
+    """Whether its blocks have a zero point."""
+    return BITS[codec.name] < 8
+
+
+def block(codec: Codec, tokens: int, channels: int) -> tuple[int, int]:
+    """What shares a scale in ``[tokens, channels]``: the shape of a block, of which the last may be smaller."""
+    group = codec.group
+    shapes = {"token": (1, group or channels), "channel": (group or tokens, 1)}
+    return shapes.get(codec.axis, (group or tokens, channels))
+
+
+def bits_per_element(codec: Codec, tokens: int, channels: int) -> float:
+    """Of codes, and of scales and zeros of 16 bits."""
+    rows, columns = block(codec, tokens, channels)
+    return BITS[codec.name] + 16 * (1 + has_zero(codec)) / (rows * columns)
 
 
 class Encoded(NamedTuple):
     """Codes ``[B, H, S, D]`` (int8; uint8 where there is a zero point or an e4m3 byte), scale and zero per block.
 
-    ``scale`` and ``zero`` are float64 ``[B, H, ceil(S / rows), ceil(D / columns)]`` of `Codec.block`.
+    ``scale`` and ``zero`` are float64 ``[B, H, ceil(S / rows), ceil(D / columns)]`` of `block`.
     """
 
     codes: Array
@@ -94,7 +74,9 @@ def program(
     names = [(f"k{n or ''}", f"v{n or ''}") for n in range(len(segments))]
     inputs = ["q: bhsd"]
     for pair, codecs in zip(names, segments, strict=True):
-        inputs += [f"{name}: bhsd {codec or ''}".rstrip() for name, codec in zip(pair, codecs, strict=True)]
+        inputs += [
+            f"{name}: bhsd {written(codec)}".rstrip() for name, codec in zip(pair, codecs, strict=True)
+        ]
     operands = ", ".join(name for pair in names for name in pair)
     lines = [
         f"o, lse = attend(q, {operands}, scale = default) {{",
@@ -104,6 +86,11 @@ def program(
         "return o, lse",
     ]
     return write(inputs, lines), []
+
+
+def written(codec: Codec | None) -> str:
+    """A codec in the language of programs."""
+    return "" if codec is None else f"{codec.name}({codec.axis}, {codec.group})"
 
 
 # --- as equations -----------------------------------------------------------------------------------------
@@ -123,7 +110,7 @@ def quantise(x: Array, codec: Codec, scale: Array | None = None) -> Encoded:
     ``scale`` (fp8 alone; default 1) is a number or ``[H]``: it is not computed from the tokens.
     """
     x = x.astype(np.float64)
-    rows, columns = codec.block(*x.shape[2:])
+    rows, columns = block(codec, *x.shape[2:])
     blocks = (*x.shape[:2], -(-x.shape[2] // max(rows, 1)), -(-x.shape[3] // max(columns, 1)))
     codes = np.zeros(x.shape, np.int8 if codec.name == "int8" else np.uint8)
     scales, zeros = np.ones(blocks), np.zeros(blocks)
@@ -136,13 +123,13 @@ def quantise(x: Array, codec: Codec, scale: Array | None = None) -> Encoded:
             codes[part] = e4m3_bytes(x[part] / scales[at])
         else:
             codes[part], scales[at], zeros[at] = _quantise_block(x[part], codec)
-    return Encoded(codes, scales, zeros if codec.has_zero else None)
+    return Encoded(codes, scales, zeros if has_zero(codec) else None)
 
 
 def decode(encoded: Encoded, codec: Codec) -> Float64:
     """What the codes mean, ``[B, H, S, D]``."""
     tokens, channels = encoded.codes.shape[2:]
-    rows, columns = codec.block(tokens, channels)
+    rows, columns = block(codec, tokens, channels)
 
     def spread(per_block: Array) -> Array:
         return per_block.repeat(rows, axis=2).repeat(columns, axis=3)[:, :, :tokens, :channels]
@@ -154,15 +141,25 @@ def decode(encoded: Encoded, codec: Codec) -> Float64:
 
 
 def _quantise_block(x: Array, codec: Codec) -> tuple[Array, float, float]:
-    top = 2**codec.bits - 1 if codec.has_zero else 127
-    zero = rounded_down_to_bfloat16(x.min()) if codec.has_zero else 0.0
-    reach = x.max() - zero if codec.has_zero else np.abs(x).max()
-    constant = codec.has_zero and x.min() == x.max()
-    scale = 0.0 if constant else float(to_bfloat16(reach / top))
+    if not has_zero(codec):
+        scale = float(to_bfloat16(np.abs(x).max() / 127))
+        return _codes(x, 0.0, scale, 127, _half_away), scale, 0.0
+    top = 2 ** BITS[codec.name] - 1
+    zero = rounded_down_to_bfloat16(x.min())
+    scale = 0.0 if x.min() == x.max() else float(to_bfloat16((x.max() - zero) / top))
+    return _codes(x, zero, scale, top, np.rint), scale, zero
+
+
+def _codes(x: Array, zero: float, scale: float, top: int, round_: Any) -> Array:
     if scale == 0 or not np.isfinite(scale):
-        return np.zeros(x.shape), scale, zero
-    codes = np.rint((x - zero) / scale)
-    return np.clip(codes, 0 if codec.has_zero else -top, top), scale, zero
+        return np.zeros(x.shape)
+    codes: Array = np.clip(round_((x - zero) / scale), -top, top)
+    return codes
+
+
+def _half_away(x: Array) -> Array:
+    away: Array = np.sign(x) * np.floor(np.abs(x) + 0.5)
+    return away
 
 
 # --- numbers ----------------------------------------------------------------------------------------------

@@ -144,14 +144,18 @@ def _carry(
         carried = carried + related.initial.reshape(1, 1, -1)
     if op.budget is None:
         return carried, exists
-    return carried, exists & _budget(op.budget, carried.value[0], exists[op.head])
+    evicted = _evicted(op.budget, carried.value[0], exists[op.head])
+    return where(evicted, np.inf, carried), exists & ~evicted[:-1]
 
 
-def _budget(budget: int, f: Array, exists: Array) -> Array:
-    """Which keys are still there at each query: what is evicted once never comes back. ``[n, m]``."""
+def _evicted(budget: int, f: Array, exists: Array) -> Array:
+    """Which keys each query finds gone, and in the end: for good, so whose carry is inf from the start are too.
+
+    ``[n + 1, m]``.
+    """
     q_len, kv_len = exists.shape
-    held = np.zeros((q_len, kv_len), bool)
-    evicted = np.zeros(kv_len, bool)
+    gone = np.zeros((q_len + 1, kv_len), bool)
+    evicted = f[0] == np.inf
     for i in range(q_len):
         live = exists[i] & ~evicted
         own = np.max(np.flatnonzero(live), initial=-1)
@@ -160,8 +164,9 @@ def _budget(budget: int, f: Array, exists: Array) -> Array:
             candidates = candidates[(candidates != candidates[0]) & (candidates != own)]
             worst = candidates[np.argmax(f[i, candidates])]  # ties: the oldest
             live[worst], evicted[worst] = False, True
-        held[i] = live
-    return held
+        gone[i] = evicted
+    gone[q_len] = evicted
+    return gone
 
 
 def _unskipped(z: Array, exists: Array, threshold: float) -> Array:

@@ -14,7 +14,7 @@ from attnkit.backends.reference.evaluate import Scope
 from attnkit.backends.reference.recur import recur
 from attnkit.backends.reference.select import Relation, coherence, select
 from attnkit.backends.reference.tape import Array, Node, backward, concatenate, exp, log, sqrt, where
-from attnkit.backends.reference.values import Batch, join, split
+from attnkit.backends.reference.values import Batch, join, of_keys, split
 from attnkit.errors import error
 from attnkit.ir.program import Attend, Encode, Map, Merge, Operation, Pool, Program, Recur, Select
 from attnkit.ir.rules import Type
@@ -111,15 +111,14 @@ class _Run:
     def _returned(self, index: int) -> tuple[Array, list[Any]]:
         value = self.values[index]
         parts = [p.array if isinstance(p, Relation) else p for p in value.parts]
-        axis, packed = value.type.axis, None
-        if (
-            axis is not None
-            and axis.layout.kind == "packed"
-            and axis.block == 1
-            and value.type.kind != "relation"
-        ):
-            packed = self.batch.leaves[axis.root].shape
-        return join(parts, packed, -np.inf if self.names[index] == "lse" else 0.0)
+        axis, kind, packed, keys = value.type.axis, value.type.kind, None, 0
+        if axis is not None and axis.block == 1 and kind != "relation":
+            shape = self.batch.leaves[axis.root].shape
+            if axis.layout.kind == "packed":
+                packed = {"tokens": shape, "bhs": shape[:3], "bs": (1, shape[2])}[kind]
+            elif axis.layout.kind == "padded" and kind != "tokens":
+                keys = shape[2]  # a number for each key, also for those that do not exist
+        return join(parts, packed, -np.inf if self.names[index] == "lse" else 0.0, keys)
 
     def results(self) -> list[Array]:
         result = self.program.ops[-1]
@@ -252,8 +251,18 @@ def _attend(run: _Run, op: Attend, b: int) -> list[Any]:
         given = str(run.scope.arrays[op.normalizer.sink].shape)
         raise error("AK403", where="sink", given=given, allowed=f"[{q.shape[0]}], one logit a head")
     groups = None if op.groups is None else (run.part(op.groups[0], b), run.part(op.groups[1], b))
-    related = Related(b, run.part(op.blocks, b), groups, run.part(op.initial, b), run.seed)
+    related = Related(b, run.part(op.blocks, b), groups, _initial(run, op, b), run.seed)
     return attend(op, q, segments, related, run.scope)
+
+
+def _initial(run: _Run, op: Attend, b: int) -> Any:
+    """The carry that the keys of sequence ``b`` start with."""
+    if op.initial is None:
+        return None
+    keys = [run.values[i] for i in op.operands[1::2]]
+    lengths = [sum(segment.parts[n].shape[1] for segment in keys) for n in range(run.batch.size)]
+    kinds = {segment.type.axis.layout.kind for segment in keys if segment.type.axis is not None}
+    return of_keys(run.part(op.initial, b), lengths, b, "packed" in kinds, bool(kinds & {"padded", "paged"}))
 
 
 def _recur(run: _Run, op: Recur, b: int) -> list[Any]:
