@@ -106,7 +106,7 @@ def causal(align: str = "bottom_right") -> Mask:
         return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
     if align != "bottom_right":
         raise error("AK401", where="align", given=repr(align), allowed="'bottom_right', 'top_left'")
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= _position(q_idx))
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= position(q_idx))
 
 
 def window(left: int | None, right: int | None = 0) -> Mask:
@@ -121,12 +121,12 @@ def window(left: int | None, right: int | None = 0) -> Mask:
             raise error("AK401", where=name, given=f"{distance}", allowed="a distance, -1 or None")
 
     def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        position = _position(q_idx)
+        p = position(q_idx)
         visible = kv_idx >= 0  # always
         if not (left is None or left == -1):
-            visible = kv_idx >= position - left
+            visible = kv_idx >= p - left
         if not (right is None or right == -1):
-            before_right = kv_idx <= position + right
+            before_right = kv_idx <= p + right
             visible = before_right if left is None or left == -1 else visible & before_right
         return visible
 
@@ -143,7 +143,7 @@ def document(q_ids: Any, kv_ids: Any = None) -> Mask:
         _require_rank(name, ids, (1, 2), "[S] or [B, S]")
 
     def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return _load(q_ids, b, q_idx) == _load(kv_ids, b, kv_idx)
+        return load(q_ids, b, q_idx) == load(kv_ids, b, kv_idx)
 
     return Mask(visible)
 
@@ -156,7 +156,7 @@ def prefix(n: Any) -> Mask:
     if isinstance(n, int):
         return Mask(lambda b, h, q_idx, kv_idx: kv_idx < n)
     _require_rank("n", n, (1,), "an int or [B]")
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < _load(n, b))
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < load(n, b))
 
 
 def softcap(c: float | Param) -> ScoreFunction:
@@ -178,7 +178,7 @@ def alibi(slopes: Any) -> ScoreFunction:
     _require_rank("slopes", slopes, (1, 2), "[Hq] or [B, Hq]")
 
     def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return s - _load(slopes, b, h) * (_position(q_idx) - kv_idx).abs()
+        return s - load(slopes, b, h) * (position(q_idx) - kv_idx).abs()
 
     return score
 
@@ -191,18 +191,18 @@ def bias(tensor: Any) -> ScoreFunction:
     _require_rank("bias", tensor, (2, 3, 4), "[Sq, Skv], [H, Sq, Skv] or [B, H, Sq, Skv]")
 
     def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return s + _load(tensor, b, h, q_idx, kv_idx)
+        return s + load(tensor, b, h, q_idx, kv_idx)
 
     return score
 
 
-def _position(q_idx: Any) -> Any:
+def position(q_idx: Any) -> Any:
     """The key position that a query stands at."""
     lengths = q_idx.context
     return q_idx + (lengths.variable("kv_len") - lengths.variable("q_len"))
 
 
-def _load(tensor: Any, *index: Any) -> Any:
+def load(tensor: Any, *index: Any) -> Any:
     """``tensor`` at the last of the indices; dimensions of size 1 broadcast."""
     rank = len(tensor.shape)
     pairs = zip(tensor.shape, index[len(index) - rank :], strict=True)

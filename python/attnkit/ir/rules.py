@@ -34,6 +34,17 @@ class Axis(NamedTuple):
     block: int
     layout: Layout
 
+    def matches(self, wanted: Axis, other: Axis) -> bool:
+        """Whether these are the wanted tokens, pooled or not, or an input that lies like them; but not the other."""
+        alike = self.layout == wanted.layout and self.layout.kind != "hsd" and self.root != other.root
+        return self.root == wanted.root or alike
+
+    def pools(self, other: Axis) -> bool:
+        """Whether each of these tokens stands for one or, of the same input, more of the other's."""
+        if self.root == other.root:
+            return self.block % other.block == 0
+        return (self.layout, self.block) == (other.layout, other.block)
+
 
 @dataclass(frozen=True)
 class Type:
@@ -97,7 +108,9 @@ def _map(op: Map, types: Types, all_types: Types) -> tuple[Type, ...]:
     rank = {"h": 0, "hd": 1, "bhs": 2, "tokens": 3}
     if any(rank[t.kind] > rank[first.kind] for t in types):
         raise _wrong(op, ", ".join(t.kind for t in types), f"nothing larger than the first, {first.kind}")
-    _alike(op, types)
+    if any(t.axis is not None and (first.axis is None or not t.axis.pools(first.axis)) for t in types[1:]):
+        allowed = "the tokens of the first, or a pool of them"
+        raise error("AK219", where=op.NAME, given="operands of different tokens", allowed=allowed)
     if op.norm != "none" and first.kind != "tokens":
         raise _wrong(op, f"norm = {op.norm} of {first.kind}", "tokens")
     return (Type(first.kind, first.axis),)
@@ -223,13 +236,19 @@ def _related(op: Attend, q: Axis, k: Axis, all_types: Types) -> None:
     for relation in held:
         if relation.kind != "relation":
             raise _wrong(op, relation.kind, "relations, which select gives")
-    roots = [(t.axis.root, t.columns.root, t.columns.block) for t in held if t.axis and t.columns]
+    (rows, columns), (rows_k, columns_k) = [
+        (t.axis, t.columns) for t in (held[0], held[-1]) if t.axis and t.columns
+    ]
     if op.blocks is not None:
-        fits = roots[0][:2] == (q.root, k.root) and held[0].prefix is None and q.block == k.block == 1
+        fits = (
+            rows.matches(q, k)
+            and columns.matches(k, q)
+            and held[0].prefix is None
+            and q.block == k.block == 1
+        )
     else:
-        (row_q, column_q, size_q), (row_k, column_k, size_k) = roots
-        fits = row_q == row_k and (column_q, column_k) == (q.root, k.root) and held[0].prefix is None
-        fits = fits and size_q == size_k == q.block == k.block == 1
+        fits = rows.root == rows_k.root and columns.matches(q, k) and columns_k.matches(k, q)
+        fits = fits and held[0].prefix is None and columns.block == columns_k.block == q.block == k.block == 1
     if not fits:
         allowed = "blocks = select(pooled q, pooled k); groups = (select(c, q), select(c, k))"
         raise error("AK219", where=op.NAME, given="a relation of other tokens", allowed=allowed)

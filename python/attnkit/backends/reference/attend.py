@@ -68,13 +68,14 @@ def attend(
     if op.dropout is not None:
         p = scope.number(op.dropout)
         keep = kept(related.seed, related.b, s.shape, p) / (1 - p if p < 1 else 1)
+    visited = exists
     if op.skip is not None:
         exists = _unskipped(z.value, exists, scope.number(op.skip))
     if related.groups is not None:
         return [_grouped(op, z, exists, v, keep, related.groups)]
     weights, lse, top = _normalise(op, z, exists, sink)
     dropped = weights if keep is None else weights * keep
-    found = _Outputs(op, z, exists, possible, weights, lse, top)
+    found = _Outputs(op, z, visited, possible, weights, lse, top)
     given = {"o": lambda: weighted(dropped, exists, v), "weights": lambda: dropped}
     if carried is not None:
         given["carry"] = lambda: carried[0, q_len]
@@ -215,7 +216,7 @@ class _Outputs:
 
     op: Attend
     z: Node
-    exists: Array
+    visited: Array
     possible: Array
     weights: Node
     sums: Node
@@ -226,8 +227,8 @@ class _Outputs:
         return self.sums
 
     def density(self) -> Node:
-        """Tiles visited, of those in which a pair could exist, for each head."""
-        visited, possible = (_tiles(x).sum(axis=(1, 2)) for x in (self.exists, self.possible))
+        """Tiles visited, of those in which a pair could exist, for each head. A tile that is skipped was visited."""
+        visited, possible = (_tiles(x).sum(axis=(1, 2)) for x in (self.visited, self.possible))
         return Node(np.where(possible == 0, 0.0, visited / np.maximum(possible, 1)))
 
     def column_sum(self) -> Node:

@@ -148,9 +148,9 @@ class _Run:
 
 
 def _map(run: _Run, op: Map, b: int) -> list[Any]:
-    operands = [run.part(i, b) for i in op.operands]
-    first = operands[0]
+    first, *others = (run.part(i, b) for i in op.operands)
     kinds = [run.values[i].type.kind for i in op.operands]
+    operands = [first, *(_spread(run, op, i + 1, x, first.shape) for i, x in enumerate(others))]
     nodes = [x.reshape(*_ALONG_TOKENS[kind](x.shape)) for x, kind in zip(operands, kinds, strict=True)]
     (heads, n), width = nodes[0].shape[:2], max(x.shape[2] for x in nodes)
     for x, kind in zip(nodes, kinds, strict=True):
@@ -172,6 +172,14 @@ def _map(run: _Run, op: Map, b: int) -> list[Any]:
     if np.any(outside):
         raise error("AK601", where="map", given=repr(op.value))
     return [value if kinds[0] == "tokens" else value.reshape(*first.shape)]
+
+
+def _spread(run: _Run, op: Map, operand: int, x: Node, shape: tuple[int, ...]) -> Node:
+    """An operand of ``map`` with an entry for every token of the first: a pooled one stands for all of its tokens."""
+    own, first = (run.values[op.operands[i]].type.axis for i in (operand, 0))
+    if own is None or first is None or own.block == first.block:
+        return x
+    return x[:, np.arange(shape[1]) // (own.block // first.block)]
 
 
 # How each kind of operand lies beside [H, n, D].
@@ -251,7 +259,9 @@ def _attend(run: _Run, op: Attend, b: int) -> list[Any]:
         given = str(run.scope.arrays[op.normalizer.sink].shape)
         raise error("AK403", where="sink", given=given, allowed=f"[{q.shape[0]}], one logit a head")
     groups = None if op.groups is None else (run.part(op.groups[0], b), run.part(op.groups[1], b))
-    related = Related(b, run.part(op.blocks, b), groups, _initial(run, op, b), run.seed)
+    blocks = run.part(op.blocks, b)
+    _check_relations(blocks, groups, q.shape, segments[0][0].shape[1])
+    related = Related(b, blocks, groups, _initial(run, op, b), run.seed)
     return attend(op, q, segments, related, run.scope)
 
 
@@ -263,6 +273,30 @@ def _initial(run: _Run, op: Attend, b: int) -> Any:
     lengths = [sum(segment.parts[n].shape[1] for segment in keys) for n in range(run.batch.size)]
     kinds = {segment.type.axis.layout.kind for segment in keys if segment.type.axis is not None}
     return of_keys(run.part(op.initial, b), lengths, b, "packed" in kinds, bool(kinds & {"padded", "paged"}))
+
+
+def _check_relations(
+    blocks: Relation | None, groups: tuple[Relation, Relation] | None, q: Any, kv_len: int
+) -> None:
+    """Relations of other inputs than q and k have as many tokens, all the same."""
+    sizes = []
+    if blocks is not None:
+        sizes.append((blocks, (-(-q[1] // blocks.row_block), -(-kv_len // blocks.column_block))))
+    if groups is not None:
+        sizes += [
+            (groups[0], (groups[0].array.shape[2], q[1])),
+            (groups[1], (groups[0].array.shape[2], kv_len)),
+        ]
+    for relation, (rows, columns) in sizes:
+        heads, *found = relation.array.shape[0], *relation.array.shape[2:]
+        if found != [rows, columns] or q[0] % max(heads, 1):
+            given = f"{heads} heads of {found[0]} x {found[1]}"
+            raise error(
+                "AK403",
+                where="relation of attend",
+                given=given,
+                allowed=f"{q[0]} heads of {rows} x {columns}",
+            )
 
 
 def _recur(run: _Run, op: Recur, b: int) -> list[Any]:
