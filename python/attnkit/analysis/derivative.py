@@ -30,7 +30,7 @@ def gradient(root: Expr, leaves: Sequence[Expr]) -> list[Expr]:
             continue
         for arg, text in zip(node.args, OPS[node.op].derivative, strict=False):
             if arg.dtype == "float" and text:
-                names = {name: operand for name, operand in zip(_OPERANDS, node.args, strict=False)}
+                names = dict(zip(_OPERANDS, node.args, strict=False))
                 partial = _substitute(_template(text, node.op), {**names, "w": node})
                 adjoint[arg] = _add(adjoint.get(arg, _ZERO), _multiply(above, partial))
     return [adjoint.get(leaf, _ZERO) for leaf in leaves]
