@@ -99,14 +99,17 @@ def _number(op: Operation, name: str, lowest: float, highest: float, integer: bo
         raise error("AK218", where=f"{name} of {op.NAME}", given=str(value), allowed=allowed)
 
 
+# What an operand of a map has beside heads: it broadcasts to a first operand that has as much.
+_AXES_OF = {"h": set(""), "hd": set("d"), "bhs": set("s"), "tokens": set("sd")}
+
+
 def _map(op: Map, types: Types, all_types: Types) -> tuple[Type, ...]:
     if not 1 <= len(types) <= 4:
         raise _wrong(op, f"{len(types)} operands", "1 to 4")
     if any(t.kind not in ("tokens", "bhs", "h", "hd") for t in types):
         raise _wrong(op, ", ".join(t.kind for t in types), "tokens, bhs, h, hd")
     first = types[0]
-    rank = {"h": 0, "hd": 1, "bhs": 2, "tokens": 3}
-    if any(rank[t.kind] > rank[first.kind] for t in types):
+    if any(not _AXES_OF[t.kind] <= _AXES_OF[first.kind] for t in types):
         raise _wrong(op, ", ".join(t.kind for t in types), f"nothing larger than the first, {first.kind}")
     if any(t.axis is not None and (first.axis is None or not t.axis.pools(first.axis)) for t in types[1:]):
         allowed = "the tokens of the first, or a pool of them"
@@ -178,6 +181,8 @@ def _attend(op: Attend, types: Types, all_types: Types) -> tuple[Type, ...]:
             given=f"{op.normalizer.kind} with segments, a carry or groups",
             allowed="one whole segment",
         )
+    if op.groups is not None and op.normalizer.sink is not None:
+        raise error("AK226", where="normalizer", given="groups with a sink", allowed="softmax without a sink")
     _stochastic(op)
     _carried(op, all_types)
     needs_lse = {"lse", "row_max", "entropy"} & set(op.outputs)
@@ -189,7 +194,8 @@ def _attend(op: Attend, types: Types, all_types: Types) -> tuple[Type, ...]:
             "AK221", where="outputs of attend", given=", ".join(op.outputs), allowed="o, beside groups"
         )
     lse = Type("bhs", q, sinks=int(op.normalizer.sink is not None))
-    row, column = Type("bhs", q), Type("bhs", k)
+    # The keys of several segments are the tokens of no value: such sums can only be returned.
+    row, column = Type("bhs", q), Type("bhs", k) if segments == 1 else Type("weights")
     kinds = {
         "o": Type("tokens", q), "lse": lse, "carry": Type("bs", k), "density": Type("bh"), "weights": Type("weights"),
         "column_sum": column, "column_max": column, "row_max": row, "entropy": row,
@@ -198,9 +204,7 @@ def _attend(op: Attend, types: Types, all_types: Types) -> tuple[Type, ...]:
 
 
 def _tokens_of_attend(op: Attend, types: Types) -> list[Axis]:
-    axes = [t.axis for t in types if t.kind == "tokens" and t.axis is not None]
-    if len(axes) != len(types):
-        raise _wrong(op, ", ".join(t.kind for t in types), "tokens")
+    axes = _tokens(op, types)
     q, *keys = axes
     if q.layout.kind in ("padded", "paged"):
         raise error(
@@ -213,11 +217,6 @@ def _tokens_of_attend(op: Attend, types: Types) -> list[Axis]:
         if (k.layout, k.block) != (v.layout, v.block):
             given = f"{k.layout.kind} and {v.layout.kind}"
             raise error("AK211", what="k and v lie in different layouts", where=op.NAME, given=given)
-        if "hsd" not in (q.layout.kind, k.layout.kind) and (q.layout.kind == "packed") != (
-            k.layout.kind == "packed"
-        ):
-            given = f"{q.layout.kind} and {k.layout.kind}"
-            raise error("AK211", what="q is packed exactly if k and v are", given=given)
     return axes
 
 
@@ -228,7 +227,7 @@ def _related(op: Attend, q: Axis, k: Axis, all_types: Types) -> None:
     if (
         len(op.operands) != 3
         or (op.blocks is not None and op.groups is not None)
-        or len(op.groups or (0, 0)) != 2
+        or (op.groups is not None and len(op.groups) != 2)
     ):
         raise error("AK217", where=op.NAME, given="blocks or groups", allowed="one of them, of one segment")
     named = (op.blocks,) if op.blocks is not None else op.groups or ()
@@ -295,19 +294,19 @@ _STATE_KINDS: dict[str, tuple[str, ...]] = {
 def _recur(op: Recur, types: Types, all_types: Types) -> tuple[Type, ...]:
     axes = _tokens(op, types, 3)
     q = axes[0]
+    for name, wanted in _STATE_KINDS.items():
+        value = getattr(op, name)
+        if value is not None and all_types[value].kind not in wanted:
+            raise _wrong(op, f"{name} = {all_types[value].kind}", " or ".join(wanted))
+    numbers = [all_types[i].axis for i in (op.gate, op.beta) if i is not None]
+    axes += [axis for axis in numbers if axis is not None]
     if any(axis.layout != q.layout or axis.block != q.block for axis in axes) or q.layout.kind not in (
         "bhsd",
         "packed",
     ):
         kinds = ", ".join(axis.layout.kind for axis in axes)
-        raise error("AK211", what="q, k and v lie in different layouts", where=op.NAME, given=kinds,
+        raise error("AK211", what="q, k, v and gates lie in different layouts", where=op.NAME, given=kinds,
                     allowed="all bhsd, or all packed alike")  # fmt: skip
-    for name, wanted in _STATE_KINDS.items():
-        value = getattr(op, name)
-        if value is not None and all_types[value].kind not in wanted:
-            raise _wrong(op, f"{name} = {all_types[value].kind}", " or ".join(wanted))
-        if value is not None:
-            _alike(op, [types[0], all_types[value]])
     delta, decayed, bonus = op.beta is not None, op.gate is not None, op.bonus is not None
     illegal = {
         "coefficients with gate, beta or bonus": op.coefficients is not None and (delta or decayed or bonus),

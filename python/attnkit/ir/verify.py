@@ -127,6 +127,8 @@ def _verify_operation(op: Operation, program: Program, types: list[Type]) -> Non
             continue
         if kind == "scale" and not (held > 0 and math.isfinite(held)):
             raise error("AK212", where="scale", given=str(held))
+        if kind == "int" and type(held) is not int:
+            raise error("AK218", where=where, given=repr(held), allowed="an integer")
         choices = f.metadata["choices"]
         words = held if kind == "words" else (held,) if kind == "word" else ()
         if any(word not in choices for word in words) or len(set(words)) != len(words):

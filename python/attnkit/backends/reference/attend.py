@@ -198,7 +198,7 @@ def _grouped(
     op: Attend, z: Node, exists: Array, v: Node, keep: Any, groups: tuple[Relation, Relation]
 ) -> Node:
     """Attention within each group, and the mean of a token's results over its groups."""
-    heads, q_len, _kv_len = z.shape
+    heads, q_len, _ = z.shape
     in_q, in_k = groups
     total, count = Node(np.zeros((heads, q_len, v.shape[2]))), np.zeros((heads, q_len, 1))
     for c in range(in_q.array.shape[2]):
