@@ -28,7 +28,10 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         window as window,
     )
     from attnkit.ops import (
+        BlockMask as BlockMask,
+        as_block_mask as as_block_mask,
         attention as attention,
+        block_mask as block_mask,
         dense_attention as dense_attention,
         explain as explain,
         install as install,
@@ -45,9 +48,12 @@ _HOMES = {
     "AttnkitNotImplementedError": "attnkit.errors",
     "AttnkitTypeError": "attnkit.errors",
     "AttnkitValueError": "attnkit.errors",
+    "BlockMask": "attnkit.ops",
     "alibi": "attnkit.ir",
+    "as_block_mask": "attnkit.ops",
     "attention": "attnkit.ops",
     "bias": "attnkit.ir",
+    "block_mask": "attnkit.ops",
     "causal": "attnkit.ir",
     "dense_attention": "attnkit.ops",
     "document": "attnkit.ir",

@@ -130,6 +130,9 @@ CODES: dict[str, Code] = {
     ),
     "AK407": Code(_VALUE, "head counts do not go together", "q heads are a multiple of k and v heads"),
     "AK408": Code(_VALUE, "arguments exclude each other"),
+    "AK409": Code(_VALUE, "block mask was built for other lengths", "build it for the lengths of this call"),
+    "AK410": Code(_VALUE, "block mask was built for another batch size or number of heads"),
+    "AK411": Code(_VALUE, "block structure is not valid"),
     # capability
     "AK501": Code(_MISSING, "backend is not available here"),
     "AK502": Code(_MISSING, "no backend supports this problem"),

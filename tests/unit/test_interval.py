@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from attnkit.analysis.blocks import Block, BlockCounts, block_counts, classify
+from attnkit.analysis.blocks import Block, block_counts, classify
 from attnkit.analysis.interval import Facts, evaluate
+from attnkit.analysis.structure import BlockCounts
 from attnkit.backends.reference import evaluate as run
 from attnkit.ir import causal, document, prefix, window
 from attnkit.ir.expr import Expr, const, make, topological, var

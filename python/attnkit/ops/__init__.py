@@ -1,5 +1,6 @@
 """attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
 
+from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
 from attnkit.ops.functional import attention, dense_attention, trace
 from attnkit.ops.report import Report, explain
@@ -7,9 +8,12 @@ from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
 
 __all__ = [
+    "BlockMask",
     "InstalledReport",
     "Report",
+    "as_block_mask",
     "attention",
+    "block_mask",
     "dense_attention",
     "explain",
     "install",

@@ -21,6 +21,7 @@ from attnkit.ir.mods import (
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import registry  # defines torch.ops.attnkit
+from attnkit.ops.block_masks import as_block_mask
 from attnkit.ops.check import (
     check_bindings,
     check_number,
@@ -69,7 +70,8 @@ def attention(
         normalizer: ``ak.softmax()``, or ``ak.softmax(sink)`` with one float32 logit per query head.
         scale: finite and positive; None is ``D ** -0.5``.
         dropout_p: not built yet; must be 0.
-        block_mask: not built yet; the block structure is found from ``mask`` itself.
+        block_mask: an `ak.BlockMask` or torch's flex BlockMask, joined with ``mask`` by "and". It must be built for the
+            lengths, batch and heads of this call. Without one the block structure is found from ``mask``.
         cu_seqlens_q: int32 ``[N + 1]``: q is ``[1, Hq, total, D]``, packed; b, q_idx and the lengths are per segment.
         cu_seqlens_kv: the same for k and v; both or neither.
         kv_lens: int32 ``[B]``: only the first ``kv_lens[b]`` keys of each batch entry exist.
@@ -86,7 +88,7 @@ def attention(
     if v is None:
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
     check_qkv(q, k, v)
-    _check_not_built(select, block_mask, dropout_p, normalizer)
+    _check_not_built(select, dropout_p, normalizer)
     _check_function("score", score)
     _check_function("mask", mask)
     if scale is not None:
@@ -94,6 +96,13 @@ def attention(
         if not (math.isfinite(scale) and scale > 0):
             raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
+    if block_mask is not None:
+        if cu_seqlens_q is not None:
+            raise error("AK408", where="block_mask", what="packed sequences have no common block mask",
+                        hint="pass mask=")  # fmt: skip
+        block_mask = as_block_mask(block_mask)
+        block_mask.check(q, k)
+        mask = _all_of([block_mask] if mask is None else [mask, block_mask])
     sink = None if normalizer is None else normalizer.sink
     if sink is not None:
         check_tensor("sink", sink, q.device)
@@ -253,17 +262,9 @@ def _check_function(name: str, function: Any) -> None:
         raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
 
 
-def _check_not_built(select: Any, block_mask: Any, dropout_p: float, normalizer: Any) -> None:
+def _check_not_built(select: Any, dropout_p: float, normalizer: Any) -> None:
     if select is not None:
         raise error("AK504", where="select", what="selection is not built yet", allowed="None")
-    if block_mask is not None:
-        raise error(
-            "AK504",
-            where="block_mask",
-            what="block masks are not built yet",
-            allowed="None",
-            hint="pass mask=",
-        )
     dropout_p = check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise error("AK401", where="dropout_p", given=str(dropout_p), allowed="0..1")

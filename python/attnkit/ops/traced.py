@@ -85,7 +85,7 @@ class _Fingerprint:
             return ("stateless", id(value))
         if kind is types.BuiltinFunctionType and (value.__self__ is None or value.__self__ in _STATELESS):
             return ("stateless", id(value))
-        if kind in _COMPOSITE and not any(value is other for other in self._open):
+        if (kind in _COMPOSITE or _is_our_mask(value)) and not any(value is other for other in self._open):
             self._open.append(value)
             try:
                 return self._composite(value)
@@ -113,7 +113,7 @@ class _Fingerprint:
         return (function.__code__, cells, defaults, keywords, known)
 
 
-_COMPOSITE = frozenset((tuple, list, Mask, types.FunctionType, Traceable))
+_COMPOSITE = frozenset((tuple, list, types.FunctionType, Traceable))
 
 _SHAPE_QUERIES = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.device.__get__,  # type: ignore[attr-defined]
@@ -184,6 +184,11 @@ def _remember(key: Any, bound: Bound, prints: _Fingerprint) -> _Entry | None:
     )
     _cache[key] = entry
     return entry
+
+
+def _is_our_mask(value: Any) -> bool:
+    """What a mask class of ours holds beside its function does not decide what it traces to."""
+    return isinstance(value, Mask) and type(value).__module__.startswith("attnkit.")
 
 
 def _global_names(code: types.CodeType) -> tuple[str, ...]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Kernel
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
@@ -118,6 +121,17 @@ class CpuKernel:
         assert self._q_layout.lengths is not None  # the verifier allows packed k only beside packed q
         cu = buffers[self._q_layout.lengths].tolist()
         return [(0, cu[i], cu[i + 1] - cu[i], kv[i], kv[i + 1] - kv[i]) for i in range(len(cu) - 1)]
+
+    def structure(self, sizes: Sizes, buffers: list[Any], params: list[float]) -> Structure:
+        """The block structure of the mask for ``sizes.batch`` sequences of these lengths."""
+        tuples = [buffer_tuple(b) for b in buffers]
+        batch, heads, *lengths, q_block, kv_block = sizes
+        maps = [
+            engine().block_map(self.program, *lengths, b, h, q_block, kv_block, tuples, params)
+            for b in range(batch)
+            for h in range(heads)
+        ]
+        return Structure.from_dense(np.stack(maps), sizes)
 
     def block_counts(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> dict[str, int]:
         """How many tiles of head (0, 0) are empty, partial and full, by the engine's own block analysis."""
