@@ -15,10 +15,6 @@ struct Config {
 // The caller has checked that the problem describes real memory; `attend` checks everything about the expressions.
 Status attend(const Program& program, const Problem& problem, const Config& config);
 
-// What each tile of one head's score matrix holds, row by row: the engine's own block analysis.
-std::vector<Block> block_map(const Program& program, const Problem& problem, int32_t sequence, int32_t head,
-                             int32_t q_block, int32_t kv_block);
-
 // The instruction sets this build and machine can run, weakest first; ATTNKIT_ISA caps the choice.
 std::vector<const Kernel*> isa_levels();
 const Kernel& current_isa();

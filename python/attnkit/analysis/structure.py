@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,10 +74,38 @@ class Structure:
         return BlockCounts((len(self.offsets) - 1) * self.sizes.columns - held, full, held - full)
 
     @property
+    def by_kind(self) -> dict[str, int]:
+        """The counts by the names of `KINDS`."""
+        return {kind: getattr(self.counts, kind) for kind in KINDS}
+
+    @property
+    def of_heads(self) -> str:
+        """Which heads the counts are of, in words."""
+        batch, heads = self.sizes[:2]
+        if batch == heads == 1:
+            return "of every head"
+        return f"of {batch} x {heads} heads together" if batch > 1 else f"of {heads} heads together"
+
+    @property
+    def pairs(self) -> int:
+        """The pairs in blocks that are not empty, those cut at the lengths counted as they are."""
+        q_len, kv_len, q_block, kv_block = self.sizes[2:]
+        row = np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets)) % self.sizes.rows
+        heights = np.minimum((row + 1) * q_block, q_len) - row * q_block
+        first, end = self.runs[:, :2].T.astype(np.int64) * kv_block
+        return int(heights @ (np.minimum(end, kv_len) - first))
+
+    @property
     def density(self) -> float:
         """The share of blocks that are not empty; 0 where there are none."""
         total = sum(self.counts)
         return 1 - self.counts.empty / total if total else 0.0
+
+    def rows(self, b: int = 0, h: int = 0) -> list[list[list[int]]]:
+        """The runs of one head, row by row."""
+        first = (b * self.sizes.heads + h) * self.sizes.rows
+        ends = self.offsets[first : first + self.sizes.rows + 1]
+        return [self.runs[i:j].tolist() for i, j in pairwise(ends)]
 
     def to_dense(self) -> Map:
         """The kind of every block: uint8 ``[batch, heads, rows, columns]``."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from attnkit.analysis.structure import EMPTY, FULL, PARTIAL, BlockCounts, Sizes, Structure
-from attnkit.backends.cpu.backend import CpuKernel
+from attnkit.backends.cpu.backend import CpuKernel, buffer_tuple
 from attnkit.errors import error
 from attnkit.ir.mods import Mask, MaskFunction
 from attnkit.ops.check import check_tensor, shape_of
-from attnkit.ops.traced import Traceable, bind
+from attnkit.ops.traced import bind_function
 from attnkit.runtime import prepare
 
 _DEFAULT_BLOCK = 128
@@ -312,14 +312,13 @@ def from_maps(
 
 def _find(mask: MaskFunction | None, sizes: Sizes) -> Structure:
     """The engine's own analysis."""
-    text, buffers, params = bind(Traceable(None, mask, None, None, None, None, None))
+    text, buffers, params = bind_function(mask or _everything)
     kernel = prepare(text, "float32", 1, 1, backend="cpu").kernel
     assert isinstance(kernel, CpuKernel)
     for i, buffer in enumerate(buffers):
         check_tensor(f"captured tensor b{i}", buffer)
-    held = [b.detach().cpu() for b in buffers]
-    values = [p.current() for p in params]
-    return kernel.structure(sizes, held, values)
+    held = [b.detach().cpu() for b in buffers]  # kept alive while the engine reads them
+    return kernel.structure(sizes, [buffer_tuple(b) for b in held], [p.current() for p in params])
 
 
 def _everything(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +30,7 @@ from attnkit.ops.check import (
     shape_of,
 )
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.traced import Traceable, bind
+from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.runtime import prepare
 
 Mod = Callable[..., Any]
@@ -210,19 +209,7 @@ def trace(function: Mod) -> Program:
     Raises:
         AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
     """
-    try:
-        arity = len(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        arity = 0
-    if arity not in (4, 5):
-        raise error(
-            "AK402",
-            where="function",
-            given=f"{arity} arguments",
-            allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
-        )
-    score, mask = (function, None) if arity == 5 else (None, function)
-    return parse(bind(Traceable(score, mask, None, None, None, None, None)).text)
+    return parse(bind_function(function).text)
 
 
 def _pair(window: Any) -> tuple[int | None, int | None]:

@@ -8,6 +8,7 @@ change unseen: such a function is traced again at every call.
 from __future__ import annotations
 
 import builtins
+import inspect
 import math
 import operator
 import types
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from attnkit.errors import error
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
 from attnkit.ops.tracing import TorchParam, trace_mods
@@ -157,6 +159,27 @@ def bind(what: Traceable) -> Bound:
     return Bound(
         entry.text, [prints.tensors[i] for i in entry.buffers], [prints.params[i] for i in entry.params]
     )
+
+
+def bind_function(function: Any) -> Bound:
+    """The program of one score (five arguments) or mask (four arguments) function.
+
+    Raises:
+        AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
+    """
+    try:
+        arity = len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        arity = 0
+    if arity not in (4, 5):
+        raise error(
+            "AK402",
+            where="function",
+            given=f"{arity} arguments",
+            allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
+        )
+    score, mask = (function, None) if arity == 5 else (None, function)
+    return bind(Traceable(score, mask, None, None, None, None, None))
 
 
 def _trace(what: Traceable) -> Bound:

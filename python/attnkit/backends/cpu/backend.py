@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Kernel
 from attnkit.backends.cpu.engine import engine
@@ -14,6 +12,7 @@ from attnkit.ir.program import Layout
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
+BufferTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, dtype, sizes, strides
 _BUFFER_DTYPES = {"torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3}
 # Status codes of csrc/cpu/problem.h.
 _FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606"}
@@ -122,28 +121,31 @@ class CpuKernel:
         cu = buffers[self._q_layout.lengths].tolist()
         return [(0, cu[i], cu[i + 1] - cu[i], kv[i], kv[i + 1] - kv[i]) for i in range(len(cu) - 1)]
 
-    def structure(self, sizes: Sizes, buffers: list[Any], params: list[float]) -> Structure:
-        """The block structure of the mask for ``sizes.batch`` sequences of these lengths."""
-        tuples = [buffer_tuple(b) for b in buffers]
-        batch, heads, *lengths, q_block, kv_block = sizes
-        maps = [
-            engine().block_map(self.program, *lengths, b, h, q_block, kv_block, tuples, params)
-            for b in range(batch)
-            for h in range(heads)
-        ]
-        return Structure.from_dense(np.stack(maps), sizes)
+    def structure(self, sizes: Sizes, buffers: list[BufferTuple], params: list[float]) -> Structure:
+        """The block structure of the mask for ``sizes.batch`` sequences of these lengths.
 
-    def block_counts(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> dict[str, int]:
-        """How many tiles of head (0, 0) are empty, partial and full, by the engine's own block analysis."""
+        Raises:
+            AttnkitValueError: AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero.
+        """
+        fault, where, batch, heads, offsets, runs = engine().block_runs(self.program, *sizes, buffers, params)
+        if fault:
+            raise error(_FAULTS[fault], where=self._describe(where))
+        return Structure(sizes._replace(batch=batch, heads=heads), offsets, runs)
+
+    def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> Structure | None:
+        """The tiles that a call visits, by the engine's own block analysis; None where there are no pairs.
+
+        Of packed and padded batches, those of the first sequence.
+        """
         sequences = self._sequences(q, k, buffers)
-        _, _, q_len, _, kv_len = sequences[0] if sequences else (0, 0, q.shape[2], 0, k.shape[2])
+        batch, heads, q_len, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        if sequences is not None:
+            batch = 1
+            _, _, q_len, _, kv_len = sequences[0] if sequences else (0, 0, 0, 0, 0)
         if q_len == 0 or kv_len == 0:
-            return {"empty": 0, "partial": 0, "full": 0}
-        tiles = engine().block_map(
-            self.program, q_len, kv_len, 0, 0, self.config["tile_q"], self.config["tile_kv"],
-            [buffer_tuple(b) for b in buffers], params,
-        )  # fmt: skip
-        return {kind: int((tiles == i).sum()) for i, kind in enumerate(("empty", "partial", "full"))}
+            return None
+        sizes = Sizes(batch, heads, q_len, kv_len, self.config["tile_q"], self.config["tile_kv"])
+        return self.structure(sizes, [buffer_tuple(b) for b in buffers], params)
 
     def _describe(self, instruction: int) -> str:
         if instruction < 0:
@@ -153,7 +155,7 @@ class CpuKernel:
         return f"score or mask, instruction {instruction} ({name}) of `attnkit dump --stage bytecode`"
 
 
-def buffer_tuple(buffer: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def buffer_tuple(buffer: Any) -> BufferTuple:
     """A captured tensor as the engine takes it: address, dtype, sizes, strides."""
     return buffer.data_ptr(), _BUFFER_DTYPES[str(buffer.dtype)], tuple(buffer.shape), buffer.stride()
 
