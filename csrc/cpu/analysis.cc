@@ -1,11 +1,31 @@
 #include "analysis.h"
 
+#include <cstdlib>
 #include <new>
+#include <numeric>
+#include <tuple>
+#include <utility>
 
 namespace attnkit::cpu {
 namespace {
 
+constexpr int kMaxLooks = 256;  // much less work than a tile
+
 Interval as_interval(const Range& r) { return range_of(static_cast<double>(r.lo), static_cast<double>(r.hi)); }
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+int64_t floor_mod(int64_t a, int64_t b) { return a - floor_div(a, b) * b; }
+
+// The x with b x = 1 modulo a, for coprime a > 0 and b.
+int64_t inverse(int64_t b, int64_t a) {
+  int64_t r0 = a, r1 = b, x0 = 0, x1 = 1;
+  while (r1 != 0) {
+    const int64_t q = r0 / r1;
+    std::tie(r0, r1) = std::pair(r1, r0 - q * r1);
+    std::tie(x0, x1) = std::pair(x1, x0 - q * x1);
+  }
+  return floor_mod(x0, a);
+}
 
 }  // namespace
 
@@ -37,6 +57,41 @@ Interval Analysis::eval_load(const Instruction& in, size_t i) {
   return zones_.load(i, box, facts_ != nullptr);
 }
 
+// Whether a form is 0 nowhere though its range holds 0, such as 2 q - 128 kv - 1: are there whole x and y in their
+// ranges with a x + b y + c = 0? Exact where at most two of its values vary.
+bool Analysis::avoids_zero(const BoxStep& step) const {
+  struct {
+    int64_t factor, lo, hi;
+  } v[2] = {};
+  int varying = 0;
+  auto c = static_cast<int64_t>(step.constant);
+  for (int32_t t = 0; t < step.count; ++t) {
+    const Term& term = program_.boxes.terms[static_cast<size_t>(step.first + t)];
+    const Interval& range = value_[static_cast<size_t>(term.value)];
+    const auto factor = static_cast<int64_t>(term.factor);
+    if (range.lo == range.hi) {
+      c += factor * static_cast<int64_t>(range.lo);
+    } else {
+      if (varying == 2) return false;
+      v[varying++] = {factor, static_cast<int64_t>(range.lo), static_cast<int64_t>(range.hi)};
+    }
+  }
+  const int64_t common = std::gcd(v[0].factor, v[1].factor);
+  if (common == 0) return false;  // nothing varies
+  if (c % common != 0) return true;
+  if (varying < 2) return false;
+  const int64_t a = std::abs(v[0].factor / common), b = v[1].factor / common;
+  c /= common;
+  const int64_t ax[2] = {v[0].factor / common * v[0].lo, v[0].factor / common * v[0].hi};
+  // b y = -c modulo a, and a x = -(b y + c) bounds y by the range of x.
+  const int64_t residue = floor_mod(floor_mod(-c, a) * inverse(floor_mod(b, a), a), a);
+  int64_t least = -(std::max(ax[0], ax[1]) + c), most = -(std::min(ax[0], ax[1]) + c);  // of b y
+  if (b < 0) std::swap(least, most);
+  int64_t first = std::max(v[1].lo, -floor_div(-least, b));
+  first += floor_mod(residue - first, a);
+  return first > std::min(v[1].hi, floor_div(most, b));
+}
+
 // A linear form, or the comparison of one with 0.
 Interval Analysis::eval_sum(const Instruction& in, const BoxStep& step) {
   double lo = step.constant, hi = step.constant;
@@ -52,8 +107,8 @@ Interval Analysis::eval_sum(const Instruction& in, const BoxStep& step) {
     case Op::le_i: return decided(hi <= 0, lo <= 0);
     case Op::gt_i: return decided(lo > 0, hi > 0);
     case Op::ge_i: return decided(lo >= 0, hi >= 0);
-    case Op::eq_i: return decided(lo == 0 && hi == 0, lo <= 0 && hi >= 0);
-    case Op::ne_i: return decided(lo > 0 || hi < 0, lo != 0 || hi != 0);
+    case Op::eq_i: return decided(lo == 0 && hi == 0, lo <= 0 && hi >= 0 && (step.unit || !avoids_zero(step)));
+    case Op::ne_i: return decided(lo > 0 || hi < 0 || (!step.unit && avoids_zero(step)), lo != 0 || hi != 0);
     default: return range_of(lo, hi);
   }
 }
@@ -163,6 +218,55 @@ Block Analysis::classify(Range kv) {
   const Interval& mask = value_[static_cast<size_t>(program_.mask)];
   if (mask.hi == 0) return Block::empty;
   return mask.lo == 1 ? Block::full : Block::partial;
+}
+
+Block Analysis::settle(Range q, Range kv) {
+  struct Part {
+    Range q, kv;
+    Block block;
+  };
+  bool seen[3] = {};  // by Block
+  int looks = 0;
+  const auto look = [&](Part part) {
+    queries(part.q);
+    part.block = classify(part.kv);
+    seen[static_cast<size_t>(part.block)] = true;
+    ++looks;
+    return part;
+  };
+  const auto both = [&] { return seen[static_cast<size_t>(Block::full)] && seen[static_cast<size_t>(Block::empty)]; };
+  // The corners tell most boxes on the border of a band, the first two those of a document.
+  for (const auto& [i, j] : {std::pair{q.lo, kv.hi}, {q.hi, kv.lo}, {q.lo, kv.lo}, {q.hi, kv.hi}}) {
+    look({{i, i}, {j, j}, Block::partial});
+    if (both()) return Block::partial;
+  }
+  std::vector<Part> open{{q, kv, Block::partial}};
+  while (!open.empty()) {
+    const Part part = open.back();
+    open.pop_back();
+    const bool tall = part.q.lo < part.q.hi, wide = part.kv.lo < part.kv.hi;
+    if ((!tall && !wide) || looks >= kMaxLooks) return Block::partial;  // floats may leave even one pair open
+    // Cut where that decides more: one cut across a border is worth many along it.
+    Part cuts[2][2];
+    int decided[2] = {-1, -1};
+    for (int side : {0, 1}) {
+      if (!(side == 0 ? tall : wide)) continue;
+      const Range& r = side == 0 ? part.q : part.kv;
+      const int64_t middle = r.lo + (r.hi - r.lo) / 2;
+      decided[side] = 0;
+      for (int end : {0, 1}) {
+        Part half = part;
+        (side == 0 ? half.q : half.kv) = end == 0 ? Range{r.lo, middle} : Range{middle + 1, r.hi};
+        cuts[side][end] = look(half);
+        if (both()) return Block::partial;
+        decided[side] += cuts[side][end].block != Block::partial;
+      }
+    }
+    const bool longer = part.kv.hi - part.kv.lo > part.q.hi - part.q.lo;
+    for (const Part& half : cuts[decided[1] > decided[0] || (decided[1] == decided[0] && longer)])
+      if (half.block == Block::partial) open.push_back(half);
+  }
+  return seen[static_cast<size_t>(Block::full)] ? Block::full : Block::empty;
 }
 
 }  // namespace attnkit::cpu

@@ -43,10 +43,15 @@ class Analysis {
   void queries(Range q);
   Block classify(Range kv);
 
+  // The same for a box that `classify` has left open: looks for a pair that exists and one that does not, in ever
+  // smaller parts. Open still (PARTIAL) only if both are there, or if it takes too long to tell.
+  Block settle(Range q, Range kv);
+
  private:
   void eval(size_t i);
   Interval evaluate(size_t i);
   Interval eval_sum(const Instruction& in, const BoxStep& step);
+  bool avoids_zero(const BoxStep& step) const;
   Interval eval_load(const Instruction& in, size_t i);
   void eval_order(int reads);
 

@@ -49,19 +49,21 @@ const std::vector<KeyRange>& RowPlan::find(const Task& task, const Sequence& s) 
     return ranges_;
   }
   analysis_.frame(frame_of(s, task.sequence, task.head, task.heads));
-  analysis_.queries({task.q_first, task.q_first + task.q_count - 1});
+  q_ = {task.q_first, task.q_first + task.q_count - 1};
   descend(0, blocks_of(s.kv_len, call_.tile_kv));
   return ranges_;
 }
 
 Block RowPlan::classify(int64_t first, int64_t end) {
-  const Block block = analysis_.classify({first, end - 1});
-  return block == Block::full && !trust_full_ ? Block::partial : block;
+  analysis_.queries(q_);
+  return analysis_.classify({first, end - 1});
 }
 
 void RowPlan::descend(int64_t tile, int64_t tile_end) {
   const int64_t first = tile * call_.tile_kv, end = std::min(tile_end * call_.tile_kv, kv_len_);
-  const Block block = classify(first, end);
+  Block block = classify(first, end);
+  if (block == Block::partial && tile_end - tile == 1) block = analysis_.settle(q_, {first, end - 1});
+  if (block == Block::full && !trust_full_) block = Block::partial;
   if (block == Block::empty) return;
   if (block == Block::full) return add(first, end, true);
   if (tile_end - tile == 1) return trim(first, end);
@@ -109,11 +111,14 @@ class Quadtree {
 
  private:
   void descend(int64_t top, int64_t bottom, int64_t left, int64_t right) {
-    analysis_.queries({top * q_block_, std::min(bottom * q_block_, s_.q_len) - 1});
-    Block block = analysis_.classify({left * kv_block_, std::min(right * kv_block_, s_.kv_len) - 1});
+    const Range q{top * q_block_, std::min(bottom * q_block_, s_.q_len) - 1};
+    const Range kv{left * kv_block_, std::min(right * kv_block_, s_.kv_len) - 1};
+    const int64_t height = bottom - top, width = right - left;
+    analysis_.queries(q);
+    Block block = analysis_.classify(kv);
+    if (block == Block::partial && height * width == 1) block = analysis_.settle(q, kv);
     if (block == Block::full && !trust_full_) block = Block::partial;
     if (block == Block::empty) return;
-    const int64_t height = bottom - top, width = right - left;
     if (block == Block::full || height * width == 1) {
       for (int64_t row = top; row < bottom; ++row) append((*rows_)[static_cast<size_t>(row)], left, right, block);
       return;

@@ -26,6 +26,7 @@ class RowPlan {
   Analysis analysis_;
   const bool trust_full_;  // a mask that reads outside its buffers must be evaluated to be caught at it
   const bool keep_;        // whether plans are worth keeping for the next heads
+  Range q_{};
   int64_t kv_len_ = 0;
   std::vector<KeyRange> ranges_;
   int32_t kept_sequence_ = -1;

@@ -105,7 +105,10 @@ BoxPlan plan_boxes(const std::vector<Instruction>& code, int mask) {
       step.first = static_cast<int32_t>(plan.terms.size());
       step.count = static_cast<int32_t>(form.terms.size());
       plan.terms.insert(plan.terms.end(), form.terms.begin(), form.terms.end());
-      for (const Term& t : form.terms) step.reads |= plan.steps[static_cast<size_t>(t.value)].reads;
+      for (const Term& t : form.terms) {
+        step.reads |= plan.steps[static_cast<size_t>(t.value)].reads;
+        step.unit &= std::fabs(t.factor) == 1;
+      }
     } else {
       for (int a = 0; a < in.nargs; ++a) step.reads |= plan.steps[static_cast<size_t>(in.args[a])].reads;
     }

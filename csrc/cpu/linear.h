@@ -23,6 +23,7 @@ struct BoxStep {
   uint8_t reads = 0;
   int32_t first = 0, count = 0;  // into BoxPlan::terms
   double constant = 0;
+  bool unit = true;    // every factor of it is 1 or -1
   int8_t line = 0;     // of a load: the dimension along which it is summarised,
   bool plane = false;  // whether another one varies with the query or the key,
   bool wild = false;   // and whether with the key

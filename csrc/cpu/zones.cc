@@ -70,6 +70,13 @@ Interval scan(const Line& line, int64_t first, int64_t count) {
   });
 }
 
+Interval scan(const Buffer& buf, int64_t offset, int64_t stride, int64_t count) {
+  return typed(buf.dtype, [&]<class T>(T) {
+    const T* data = static_cast<const T*>(buf.data) + offset;
+    return scan(data, data, stride, count);
+  });
+}
+
 Line line_of(const Buffer& buf, int dim, int64_t base) {
   return typed(buf.dtype, [&]<class T>(T) {
     const T* data = static_cast<const T*>(buf.data) + base;
@@ -151,13 +158,17 @@ struct Zones::Band {
   bool nan = false;
   std::optional<ZoneMap> map;
 
-  bool covers(const IndexBox& other, int rank, int line) const {
-    for (int d = 0; d < rank; ++d) {
-      if (d == line ? other.lo[d] < box.lo[d] || other.hi[d] > box.hi[d]
-                    : other.lo[d] != box.lo[d] || other.hi[d] != box.hi[d])
-        return false;
-    }
+  bool holds(const IndexBox& other, int rank) const {
+    for (int d = 0; d < rank; ++d)
+      if (other.lo[d] < box.lo[d] || other.hi[d] > box.hi[d]) return false;
     return true;
+  }
+
+  // Some of its columns, all of its rows.
+  bool answers(const IndexBox& other, int rank, int line) const {
+    for (int d = 0; d < rank; ++d)
+      if (d != line && (other.lo[d] != box.lo[d] || other.hi[d] != box.hi[d])) return false;
+    return holds(other, rank);
   }
 
   // One pass over memory, row by row.
@@ -185,31 +196,35 @@ struct Zones::Band {
 };
 
 Zones::Zones(const Program& program, const Problem& problem, const Zones* shared)
-    : program_(program), problem_(problem), shared_(shared) {}
+    : program_(program), problem_(problem), shared_(shared), last_(program.code.size()) {}
 
-const ZoneMap& Zones::line(int32_t buffer, int dim, int64_t base) {
+const ZoneMap& Zones::line(size_t number, int64_t base) {
+  Last& last = last_[number];
+  if (last.map != nullptr && last.base == base) return *last.map;
+  const int32_t buffer = program_.code[number].attr;
+  const int dim = program_.boxes.steps[number].line;
   const auto key = std::tuple(buffer, dim, base);
+  const ZoneMap* map = nullptr;
   if (shared_ != nullptr)
-    if (const auto found = shared_->lines_.find(key); found != shared_->lines_.end()) return found->second;
-  auto found = lines_.find(key);
-  if (found == lines_.end()) found = lines_.emplace(key, ZoneMap(line_of(problem_.buffers[buffer], dim, base))).first;
-  return found->second;
-}
-
-// The others are batch entries and heads.
-Interval Zones::lines(const Buffer& buf, int32_t buffer, int dim, const IndexBox& box) {
-  Interval r = kNothing;
-  for_others(buf, box, dim, [&](int64_t base) { extend(r, line(buffer, dim, base).range(box.lo[dim], box.hi[dim])); });
-  settle(r);
-  return r;
+    if (const auto found = shared_->lines_.find(key); found != shared_->lines_.end()) map = &found->second;
+  if (map == nullptr) {
+    auto found = lines_.find(key);
+    if (found == lines_.end()) found = lines_.emplace(key, line_of(problem_.buffers[buffer], dim, base)).first;
+    map = &found->second;
+  }
+  last = {base, map};
+  return *map;
 }
 
 Interval Zones::band(size_t number, const IndexBox& box) {
   const Instruction& in = program_.code[number];
   const Buffer& buf = problem_.buffers[in.attr];
   const int line = program_.boxes.steps[number].line;
-  std::shared_ptr<Band>& band = bands_[number];
-  if (band == nullptr || !band->covers(box, buf.rank, line)) {
+  auto& [row, part] = bands_[number];
+  // A part of the row of blocks that is being looked at must not drive that out.
+  std::shared_ptr<Band>& band =
+      row != nullptr && row->holds(box, buf.rank) && !row->answers(box, buf.rank, line) ? part : row;
+  if (band == nullptr || !band->answers(box, buf.rank, line)) {
     band = std::make_shared<Band>();
     band->box = box;
     typed(buf.dtype, [&]<class T>(T) { band->template reduce<T>(buf, line); });
@@ -226,25 +241,35 @@ Interval Zones::load(size_t number, const IndexBox& box, bool proving) {
   const Buffer& buf = problem_.buffers[in.attr];
   const int dim = step.line;
   double others = 1;
+  int64_t base = 0;
   for (int d = 0; d < buf.rank; ++d)
-    if (d != dim) others *= static_cast<double>(extent(box, d));
-  const int64_t along = extent(box, dim);
+    if (d != dim) {
+      others *= static_cast<double>(extent(box, d));
+      base += box.lo[d] * buf.stride[d];
+    }
+  const int64_t along = extent(box, dim), first = dim < 0 ? 0 : box.lo[dim], stride = dim < 0 ? 0 : buf.stride[dim];
+  const auto look = [&](int64_t at) { return scan(buf, at + first * stride, stride, along); };
+  Interval r = kNothing;
   if (others * static_cast<double>(along) <= static_cast<double>(kScan)) {
-    Interval r = kNothing;
-    for_others(buf, box, dim,
-               [&](int64_t base) { extend(r, scan(line_of(buf, dim, base), dim < 0 ? 0 : box.lo[dim], along)); });
-    settle(r);
-    return r;
+    if (others == 1)
+      extend(r, look(base));
+    else
+      for_others(buf, box, dim, [&](int64_t at) { extend(r, look(at)); });
+  } else if (proving && in.op != Op::load_i) {
+    return unknown(in.op);
+  } else if (!step.plane && others == 1) {
+    extend(r, line(number, base).range(first, box.hi[dim]));
+  } else if (!step.plane) {  // the others are batch entries and heads
+    for_others(buf, box, dim, [&](int64_t at) { extend(r, line(number, at).range(first, box.hi[dim])); });
+  } else if (proving) {
+    for_others(buf, box, dim, [&](int64_t at) { extend(r, look(at)); });
+  } else if (step.wild) {
+    return unknown(in.op);
+  } else {
+    return band(number, box);
   }
-  if (proving && in.op != Op::load_i) return unknown(in.op);
-  if (!step.plane) return lines(buf, in.attr, dim, box);
-  if (proving) {
-    Interval r = kNothing;
-    for_others(buf, box, dim, [&](int64_t base) { extend(r, scan(line_of(buf, dim, base), box.lo[dim], along)); });
-    settle(r);
-    return r;
-  }
-  return step.wild ? unknown(in.op) : band(number, box);
+  settle(r);
+  return r;
 }
 
 }  // namespace attnkit::cpu

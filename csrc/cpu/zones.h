@@ -4,6 +4,7 @@
 #include <map>
 #include <memory>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "interval.h"
@@ -46,15 +47,19 @@ class Zones {
 
  private:
   struct Band;  // a stretch of rows of a buffer of pairs, each column reduced to its range
-  const ZoneMap& line(int32_t buffer, int dim, int64_t base);
-  Interval lines(const Buffer& buf, int32_t buffer, int dim, const IndexBox& box);
+  struct Last {
+    int64_t base;
+    const ZoneMap* map = nullptr;
+  };
+  const ZoneMap& line(size_t number, int64_t base);
   Interval band(size_t number, const IndexBox& box);
 
   const Program& program_;
   const Problem& problem_;
   const Zones* shared_;
   std::map<std::tuple<int32_t, int, int64_t>, ZoneMap> lines_;
-  std::map<size_t, std::shared_ptr<Band>> bands_;  // of each load, the last one
+  std::vector<Last> last_;                         // of each load, the line it read last
+  std::map<size_t, std::pair<std::shared_ptr<Band>, std::shared_ptr<Band>>> bands_;  // of each load: a row's, a part's
 };
 
 }  // namespace attnkit::cpu

@@ -141,7 +141,9 @@ def test_gallery_is_sound_and_nearly_exact(q_len: int, kv_len: int) -> None:
             exact[name], total = exact[name] + int((got == want).sum()), total + want.size
             counts = block_counts(program, 0, 0, q_len, kv_len, block, block, held)
             kinds = [int((got == kind).sum()) for kind in (EMPTY, FULL, PARTIAL)]
-            assert list(counts) == kinds, f"{name}, blocks of {block}: Python {counts}, the engine {kinds}"
+            # The engine also looks inside what ranges leave open.
+            assert counts.empty <= kinds[0], f"{name}, blocks of {block}: Python {counts}, the engine {kinds}"
+            assert counts.full <= kinds[1], f"{name}, blocks of {block}: Python {counts}, the engine {kinds}"
         # Two masks that each let a pair of a block through, but no pair both, are beyond intervals: corners of bands.
         assert exact[name] >= 0.95 * total, f"{name}: {exact[name]} of {total} blocks are exact"
     assert sum(exact.values()) >= 0.99 * total * len(exact), f"of {total} blocks each, exact are {exact}"

@@ -182,3 +182,50 @@ def test_unknown_or_short_buffers_prove_nothing() -> None:
     program = program_of(document(IDS))
     assert block_counts(program, 0, 0, 200, 200, 64, 64) == (0, 0, 16)
     assert block_counts(program, 0, 0, 300, 300, 300, 300, [IDS]) == (0, 0, 1)
+
+
+# --- sums ------------------------------------------------------------------------------------------------------
+
+SIDES = st.tuples(*[st.integers(-6, 6)] * 2, st.integers(-40, 40))
+ORDERS = ("lt", "le", "gt", "ge", "eq", "ne")
+
+
+def side(a: int, b: int, c: int) -> Expr:
+    """``a * q_idx + b * kv_idx + c``, with each variable in it twice."""
+    q, kv = (make("mul", const(n - 2), var(name)) for n, name in ((a, "q_idx"), (b, "kv_idx")))
+    twice = (make("mul", var(name), const(2)) for name in ("q_idx", "kv_idx"))
+    return make("add", make("sub", make("add", q, kv), const(-c)), make("add", *twice))
+
+
+@given(SIDES, SIDES, st.sampled_from(ORDERS), *[st.integers(0, 30)] * 2, *[st.integers(0, 12)] * 2)
+def test_comparisons_of_sums_are_exact(
+    x: Any, y: Any, op: str, top: int, left: int, height: int, width: int
+) -> None:
+    q, kv = np.arange(top, top + height + 1)[:, None], np.arange(left, left + width + 1)
+    box = {"q_idx": Interval(top, top + height), "kv_idx": Interval(left, left + width)}
+    sums = [a * q + b * kv + c for a, b, c in (x, y)]
+    for expr, value in zip((side(*x), side(*y)), sums, strict=True):
+        assert evaluate([expr], box) == [Interval(value.min(), value.max())]
+    (truth,) = (OPS[op].numpy(*sums),)
+    (found,) = evaluate([make(op, side(*x), side(*y))], box)
+    assert found == Interval(int(truth.all()), int(truth.any()))
+
+
+def test_what_wraps_around_is_not_compared_by_its_difference() -> None:
+    """q - 2**62 - 2**62 - 3 leaves 64 bits, and compares as what it becomes."""
+    far = make("sub", make("sub", var("q_idx"), const(2**62)), const(2**62))
+    wrapped = make("sub", far, const(3))
+    box = {"q_idx": Interval(0, 5)}
+    (found,) = evaluate([make("lt", wrapped, var("q_idx"))], box)
+    for q in range(6):
+        (value,) = run([make("lt", wrapped, var("q_idx"))], {"q_idx": np.int64(q)})
+        assert holds(found, value)
+
+
+def test_long_sums_and_products_of_variables() -> None:
+    total = var("q_idx")
+    for n in range(400):  # nested deeper than Python would recurse into at ease
+        total = make("add", total, make("mul", const(n % 3 - 1), var("kv_idx")))
+    box = {"q_idx": Interval(2, 5), "kv_idx": Interval(0, 7), "h": point(3)}
+    assert evaluate([total], box) == [Interval(2 - 7, 5)]
+    assert evaluate([make("mul", var("h"), var("q_idx"))], box) == [Interval(6, 15)]
