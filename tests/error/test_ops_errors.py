@@ -172,6 +172,7 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "block_mask empty": ("AK401", "kv_len", lambda: ak.block_mask(ak.causal(), 1, 1, S, 0)),
     "block_mask block": ("AK401", "q_block", lambda: ak.block_mask(ak.causal(), 1, 1, S, S, q_block=0)),
     "block_mask batch": ("AK401", "B", lambda: ak.block_mask(ak.causal(), -1, 1, S, S)),
+    "block_mask of tiny blocks": ("AK401", "q_block", lambda: ak.block_mask(ak.causal(), 1, 1, 2**31 - 1, S, q_block=1)),
     "block_mask length": ("AK409", "block_mask", lambda: attention(block_mask=ak.block_mask(ak.causal(), 1, 1, S, S + 1))),
     "block_mask queries": ("AK409", "block_mask", lambda: attention(block_mask=ak.block_mask(ak.causal(), 1, 1, 2, S))),
     "block_mask of a batch": ("AK410", "block_mask", lambda: attention(block_mask=ak.block_mask(None, B + 1, 1, S, S))),

@@ -239,6 +239,8 @@ def test_lengths_are_never_guessed(qkv: Any) -> None:
         ):
             with pytest.raises(ak.AttnkitError, match="AK409"):
                 ak.attention(q, k, v, block_mask=block_mask)
+        with pytest.raises(ak.AttnkitError, match="AK409"):
+            ak.attention(q, k, v, mask=ak.block_mask(causal, 1, 1, *wrong))
     for batch, heads in ((3, 1), (1, 3), (2, 4)):
         with pytest.raises(ak.AttnkitError, match="AK410"):
             ak.attention(q, k, v, block_mask=ak.block_mask(causal, batch, heads, 256, 256))
@@ -258,6 +260,7 @@ def test_it_is_drawn() -> None:
         "BlockMask(B=1, H=2, 512 x 512, blocks of 128 x 128: 12 empty, 6 full, 14 partial, density 62.50 %)"
     )
     assert str(blocks).splitlines()[1:] == ["+...", "#+..", "+#+.", "++#+"]
+    assert "batch entry 0, head 0:" in str(ak.block_mask(window, 2, 2, 512, 512))
     large = str(ak.block_mask(ak.causal(), 1, 1, 2**14, 2**15))
     assert len(large.splitlines()) == 33
     assert max(map(len, large.splitlines()[1:])) == 64

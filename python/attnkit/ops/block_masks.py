@@ -16,10 +16,11 @@ from attnkit.backends.cpu.backend import CpuKernel, buffer_tuple
 from attnkit.errors import error
 from attnkit.ir.mods import Mask, MaskFunction
 from attnkit.ops.check import check_tensor, shape_of
-from attnkit.ops.traced import bind_function
+from attnkit.ops.traced import Traceable, bind
 from attnkit.runtime import prepare
 
 _DEFAULT_BLOCK = 128
+_MAX_ROWS = 1 << 24  # of blocks, over all heads: the structure of each takes memory
 
 
 class Bcsr(NamedTuple):
@@ -230,7 +231,9 @@ class BlockMask(Mask):
 
     def __str__(self) -> str:
         """The summary and a map of the first head."""
-        return f"{self!r}\n{self.structure.draw()}"
+        sizes = self.structure.sizes
+        which = "" if sizes.batch == sizes.heads == 1 else "batch entry 0, head 0:\n"
+        return f"{self!r}\n{which}{self.structure.draw()}"
 
 
 def block_mask(
@@ -259,6 +262,11 @@ def block_mask(
         raise error("AK402", where="mask", given=type(mask).__name__, allowed="a function, or None")
     sizes = _sizes(B=1 if B is None else B, H=1 if H is None else H, q_len=q_len, kv_len=kv_len,
                    q_block=q_block, kv_block=kv_block)  # fmt: skip
+    if sizes.batch * sizes.heads * sizes.rows > _MAX_ROWS:
+        given = f"{sizes.batch * sizes.heads * sizes.rows:,} rows of blocks"
+        raise error(
+            "AK401", where="q_block", given=given, allowed=f"at most {_MAX_ROWS:,}", hint="larger blocks"
+        )
     structure = _find(mask, sizes)
     return BlockMask(mask or _everything, sizes, mask, lambda: structure)
 
@@ -312,7 +320,7 @@ def from_maps(
 
 def _find(mask: MaskFunction | None, sizes: Sizes) -> Structure:
     """The engine's own analysis."""
-    text, buffers, params = bind_function(mask or _everything)
+    text, buffers, params = bind(Traceable(None, mask, None, None, None, None, None))
     kernel = prepare(text, "float32", 1, 1, backend="cpu").kernel
     assert isinstance(kernel, CpuKernel)
     for i, buffer in enumerate(buffers):

@@ -18,7 +18,7 @@ from attnkit.ir.mods import MaskFunction
 from attnkit.ir.optable import OPS
 from attnkit.ir.text import parse
 from attnkit.ops.block_masks import BlockMask, from_maps
-from attnkit.ops.traced import bind_function
+from attnkit.ops.traced import Traceable, bind
 
 _sliced: Any = getattr(flex, "_sliced_mask_mod_error", None)
 
@@ -81,7 +81,7 @@ def _to_lists(found: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_torch_mask(mask: MaskFunction, q_len: int, kv_len: int) -> MaskFunction:
     """A mask as a function of torch tensors alone, which FlexAttention can run: its traced expression, op by op."""
-    text, buffers, params = bind_function(mask)
+    text, buffers, params = bind(Traceable(None, mask, None, None, None, None, None))
     root = parse(text).attend.mask
     if root is None:
         return flex.noop_mask

@@ -20,7 +20,7 @@ from attnkit.ir.mods import (
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import registry  # defines torch.ops.attnkit
-from attnkit.ops.block_masks import as_block_mask
+from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     check_bindings,
     check_number,
@@ -95,13 +95,7 @@ def attention(
         if not (math.isfinite(scale) and scale > 0):
             raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
-    if block_mask is not None:
-        if cu_seqlens_q is not None:
-            raise error("AK408", where="block_mask", what="packed sequences have no common block mask",
-                        hint="pass mask=")  # fmt: skip
-        block_mask = as_block_mask(block_mask)
-        block_mask.check(q, k)
-        mask = _all_of([block_mask] if mask is None else [mask, block_mask])
+    mask = _with_blocks(mask, block_mask, q, k, packed=cu_seqlens_q is not None)
     sink = None if normalizer is None else normalizer.sink
     if sink is not None:
         check_tensor("sink", sink, q.device)
@@ -241,6 +235,20 @@ def _all_of(masks: list[Mod]) -> Mod | None:
         return visible
 
     return mask
+
+
+def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, packed: bool) -> Mod | None:
+    """``mask`` and ``block_mask``; a block mask among them must be one for these tensors."""
+    masks: list[Mod] = [] if mask is None else [mask]
+    if block_mask is not None:
+        masks.append(as_block_mask(block_mask))
+    for each in masks:
+        if isinstance(each, BlockMask):
+            if packed:
+                raise error("AK408", where="block_mask", what="packed sequences have no common block mask",
+                            hint="pass a mask function")  # fmt: skip
+            each.check(q, k)
+    return _all_of(masks)
 
 
 def _check_function(name: str, function: Any) -> None:

@@ -77,7 +77,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             calls.append(CallReport("torch", dtype, device, shapes, notes=(f"computed by torch: {reason}",)))
             return
         kernel = prepared.kernel
-        tiles = kernel.tiles(q, k, buffers, params) if isinstance(kernel, CpuKernel) else None
+        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if isinstance(kernel, CpuKernel) else ({}, "")
         calls.append(
             CallReport(
                 prepared.backend,
@@ -87,8 +87,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 prepared.spec.program.text,
                 prepared.config,
                 prepared.rejected,
-                {} if tiles is None else tiles.by_kind,
-                "" if tiles is None else tiles.of_heads,
+                blocks,
+                blocks_of,
             )
         )
 

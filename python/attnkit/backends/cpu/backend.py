@@ -132,10 +132,10 @@ class CpuKernel:
             raise error(_FAULTS[fault], where=self._describe(where))
         return Structure(sizes._replace(batch=batch, heads=heads), offsets, runs)
 
-    def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> Structure | None:
-        """The tiles that a call visits, by the engine's own block analysis; None where there are no pairs.
+    def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:
+        """How many tiles a call finds empty, partial and full, by the engine's own analysis; and which those are of.
 
-        Of packed and padded batches, those of the first sequence.
+        Of packed and padded batches only the first sequence is looked at.
         """
         sequences = self._sequences(q, k, buffers)
         batch, heads, q_len, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
@@ -143,9 +143,10 @@ class CpuKernel:
             batch = 1
             _, _, q_len, _, kv_len = sequences[0] if sequences else (0, 0, 0, 0, 0)
         if q_len == 0 or kv_len == 0:
-            return None
+            return {}, ""
         sizes = Sizes(batch, heads, q_len, kv_len, self.config["tile_q"], self.config["tile_kv"])
-        return self.structure(sizes, [buffer_tuple(b) for b in buffers], params)
+        found = self.structure(sizes, [buffer_tuple(b) for b in buffers], params)
+        return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
 
     def _describe(self, instruction: int) -> str:
         if instruction < 0:
