@@ -1,5 +1,6 @@
 """The engine's block analysis against every pair by brute force, and against the analysis in Python."""
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -266,3 +267,23 @@ def engine_pairs(
 
 def test_every_index_variable_is_drawn() -> None:
     assert {*INDICES, "s"} == set(PAIR_VARIABLES)
+
+
+# --- sums ------------------------------------------------------------------------------------------------
+
+COMPARISONS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")
+}
+
+
+@given(
+    *[st.tuples(*[st.integers(-6, 6)] * 2, st.integers(-60, 60))] * 2, st.sampled_from(sorted(COMPARISONS))
+)
+def test_comparisons_of_sums_are_exact(x: Any, y: Any, name: str) -> None:
+    def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
+        left, right = (a * i - (n - 1) * j + c + (2 * n - 1) * j for a, n, c in (x, y))  # j twice in each
+        return COMPARISONS[name](left, right)
+
+    program, held = traced(mask)
+    want = truth(pairs(program, 60, 60, held, []), 13, 7)
+    np.testing.assert_array_equal(engine_map(program, 60, 60, 13, 7, held, []), want)
