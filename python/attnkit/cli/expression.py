@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from attnkit.ir.mods import Mask, causal, prefix, window
-from attnkit.ir.optable import CALLS, VARIABLES
+from attnkit.ir.optable import CALLS
 
 _MASKS: dict[str, Callable[..., Mask]] = {"causal": causal, "window": window, "prefix": prefix}
 _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
@@ -17,7 +17,8 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
     ast.BitXor: operator.xor, ast.Invert: operator.invert, ast.USub: operator.neg, ast.Eq: operator.eq,
     ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
 }  # fmt: skip
-_NAMES = ", ".join((*_MASKS, *(v for v in VARIABLES if v != "s"), *CALLS))
+_VARIABLES = ("b", "h", "q_idx", "kv_idx", "q_len", "kv_len")
+_NAMES = ", ".join((*_MASKS, *_VARIABLES, *CALLS))
 
 
 def parse_mask(text: str) -> Callable[..., Any]:
@@ -41,7 +42,7 @@ def _check(node: ast.AST) -> None:
         raise ValueError(f"{type(node).__name__} cannot be used; there are operators, numbers and {_NAMES}")
     if isinstance(node, ast.Compare) and len(node.ops) > 1:
         raise ValueError("comparisons do not chain: write (a < b) & (b < c)")
-    if isinstance(node, ast.Name) and node.id not in {*_MASKS, *CALLS, *VARIABLES} - {"s"}:
+    if isinstance(node, ast.Name) and node.id not in (*_MASKS, *CALLS, *_VARIABLES):
         raise ValueError(f"unknown name {node.id!r}; there are {_NAMES}")
     if isinstance(node, ast.Call) and not (
         isinstance(node.func, ast.Name) and node.func.id in {*_MASKS, *CALLS}
@@ -54,7 +55,7 @@ def _evaluate(node: Any, index: tuple[Any, Any, Any, Any]) -> Any:
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name):
-        given = dict(zip(("b", "h", "q_idx", "kv_idx"), index, strict=True))
+        given = dict(zip(_VARIABLES, index, strict=False))
         if node.id in _MASKS:
             return _MASKS[node.id]()(*index)
         return given[node.id] if node.id in given else index[0].context.variable(node.id)
