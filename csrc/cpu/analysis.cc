@@ -148,7 +148,7 @@ Interval Analysis::evaluate(size_t i) {
 // Built in place: a copy of an interval just written waits for its parts to reach the cache.
 void Analysis::eval(size_t i) { new (&value_[i]) Interval(evaluate(i)); }
 
-Facts Analysis::prove() {
+Facts Analysis::prove(bool mask_only) {
   Facts facts;
   facts.load_in_bounds.assign(program_.code.size(), 0);
   frame_ = {{0, std::max(problem_.num_sequences - 1, 0)},
@@ -167,7 +167,7 @@ Facts Analysis::prove() {
   facts_ = &facts;
   for (size_t i = 0; i < program_.code.size(); ++i) {
     const Instruction& in = program_.code[i];
-    if (!in.for_score && !in.for_mask) continue;
+    if (!in.for_mask && (mask_only || !in.for_score)) continue;
     if (in.op == Op::floordiv_i || in.op == Op::mod_i) {
       const Interval& divisor = value_[static_cast<size_t>(in.args[1])];
       if (divisor.lo <= 0 && divisor.hi >= 0) {

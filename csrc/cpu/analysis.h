@@ -34,9 +34,9 @@ class Analysis {
   // `proven` has finished; its zone maps are read too.
   Analysis(const Program& program, const Problem& problem, const Analysis* proven = nullptr);
 
-  // Evaluates everything over all pairs: integers fit 32 bits, divisors are not zero, loads stay inside. To be called
-  // once, by itself or on the analysis given as `proven`, before anything below.
-  Facts prove();
+  // Evaluates everything (or the mask alone) over all pairs: integers fit 32 bits, divisors are not zero, loads stay
+  // inside. To be called once, by itself or on the analysis given as `proven`, before anything below.
+  Facts prove(bool mask_only = false);
 
   // The mask on a box. Queries and keys that were just asked about are not evaluated again.
   void frame(const Frame& frame);

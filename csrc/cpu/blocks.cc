@@ -151,7 +151,7 @@ class Quadtree {
 BlockRuns block_runs(const Program& program, const Problem& p, int32_t q_block, int32_t kv_block) {
   BlockRuns out;
   Analysis analysis(program, p);
-  const Facts facts = analysis.prove();
+  const Facts facts = analysis.prove(true);
   out.status = facts.status;
   if (facts.status.fault != Fault::none) return out;
   out.per_batch = (program.boxes.mask_reads & kReadsBatch) != 0;

@@ -145,6 +145,22 @@ def test_explain_a_file_whose_mask_reads_a_buffer(cli: Cli, tmp_path: Path) -> N
     assert "no block map" in cli("mask", str(path), code=1).stderr
 
 
+def test_explain_a_file_whose_score_divides_by_a_buffer(cli: Cli, tmp_path: Path) -> None:
+    """What the score may do wrong shows in a call; the blocks are the mask's."""
+    path = tmp_path / "divided.txt"
+    path.write_text("""attnkit 1
+program (q: bhsd, k: bhsd, v: bhsd) buffers(b0: i32[1]) {
+  o, lse = attend(q, k, v, scale = default) {
+    score = s * float(q_idx // b0[h])
+    mask = kv_idx <= q_idx
+    normalizer = softmax
+  }
+  return o, lse
+}
+""")
+    assert "blocks" in cli("explain", str(path)).stdout
+
+
 def test_dump_text_is_canonical_and_reads_back(cli: Cli, program: Path) -> None:
     text = cli("dump", str(program)).stdout
     assert text == attnkit.parse(program.read_text()).text
