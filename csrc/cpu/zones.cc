@@ -111,8 +111,8 @@ Interval unknown(Op op) {
   return op == Op::load_f ? kAnyFloat : range_of(INT32_MIN, INT32_MAX);  // proven to fit
 }
 
-// Nothing but NaN was found.
-void settle(Interval& r) {
+// An interval has no way to say "nothing but NaN".
+void or_anything(Interval& r) {
   if (r.lo > r.hi) r = kAnyFloat;
 }
 
@@ -231,7 +231,7 @@ Interval Zones::band(size_t number, const IndexBox& box) {
   }
   Interval r = band->map->range(box.lo[line] - band->box.lo[line], box.hi[line] - band->box.lo[line]);
   r.nan |= band->nan;
-  settle(r);
+  or_anything(r);
   return r;
 }
 
@@ -268,7 +268,7 @@ Interval Zones::load(size_t number, const IndexBox& box, bool proving) {
   } else {
     return band(number, box);
   }
-  settle(r);
+  or_anything(r);
   return r;
 }
 

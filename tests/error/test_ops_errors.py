@@ -182,6 +182,7 @@ CALLS: dict[str, tuple[str, str, Call]] = {
         lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S), block_mask=ak.block_mask(None, 1, 1, S, S)),
     ),
     "map of floats": ("AK404", "blocks", lambda: ak.BlockMask.from_dense(torch.ones(2, 2))),
+    "map with blocks of 0": ("AK401", "kv_block", lambda: ak.BlockMask.from_dense(BLOCKS, kv_block=0)),
     "map 1-D": ("AK403", "blocks", lambda: ak.BlockMask.from_dense(BLOCKS[0])),
     "map of other lengths": ("AK403", "blocks", lambda: ak.BlockMask.from_dense(BLOCKS, 100, 256)),
     "map of partial blocks": ("AK411", "blocks", lambda: ak.BlockMask.from_dense(BLOCKS.to(torch.uint8))),

@@ -277,7 +277,11 @@ def test_a_block_mask_is_traced_once(qkv: Any, monkeypatch: pytest.MonkeyPatch) 
 def test_a_block_mask_cannot_be_changed() -> None:
     blocks = ak.block_mask(causal, 1, 1, 64, 64)
     with pytest.raises(AttributeError):
-        blocks.q_len = 3  # type: ignore[misc]
+        blocks.sizes = 3  # type: ignore[misc]
+    given = torch.ones(2, 2, dtype=torch.bool)
+    kept = ak.BlockMask.from_dense(given)
+    given[:] = False
+    assert (kept.to_dense() == FULL).all()
 
 
 @pytest.mark.parametrize("whose", ["ours", "torch", "map"])

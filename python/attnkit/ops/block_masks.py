@@ -124,7 +124,8 @@ class BlockMask(Mask):
             raise error("AK404", where="blocks", given=str(blocks.dtype), allowed="torch.bool, torch.uint8")
         if not 2 <= blocks.dim() <= 4:
             raise error("AK403", where="blocks", given=shape_of(blocks), allowed="[nq, nk] to [B, H, nq, nk]")
-        blocks = blocks.reshape((1,) * (4 - blocks.dim()) + blocks.shape)
+        _check_sizes(q_block=q_block, kv_block=kv_block)
+        blocks = blocks.clone().reshape((1,) * (4 - blocks.dim()) + blocks.shape)  # yours may change later
         q_len = blocks.shape[2] * q_block if q_len is None else q_len
         kv_len = blocks.shape[3] * kv_block if kv_len is None else kv_len
         if blocks.dtype == torch.bool:
@@ -334,10 +335,15 @@ def _everything(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 
 
 def _sizes(**sizes: Any) -> Sizes:
-    """The sizes, checked under the names that the caller knows. AK402 if one is no int, AK401 if it is no size."""
+    """All six sizes, checked under the names that the caller knows."""
+    _check_sizes(**sizes)
+    return Sizes(*sizes.values())
+
+
+def _check_sizes(**sizes: Any) -> None:
+    """AK402 if one is no int, AK401 if it is no size."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, (int, np.integer, torch.SymInt)):
             raise error("AK402", where=name, given=type(size).__name__, allowed="an int")
         if not 1 <= size < 2**31:
             raise error("AK401", where=name, given=str(size), allowed=f"1..{2**31 - 1}")
-    return Sizes(*sizes.values())
