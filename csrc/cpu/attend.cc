@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 namespace attnkit::cpu {
 namespace {
@@ -217,11 +218,18 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
       if (bad >= 0) bad_load = bad;
     }
   };
+  const auto guarded = [&] {  // no exception may leave a parallel region
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+      no_memory = true;
+    }
+  };
   if (threads <= 1) {
-    work();
+    guarded();
   } else {
 #pragma omp parallel num_threads(threads)
-    work();
+    guarded();
   }
   g_last_isa = &kernel;
   if (no_memory) return {Fault::no_memory, -1};

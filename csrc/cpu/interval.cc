@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 
 namespace attnkit::cpu {
@@ -111,9 +112,20 @@ Interval IntervalAnalysis::buffer_range(size_t b) {
   if (r.lo <= r.hi || r.nan) return r;
   const Buffer& buf = problem_.buffers[b];
   Interval found{kInf, -kInf, false};
-  int64_t index[kMaxArgs] = {};
-  for (int d = 0; d < buf.rank; ++d)
+  int64_t index[kMaxArgs] = {}, first = 0, extent = 1;
+  double count = 1;
+  for (int d = 0; d < buf.rank; ++d) {
     if (buf.size[d] == 0) return r = point(0);
+    const int64_t reach = (buf.size[d] - 1) * buf.stride[d];
+    first += std::min<int64_t>(reach, 0);
+    extent += std::abs(reach);
+    count *= static_cast<double>(buf.size[d]);
+  }
+  // Where elements repeat, as in an expanded tensor, the memory is smaller than the tensor.
+  if (static_cast<double>(extent) <= count) {
+    for (int64_t n = 0; n < extent; ++n) widen(found, element(buf, first + n));
+    return r = found.lo <= found.hi ? found : kAnyFloat;
+  }
   while (true) {
     int64_t offset = 0;
     for (int d = 0; d < buf.rank; ++d) offset += index[d] * buf.stride[d];
@@ -143,8 +155,9 @@ Interval IntervalAnalysis::eval_load(const Instruction& in, size_t i) {
       return in.op == Op::load_f ? kAnyFloat : point(0);
     }
     // The kernel clamps what is not proven, so clamping here describes what it reads.
-    const int64_t lo = static_cast<int64_t>(std::clamp(index.lo, 0.0, last));
-    const int64_t hi = static_cast<int64_t>(std::clamp(index.hi, 0.0, last));
+    // Before anything is proven a bound may even be NaN, and comparisons with it are false.
+    const int64_t lo = index.lo > 0 ? static_cast<int64_t>(std::min(index.lo, last)) : 0;
+    const int64_t hi = static_cast<int64_t>(index.hi < last ? std::max(index.hi, 0.0) : last);
     first += lo * buf.stride[d];
     if (lo != hi) {
       ++ranged;
