@@ -33,6 +33,11 @@ def i32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def misaligned(*shape: int) -> Tensor:
+    """Floats that begin at an odd address, as a slice of a file may."""
+    return torch.frombuffer(bytearray(4 * math.prod(shape) + 1), dtype=torch.float32, offset=1).view(shape)
+
+
 Q, K, V = rand(B, H, S, D), rand(B, HKV, S, D), rand(B, HKV, S, D)
 SINK = torch.zeros(H)
 
@@ -198,6 +203,12 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "cu_seqlens of two sizes": (
         "AK602", "cu_seqlens_q, cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, 2, S)),
     ),
+    "no room for the result": ("AK603", "o, lse", lambda: attention(*(x[:1].expand(2**40, -1, -1, -1) for x in (Q, K, V)))),
+    "too long": ("AK502", "backend", lambda: attention(Q[:1, :1, :1], *(x[:1, :1, :1].expand(1, 1, 2**31, D) for x in (K, V)))),
+    "misaligned q": ("AK607", "q", lambda: attention(q=misaligned(B, H, S, D))),
+    "misaligned v": ("AK607", "v", lambda: attention(v=misaligned(B, HKV, S, D))),
+    "misaligned sink": ("AK607", "sink", lambda: dense(sink=misaligned(H))),
+    "misaligned captured": ("AK607", "b0", lambda: attention(score=ak.bias(misaligned(S, S)))),
     "packed batch": ("AK602", "q", lambda: attention(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S))),
     "integer overflow": ("AK604", "score or mask", lambda: attention(mask=lambda b, h, i, j: (i + 1) * 2**30 * 4 > j)),
     "division by zero": ("AK605", "score or mask", lambda: attention(mask=lambda b, h, i, j: i // j == 0)),
@@ -266,6 +277,16 @@ def test_out_of_memory() -> None:
         [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.splitlines() == ["AK603 backend cpu", "and goes on"], done.stderr
+
+
+def test_the_drop_in_leaves_what_is_not_aligned_to_torch() -> None:
+    q = misaligned(B, H, S, D)
+    with ak.installed():
+        o = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        report = ak.installed_report()
+    assert not o.any()
+    assert report.attnkit == 0
+    assert list(report.torch) == ["tensor that is not aligned"]
 
 
 def test_a_tensor_without_memory() -> None:

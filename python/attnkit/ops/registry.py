@@ -49,6 +49,19 @@ def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     return o, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
+def allocate(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """`outputs` in real memory.
+
+    Raises:
+        AttnkitValueError: AK603, there is not that much.
+    """
+    try:
+        return outputs(q, v, need_lse)
+    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
+        given = f"o {[*q.shape[:3], v.shape[3]]}: {str(exc).splitlines()[0]}"
+        raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc
+
+
 def _attend_fake(*args: Any) -> tuple[Tensor, Tensor]:
     q, k, v, _, _, _, _, need_lse = Call(*args)
     check_qkv(q, k, v)
@@ -61,7 +74,7 @@ def _attend_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     _check_seed(seed)
     prepared = prepare(program, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type)
     check_bindings(prepared.spec.program, q, k, buffers, params)
-    o, lse = outputs(q, v, need_lse)
+    o, lse = allocate(q, v, need_lse)
     record = recorder()
     if record is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
