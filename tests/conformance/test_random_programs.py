@@ -125,7 +125,10 @@ def weights_of(z: Any, live: Any) -> tuple[Any, Any]:
         return np.where(total == 0, 0, w / total), (pivot + np.log(total))[:, 0]
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+MANY = settings().max_examples * 3 // 2  # of the profile: `make fuzz` asks for more
+
+
+@settings(max_examples=MANY, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(problems())
 def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]]) -> None:
     program, q_len, kv_len, seed, tiles = problem

@@ -11,6 +11,7 @@ from attnkit.ir.program import Layout
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _BUFFER_DTYPES = {"torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3}
 # Status codes of csrc/cpu/problem.h.
 _FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607"}
@@ -42,6 +43,9 @@ class CpuBackend:
             reasons.append(f"dtype is {spec.dtype}, the engine computes float32")
         if not (1 <= spec.head_dim <= 4096 and 1 <= spec.v_head_dim <= 4096):
             reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..4096")
+        scale = spec.program.attend.scale
+        if scale is not None and scale > _FLOAT32_MAX:
+            reasons.append(f"scale is {scale}, beyond float32")
         return tuple(reasons)
 
     def space(self, spec: KernelSpec) -> Space:
