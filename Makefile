@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints-dev.txt
 CSRC := $(shell find csrc -type f)
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test check fuzz lint wheel clean
+.PHONY: help dev demo test check sanitize fuzz lint wheel clean
 
 help: ## Say what each target does
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,8 +22,13 @@ check: dev ## Show what the issues promised: tests marked `shows`, then the meas
 	$(BIN)/python -m pytest -m shows
 	$(BIN)/python -m attnkit.bench.shows
 
-fuzz: dev ## Property tests with fresh random examples, many more of them
-	$(BIN)/python -m pytest -n 2 -m hypothesis --hypothesis-profile fuzz
+sanitize: dev ## Engine tests and the fuzzer against an engine with ASan and UBSan inside (part of check)
+	$(BIN)/python -m pytest tests/fuzz/test_sanitized.py tests/fuzz/test_engine_fuzz.py
+
+# A fresh seed each time; to repeat a run: make fuzz ATTNKIT_TEST_SEED=<the seed it printed>
+fuzz: export ATTNKIT_TEST_SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+fuzz: dev ## Random cases of every kind with a fresh seed, fifty times more of them
+	$(BIN)/python -m pytest -n 2 -m "(hypothesis or fuzz) and not slow" --hypothesis-profile fuzz --hypothesis-seed $$ATTNKIT_TEST_SEED
 
 lint: dev ## The linters alone: ruff, mypy, import-linter, clang-format, codespell
 	$(BIN)/python -m pytest -q -n 2 -m lint

@@ -36,13 +36,15 @@ def pytest_report_header() -> str:
 
 
 # Whole files that are lines of an issue's "Shows"; single tests carry the marker themselves.
-SHOWS = ("tests/conformance/", "tests/laws/", "tests/robust/", "tests/ops/test_attend_op.py")
+SHOWS = ("tests/conformance/", "tests/laws/", "tests/robust/", "tests/fuzz/", "tests/ops/test_attend_op.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(SHOWS):
             item.add_marker("shows")
+        if item.nodeid.startswith("tests/fuzz/"):
+            item.add_marker("fuzz")
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_gpu():
         for item in gpu:
@@ -84,6 +86,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """A generator of this test's own: the same numbers whichever other tests run."""
     return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture
+def seed() -> int:
+    """For what makes its own generators, perhaps in another process."""
+    return SEED
+
+
+@pytest.fixture
+def effort() -> int:
+    """How many times more of random cases than in the ordinary run; `make fuzz` asks for more."""
+    return max(hypothesis.settings().max_examples // 100, 1)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,6 +24,7 @@ namespace {
 using Ints = std::vector<int64_t>;
 using BufferTuple = std::tuple<uintptr_t, int, Ints, Ints>;  // address, dtype, sizes, strides
 using SequenceTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t>;  // see Sequence
+constexpr int kMaxThreads = 1024;  // OpenMP ends the process where the system has no more to give
 using ProgramCode = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;  // rows of 8
 
 Program make_program(const ProgramCode& code, int score, int mask, int num_buffers, int num_params) {
@@ -37,6 +39,33 @@ void need(bool ok, const char* what) {
   if (!ok) throw py::value_error(what);
 }
 
+constexpr int64_t kFarthest = int64_t{1} << 54;  // elements of 8 bytes: no address space is larger
+
+// The memory of a tensor, as far as it can be told: only its owner knows whether it is as large as the sizes say.
+struct Memory {
+  uintptr_t data;
+  const Ints& size;
+  const Ints& stride;  // in elements
+  uintptr_t element;   // bytes
+};
+const Ints kNone{0};
+const Memory kAbsent{0, kNone, kNone, 1};  // an optional tensor that is not there
+
+constexpr uintptr_t element_size(DType dtype) { return dtype == DType::i64 ? 8 : dtype == DType::u8 ? 1 : 4; }
+
+// What keeps a tensor from being used, if its sizes and strides are possible at all.
+Fault check_memory(const Memory& m) {
+  need(std::all_of(m.size.begin(), m.size.end(), [](int64_t n) { return n >= 0; }), "a size is negative");
+  if (std::find(m.size.begin(), m.size.end(), 0) != m.size.end()) return Fault::none;
+  if (m.data == 0) return Fault::no_data;
+  for (size_t d = 0; d < m.size.size(); ++d) {
+    int64_t reach = 0;
+    const bool fits = !__builtin_mul_overflow(m.size[d] - 1, m.stride[d], &reach);
+    need(fits && reach <= kFarthest && reach >= -kFarthest, "strides lead out of the address space");
+  }
+  return m.data % m.element == 0 ? Fault::none : Fault::misaligned;
+}
+
 View make_view(uintptr_t data, const Ints& stride) {
   need(stride.size() == 4, "a tensor has four strides");
   View v{reinterpret_cast<float*>(data), {}};
@@ -44,7 +73,9 @@ View make_view(uintptr_t data, const Ints& stride) {
   return v;
 }
 
-std::vector<Buffer> make_buffers(const Program& program, const std::vector<BufferTuple>& tuples) {
+// Adds the memory of each to `memory`.
+std::vector<Buffer> make_buffers(const Program& program, const std::vector<BufferTuple>& tuples,
+                                 std::vector<Memory>& memory) {
   need(static_cast<int>(tuples.size()) == program.num_buffers, "wrong number of buffers");
   std::vector<Buffer> buffers;
   for (size_t i = 0; i < tuples.size(); ++i) {
@@ -58,6 +89,7 @@ std::vector<Buffer> make_buffers(const Program& program, const std::vector<Buffe
       const char held = b.dtype == DType::f32 ? 'f' : b.dtype == DType::u8 ? 'b' : 'i';
       need(program.buffer_rank[i] == b.rank && program.buffer_type[i] == held, "a buffer does not match the program");
     }
+    memory.push_back({data, size, stride, element_size(b.dtype)});
     buffers.push_back(b);
   }
   return buffers;
@@ -70,24 +102,26 @@ std::vector<Sequence> make_sequences(const std::optional<std::vector<SequenceTup
     for (int64_t b = 0; b < batch; ++b) sequences.push_back({static_cast<int32_t>(b), 0, q_len, 0, kv_len});
   else
     for (const auto& [b, q_start, n_q, kv_start, n_kv] : *given) {
-      need(b >= 0 && b < batch && q_start >= 0 && n_q >= 0 && q_start + n_q <= q_len && kv_start >= 0 && n_kv >= 0 &&
-               kv_start + n_kv <= kv_len,
+      need(b >= 0 && b < batch && q_start >= 0 && n_q >= 0 && q_start <= q_len && n_q <= q_len - q_start &&
+               kv_start >= 0 && n_kv >= 0 && kv_start <= kv_len && n_kv <= kv_len - kv_start,
            "a sequence lies outside the tensors");
       sequences.push_back({b, q_start, n_q, kv_start, n_kv});
     }
+  need(sequences.size() <= INT32_MAX, "more than 2^31 - 1 sequences");
   for (const Sequence& s : sequences)
     need(s.q_len <= INT32_MAX && s.kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
   return sequences;
 }
 
-// (fault, instruction). Shapes are [batch, heads, length, head_dim].
+// (fault, what it is about): an instruction, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers.
+// Shapes are [batch, heads, length, head_dim].
 std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints& q_shape, const Ints& q_stride,
                                 uintptr_t k, const Ints& k_shape, const Ints& k_stride, uintptr_t v,
                                 const Ints& v_shape, const Ints& v_stride, uintptr_t o, const Ints& o_stride,
                                 uintptr_t lse, const Ints& lse_stride, float scale, uintptr_t sink,
                                 const std::optional<std::vector<SequenceTuple>>& given_sequences,
                                 const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
-                                int threads, int tile_q, int tile_kv) {
+                                int threads, int tile_q, int tile_kv) try {
   need(q_shape.size() == 4 && k_shape.size() == 4 && v_shape.size() == 4, "q, k and v have four dimensions");
   need(q_shape[0] == k_shape[0] && q_shape[0] == v_shape[0], "q, k and v differ in batch");
   need(k_shape[1] == v_shape[1] && k_shape[2] == v_shape[2], "k and v differ in heads or length");
@@ -98,11 +132,8 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   need(lse == 0 || lse_stride.size() == 3, "lse has three strides");
-  for (const auto& [data, shape] : {std::pair{q, &q_shape}, {k, &k_shape}, {v, &v_shape}})
-    if (data == 0 && std::find(shape->begin(), shape->end(), 0) == shape->end())
-      return {static_cast<int>(Fault::no_data), -1};
-  const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples);
-  const std::vector<Sequence> sequences = make_sequences(given_sequences, q_shape[0], q_shape[2], k_shape[2]);
+  need(threads > 0, "threads are at least 1");
+  need(q_shape[0] <= INT32_MAX && q_shape[1] <= INT32_MAX, "more than 2^31 - 1 batch entries or heads");
   Problem p{};
   p.q = make_view(q, q_stride);
   p.k = make_view(k, k_stride);
@@ -110,6 +141,21 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   p.o = make_view(o, o_stride);
   p.lse = reinterpret_cast<float*>(lse);
   if (lse != 0) std::copy(lse_stride.begin(), lse_stride.end(), p.lse_stride);
+  const Ints o_shape{q_shape[0], q_shape[1], q_shape[2], v_shape[3]}, lse_shape(o_shape.begin(), o_shape.end() - 1);
+  const Ints sink_shape{q_shape[1]}, sink_stride{1};
+  constexpr uintptr_t f32 = element_size(DType::f32);
+  std::vector<Memory> memory{{q, q_shape, q_stride, f32},
+                             {k, k_shape, k_stride, f32},
+                             {v, v_shape, v_stride, f32},
+                             {o, o_shape, o_stride, f32}};
+  memory.push_back(lse != 0 ? Memory{lse, lse_shape, lse_stride, f32} : kAbsent);
+  memory.push_back(sink != 0 ? Memory{sink, sink_shape, sink_stride, f32} : kAbsent);
+  const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples, memory);
+  for (size_t i = 0; i < memory.size(); ++i)
+    if (const Fault fault = check_memory(memory[i]); fault != Fault::none)
+      return {static_cast<int>(fault), static_cast<int>(i)};
+  if (std::find(o_shape.begin(), o_shape.end(), 0) != o_shape.end()) return {0, -1};  // nothing to compute
+  const std::vector<Sequence> sequences = make_sequences(given_sequences, q_shape[0], q_shape[2], k_shape[2]);
   p.num_heads = static_cast<int32_t>(q_shape[1]);
   p.num_kv_heads = static_cast<int32_t>(k_shape[1]);
   p.head_dim = static_cast<int32_t>(q_shape[3]);
@@ -123,8 +169,10 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   p.params = params.data();
   p.num_params = static_cast<int32_t>(params.size());
   py::gil_scoped_release release;
-  const Status status = attend(program, p, {tile_q, tile_kv, threads});
+  const Status status = attend(program, p, {tile_q, tile_kv, std::min(threads, kMaxThreads)});
   return {static_cast<int>(status.fault), status.value};
+} catch (const std::bad_alloc&) {
+  return {static_cast<int>(Fault::no_memory), -1};
 }
 
 // (fault, instruction, batch, heads, offsets int64 [rows + 1], runs int32 [n, 3]): see BlockRuns. Batch and heads are 1
@@ -134,7 +182,11 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
                           const std::vector<float>& params) {
   need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
-  const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples);
+  need(q_len <= INT32_MAX && kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
+  need(batch <= 1 << 20 && heads <= 1 << 20, "batch and heads are at most 2^20");
+  std::vector<Memory> memory;
+  const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples, memory);
+  for (const Memory& m : memory) need(check_memory(m) == Fault::none, "a buffer has no memory, or is misaligned");
   const std::vector<Sequence> sequences = make_sequences({}, batch, q_len, kv_len);
   Problem p{};
   p.sequences = sequences.data();
@@ -165,20 +217,21 @@ py::array_t<float> call_evaluate(const std::string& opcode,
     if (opcode != sig.name) continue;
     const size_t n_args = std::strlen(sig.args);
     need(n_args > 0 && sig.args[0] != '*' && args.size() == n_args, "not an opcode of that many arguments");
+    need(args[0].size() <= 1 << 30, "more than 2^30 elements");
     const auto n = static_cast<size_t>(args[0].size()), padded = (n + 15) / 16 * 16;
     std::vector<std::vector<float>> in(3, std::vector<float>(padded));
     const float* pointers[3];
     for (size_t a = 0; a < 3; ++a) {
       if (a < n_args) {
         need(static_cast<size_t>(args[a].size()) == n, "arguments differ in length");
-        std::memcpy(in[a].data(), args[a].data(), n * sizeof(float));
+        std::copy_n(args[a].data(), n, in[a].begin());
       }
       pointers[a] = in[a].data();
     }
     std::vector<float> out(padded);
     evaluate(static_cast<Op>(i), out.data(), pointers, static_cast<int32_t>(padded));
     py::array_t<float> result(static_cast<py::ssize_t>(n));
-    std::memcpy(result.mutable_data(), out.data(), n * sizeof(float));
+    std::copy_n(out.begin(), n, result.mutable_data());
     return result;
   }
   throw py::value_error("unknown opcode " + opcode);
@@ -189,21 +242,24 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 double fma_gflops(int threads, int64_t rounds) {
+  need(threads > 0, "threads are at least 1");
+  need(rounds >= 0 && rounds <= 1'000'000'000, "rounds are 0 to 10^9");
   py::gil_scoped_release release;
   const auto start = std::chrono::steady_clock::now();
   double flops = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : flops)
+#pragma omp parallel num_threads(std::min(threads, kMaxThreads)) reduction(+ : flops)
   flops += current_isa().fma_burst(rounds);
   return flops / seconds_since(start) * 1e-9;
 }
 
 double read_gbytes_per_s(int threads, const py::array_t<float, py::array::c_style>& memory) {
+  need(threads > 0, "threads are at least 1");
   const float* data = memory.data();
   const int64_t n = memory.size();
   py::gil_scoped_release release;
   const auto start = std::chrono::steady_clock::now();
   float sum = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : sum)
+#pragma omp parallel num_threads(std::min(threads, kMaxThreads)) reduction(+ : sum)
   {
     const int64_t part = n / omp_get_num_threads();
     sum += current_isa().read_burst(data + part * omp_get_thread_num(), part);

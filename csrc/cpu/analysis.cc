@@ -45,8 +45,10 @@ Interval Analysis::eval_load(const Instruction& in, size_t i) {
     in_bounds &= index.lo >= 0 && index.hi <= last;
     empty |= last < 0;
     // The kernel clamps what is not proven, so clamping here describes what it reads.
-    box.lo[d] = static_cast<int64_t>(std::clamp(index.lo, 0.0, std::max(last, 0.0)));
-    box.hi[d] = static_cast<int64_t>(std::clamp(index.hi, 0.0, std::max(last, 0.0)));
+    // Before anything is proven a bound may even be NaN, and comparisons with it are false.
+    const double most = std::max(last, 0.0);
+    box.lo[d] = index.lo > 0 ? static_cast<int64_t>(std::min(index.lo, most)) : 0;
+    box.hi[d] = static_cast<int64_t>(index.hi < most ? std::max(index.hi, 0.0) : most);
   }
   if (facts_ != nullptr) {
     facts_->load_in_bounds[i] = in_bounds;

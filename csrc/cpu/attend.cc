@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "blocks.h"
 
@@ -117,11 +118,18 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
       if (bad >= 0) bad_load = bad;
     }
   };
+  const auto guarded = [&] {  // no exception may leave a parallel region
+    try {
+      work();
+    } catch (const std::bad_alloc&) {
+      no_memory = true;
+    }
+  };
   if (threads <= 1) {
-    work();
+    guarded();
   } else {
 #pragma omp parallel num_threads(threads)
-    work();
+    guarded();
   }
   if (no_memory) return {Fault::no_memory, -1};
   if (num_tasks > 0) g_last_isa = &kernel;

@@ -47,9 +47,7 @@ class Forward {
  public:
   Forward(const Call& c, const Task& t, float* workspace)
       : c_(c), p_(*c.problem), t_(t), seq_(p_.sequences[t.sequence]), at_(c, t.lanes()), ws_(workspace) {
-    const int64_t kv_head = t.head / (p_.num_heads / p_.num_kv_heads);
-    k_ = p_.k.data + seq_.batch * p_.k.stride[0] + kv_head * p_.k.stride[1] + seq_.kv_start * p_.k.stride[2];
-    v_ = p_.v.data + seq_.batch * p_.v.stride[0] + kv_head * p_.v.stride[1] + seq_.kv_start * p_.v.stride[2];
+    kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
   }
 
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
@@ -69,8 +67,7 @@ class Forward {
   }
 
   void keys(int64_t first, int32_t count, bool full) {
-    const float* k = k_ + first * p_.k.stride[2];
-    const float* v = v_ + first * p_.v.stride[2];
+    const float *k = key(p_.k, first), *v = key(p_.v, first);
     int64_t k_stride = p_.k.stride[2], v_stride = p_.v.stride[2];
     if (p_.k.stride[3] != 1) k = pack(at_.k, k, k_stride, p_.k.stride[3], count, p_.head_dim, p_.head_dim);
     if (p_.v.stride[3] != 1 || at_.dv != p_.v_head_dim)
@@ -109,6 +106,10 @@ class Forward {
  private:
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
   int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
+
+  const float* key(const View& view, int64_t n) const {
+    return view.data + seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + n) * view.stride[2];
+  }
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
@@ -351,7 +352,7 @@ class Forward {
   const Sequence& seq_;
   const Layout at_;
   float* ws_;
-  const float *k_, *v_;
+  int64_t kv_head_;
   int64_t tile_first_ = 0;
   int32_t tile_count_ = 1;
   int32_t bad_candidate_ = -1, bad_load_ = -1;

@@ -48,7 +48,8 @@ enum class Fault : int32_t {
   div_zero,     // an integer divisor may be zero; value = instruction
   index_range,  // a pair that exists reads outside a buffer; value = instruction
   no_memory,
-  no_data,      // a tensor that has elements has no address
+  no_data,      // a tensor that has elements has no address; value = which (csrc/bind/module.cc)
+  misaligned,   // an address is not a multiple of the element's size; value = which
 };
 
 struct Status {

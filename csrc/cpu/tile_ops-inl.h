@@ -219,7 +219,8 @@ inline void load_buffer(float* dst, Shape s, const Buffer& buf, const Operand* i
   }
 }
 
-// One instruction other than a leaf or a load.
+// One instruction other than a leaf or a load. Integers wrap: the analysis has excluded it where a pair exists, and
+// signed arithmetic may not.
 inline void compute(Op op, float* dst, Shape s, const Operand* a) {
   const auto un = [&](auto f) { map1(dst, s, a[0], f); };
   const auto bin = [&](auto f) { map2(dst, s, a[0], a[1], f); };
@@ -253,11 +254,11 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
     case Op::sin_f: return un([](vf x) { return each_lane(x, __builtin_sinf); });
     case Op::cos_f: return un([](vf x) { return each_lane(x, __builtin_cosf); });
     case Op::floor_f: return un([](vf x) { return floor(x); });
-    case Op::neg_i: return un_i([](vi x) { return -x; });
-    case Op::abs_i: return un_i([](vi x) { return x < 0 ? -x : x; });
-    case Op::add_i: return bin_i([](vi x, vi y) { return x + y; });
-    case Op::sub_i: return bin_i([](vi x, vi y) { return x - y; });
-    case Op::mul_i: return bin_i([](vi x, vi y) { return x * y; });
+    case Op::neg_i: return un_i([](vi x) { return vi(-vu(x)); });
+    case Op::abs_i: return un_i([](vi x) { return x < 0 ? vi(-vu(x)) : x; });
+    case Op::add_i: return bin_i([](vi x, vi y) { return vi(vu(x) + vu(y)); });
+    case Op::sub_i: return bin_i([](vi x, vi y) { return vi(vu(x) - vu(y)); });
+    case Op::mul_i: return bin_i([](vi x, vi y) { return vi(vu(x) * vu(y)); });
     case Op::floordiv_i: return bin([](vf x, vf y) { return int_lanes(x, y, floordiv_int); });
     case Op::mod_i: return bin([](vf x, vf y) { return int_lanes(x, y, mod_int); });
     case Op::min_i: return bin_i([](vi x, vi y) { return x < y ? x : y; });

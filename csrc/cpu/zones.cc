@@ -80,7 +80,8 @@ Interval scan(const Buffer& buf, int64_t offset, int64_t stride, int64_t count) 
 Line line_of(const Buffer& buf, int dim, int64_t base) {
   return typed(buf.dtype, [&]<class T>(T) {
     const T* data = static_cast<const T*>(buf.data) + base;
-    return Line{buf.dtype, data, data, dim < 0 ? 0 : buf.stride[dim], dim < 0 ? 1 : buf.size[dim]};
+    const int64_t stride = dim < 0 ? 0 : buf.stride[dim];
+    return Line{buf.dtype, data, data, stride, stride == 0 ? 1 : buf.size[dim]};
   });
 }
 
@@ -235,10 +236,13 @@ Interval Zones::band(size_t number, const IndexBox& box) {
   return r;
 }
 
-Interval Zones::load(size_t number, const IndexBox& box, bool proving) {
+Interval Zones::load(size_t number, const IndexBox& asked, bool proving) {
   const Instruction& in = program_.code[number];
   const BoxStep& step = program_.boxes.steps[number];
   const Buffer& buf = problem_.buffers[in.attr];
+  IndexBox box = asked;
+  for (int d = 0; d < buf.rank; ++d)  // an expanded dimension holds one element, however often
+    if (buf.stride[d] == 0) box.lo[d] = box.hi[d] = 0;
   const int dim = step.line;
   double others = 1;
   int64_t base = 0;

@@ -134,7 +134,10 @@ def _restored_isa() -> Iterator[None]:
     _engine.set_isa(before)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+MANY = settings().max_examples * 3 // 2  # of the profile: `make fuzz` asks for more
+
+
+@settings(max_examples=MANY, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(problems())
 def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]]) -> None:
     program, q_len, kv_len, seed, tiles = problem

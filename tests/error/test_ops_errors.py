@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,24 @@ def rand(*shape: int) -> Tensor:
 
 def i32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+def misaligned(*shape: int) -> Tensor:
+    """Floats that begin at an odd address, as a slice of a file may."""
+    return torch.frombuffer(bytearray(4 * math.prod(shape) + 1), dtype=torch.float32, offset=1).view(shape)
+
+
+def nested(*parts: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it is a prototype
+        return torch.nested.as_nested_tensor(list(parts))
+
+
+def without_memory(t: Tensor) -> Tensor:
+    """Sizes that promise elements, and a storage that was given away, as sharded trainers do."""
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
 
 
 Q, K, V = rand(B, H, S, D), rand(B, HKV, S, D), rand(B, HKV, S, D)
@@ -92,6 +111,7 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "softcap": ("AK401", "softcap", lambda: dense(softcap=-3.0)),
     "softcap nan": ("AK401", "softcap", lambda: dense(softcap=math.nan)),
     "window distance": ("AK401", "left", lambda: dense(window=(-2, 0))),
+    "param beyond float32": ("AK401", "param p0", lambda: attention(score=ak.softcap(ak.param("cap", 1e300)))),
     "param without value": ("AK401", "cap", lambda: attention(score=ak.softcap(ak.param("cap")))),
     "number of buffers": ("AK401", "buffers", lambda: op(buffers=[SINK])),
     "number of params": ("AK401", "params", lambda: op(params=[1.0])),
@@ -102,6 +122,8 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "v None": ("AK402", "v", lambda: attention(v=None)),
     "sparse q": ("AK402", "q", lambda: attention(q=Q.to_sparse())),
     "sparse k": ("AK402", "k", lambda: attention(k=K.to_sparse())),
+    "nested q": ("AK402", "q", lambda: attention(q=nested(Q[0], Q[1]))),
+    "nested slopes": ("AK402", "slopes", lambda: dense(alibi_slopes=nested(SINK, SINK))),
     "sparse captured": ("AK402", "b0", lambda: attention(score=ak.bias(rand(S, S).to_sparse()))),
     "scale str": ("AK402", "scale", lambda: attention(scale="0.3")),
     "scale complex": ("AK402", "scale", lambda: attention(scale=1j)),
@@ -158,6 +180,9 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "q elsewhere": ("AK405", "k", lambda: attention(q=Q.to("meta"))),
     "captured elsewhere": ("AK405", "b0", lambda: attention(score=ak.bias(rand(S, S).to("meta")))),
     "kv_lens elsewhere": ("AK405", "b0|kv_lens", lambda: attention(kv_lens=i32(S, S).to("meta"))),
+    "buffer elsewhere": (
+        "AK405", "b0", lambda: op(text=program("score = s + b0[h]", "b0: f32[1]"), buffers=[SINK.to("meta")]),
+    ),
     "sink elsewhere": ("AK405", "b0|sink", lambda: dense(sink=SINK.to("meta"))),
     # the rest of the arguments
     "window int": ("AK406", "window", lambda: dense(window=3)),
@@ -208,6 +233,7 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "float64": ("AK502", "backend", lambda: attention(Q.double(), K.double(), V.double())),
     "bfloat16": ("AK502", "backend", lambda: attention(Q.bfloat16(), K.bfloat16(), V.bfloat16())),
     "reference in bfloat16": ("AK502", "backend", lambda: attention(Q.bfloat16(), K.bfloat16(), V.bfloat16(), backend="reference")),
+    "scale beyond float32": ("AK502", "backend", lambda: attention(scale=1e300)),
     "head_dim too large": ("AK502", "backend", lambda: attention(rand(1, 1, 1, 4097), rand(1, 1, 1, 4097), rand(1, 1, 1, 1))),
     "gradients": ("AK503", "attend", lambda: ak.dense_attention(Q.clone().requires_grad_(), K, V, softcap=3.0)),
     "gradients of a bias": ("AK503", "attend", lambda: attention(score=ak.bias(rand(S, S).requires_grad_()))),
@@ -235,6 +261,17 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "cu_seqlens of two sizes": (
         "AK602", "cu_seqlens_q, cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, 2, S)),
     ),
+    "no room for the result": ("AK603", "o, lse", lambda: attention(*(x[:1].expand(2**40, -1, -1, -1) for x in (Q, K, V)))),
+    "too long": ("AK502", "backend", lambda: attention(Q[:1, :1, :1], *(x[:1, :1, :1].expand(1, 1, 2**31, D) for x in (K, V)))),
+    "q without memory": ("AK606", "q", lambda: attention(q=without_memory(Q))),
+    "q without memory, with gradients": ("AK606", "q", lambda: attention(q=without_memory(Q).requires_grad_())),
+    "v without memory, on the reference": ("AK606", "v", lambda: attention(v=without_memory(V), backend="reference")),
+    "captured without memory": ("AK606", "b0", lambda: attention(score=ak.bias(without_memory(rand(S, S))))),
+    "kv_lens without memory": ("AK606", "kv_lens", lambda: attention(kv_lens=without_memory(i32(S, S)))),
+    "misaligned q": ("AK607", "q", lambda: attention(q=misaligned(B, H, S, D))),
+    "misaligned v": ("AK607", "v", lambda: attention(v=misaligned(B, HKV, S, D))),
+    "misaligned sink": ("AK607", "sink", lambda: dense(sink=misaligned(H))),
+    "misaligned captured": ("AK607", "b0", lambda: attention(score=ak.bias(misaligned(S, S)))),
     "packed batch": ("AK602", "q", lambda: attention(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S))),
     "tree with a cycle": ("AK414", "parents", lambda: ak.tree(i32(-1, 2, 1))),
     "flex heads": ("AK407", "query, key", lambda: ak.flex_attention(Q, K, V)),
@@ -273,11 +310,33 @@ def test_every_way_to_be_wrong(name: str) -> None:
 
 def test_every_code_has_a_call() -> None:
     provoked = {code for codes, _, _ in CALLS.values() for code in codes.split("|")} | {
-        "AK603",
-        "AK606",
-        "AK416",
-    }  # below, and in tests/models
+        "AK416"
+    }  # in tests/models
     assert {code for code in CODES if code >= "AK4"} <= provoked
+
+
+@pytest.mark.parametrize(
+    "lazy", [torch._neg_view(Q), torch._efficientzerotensor(Q.shape)], ids=["neg", "zero"]
+)
+def test_lazy_views_are_resolved(lazy: Tensor) -> None:
+    want = attention(q=lazy.clone())
+    for backend in ("auto", "cpu", "reference"):
+        torch.testing.assert_close(attention(q=lazy, backend=backend), want)
+
+
+def test_a_cap_that_float32_cannot_hold_caps_nothing() -> None:
+    assert torch.equal(dense(softcap=1e300), dense())
+    q = rand(B, H, S, D)
+    assert torch.equal(ak.scaled_dot_product_attention(q, q, q, scale=None), ak.attention(q, q, q))
+    with pytest.raises(ak.AttnkitError, match="AK504"):
+        ak.scaled_dot_product_attention(q, q, q, scale=-1e300)
+
+
+@pytest.mark.parametrize("ids", [i32(0).expand(2**40).as_strided((2**20, 2**20), (0, 0)), torch.zeros(2**20).int().as_strided((2**19, 2**19), (1, 1))],
+                         ids=["expanded", "overlapping"])  # fmt: skip
+def test_repeated_elements_are_not_scanned_one_by_one(ids: Tensor) -> None:
+    """The analysis reads what an index can be; it must not read 2^38 elements in 2^20."""
+    assert torch.equal(attention(mask=lambda b, h, i, j: ids[i, j] == 0), attention())
 
 
 def test_nothing_is_computed_or_changed_by_a_bad_call() -> None:
@@ -319,6 +378,16 @@ def test_out_of_memory() -> None:
         [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.stdout.splitlines() == ["AK603 backend cpu", "and goes on"], done.stderr
+
+
+def test_the_drop_in_leaves_what_is_not_aligned_to_torch() -> None:
+    q = misaligned(B, H, S, D)
+    with ak.installed():
+        o = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        report = ak.installed_report()
+    assert not o.any()
+    assert report.attnkit == 0
+    assert list(report.torch) == ["tensor that is not aligned"]
 
 
 def test_a_tensor_without_memory() -> None:

@@ -6,7 +6,6 @@ trace, so these run on proxies only.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from attnkit.errors import error
 from attnkit.ir.program import NORMALIZERS
 from attnkit.ir.trace import Param
+
+_FLOAT32_MAX, _FLOAT32_TINY = float.fromhex("0x1.fffffep+127"), 2.0**-149
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
@@ -160,13 +161,13 @@ def prefix(n: Any) -> Mask:
 
 
 def softcap(c: float | Param) -> ScoreFunction:
-    """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and infinity leave ``s`` as it is."""
+    """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and what float32 cannot hold leave ``s`` as it is."""
     if not isinstance(c, (int, float, Param)):
         raise error("AK402", where="softcap", given=type(c).__name__, allowed="a number or an ak.param")
-    if not isinstance(c, Param) and (c == 0 or c == math.inf):
+    if not isinstance(c, Param) and (c == 0 or c > _FLOAT32_MAX):
         return lambda s, b, h, q_idx, kv_idx: s
-    if not isinstance(c, Param) and not c > 0:
-        raise error("AK401", where="softcap", given=f"{c}", allowed="a positive number")
+    if not isinstance(c, Param) and not c >= _FLOAT32_TINY:
+        raise error("AK401", where="softcap", given=f"{c}", allowed="a positive number that float32 can hold")
     return lambda s, b, h, q_idx, kv_idx: (s / c).tanh() * c
 
 
@@ -210,8 +211,10 @@ def load(tensor: Any, *index: Any) -> Any:
 
 
 def _require_rank(name: str, tensor: Any, ranks: tuple[int, ...], allowed: str) -> None:
-    shape = getattr(tensor, "shape", None)
-    if shape is None:
-        raise error("AK402", where=name, given=type(tensor).__name__, allowed=f"a tensor {allowed}")
+    try:
+        shape = tensor.shape
+    except (AttributeError, RuntimeError):  # the latter: torch's nested tensors
+        given = type(tensor).__name__
+        raise error("AK402", where=name, given=given, allowed=f"a tensor {allowed}") from None
     if len(shape) not in ranks:
         raise error("AK403", where=name, given=f"rank {len(shape)}", allowed=allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from torch.autograd import forward_ad
 from attnkit.errors import error
 from attnkit.ir.program import Program
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _BUFFER_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
 
 
@@ -25,6 +27,8 @@ def check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:
     """
     if not isinstance(t, Tensor):
         raise error("AK402", where=name, given=type(t).__name__, allowed="a torch.Tensor")
+    if t.is_nested:  # its layout is strided, and it has no shape
+        raise error("AK402", where=name, given="a nested tensor", allowed="a tensor beside cu_seqlens")
     if t.layout != torch.strided:
         raise error(
             "AK402", where=name, given=str(t.layout), allowed="a strided tensor", hint="call .to_dense()"
@@ -114,6 +118,9 @@ def check_bindings(
         )
     if len(params) != program.num_params:
         raise error("AK401", where="params", given=str(len(params)), allowed=f"{program.num_params} numbers")
+    for i, value in enumerate(params):
+        if _FLOAT32_MAX < abs(value) < math.inf:
+            raise error("AK401", where=f"param p{i}", given=str(value), allowed="what float32 can hold")
     for i, (tensor, declared) in enumerate(zip(buffers, program.buffers, strict=True)):
         where = f"buffer b{i}"
         check_tensor(where, tensor, q.device)
@@ -144,8 +151,9 @@ def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Ten
             raise error(
                 "AK602", where="kv_lens", given=shape_of(lens), allowed=f"[{q.shape[0]}], one a batch entry"
             )
-        if any(not 0 <= n <= k.shape[2] for n in lens.tolist()):
-            raise error("AK602", where="kv_lens", given=str(lens.tolist()[:8]), allowed=f"0..{k.shape[2]}")
+        given = _values("kv_lens", lens)
+        if any(not 0 <= n <= k.shape[2] for n in given):
+            raise error("AK602", where="kv_lens", given=str(given[:8]), allowed=f"0..{k.shape[2]}")
     elif kv_layout.kind == "packed":
         assert q_layout.lengths is not None  # the verifier allows packed k only beside packed q
         assert kv_layout.lengths is not None
@@ -155,15 +163,24 @@ def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Ten
                 "AK602", where="q", given=shape_of(q), allowed="[1, heads, total, head_dim] beside cu_seqlens"
             )
         if cu_q.shape != cu_kv.shape:
-            given = f"{shape_of(cu_q)} and {shape_of(cu_kv)}"
             raise error(
-                "AK602", where="cu_seqlens_q, cu_seqlens_kv", given=given, allowed="one number of sequences"
+                "AK602",
+                where="cu_seqlens_q, cu_seqlens_kv",
+                given=f"{shape_of(cu_q)} and {shape_of(cu_kv)}",
+                allowed="one number of sequences",
             )
         for name, cu, total in (
-            ("cu_seqlens_q", cu_q.tolist(), q.shape[2]),
-            ("cu_seqlens_kv", cu_kv.tolist(), k.shape[2]),
+            ("cu_seqlens_q", _values("cu_seqlens_q", cu_q), q.shape[2]),
+            ("cu_seqlens_kv", _values("cu_seqlens_kv", cu_kv), k.shape[2]),
         ):
             if not cu or cu[0] != 0 or cu[-1] != total or any(a > b for a, b in pairwise(cu)):
                 raise error(
                     "AK602", where=name, given=str(cu[:8]), allowed=f"0, ... not falling ..., {total}"
                 )
+
+
+def _values(name: str, lengths: Tensor) -> list[int]:
+    try:
+        return lengths.tolist()
+    except RuntimeError as exc:
+        raise error("AK606", where=name, given=str(exc)) from exc

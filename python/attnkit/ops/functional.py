@@ -317,7 +317,7 @@ def _run_on(
     dtype = str(q.dtype).removeprefix("torch.")
     prepared = prepare(text, dtype, q.shape[3], v.shape[3], q.device.type, backend)
     check_bindings(prepared.spec.program, q, k, buffers, params)
-    o, lse = registry.outputs(q, v, need_lse=True)
+    o, lse = registry.allocate(q, v, need_lse=True)
     if (record := recorder()) is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), lse.zero_()

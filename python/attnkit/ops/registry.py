@@ -14,7 +14,7 @@ from attnkit.errors import error
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import torch_sdpa
-from attnkit.ops.check import check_bindings, check_qkv, has_tangent, needs_derivatives
+from attnkit.ops.check import check_bindings, check_qkv, check_tensor, has_tangent, needs_derivatives
 from attnkit.ops.counts import counts, recorder
 from attnkit.runtime import prepare
 
@@ -49,9 +49,24 @@ def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     return o, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
+def allocate(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """`outputs` in real memory.
+
+    Raises:
+        AttnkitValueError: AK603, there is not that much.
+    """
+    try:
+        return outputs(q, v, need_lse)
+    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
+        given = f"o {[*q.shape[:3], v.shape[3]]}: {str(exc).splitlines()[0]}"
+        raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc
+
+
 def _attend_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, _, _, _, _, need_lse = Call(*args)
+    q, k, v, _, buffers, _, _, need_lse = Call(*args)
     check_qkv(q, k, v)
+    for i, buffer in enumerate(buffers):  # one on "meta" brings a call with real memory here
+        check_tensor(f"buffer b{i}", buffer, q.device)
     return outputs(q, v, need_lse)
 
 
@@ -61,7 +76,7 @@ def _attend_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     _check_seed(seed)
     prepared = prepare(program, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type)
     check_bindings(prepared.spec.program, q, k, buffers, params)
-    o, lse = outputs(q, v, need_lse)
+    o, lse = allocate(q, v, need_lse)
     record = recorder()
     if record is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
@@ -114,6 +129,10 @@ def _with_gradients(call: Call) -> tuple[Tensor, Tensor]:
             allowed="plain or causal softmax attention, which is then computed by torch",
             hint="call it under torch.no_grad(), or detach its inputs",
         )
+    if is_plain((q, k, v)):  # torch would say it in other words, or read what is not there
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.numel() > 0 and t.data_ptr() == 0:
+                raise error("AK606", where=name)
     is_causal, scale = form
     reason = "gradients required"
     if (record := recorder()) is not None:

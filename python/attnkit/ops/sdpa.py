@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from attnkit.errors import error
 from attnkit.ops.check import check_number, check_tensor
 
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _INDEX = ("b", "h", "q_idx", "kv_idx")
 
 
@@ -71,8 +71,8 @@ def _declined(
         return f"device {next(t.device.type for t in (query, key, value) if not t.is_cpu)}"
     if not query.layout == key.layout == value.layout == torch.strided:
         return "layout that is not strided"
-    if scale is not None and not math.isfinite(scale):
-        return "scale that is not finite"
+    if scale is not None and not abs(scale) <= _FLOAT32_MAX:
+        return "scale that is not finite in float32"
     if is_causal and attn_mask is not None:
         return "mask beside is_causal"
     return _shapes_declined(query.shape, key.shape, value.shape, enable_gqa)

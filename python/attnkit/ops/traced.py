@@ -81,7 +81,7 @@ class _Fingerprint:
         kind = type(value)  # exactly: a subclass could hold more than it seems to
         if kind in _NUMBERS:
             return (kind, repr(value))
-        if kind in _TENSORS and not value.__dict__:
+        if kind in _TENSORS and not value.__dict__ and not value.is_nested:
             return ("tensor", _slot(self.tensors, value), value.dtype, value.shape)
         if kind in (Param, TorchParam):
             return ("param", _slot(self.params, value))

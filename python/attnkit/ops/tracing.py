@@ -262,6 +262,10 @@ class TorchContext(Context):
         if not isinstance(buffer, torch.Tensor):
             given = f"a captured {type(buffer).__name__}"
             raise error("AK306", where=self.location(), given=given, hint="torch.from_numpy(array)")
+        if buffer.is_nested:
+            raise error(
+                "AK306", where=self.location(), given="a nested tensor", hint="capture one of its parts"
+            )
         return super().capture(buffer)
 
     def location(self) -> str:

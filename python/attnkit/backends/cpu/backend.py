@@ -14,9 +14,12 @@ from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
 BufferTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, dtype, sizes, strides
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _BUFFER_DTYPES = {"torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3}
 # Status codes of csrc/cpu/problem.h.
-_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606"}
+_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607"}
+_ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
+_TENSORS = ("q", "k", "v", "o", "lse", "sink")  # and then the buffers, as csrc/bind/module.cc counts them
 
 
 class CpuBackend:
@@ -45,6 +48,9 @@ class CpuBackend:
             reasons.append(f"dtype is {spec.dtype}, the engine computes float32")
         if not (1 <= spec.head_dim <= 4096 and 1 <= spec.v_head_dim <= 4096):
             reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..4096")
+        scale = spec.program.attend.scale
+        if scale is not None and scale > _FLOAT32_MAX:
+            reasons.append(f"scale is {scale}, beyond float32")
         return tuple(reasons)
 
     def space(self, spec: KernelSpec) -> Space:
@@ -95,22 +101,28 @@ class CpuKernel:
         """Compute ``o`` (and ``lse`` if given) in place.
 
         Raises:
-            AttnkitValueError: AK601, a load of an existing pair reads outside its buffer; AK604, an integer
-                leaves 32 bits; AK605, an integer divisor may be zero.
+            AttnkitError: AK502, sizes beyond 32 bits; AK601, a load of an existing pair reads outside its buffer;
+                AK603, out of memory; AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero;
+                AK606, AK607, a tensor without memory or not aligned.
         """
         sink = 0 if self._sink is None else buffers[self._sink].data_ptr()
-        fault, where = self._attend(
-            self.program,
-            q.data_ptr(), q.shape, q.stride(),
-            k.data_ptr(), k.shape, k.stride(),
-            v.data_ptr(), v.shape, v.stride(),
-            o.data_ptr(), o.stride(),
-            0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
-            self._scale, sink, self._sequences(q, k, buffers),
-            [buffer_tuple(b) for b in buffers], params, threads, self.config["tile_q"], self.config["tile_kv"],
-        )  # fmt: skip
+        try:
+            fault, about = self._attend(
+                self.program,
+                q.data_ptr(), q.shape, q.stride(),
+                k.data_ptr(), k.shape, k.stride(),
+                v.data_ptr(), v.shape, v.stride(),
+                o.data_ptr(), o.stride(),
+                0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
+                self._scale, sink, self._sequences(q, k, buffers),
+                [buffer_tuple(b) for b in buffers], params, threads, self.config["tile_q"], self.config["tile_kv"],
+            )  # fmt: skip
+        except ValueError as exc:
+            raise error(
+                "AK502", where="backend cpu", given=str(exc), allowed="sizes that fit 32 bits"
+            ) from exc
         if fault:
-            raise error(_FAULTS[fault], where=self._describe(where))
+            raise self._error(_FAULTS[fault], about)
 
     def _sequences(self, q: Any, k: Any, buffers: list[Any]) -> list[tuple[int, int, int, int, int]] | None:
         """(batch, q start, q length, kv start, kv length) of every sequence; None means one per batch entry."""
@@ -131,7 +143,7 @@ class CpuKernel:
         """
         fault, where, batch, heads, offsets, runs = engine().block_runs(self.program, *sizes, buffers, params)
         if fault:
-            raise error(_FAULTS[fault], where=self._describe(where))
+            raise self._error(_FAULTS[fault], where)
         return Structure(sizes._replace(batch=batch, heads=heads), offsets, runs)
 
     def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:
@@ -150,12 +162,17 @@ class CpuKernel:
         found = self.structure(sizes, [buffer_tuple(b) for b in buffers], params)
         return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
 
-    def _describe(self, instruction: int) -> str:
-        if instruction < 0:
-            return "backend cpu"
-        opcode = int(self.bytecode.code[instruction, 0])
-        name = next(name for name, number in engine().opcodes().items() if number == opcode)
-        return f"score or mask, instruction {instruction} ({name}) of `attnkit dump --stage bytecode`"
+    def _error(self, code: str, about: int) -> AttnkitError:
+        """The error for a fault of the engine: about an instruction, a tensor, or nothing in particular (-1)."""
+        if about < 0:
+            where = "backend cpu"
+        elif code in _ABOUT_TENSORS:
+            where = _TENSORS[about] if about < len(_TENSORS) else f"buffer b{about - len(_TENSORS)}"
+        else:
+            opcode = int(self.bytecode.code[about, 0])
+            name = next(name for name, number in engine().opcodes().items() if number == opcode)
+            where = f"score or mask, instruction {about} ({name}) of `attnkit dump --stage bytecode`"
+        return error(code, where=where)
 
 
 def buffer_tuple(buffer: Any) -> BufferTuple:

@@ -10,6 +10,7 @@ import numpy as np
 
 from attnkit.backends import Kernel
 from attnkit.backends.reference.run import run
+from attnkit.errors import error
 from attnkit.ir.program import Program, Return
 from attnkit.plan.spec import Config, KernelSpec, Space
 
@@ -68,13 +69,24 @@ class ReferenceBackend:
             params: list[float],
             threads: int,
         ) -> None:
-            q64, k64, v64, *captured = (t.detach().numpy() for t in (q, k, v, *buffers))
-            o64, lse64 = attend(spec.program, q64, k64, v64, captured, params)
+            tensors = {"q": q, "k": k, "v": v, **{f"buffer b{i}": b for i, b in enumerate(buffers)}}
+            q64, k64, v64, *captured = (_array(name, t) for name, t in tensors.items())
+            try:
+                o64, lse64 = attend(spec.program, q64, k64, v64, captured, params)
+            except MemoryError as exc:
+                raise error("AK603", where="backend reference", given=str(exc)) from exc
             o.numpy()[...] = o64
             if lse is not None:
                 lse.numpy()[...] = lse64
 
         return kernel
+
+
+def _array(name: str, t: Any) -> Any:
+    """The tensor as numpy has it: lazy views resolved, gradients left behind."""
+    if t.numel() > 0 and not t._is_zerotensor() and t.data_ptr() == 0:
+        raise error("AK606", where=name)  # numpy would take memory of its own, with anything in it
+    return t.numpy(force=True)
 
 
 backend = ReferenceBackend()

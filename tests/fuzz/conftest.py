@@ -1,0 +1,64 @@
+"""The engine with the sanitizers inside: built beside the ordinary one, and how to run with it."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pybind11
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build/sanitize"
+SANITIZERS = "address,undefined,float-cast-overflow"
+BIN = Path(sys.executable).parent
+
+# handle_segv: a crash stays the signal that tests of crashes expect. Leaks: see test_sanitized.py.
+ASAN_OPTIONS = "detect_leaks=0:handle_segv=0:detect_stack_use_after_return=1"
+
+
+def build(target: str) -> Path:
+    """Bring a target of the sanitized build up to date; returns its folder."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    cmake = str(BIN / "cmake")
+    configure = [
+        cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DATTNKIT_SANITIZE={SANITIZERS}",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DCMAKE_MAKE_PROGRAM={BIN / 'ninja'}",
+    ]  # fmt: skip
+    with (BUILD / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes, one build
+        for command in (configure, [cmake, "--build", BUILD, "--target", target]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return BUILD
+
+
+@pytest.fixture(scope="session")
+def engine_fuzz() -> Path:
+    """The native fuzzer, csrc/fuzz/engine_fuzz.cc."""
+    return build("engine_fuzz") / "engine_fuzz"
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> Callable[..., dict[str, str]]:
+    """``sanitized(**asan_options)``: the environment in which Python runs on the sanitized engine."""
+    build("_engine")
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True)
+        for name in ("libasan", "libstdc++")  # the latter too: its exceptions must be seen from the start
+    ]
+
+    def environment(**options: object) -> dict[str, str]:
+        return {
+            **os.environ,
+            "LD_PRELOAD": " ".join(done.stdout.strip() for done in libraries),
+            "PYTHONPATH": str(Path(__file__).parent / "overlay"),
+            "PYTHONMALLOC": "malloc",  # every object is an allocation that can be watched
+            "ASAN_OPTIONS": ":".join([ASAN_OPTIONS, *(f"{k}={v}" for k, v in options.items())]),
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        }
+
+    return environment

@@ -1,0 +1,319 @@
+"""Every function of ``attnkit._engine`` with wrong arguments: ValueError or TypeError, or a result; never a crash.
+
+What the binding cannot know is whether the memory behind an address is as large as the sizes say. Sizes here are
+therefore small enough for the tensors that are there, or so large that no tensor has them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnkit import _engine
+from attnkit.testing import isolated
+
+OPCODES = _engine.opcodes()
+FAULTS = range(1, 7)  # csrc/cpu/problem.h
+
+Rng = np.random.Generator
+
+
+def of(rng: Rng, choices: Any) -> Any:
+    return choices[rng.integers(len(choices))]
+
+
+HUGE_SIZES = [2**31, 2**32, 2**40, 2**62, 2**63 - 1]
+HUGE_STRIDES = [2**56, 2**62, 2**63 - 1]
+NOT_INTS: list[Any] = [
+    None,
+    "1",
+    1.5,
+    (),
+    [1],
+    {},
+    2**63,
+    -(2**63) - 1,
+    2**64,
+    b"x",
+    object(),
+    np.float32(2),
+    1j,
+]
+
+
+def integer(rng: Rng, huge: list[int] = HUGE_SIZES) -> Any:
+    return of(rng, [*range(-2, 9), *huge, *(-n for n in huge), *NOT_INTS, True, np.int64(3), np.int32(-1)])
+
+
+def integers(rng: Rng, length: int, huge: list[int] = HUGE_SIZES) -> Any:
+    """A list of sizes or strides: of another length, with an odd member, or no list."""
+    how = rng.integers(6)
+    if how == 0:
+        return of(
+            rng,
+            [None, 4, "four", b"four", 1.5, range(4), np.ones(4, np.int64), {1, 2}, (x for x in range(4))],
+        )
+    values = [int(rng.integers(0, 4)) for _ in range(length if how > 1 else rng.integers(0, 7))]
+    if values and how < 5:
+        values[rng.integers(len(values))] = integer(rng, huge)
+    return values
+
+
+# --- attend ----------------------------------------------------------------------------------------------
+
+S, KEY, HALF = ("var_s", 0), ("var_kv_idx", 0), ("const_f", int(np.float32(0.5).view(np.int32)))
+
+
+def rows(*instructions: tuple[Any, ...]) -> np.ndarray:
+    code = np.zeros((len(instructions), 8), np.int32)
+    for row, (opcode, attr, *args) in zip(code, instructions, strict=True):
+        row[:3] = OPCODES[opcode], attr, len(args)
+        row[3 : 3 + len(args)] = args
+    return code
+
+
+# (program, its buffers' dtype numbers and shapes): nothing; a bias; ids in a mask beside a param.
+PROGRAMS: list[tuple[Any, list[tuple[int, tuple[int, ...]]]]] = [
+    (_engine.Program(rows(), -1, -1, 0, 0), []),
+    (
+        _engine.Program(rows(S, ("var_q_idx", 0), KEY, ("load_f", 0, 1, 2), ("add_f", 0, 0, 3)), 4, -1, 1, 0),
+        [(0, (8, 8))],
+    ),
+    (
+        _engine.Program(
+            rows(KEY, ("load_i", 0, 0), ("var_b", 0), ("le_i", 0, 2, 1), ("load_b", 1, 0), ("and_b", 0, 3, 4),
+                 S, ("param", 0), ("mul_f", 0, 6, 7)), 8, 5, 2, 1),
+        [(2, (8,)), (3, (8,))],
+    ),
+]  # fmt: skip
+ITEM = (4, 4, 8, 1)
+ARENA = np.zeros(1 << 20, np.uint8)  # every address lies in its middle
+MIDDLE = ARENA.ctypes.data + (ARENA.size // 2 & -64)
+
+
+def address(rng: Rng) -> Any:
+    near = [MIDDLE + n for n in (0, 4, 64, 4096, 1, 2)]
+    return of(rng, [*near, 0, 0, -1, 2**64, 2**70, None, "1", 1.5, [1], object()])
+
+
+def contiguous(shape: tuple[int, ...]) -> list[int]:
+    return [int(np.prod(shape[d + 1 :], dtype=int)) for d in range(len(shape))]
+
+
+def buffer_tuple(rng: Rng, dtype: int, shape: tuple[int, ...]) -> Any:
+    if rng.integers(4):
+        return (MIDDLE + 1024, dtype, shape, contiguous(shape))
+    whole: Any = [MIDDLE, dtype, list(shape), contiguous(shape)]
+    at, rank = rng.integers(6), len(shape)
+    if at == 4:
+        return of(rng, [None, (), tuple(whole[:3]), "buffer", (*whole, 1), 3])
+    if at < 4:
+        whole[at] = (address(rng), integer(rng), integers(rng, rank), integers(rng, rank, HUGE_STRIDES))[at]
+    return tuple(whole)
+
+
+def sequences(rng: Rng) -> Any:
+    if rng.integers(3) == 0:
+        return of(rng, [(), [], 3, "x", [()], [(0, 0, 1, 0)], [None], [(0, 0, 1, 0, 1, 2)]])
+    return [
+        tuple(int(rng.integers(0, 5)) if rng.integers(4) else integer(rng) for _ in range(5))
+        for _ in range(rng.integers(1, 4))
+    ]
+
+
+def attend(rng: Rng) -> str:
+    program, declared = of(rng, PROGRAMS)
+    batch, heads, kv_heads, q_len, kv_len = (int(n) for n in rng.integers(1, 3, 5))
+    shapes = (batch, heads * kv_heads, q_len, 4), (batch, kv_heads, kv_len, 4), (batch, kv_heads, kv_len, 3)
+    o_shape = (*shapes[0][:3], 3)
+    arguments: list[Any] = []
+    for i, shape in enumerate(shapes):
+        arguments += [MIDDLE + 8192 * i, shape, contiguous(shape)]
+    arguments += [
+        MIDDLE + 8192 * 3,
+        contiguous(o_shape),
+        MIDDLE + 8192 * 4,
+        contiguous(o_shape[:3]),
+        0.5,
+        0,
+        None,
+    ]
+    arguments += [[buffer_tuple(rng, *d) for d in declared], [1.0] * (len(declared) - 1 if declared else 0)]
+    arguments += [int(rng.integers(1, 4)), 96, 64]
+    replace: dict[int, Callable[[], Any]] = {
+        **dict.fromkeys((0, 3, 6, 9, 11, 14), lambda: address(rng)),
+        **dict.fromkeys((1, 4, 7), lambda: integers(rng, 4)),
+        **dict.fromkeys((2, 5, 8, 10), lambda: integers(rng, 4, HUGE_STRIDES)),
+        12: lambda: integers(rng, 3, HUGE_STRIDES),
+        13: lambda: of(rng, [np.nan, np.inf, -1.0, 0.0, 1e300, 1e38, None, "1", 10**400, 1j, 3]),
+        15: lambda: sequences(rng),
+        16: lambda: [buffer_tuple(rng, int(rng.integers(-1, 6)), (8,)) for _ in range(rng.integers(0, 4))],
+        17: lambda: of(rng, [[], [1.0] * 2, [np.nan], [np.inf], [1e300], ["1"], [None], None, [10**400], 1.0]),
+        18: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
+        19: lambda: integer(rng),
+        20: lambda: integer(rng),
+    }  # fmt: skip
+    for at in rng.choice(21, rng.integers(0, 4), replace=False):
+        arguments[at] = replace[at]()
+    if rng.integers(50) == 0:
+        arguments = arguments[: rng.integers(21)]
+    fault, about = _engine.attend(program if rng.integers(50) else None, *arguments)
+    if fault == 0:
+        assert about == -1
+        return "computed"
+    assert fault in FAULTS
+    assert -1 <= about < max(program.num_instructions, 6 + len(declared))
+    return f"fault {fault}"
+
+
+# --- the others ------------------------------------------------------------------------------------------
+
+
+def program(rng: Rng) -> str:
+    code: Any = rng.integers(-2, 80, (rng.integers(0, 12), 8), dtype=np.int32)
+    how = rng.integers(8)
+    if how == 0:
+        code = of(rng, [None, "code", [], [[1, 2], [3]], np.zeros((2, 3, 4)), np.full((1, 8), np.nan), np.zeros(8, object),
+                        np.zeros((0, 8)), 3, np.array("x"), np.zeros(2**20, np.int32), [[10**30]]])  # fmt: skip
+    elif how < 5:
+        code = rows(S, KEY, HALF, ("add_f", 0, 0, 2), ("lt_i", 0, 1, 1))
+        code[rng.integers(len(code)), rng.integers(8)] = rng.integers(-(2**31), 2**31)
+    elif how == 5:
+        code = of(
+            rng,
+            [
+                code[::-1],
+                code.T,
+                code.astype(np.float64),
+                code.astype(np.int64) * 2**40,
+                code.ravel(),
+                code > 3,
+            ],
+        )
+    numbers = [integer(rng) if rng.integers(3) == 0 else int(rng.integers(-1, 6)) for _ in range(4)]
+    made = _engine.Program(code, *numbers)
+    assert len(made.ranks) == made.num_instructions
+    return "accepted"
+
+
+def block_map(rng: Rng) -> str:
+    program, declared = of(rng, PROGRAMS)
+    sizes: list[Any] = [8, 8, 0, 0, 2, 3]
+    for at in rng.choice(6, rng.integers(0, 3), replace=False):
+        sizes[at] = integer(rng)
+    buffers: Any = [buffer_tuple(rng, *d) for d in declared]
+    params: Any = [1.0] * (len(declared) - 1 if declared else 0)
+    if rng.integers(8) == 0:
+        buffers = of(rng, [None, [], [1], buffers * 2])
+    if rng.integers(8) == 0:
+        params = of(rng, [None, ["x"], [np.nan], [], [1.0, 2.0]])
+    found = _engine.block_map(program, *sizes, buffers, params)
+    assert found.dtype == np.uint8
+    assert found.max(initial=0) <= 2
+    return "mapped"
+
+
+def evaluate(rng: Rng) -> str:
+    name = of(rng, [*OPCODES, "", "add", "add_f\0", None, 3, b"add_f"])
+    count, length = rng.integers(0, 5), int(rng.integers(0, 40))
+    args: list[Any] = [
+        rng.integers(-(2**31), 2**31, length, dtype=np.int32).view(np.float32) for _ in range(count)
+    ]
+    if args and rng.integers(4) == 0:
+        odd = [args[0].astype(np.float64), args[0].view(np.int32), args[0][::2], args[0][:-1], None, "x", 1.0, [1.0],
+               np.float32(1), np.empty((2, 3), np.float32), np.broadcast_to(np.float32(1), (length,))]  # fmt: skip
+        args[rng.integers(len(args))] = of(rng, odd)
+    result = _engine.evaluate(name, args)
+    assert result.shape == (np.size(args[0]),)
+    return "evaluated"
+
+
+def set_isa(rng: Rng) -> str:
+    _engine.set_isa(
+        of(rng, [*_engine.isa_levels(), "", "AVX512", "scalar ", "x" * 10_000, None, 3, b"scalar", "\0", "é"])
+    )
+    return "set"
+
+
+def set_poison(rng: Rng) -> str:
+    try:
+        _engine.set_poison(of(rng, [True, False, None, 3, "x", []]))
+    finally:
+        _engine.set_poison(True)
+    return "set"
+
+
+def fma_gflops(rng: Rng) -> str:
+    threads = of(rng, [1, 2, 3, 0, -1, -(2**31), *NOT_INTS])
+    assert _engine.fma_gflops(threads, of(rng, [0, 1, 1000, -1, 2**40, *NOT_INTS])) >= 0
+    return "measured"
+
+
+def read_gbytes_per_s(rng: Rng) -> str:
+    memory = of(rng, [np.zeros(n, np.float32) for n in (0, 1, 5000)]
+                + [np.zeros((3, 4)), None, "x", 1.0, np.zeros(8, np.float32)[::2], np.zeros((2, 3, 4), np.float32)])  # fmt: skip
+    _engine.read_gbytes_per_s(of(rng, [1, 2, 3, 0, -1, -(2**31), *NOT_INTS]), memory)
+    return "measured"
+
+
+def no_arguments(rng: Rng) -> str:
+    function = getattr(_engine, of(rng, ["opcodes", "isa_levels", "current_isa", "last_isa"]))
+    return type(function(*(integer(rng) for _ in range(rng.integers(0, 2))))).__name__
+
+
+FUZZERS: dict[str, Callable[[Rng], str]] = {
+    "attend": attend, "Program": program, "block_map": block_map, "evaluate": evaluate, "set_isa": set_isa,
+    "set_poison": set_poison, "fma_gflops": fma_gflops, "read_gbytes_per_s": read_gbytes_per_s,
+    **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),
+}  # fmt: skip
+
+
+def case(rng: Rng) -> str:
+    # attend has the most arguments to be wrong
+    name = "attend" if rng.integers(2) else of(rng, list(FUZZERS))
+    try:
+        return f"{name}: {FUZZERS[name](rng)}"
+    except (ValueError, TypeError) as refused:
+        return f"{name}: {type(refused).__name__}"
+
+
+def test_every_function_is_fuzzed() -> None:
+    assert set(FUZZERS) == {
+        name for name in dir(_engine) if callable(getattr(_engine, name)) and name[:1] != "_"
+    }
+
+
+def test_wrong_arguments(seed: int, effort: int) -> None:
+    count = 10_000 * effort
+    tally = isolated.run(__file__, seed=seed, count=count)
+    for name in FUZZERS:
+        assert tally[f"{name}: TypeError"] > 0, tally
+    for name in ("attend", "Program", "block_map", "evaluate", "set_isa", "fma_gflops"):
+        assert tally[f"{name}: ValueError"] > 0, tally
+    assert tally["attend: computed"] > count / 20, tally
+    assert tally["attend: fault 5"] > 0, tally  # no memory behind it
+    assert tally["attend: fault 6"] > 0, tally  # misaligned
+
+
+@pytest.mark.parametrize(
+    ("stride", "allowed"), [(2**54, True), (2**54 + 1, False), (2**63 - 1, False), (-(2**63), False)]
+)
+def test_strides_beyond_the_address_space(stride: int, allowed: bool) -> None:
+    """Sums of such strides would overflow. One that is never multiplied may be anything."""
+    q = np.ones((1, 1, 2, 1), np.float32)
+    where, shape, near = q.ctypes.data, (1, 1, 2, 1), (2, 2, 1, 1)
+    for far in ((2, 2, stride, 1), (stride, 2, 1, 1)):
+        moves = far[2] != 1
+        call = [PROGRAMS[0][0], where, shape, near, where, shape, far, where, shape, near, where, near, 0, (), 1.0, 0,
+                [(0, 0, 2, 0, 0)], [], [], 1, 96, 64]  # fmt: skip
+        if moves and not allowed:
+            with pytest.raises(ValueError, match="address space"):
+                _engine.attend(*call)
+        else:
+            assert _engine.attend(*call) == (0, -1)
+
+
+if __name__ == "__main__":
+    _engine.set_poison(True)
+    isolated.main(case)
