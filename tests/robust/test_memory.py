@@ -45,7 +45,7 @@ def attend(text: str, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, b
 
 def text_of(score: Any, mask: Any, captured: list[Tensor]) -> str:
     """The text of a program; its buffers are ``captured``, in their order."""
-    bound = bind(Traceable(score, mask, None, None, None, None, None))
+    bound = bind(Traceable(score, mask))
     assert [id(b) for b in bound.buffers] == [id(b) for b in captured]
     return bound.text
 

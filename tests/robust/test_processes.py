@@ -120,7 +120,7 @@ def test_tile_q(name: str, batch: int, q_len: int, kv_len: int, isa: str, rng: n
         "everything": None,
     }[name]
     q, k, v = make(rng, batch, q_len, kv_len)
-    bound = bind(Traceable(score, mask, None, None, None, None, None))
+    bound = bind(Traceable(score, mask))
     prepared = prepare(bound.text, "float32", q.shape[3], v.shape[3], backend="cpu")
     backend = get("cpu")
     space = backend.space(prepared.spec)

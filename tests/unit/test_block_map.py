@@ -76,7 +76,7 @@ def dilated_and(mask: Callable[..., Any], dilated: Callable[..., Any]) -> Callab
 
 
 def traced(mask: Callable[..., Any]) -> tuple[Program, Arrays]:
-    bound = bind(Traceable(None, mask, None, None, None, None, None))
+    bound = bind(Traceable(None, mask))
     return parse(bound.text), [b.numpy() for b in bound.buffers]
 
 
@@ -172,7 +172,7 @@ def test_batch_and_head_are_those_asked_for() -> None:
 
 
 def test_without_a_mask_all_is_full() -> None:
-    program = parse(bind(Traceable(None, None, None, None, None, None, None)).text)
+    program = parse(bind(Traceable(None, None)).text)
     assert (engine_map(program, 40, 50, 16, 16, [], []) == FULL).all()
 
 

@@ -321,7 +321,7 @@ def from_maps(
 
 def _find(mask: MaskFunction | None, sizes: Sizes) -> Structure:
     """The engine's own analysis."""
-    text, buffers, params = bind(Traceable(None, mask, None, "softmax", None, None, None, None))
+    text, buffers, params = bind(Traceable(None, mask))
     kernel = prepare(text, "float32", 1, 1, backend="cpu").kernel
     assert isinstance(kernel, CpuKernel)
     for i, buffer in enumerate(buffers):

@@ -81,7 +81,7 @@ def _to_lists(found: Tensor) -> tuple[Tensor, Tensor]:
 
 def as_torch_mask(mask: MaskFunction, q_len: int, kv_len: int) -> MaskFunction:
     """A mask as a function of torch tensors alone, which FlexAttention can run: its traced expression, op by op."""
-    text, buffers, params = bind(Traceable(None, mask, None, "softmax", None, None, None, None))
+    text, buffers, params = bind(Traceable(None, mask))
     root = parse(text).attend.mask
     if root is None:
         return flex.noop_mask

@@ -37,12 +37,12 @@ class Traceable(NamedTuple):
 
     score: Callable[..., Any] | None
     mask: Callable[..., Any] | None
-    scale: float | None
-    normalizer: str
-    sink: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_kv: Tensor | None
-    kv_lens: Tensor | None
+    scale: float | None = None
+    normalizer: str = "softmax"
+    sink: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_kv: Tensor | None = None
+    kv_lens: Tensor | None = None
 
 
 class Bound(NamedTuple):
@@ -190,7 +190,7 @@ def bind_function(function: Any) -> Bound:
             allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
         )
     score, mask = (function, None) if arity == 5 else (None, function)
-    return bind(Traceable(score, mask, None, "softmax", None, None, None, None))
+    return bind(Traceable(score, mask))
 
 
 def _trace(what: Traceable, like: Tensor | None) -> Bound:
