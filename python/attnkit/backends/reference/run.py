@@ -73,7 +73,7 @@ class _Value:
 
     parts: list[Any]
     type: Type
-    source: list[Array] | None = None
+    source: tuple[list[Array], int] | None = None  # and how many make one
 
 
 class _Run:
@@ -101,7 +101,7 @@ class _Run:
                     parts = [results[i] for results in per_sequence]
                     value = _Value(parts, self.types[len(self.values)])
                     if isinstance(op, Pool):
-                        value.source = [p.value for p in self.values[op.operands[0]].parts]
+                        value.source = [p.value for p in self.values[op.operands[0]].parts], op.size
                     self.values.append(value)
                     self.names.append(name)
 
@@ -154,6 +154,9 @@ def _map(run: _Run, op: Map, b: int) -> list[Any]:
     kinds = [run.values[i].type.kind for i in op.operands]
     nodes = [x.reshape(*_ALONG_TOKENS[kind](x.shape)) for x, kind in zip(operands, kinds, strict=True)]
     shape = nodes[0].shape
+    if any(x.shape[i] not in (1, shape[i]) for x in nodes for i in range(3)):
+        given = " ".join(str(x.shape) for x in operands)
+        raise error("AK403", where="map", given=given, allowed="shapes that broadcast to the first")
     variables: dict[str, Any] = dict(zip("xyzw", [_norm(op.norm, nodes[0]), *nodes[1:]], strict=False))
     variables |= {
         "b": b,
@@ -220,8 +223,8 @@ def _select(run: _Run, op: Select, b: int) -> list[Any]:
     coherent = None
     if op.incoherent is not None:
         least = run.scope.number(op.incoherent)
-        sources = [value.source[b] for value in (rows, columns) if value.source is not None]
-        similar = [coherence(tokens, size) > least for tokens, size in zip(sources, sizes, strict=True)]
+        sources = [value.source for value in (rows, columns) if value.source is not None]
+        similar = [coherence(tokens[b], size) > least for tokens, size in sources]
         coherent = (similar[0], similar[1])
     found = select(
         op, rows.parts[b].value, columns.parts[b].value, coherent, b, run.scope, (sizes[0], sizes[1])

@@ -80,9 +80,11 @@ def select(
 
 def _choose(op: Select, z: Array, candidates: Array, group: int, scope: Scope) -> Array:
     if op.heads == "group":  # the mean softmax of the query heads that share a kv head
-        shared = _softmax(z, candidates).reshape(-1, group, *z.shape[1:]).mean(axis=1)
+        shared = _softmax(z, candidates).reshape(len(z) // group, group, *z.shape[1:]).mean(axis=1)
         z = np.repeat(shared, group, axis=0)
-        candidates = np.repeat(candidates.reshape(-1, group, *z.shape[1:]).any(axis=1), group, axis=0)
+        candidates = np.repeat(
+            candidates.reshape(len(z) // group, group, *z.shape[1:]).any(axis=1), group, axis=0
+        )
     if op.per == "column":
         return _rank(op, z.swapaxes(1, 2), candidates.swapaxes(1, 2), scope).swapaxes(1, 2)
     return _rank(op, z, candidates, scope)
