@@ -74,8 +74,9 @@ sys.stdout.buffer.write(np.array(sorted(keys), np.uint64).tobytes())
 
 @pytest.mark.slow
 @pytest.mark.shows
-def test_a_million_programs_survive_their_text(count: int = 1_010_000) -> None:
+def test_a_million_programs_survive_their_text() -> None:
     """Distinct ones; every seed is one program, and a few come twice."""
+    count = 1_010_000
     halves = [(0, count // 2), (count // 2, count)]
     running = [
         subprocess.Popen([sys.executable, "-c", ROUND_TRIPS, str(a), str(b)], stdout=subprocess.PIPE)
@@ -85,6 +86,14 @@ def test_a_million_programs_survive_their_text(count: int = 1_010_000) -> None:
         found = list(threads.map(lambda process: process.communicate()[0], running))
     assert [process.returncode for process in running] == [0, 0]
     assert len(np.unique(np.frombuffer(b"".join(found), np.uint64))) >= 1_000_000
+
+
+KEYS = """
+import json
+from random import Random
+from attnkit.testing.generate import random_program
+print(json.dumps([random_program(Random(seed)).key for seed in range(300)]))
+"""
 
 
 @pytest.mark.shows
