@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from attnkit.errors import CODES
+from attnkit.ir.functions import FUNCTIONS
 from attnkit.ir.optable import OPS
 
 RANGES = {
@@ -53,7 +54,14 @@ def operators() -> str:
         symbol = op.symbol.replace("|", "\\|")
         names = ", ".join(f"`{n}`" for n in op.torch if not n.startswith("__"))
         lines.append(f"| {op.name} | `{symbol}` | {names} | {op.ulp:g} |")
-    return "\n".join(lines) + "\n"
+    rows = {name for op in OPS.values() for name in op.torch}
+    composed = ", ".join(f"`{n}`" for n in sorted(FUNCTIONS) if n not in rows and not n.startswith("__"))
+    lines += [
+        "",
+        "Composed of these (`attnkit.ir.functions`), also as methods and in place where torch has them:",
+        "",
+    ]
+    return "\n".join([*lines, composed]) + "\n"
 
 
 PAGES = {"errors.md": errors, "operators.md": operators}

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../cpu/attend.h"
+#include "../cpu/blocks.h"
 
 namespace py = pybind11;
 using namespace attnkit::cpu;  // NOLINT: this file is the engine's face
@@ -126,26 +127,34 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   return {static_cast<int>(status.fault), status.value};
 }
 
-// uint8 [q blocks, kv blocks]: 0 empty, 1 partial, 2 full.
-py::array_t<uint8_t> call_block_map(const Program& program, int64_t q_len, int64_t kv_len, int b, int h, int q_block,
-                                    int kv_block, const std::vector<BufferTuple>& buffer_tuples,
-                                    const std::vector<float>& params) {
-  need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && b >= 0 && h >= 0, "sizes are positive");
+// (fault, instruction, batch, heads, offsets int64 [rows + 1], runs int32 [n, 3]): see BlockRuns. Batch and heads are 1
+// where all are alike.
+py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t q_len, int64_t kv_len, int q_block,
+                          int kv_block, const std::vector<BufferTuple>& buffer_tuples,
+                          const std::vector<float>& params) {
+  need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
   const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples);
-  const std::vector<Sequence> sequences(static_cast<size_t>(b) + 1, Sequence{0, 0, q_len, 0, kv_len});
+  const std::vector<Sequence> sequences = make_sequences({}, batch, q_len, kv_len);
   Problem p{};
   p.sequences = sequences.data();
-  p.num_sequences = b + 1;
-  p.num_heads = h + 1;
+  p.num_sequences = batch;
+  p.num_heads = heads;
   p.buffers = buffers.data();
   p.num_buffers = static_cast<int32_t>(buffers.size());
   p.params = params.data();
   p.num_params = static_cast<int32_t>(params.size());
-  const std::vector<Block> map = block_map(program, p, b, h, q_block, kv_block);
-  py::array_t<uint8_t> out({(q_len + q_block - 1) / q_block, (kv_len + kv_block - 1) / kv_block});
-  std::memcpy(out.mutable_data(), map.data(), map.size());
-  return out;
+  BlockRuns found;
+  {
+    py::gil_scoped_release release;
+    found = block_runs(program, p, q_block, kv_block);
+  }
+  py::array_t<int64_t> offsets(static_cast<py::ssize_t>(found.offsets.size()), found.offsets.data());
+  static_assert(sizeof(Run) == 3 * sizeof(int32_t));
+  py::array_t<int32_t> runs({static_cast<py::ssize_t>(found.runs.size()), py::ssize_t{3}},
+                            reinterpret_cast<const int32_t*>(found.runs.data()));
+  return py::make_tuple(static_cast<int>(found.status.fault), found.status.value, found.per_batch ? batch : 1,
+                        found.per_head ? heads : 1, offsets, runs);
 }
 
 // The routine behind one opcode, on whole arrays; any of the arguments an opcode has must be there.
@@ -222,7 +231,7 @@ PYBIND11_MODULE(_engine, m) {
     return d;
   });
   m.def("attend", &call_attend);
-  m.def("block_map", &call_block_map);
+  m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);
   m.def("isa_levels", [] {
     std::vector<std::string> names;

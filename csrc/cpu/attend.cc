@@ -9,6 +9,8 @@
 #include <cstring>
 #include <memory>
 
+#include "blocks.h"
+
 namespace attnkit::cpu {
 namespace {
 
@@ -37,103 +39,6 @@ float* workspace(size_t bytes) {
   return memory.get();
 }
 
-// The key ranges one row of tiles must visit. Bisects the keys: a mask's structure costs its border, not its area.
-class RowPlan {
- public:
-  RowPlan(const Program& program, const Problem& problem, const Call& call)
-      : analysis_(program, problem),
-        call_(call),
-        // A mask that reads outside its buffers must be evaluated to be caught at it.
-        trust_full_(program.mask < 0 || all_mask_loads_proven(program, call)) {}
-
-  const std::vector<KeyRange>& plan(const Problem& p, const Task& t) {
-    ranges_.clear();
-    const Sequence& seq = p.sequences[t.sequence];
-    if (seq.kv_len == 0) return ranges_;
-    if (!call_.has_mask) {
-      ranges_.push_back({0, static_cast<int32_t>(seq.kv_len), true});
-      return ranges_;
-    }
-    box_ = {{t.sequence, t.sequence}, {t.head, t.head + t.heads - 1}, {t.q_first, t.q_first + t.q_count - 1}, {0, 0},
-            {seq.q_len, seq.q_len},   {seq.kv_len, seq.kv_len}};
-    kv_len_ = seq.kv_len;
-    descend(0, (seq.kv_len + call_.tile_kv - 1) / call_.tile_kv);
-    return ranges_;
-  }
-
- private:
-  static bool all_mask_loads_proven(const Program& program, const Call& call) {
-    for (size_t i = 0; i < program.code.size(); ++i)
-      if (program.code[i].for_mask && !call.code.load_in_bounds[i]) return false;
-    return true;
-  }
-
-  Block classify(int64_t first, int64_t end) {
-    box_.kv[0] = first;
-    box_.kv[1] = end - 1;
-    const Block block = analysis_.classify(box_);
-    return block == Block::full && !trust_full_ ? Block::partial : block;
-  }
-
-  void descend(int64_t tile, int64_t tile_end) {
-    const int64_t first = tile * call_.tile_kv, end = std::min(tile_end * call_.tile_kv, kv_len_);
-    const Block block = classify(first, end);
-    if (block == Block::empty) return;
-    if (block == Block::full) return add(first, end, true);
-    if (tile_end - tile == 1) return trim(first, end);
-    const int64_t middle = (tile + tile_end) / 2;
-    descend(tile, middle);
-    descend(middle, tile_end);
-  }
-
-  // Drops the keys at either end of a partial tile that no query of it sees.
-  void trim(int64_t first, int64_t end) {
-    const auto dead = [&](int64_t a, int64_t b) { return classify(a, b) == Block::empty; };
-    while (first < end && dead(first, std::min(first + kStrip, end))) first = std::min(first + kStrip, end);
-    while (first < end) {
-      const int64_t last_strip = first + (end - first - 1) / kStrip * kStrip;
-      if (!dead(last_strip, end)) break;
-      end = last_strip;
-    }
-    if (first < end) add(first, end, false);
-  }
-
-  void add(int64_t first, int64_t end, bool full) {
-    if (full && !ranges_.empty() && ranges_.back().full && ranges_.back().first + ranges_.back().count == first) {
-      ranges_.back().count += static_cast<int32_t>(end - first);
-    } else {
-      ranges_.push_back({first, static_cast<int32_t>(end - first), full});
-    }
-  }
-
-  IntervalAnalysis analysis_;
-  const Call& call_;
-  const bool trust_full_;
-  Box box_{};
-  int64_t kv_len_ = 0;
-  std::vector<KeyRange> ranges_;
-};
-
-Box whole_box(const Problem& p) {
-  Box box{{0, std::max(p.num_sequences - 1, 0)},
-          {0, std::max(p.num_heads - 1, 0)},
-          {0, 0},
-          {0, 0},
-          {INT64_MAX, 0},
-          {INT64_MAX, 0}};
-  for (int32_t i = 0; i < p.num_sequences; ++i) {
-    const Sequence& s = p.sequences[i];
-    if (s.q_len == 0 || s.kv_len == 0) continue;  // no pairs: nothing is evaluated
-    box.q_len[0] = std::min(box.q_len[0], s.q_len);
-    box.q_len[1] = std::max(box.q_len[1], s.q_len);
-    box.kv_len[0] = std::min(box.kv_len[0], s.kv_len);
-    box.kv_len[1] = std::max(box.kv_len[1], s.kv_len);
-  }
-  box.q[1] = box.q_len[1] - 1;
-  box.kv[1] = box.kv_len[1] - 1;
-  return box;
-}
-
 CodeView view(const Program& program, const Facts& facts) {
   CodeView v{};
   v.code = program.code.data();
@@ -156,13 +61,8 @@ constexpr double kMinFlopsPerThread = 1e6;
 
 Status attend(const Program& program, const Problem& p, const Config& config) {
   if (p.num_heads == 0 || p.num_sequences == 0) return {};
-  const auto has_pairs = [](const Sequence& s) { return s.q_len > 0 && s.kv_len > 0; };
-  Facts facts;
-  if (std::any_of(p.sequences, p.sequences + p.num_sequences, has_pairs)) {
-    facts = IntervalAnalysis(program, p).prove(whole_box(p));
-  } else {
-    facts.load_in_bounds.assign(program.code.size(), 0);  // nothing is evaluated
-  }
+  Analysis analysis(program, p);
+  const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
 
   int64_t longest = 1;
@@ -203,7 +103,7 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
       no_memory = true;
       return;
     }
-    RowPlan row(program, p, call);
+    RowPlan row(program, p, call, analysis, facts);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
       const auto seq = std::upper_bound(first_task.begin(), first_task.end(), i) - first_task.begin() - 1;
       const Sequence& s = p.sequences[seq];
@@ -212,7 +112,7 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
       const auto head = static_cast<int32_t>(in_sequence / blocks(s)) * call.heads;
       Task task{static_cast<int32_t>(seq), head, call.heads, block * call.tile_q, 0};
       task.q_count = static_cast<int32_t>(std::min<int64_t>(call.tile_q, s.q_len - task.q_first));
-      const std::vector<KeyRange>& ranges = row.plan(p, task);
+      const std::vector<KeyRange>& ranges = row.plan(task);
       const int32_t bad = kernel.run(call, task, ranges.data(), ranges.size(), memory);
       if (bad >= 0) bad_load = bad;
     }
@@ -233,22 +133,6 @@ void evaluate(Op op, float* dst, const float* const* args, int32_t n) {
   const Kernel& kernel = current_isa();
   kernel.evaluate(op, dst, args, n);
   g_last_isa = &kernel;
-}
-
-std::vector<Block> block_map(const Program& program, const Problem& p, int32_t sequence, int32_t head, int32_t q_block,
-                             int32_t kv_block) {
-  IntervalAnalysis analysis(program, p);
-  const Sequence& s = p.sequences[sequence];
-  std::vector<Block> map;
-  for (int64_t q = 0; q < s.q_len; q += q_block)
-    for (int64_t kv = 0; kv < s.kv_len; kv += kv_block)
-      map.push_back(analysis.classify({{sequence, sequence},
-                                       {head, head},
-                                       {q, std::min(q + q_block, s.q_len) - 1},
-                                       {kv, std::min(kv + kv_block, s.kv_len) - 1},
-                                       {s.q_len, s.q_len},
-                                       {s.kv_len, s.kv_len}}));
-  return map;
 }
 
 std::vector<const Kernel*> isa_levels() {

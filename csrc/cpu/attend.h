@@ -18,10 +18,6 @@ Status attend(const Program& program, const Problem& problem, const Config& conf
 // The routine behind one opcode, by itself: see Kernel::evaluate.
 void evaluate(Op op, float* dst, const float* const* args, int32_t n);
 
-// What each tile of one head's score matrix holds, row by row: the engine's own block analysis.
-std::vector<Block> block_map(const Program& program, const Problem& problem, int32_t sequence, int32_t head,
-                             int32_t q_block, int32_t kv_block);
-
 // The instruction sets this build and machine can run, weakest first; ATTNKIT_ISA caps the choice.
 std::vector<const Kernel*> isa_levels();
 const Kernel& current_isa();

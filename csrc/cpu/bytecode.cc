@@ -149,6 +149,7 @@ std::string compile(std::span<const int32_t> rows, int score, int mask, int num_
       if (pass == 0 ? in.for_mask : (in.for_score && !in.for_mask)) p.order[in.rank].push_back(static_cast<int32_t>(i));
     }
   if (std::string bad = assign_slots(p); !bad.empty()) return bad;
+  p.boxes = plan_boxes(p.code, mask);
   out = std::move(p);
   return {};
 }

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "linear.h"
+
 namespace attnkit::cpu {
 
 // One row per opcode: X(name, result, arguments). Types: f float32, i int32, b bool (lanes 0 / ~0).
@@ -126,6 +128,7 @@ struct Program {
   int num_params = 0;
   std::vector<uint8_t> buffer_rank;  // rank required of each buffer, 0xff: not read by the code
   std::vector<char> buffer_type;     // 'f', 'i' or 'b'
+  BoxPlan boxes;                     // how it is evaluated on boxes
 };
 
 // Rows of 8: opcode, attr, nargs, a0..a4. Returns an empty string and fills `out`, or says what is wrong.

@@ -1,17 +1,16 @@
-// One call as the kernels see it: the verified program, the problem, what was proven, the tile sizes, and the way to
-// ask what a box of the score matrix holds. Shared by the scheduler and by every instruction set.
+// One call as the kernels see it: the verified program, the problem, what was proven, and the tile sizes. Shared by the
+// scheduler and by every instruction set.
 #pragma once
 #include <cstddef>
 
 #include "bytecode.h"
-#include "interval.h"
 #include "problem.h"
 
 namespace attnkit::cpu {
 
-inline constexpr int kMaxTileQ = 96;    // lanes: two micro-tiles of 48 queries
+inline constexpr int kMaxTileQ = 96;  // lanes: two micro-tiles of 48 queries
 inline constexpr int kMaxTileKv = 128;
-inline constexpr int kStrip = 16;       // keys a tile instruction handles at once: its operands stay in L1
+inline constexpr int kStrip = 16;  // keys a tile instruction handles at once: its operands stay in L1
 
 // A view of the program without std types, for the files compiled per instruction set.
 struct CodeView {

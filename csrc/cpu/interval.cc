@@ -1,288 +1,182 @@
 #include "interval.h"
 
-#include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <limits>
 
 namespace attnkit::cpu {
 namespace {
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr Interval kAnyFloat{-kInf, kInf, true};
-constexpr Interval kAnyBool{0, 1, false};
-// Scanning a longer stretch of a buffer costs more than the tiles it could save.
-constexpr int64_t kMaxScan = int64_t{1} << 22;
-
-Interval point(double x) { return {x, x, false}; }
-Interval ints(double lo, double hi) { return {lo, hi, false}; }
 bool is_point(const Interval& a) { return a.lo == a.hi && !a.nan; }
-bool finite(const Interval& a) { return !a.nan && std::isfinite(a.lo) && std::isfinite(a.hi); }
+bool holds_zero(const Interval& a) { return a.lo <= 0 && a.hi >= 0; }
+bool unbounded(const Interval& a) { return std::isinf(a.lo) || std::isinf(a.hi); }
 
-// The engine rounds to float; one step outward covers any correctly rounded operation.
-Interval outward(double lo, double hi) {
-  const auto down = [](double x) { return static_cast<double>(std::nextafterf(static_cast<float>(x), -INFINITY)); };
-  const auto up = [](double x) { return static_cast<double>(std::nextafterf(static_cast<float>(x), INFINITY)); };
-  return {down(lo), up(hi), false};
+// The least upper bound, as far as it is known, of float results whose exact value is x and whose error is `ulp`.
+double round_up(double x, double ulp) {
+  if (std::isinf(x)) return x;
+  if (x < 0 && x > -static_cast<double>(FLT_MIN)) return 0;  // may be flushed to zero
+  if (std::fabs(x) > static_cast<double>(FLT_MAX)) return x > 0 ? kInf : -static_cast<double>(FLT_MAX);
+  if (ulp > 0.5) return x + std::fabs(x) * (ulp + 1) * 0x1p-23;
+  // A correctly rounded operator is monotone: an end that a float can hold stays where it is.
+  const float rounded = static_cast<float>(x);
+  return static_cast<double>(static_cast<double>(rounded) == x ? rounded : std::nextafterf(rounded, INFINITY));
 }
 
-Interval hull(const Interval& a, const Interval& b) {
-  return {std::min(a.lo, b.lo), std::max(a.hi, b.hi), a.nan || b.nan};
+Interval widen(const Interval& a, double ulp) { return {-round_up(-a.lo, ulp), round_up(a.hi, ulp), a.nan}; }
+
+Interval neg(const Interval& a) { return {-a.hi, -a.lo, a.nan}; }
+
+Interval add(const Interval& a, const Interval& b) {
+  const double lo = a.lo + b.lo, hi = a.hi + b.hi;
+  const bool nan = a.nan || b.nan || (a.hi == kInf && b.lo == -kInf) || (a.lo == -kInf && b.hi == kInf);
+  return {std::isnan(lo) ? -kInf : lo, std::isnan(hi) ? kInf : hi, nan};
+}
+
+// The range over the corners; one that is NaN (0 * inf, inf / inf) stands for 0.
+template <class F>
+Interval corners(const Interval& a, const Interval& b, bool nan, F f) {
+  Interval r = kNothing;
+  for (double x : {f(a.lo, b.lo), f(a.lo, b.hi), f(a.hi, b.lo), f(a.hi, b.hi)}) {
+    nan |= std::isnan(x);
+    x = std::isnan(x) ? 0 : x;
+    r = {std::min(r.lo, x), std::max(r.hi, x), false};
+  }
+  r.nan = nan;
+  return r;
+}
+
+Interval product(const Interval& a, const Interval& b) {
+  // 0 * inf may hide inside the ranges even where no corner shows it
+  const bool nan = a.nan || b.nan || (holds_zero(a) && unbounded(b)) || (holds_zero(b) && unbounded(a));
+  return corners(a, b, nan, [](double x, double y) { return x * y; });
+}
+
+Interval quotient(const Interval& a, const Interval& b) {
+  if (holds_zero(b)) return kAnyFloat;
+  const bool nan = a.nan || b.nan || (unbounded(a) && unbounded(b));
+  return corners(a, b, nan, [](double x, double y) { return x / y; });
+}
+
+Interval power(const Interval& a, const Interval& b) {
+  if (a.lo <= 0) return kAnyFloat;
+  return corners(a, b, a.nan || b.nan, [](double x, double y) { return std::pow(x, y); });
 }
 
 template <class F>
-Interval corners(const Interval& a, const Interval& b, F f) {
-  const double c[4] = {f(a.lo, b.lo), f(a.lo, b.hi), f(a.hi, b.lo), f(a.hi, b.hi)};
-  for (double x : c)
-    if (std::isnan(x)) return kAnyFloat;  // 0 * inf: an operand was unbounded
-  return ints(*std::min_element(c, c + 4), *std::max_element(c, c + 4));
+Interval monotone(const Interval& a, F f) {
+  return {f(a.lo), f(a.hi), a.nan};
 }
 
-Interval decided(bool surely, bool possibly) { return ints(surely ? 1 : 0, possibly ? 1 : 0); }
-
-Interval less(const Interval& a, const Interval& b, bool or_equal) {
-  const bool surely = or_equal ? a.hi <= b.lo : a.hi < b.lo;
-  const bool possibly = or_equal ? a.lo <= b.hi : a.lo < b.hi;
-  return decided(surely && !a.nan && !b.nan, possibly);
+// An increasing function that is NaN below zero.
+template <class F>
+Interval from_zero(const Interval& a, F f) {
+  if (a.hi < 0) return kAnyFloat;
+  return {f(std::max(a.lo, 0.0)), f(a.hi), a.nan || a.lo < 0};
 }
 
-Interval equal(const Interval& a, const Interval& b) {
-  const bool overlap = a.lo <= b.hi && b.lo <= a.hi;
-  return decided(is_point(a) && is_point(b) && a.lo == b.lo, overlap);
+Interval rsqrt(const Interval& a) {
+  if (a.lo <= 0) return kAnyFloat;  // minus zero gives minus infinity
+  return {1 / std::sqrt(a.hi), 1 / std::sqrt(a.lo), a.nan};
 }
 
-Interval negated(const Interval& a) { return ints(1 - a.hi, 1 - a.lo); }
+Interval magnitude(const Interval& a) { return {std::max({a.lo, -a.hi, 0.0}), std::max(-a.lo, a.hi), a.nan}; }
 
-Interval magnitude(const Interval& a) {
-  if (a.lo >= 0) return a;
-  if (a.hi <= 0) return {-a.hi, -a.lo, a.nan};
-  return {0, std::max(-a.lo, a.hi), a.nan};
+Interval least(const Interval& a, const Interval& b) {
+  return {std::min(a.lo, b.lo), std::min(a.hi, b.hi), a.nan || b.nan};
 }
 
+Interval greatest(const Interval& a, const Interval& b) {
+  return {std::max(a.lo, b.lo), std::max(a.hi, b.hi), a.nan || b.nan};
+}
+
+// A divisor that may be zero was refused.
 Interval int_floordiv(const Interval& a, const Interval& b) {
-  if (b.lo <= 0 && b.hi >= 0) return kAnyFloat;
-  return corners(a, b, [](double x, double y) { return std::floor(x / y); });
+  if (holds_zero(b)) return kAnyFloat;
+  return corners(a, b, false, [](double x, double y) { return std::floor(x / y); });
 }
 
-// Python's: the result has the divisor's sign. Exact when no multiple of a constant divisor lies inside the range.
+// Python's: the result has the divisor's sign. Exact where no multiple of a constant divisor lies inside the range.
 Interval int_mod(const Interval& a, const Interval& b) {
   if (is_point(b) && b.lo != 0) {
     const double q = std::floor(a.lo / b.lo);
-    if (q == std::floor(a.hi / b.lo)) {
-      const double x = a.lo - q * b.lo, y = a.hi - q * b.lo;
-      return ints(std::min(x, y), std::max(x, y));
-    }
+    if (q == std::floor(a.hi / b.lo)) return range_of(a.lo - q * b.lo, a.hi - q * b.lo);
   }
-  return ints(b.lo < 0 ? std::min(b.lo + 1, 0.0) : 0, b.hi > 0 ? std::max(b.hi - 1, 0.0) : 0);
+  return range_of(std::min(b.lo + 1, 0.0), std::max(b.hi - 1, 0.0));
 }
 
-double element(const Buffer& buf, int64_t offset) {
-  switch (buf.dtype) {
-    case DType::f32: return static_cast<double>(static_cast<const float*>(buf.data)[offset]);
-    case DType::i32: return static_cast<double>(static_cast<const int32_t*>(buf.data)[offset]);
-    case DType::i64: return static_cast<double>(static_cast<const int64_t*>(buf.data)[offset]);
-    case DType::u8: return static_cast<const uint8_t*>(buf.data)[offset] != 0 ? 1 : 0;
-  }
-  return 0;
+// Comparisons with NaN are false, so NaN spoils only the answer "always true".
+Interval less(const Interval& a, const Interval& b) { return decided(a.hi < b.lo && !a.nan && !b.nan, a.lo < b.hi); }
+Interval less_equal(const Interval& a, const Interval& b) {
+  return decided(a.hi <= b.lo && !a.nan && !b.nan, a.lo <= b.hi);
 }
-
-void widen(Interval& r, double x) {
-  if (std::isnan(x)) {
-    r.nan = true;
-  } else {
-    r.lo = std::min(r.lo, x);
-    r.hi = std::max(r.hi, x);
-  }
+Interval equal(const Interval& a, const Interval& b) {
+  return decided(is_point(a) && is_point(b) && a.lo == b.lo, a.lo <= b.hi && b.lo <= a.hi);
 }
+Interval negated(const Interval& a) { return range_of(1 - a.hi, 1 - a.lo); }
 
 }  // namespace
 
-IntervalAnalysis::IntervalAnalysis(const Program& program, const Problem& problem)
-    : program_(program),
-      problem_(problem),
-      value_(program.code.size()),
-      whole_buffer_(static_cast<size_t>(problem.num_buffers), Interval{1, 0, false}) {
-  for (size_t i = 0; i < program.code.size(); ++i)
-    if (program.code[i].for_mask) mask_code_.push_back(static_cast<int32_t>(i));
-}
-
-Interval IntervalAnalysis::buffer_range(size_t b) {
-  Interval& r = whole_buffer_[b];
-  if (r.lo <= r.hi || r.nan) return r;
-  const Buffer& buf = problem_.buffers[b];
-  Interval found{kInf, -kInf, false};
-  int64_t index[kMaxArgs] = {};
-  for (int d = 0; d < buf.rank; ++d)
-    if (buf.size[d] == 0) return r = point(0);
-  while (true) {
-    int64_t offset = 0;
-    for (int d = 0; d < buf.rank; ++d) offset += index[d] * buf.stride[d];
-    widen(found, element(buf, offset));
-    int d = buf.rank - 1;
-    while (d >= 0 && ++index[d] == buf.size[d]) index[d--] = 0;
-    if (d < 0) break;
-  }
-  return r = found.lo <= found.hi ? found : kAnyFloat;
-}
-
-Interval IntervalAnalysis::eval_load(const Instruction& in, size_t i) {
-  const size_t b = static_cast<size_t>(in.attr);
-  const Buffer& buf = problem_.buffers[b];
-  int64_t first = 0, count = 1, step = 0;
-  int ranged = 0;
-  bool in_bounds = true;
-  for (int d = 0; d < in.nargs; ++d) {
-    const Interval& index = value_[static_cast<size_t>(in.args[d])];
-    const double last = static_cast<double>(buf.size[d] - 1);
-    if (index.lo < 0 || index.hi > last) in_bounds = false;
-    if (last < 0) {  // nothing to read: any pair that exists is a fault at run time
-      if (facts_ != nullptr) {
-        facts_->load_in_bounds[i] = 0;
-        facts_->all_loads_in_bounds = false;
-      }
-      return in.op == Op::load_f ? kAnyFloat : point(0);
-    }
-    // The kernel clamps what is not proven, so clamping here describes what it reads.
-    const int64_t lo = static_cast<int64_t>(std::clamp(index.lo, 0.0, last));
-    const int64_t hi = static_cast<int64_t>(std::clamp(index.hi, 0.0, last));
-    first += lo * buf.stride[d];
-    if (lo != hi) {
-      ++ranged;
-      count = hi - lo + 1;
-      step = buf.stride[d];
-    }
-  }
-  if (facts_ != nullptr) {
-    facts_->load_in_bounds[i] = in_bounds;
-    facts_->all_loads_in_bounds &= in_bounds;
-  }
-  if (ranged > 1 || count > kMaxScan) {
-    if (in.op == Op::load_b) return kAnyBool;
-    if (in.op == Op::load_f) return kAnyFloat;
-    return buffer_range(b);
-  }
-  Interval r{kInf, -kInf, false};
-  for (int64_t n = 0; n < count; ++n) widen(r, element(buf, first + n * step));
-  return r.lo <= r.hi ? r : kAnyFloat;
-}
-
-Interval IntervalAnalysis::eval(size_t i, const Box& box) {
-  const Instruction& in = program_.code[i];
-  const auto arg = [&](int k) -> const Interval& { return value_[static_cast<size_t>(in.args[k])]; };
-  const auto range = [](const int64_t (&r)[2]) { return ints(static_cast<double>(r[0]), static_cast<double>(r[1])); };
-  // Float arithmetic on infinities or NaN is rare in masks and is not followed.
-  const bool plain = (in.nargs < 1 || finite(arg(0))) && (in.nargs < 2 || finite(arg(1)));
-  switch (in.op) {
-    case Op::const_f: {
-      const float x = __builtin_bit_cast(float, in.attr);
-      return std::isnan(x) ? kAnyFloat : point(static_cast<double>(x));
-    }
-    case Op::const_i:
-    case Op::const_b: return point(in.attr);
-    case Op::var_b: return range(box.b);
-    case Op::var_h: return range(box.h);
-    case Op::var_q_idx: return range(box.q);
-    case Op::var_kv_idx: return range(box.kv);
-    case Op::var_q_len: return range(box.q_len);
-    case Op::var_kv_len: return range(box.kv_len);
-    case Op::param: {
-      const float x = problem_.params[in.attr];
-      return std::isnan(x) ? kAnyFloat : point(static_cast<double>(x));
-    }
-    case Op::load_f:
-    case Op::load_i:
-    case Op::load_b: return eval_load(in, i);
+Interval apply(Op op, const Interval* const* args) {
+  const Interval &a = *args[0], &b = *args[1];  // b is not looked at where there is none
+  switch (op) {
     case Op::neg_i:
-    case Op::neg_f: return {-arg(0).hi, -arg(0).lo, arg(0).nan};
+    case Op::neg_f: return neg(a);
     case Op::abs_i:
-    case Op::abs_f: return magnitude(arg(0));
-    case Op::add_i: return ints(arg(0).lo + arg(1).lo, arg(0).hi + arg(1).hi);
-    case Op::sub_i: return ints(arg(0).lo - arg(1).hi, arg(0).hi - arg(1).lo);
-    case Op::mul_i: return corners(arg(0), arg(1), [](double x, double y) { return x * y; });
-    case Op::floordiv_i: return int_floordiv(arg(0), arg(1));
-    case Op::mod_i: return int_mod(arg(0), arg(1));
-    case Op::min_i: return ints(std::min(arg(0).lo, arg(1).lo), std::min(arg(0).hi, arg(1).hi));
-    case Op::max_i: return ints(std::max(arg(0).lo, arg(1).lo), std::max(arg(0).hi, arg(1).hi));
-    case Op::add_f: return plain ? outward(arg(0).lo + arg(1).lo, arg(0).hi + arg(1).hi) : kAnyFloat;
-    case Op::sub_f: return plain ? outward(arg(0).lo - arg(1).hi, arg(0).hi - arg(1).lo) : kAnyFloat;
-    case Op::mul_f: {
-      if (!plain) return kAnyFloat;
-      const Interval r = corners(arg(0), arg(1), [](double x, double y) { return x * y; });
-      return outward(r.lo, r.hi);
-    }
-    case Op::min_f: return {std::min(arg(0).lo, arg(1).lo), std::min(arg(0).hi, arg(1).hi), arg(0).nan || arg(1).nan};
-    case Op::max_f: return {std::max(arg(0).lo, arg(1).lo), std::max(arg(0).hi, arg(1).hi), arg(0).nan || arg(1).nan};
-    case Op::floor_f: return plain ? ints(std::floor(arg(0).lo), std::floor(arg(0).hi)) : kAnyFloat;
+    case Op::abs_f: return magnitude(a);
+    case Op::add_i: return add(a, b);
+    case Op::sub_i: return add(a, neg(b));
+    case Op::mul_i: return product(a, b);
+    case Op::floordiv_i: return int_floordiv(a, b);
+    case Op::mod_i: return int_mod(a, b);
+    case Op::min_i:
+    case Op::min_f: return least(a, b);
+    case Op::max_i:
+    case Op::max_f: return greatest(a, b);
+    case Op::add_f: return widen(add(a, b), 0.5);
+    case Op::sub_f: return widen(add(a, neg(b)), 0.5);
+    case Op::mul_f: return widen(product(a, b), 0.5);
+    case Op::div_f: return widen(quotient(a, b), 0.5);
+    case Op::pow_f: return widen(power(a, b), 16);
+    case Op::exp_f: return widen(monotone(a, [](double x) { return std::exp(x); }), 2);
+    case Op::exp2_f: return widen(monotone(a, [](double x) { return std::exp2(x); }), 2);
+    case Op::log_f: return widen(from_zero(a, [](double x) { return std::log(x); }), 2);
+    case Op::log2_f: return widen(from_zero(a, [](double x) { return std::log2(x); }), 2);
+    case Op::sqrt_f: return widen(from_zero(a, [](double x) { return std::sqrt(x); }), 0.5);
+    case Op::rsqrt_f: return widen(rsqrt(a), 2);
+    case Op::tanh_f: return widen(monotone(a, [](double x) { return std::tanh(x); }), 4);
+    case Op::sigmoid_f: return widen(monotone(a, [](double x) { return 1 / (1 + std::exp(-x)); }), 4);
+    case Op::erf_f: return widen(monotone(a, [](double x) { return std::erf(x); }), 4);
+    case Op::sin_f:
+    case Op::cos_f: return widen({-1, 1, a.nan || unbounded(a)}, 4);
+    case Op::floor_f: return monotone(a, [](double x) { return std::floor(x); });
     case Op::lt_f:
-    case Op::lt_i: return less(arg(0), arg(1), false);
+    case Op::lt_i: return less(a, b);
     case Op::le_f:
-    case Op::le_i: return less(arg(0), arg(1), true);
+    case Op::le_i: return less_equal(a, b);
     case Op::gt_f:
-    case Op::gt_i: return less(arg(1), arg(0), false);
+    case Op::gt_i: return less(b, a);
     case Op::ge_f:
-    case Op::ge_i: return less(arg(1), arg(0), true);
+    case Op::ge_i: return less_equal(b, a);
     case Op::eq_f:
     case Op::eq_i:
-    case Op::eq_b: return equal(arg(0), arg(1));
+    case Op::eq_b: return equal(a, b);
     case Op::ne_f:
     case Op::ne_i:
     case Op::ne_b:
-    case Op::xor_b: return negated(equal(arg(0), arg(1)));
-    case Op::and_b: return ints(std::min(arg(0).lo, arg(1).lo), std::min(arg(0).hi, arg(1).hi));
-    case Op::or_b: return ints(std::max(arg(0).lo, arg(1).lo), std::max(arg(0).hi, arg(1).hi));
-    case Op::not_b: return negated(arg(0));
+    case Op::xor_b: return negated(equal(a, b));
+    case Op::and_b: return least(a, b);
+    case Op::or_b: return greatest(a, b);
+    case Op::not_b: return negated(a);
     case Op::where_f:
     case Op::where_i:
-    case Op::where_b:
-      if (arg(0).lo == 1) return arg(1);
-      if (arg(0).hi == 0) return arg(2);
-      return hull(arg(1), arg(2));
-    case Op::i_to_f: {
-      const double exact = 16777216;  // 2^24: floats hold every integer up to here
-      return arg(0).lo >= -exact && arg(0).hi <= exact ? arg(0) : outward(arg(0).lo, arg(0).hi);
-    }
+    case Op::where_b: return a.lo == 1 ? b : a.hi == 0 ? *args[2] : hull(b, *args[2]);
+    case Op::i_to_f: return widen(a, 0.5);
     case Op::b_to_f:
-    case Op::b_to_i: return arg(0);
-    case Op::f_to_i: {
-      if (!finite(arg(0))) return kAnyFloat;
-      return ints(std::trunc(arg(0).lo), std::trunc(arg(0).hi));
-    }
-    default: return kAnyFloat;  // transcendental functions: no mask needs them sharp
+    case Op::b_to_i: return a;
+    case Op::f_to_i:  // what it makes of NaN and of what 32 bits do not hold is not specified
+      if (a.nan || a.lo <= INT32_MIN || a.hi >= INT32_MAX) return kAnyFloat;
+      return monotone(a, [](double x) { return std::trunc(x); });
+    default: return kAnyFloat;  // floor division and remainder of floats step, and a last bit decides on which side
   }
-}
-
-Facts IntervalAnalysis::prove(const Box& whole) {
-  Facts facts;
-  facts.load_in_bounds.assign(program_.code.size(), 1);
-  facts_ = &facts;
-  for (size_t i = 0; i < program_.code.size(); ++i) {
-    const Instruction& in = program_.code[i];
-    if (!in.for_score && !in.for_mask) continue;
-    if ((in.op == Op::floordiv_i || in.op == Op::mod_i)) {
-      const Interval& divisor = value_[static_cast<size_t>(in.args[1])];
-      if (divisor.lo <= 0 && divisor.hi >= 0) {
-        facts.status = {Fault::div_zero, static_cast<int32_t>(i)};
-        break;
-      }
-    }
-    value_[i] = eval(i, whole);
-    // Lanes are 32 bits wide. Doubles hold every sum and product of two 32-bit integers exactly enough to see it.
-    const bool fits = value_[i].lo >= INT32_MIN && value_[i].hi <= INT32_MAX && !value_[i].nan;
-    if (signature(in.op).result == 'i' && !fits) {
-      facts.status = {Fault::int_range, static_cast<int32_t>(i)};
-      break;
-    }
-  }
-  facts_ = nullptr;
-  return facts;
-}
-
-Block IntervalAnalysis::classify(const Box& box) {
-  if (program_.mask < 0) return Block::full;
-  for (int32_t i : mask_code_) value_[static_cast<size_t>(i)] = eval(static_cast<size_t>(i), box);
-  const Interval& mask = value_[static_cast<size_t>(program_.mask)];
-  if (mask.hi == 0) return Block::empty;
-  return mask.lo == 1 ? Block::full : Block::partial;
 }
 
 }  // namespace attnkit::cpu

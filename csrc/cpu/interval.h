@@ -1,48 +1,36 @@
-// Interval arithmetic over the bytecode: what every value of a program can be on a box of (b, h, q_idx, kv_idx).
-// Sound, not exact: a mask that is true (false) on a whole box makes its tile FULL (EMPTY); anything else is PARTIAL.
+// Intervals, and what each operator makes of them. The rules are those of python/attnkit/ir/intervals.py.
 #pragma once
-#include <vector>
+#include <algorithm>
+#include <limits>
 
-#include "problem.h"
+#include "bytecode.h"
 
 namespace attnkit::cpu {
-
-struct Box {  // inclusive ranges
-  int64_t b[2], h[2], q[2], kv[2], q_len[2], kv_len[2];
-};
 
 struct Interval {
   double lo, hi;  // exact for ints and bools, rounded outward for floats
   bool nan;       // a float that may be NaN
 };
 
-enum class Block : uint8_t { empty, partial, full };
+inline constexpr double kInf = std::numeric_limits<double>::infinity();
+inline constexpr Interval kAnyFloat{-kInf, kInf, true};
+inline constexpr Interval kAnyBool{0, 1, false};
+inline constexpr Interval kNothing{kInf, -kInf, false};  // the hull of no values
 
-// What is proven once per call, over the box of the whole problem.
-struct Facts {
-  Status status;
-  std::vector<uint8_t> load_in_bounds;  // per instruction
-  bool all_loads_in_bounds = true;
-};
+inline Interval range_of(double lo, double hi) { return {lo, hi, false}; }
+inline Interval decided(bool surely, bool possibly) { return {surely ? 1.0 : 0.0, possibly ? 1.0 : 0.0, false}; }
+inline Interval hull(const Interval& a, const Interval& b) {
+  return {std::min(a.lo, b.lo), std::max(a.hi, b.hi), a.nan || b.nan};
+}
 
-class IntervalAnalysis {
- public:
-  IntervalAnalysis(const Program& program, const Problem& problem);
+inline void extend(Interval& a, const Interval& b) {
+  a.lo = std::min(a.lo, b.lo);
+  a.hi = std::max(a.hi, b.hi);
+  a.nan |= b.nan;
+}
 
-  Facts prove(const Box& whole);
-  Block classify(const Box& box);
-
- private:
-  Interval eval(size_t i, const Box& box);
-  Interval eval_load(const Instruction& in, size_t i);
-  Interval buffer_range(size_t buffer);
-
-  const Program& program_;
-  const Problem& problem_;
-  std::vector<Interval> value_;
-  std::vector<Interval> whole_buffer_;  // lazily, lo > hi: not yet known
-  std::vector<int32_t> mask_code_;
-  Facts* facts_ = nullptr;  // set while proving
-};
+// What an operator gives on its arguments' ranges: any opcode but leaves and loads. Integers are taken to fit 32 bits,
+// which `Analysis::prove` has seen to.
+Interval apply(Op op, const Interval* const* args);
 
 }  // namespace attnkit::cpu

@@ -47,18 +47,18 @@ def attend(
     tile_kv: int,
     /,
 ) -> tuple[int, int]: ...
-def block_map(
+def block_runs(
     program: Program,
+    batch: int,
+    heads: int,
     q_len: int,
     kv_len: int,
-    b: int,
-    h: int,
     q_block: int,
     kv_block: int,
     buffers: Sequence[BufferTuple],
     params: Sequence[float],
     /,
-) -> npt.NDArray[np.uint8]: ...
+) -> tuple[int, int, int, int, npt.NDArray[np.int64], npt.NDArray[np.int32]]: ...
 def evaluate(opcode: str, args: Sequence[npt.NDArray[np.float32]], /) -> npt.NDArray[np.float32]: ...
 def isa_levels() -> list[str]: ...
 def current_isa() -> str: ...

@@ -108,14 +108,21 @@ CODES: dict[str, Code] = {
         "use torch.where(cond, a, b) for if, and & | ~ for and, or, not",
     ),
     "AK302": Code(_MISSING, "torch function or method is not supported in score and mask"),
-    "AK303": Code(_TYPE, "captured tensor has an unsupported dtype", "convert it once, outside: x.float()"),
+    "AK303": Code(
+        _TYPE, "captured tensor has an unsupported dtype", "convert it once, outside: x.float(), x.int()"
+    ),
     "AK304": Code(_VALUE, "captured tensor is indexed in an unsupported way", "give one index per dimension"),
     "AK305": Code(_TYPE, "score or mask returned something that is not a traced number"),
     "AK306": Code(_TYPE, "operand cannot be traced", "use numbers, captured tensors and ak.param"),
-    "AK307": Code(
+    "AK308": Code(
+        _TYPE,
+        "a score or mask function writes where it must not",
+        "traced numbers may be written to by their own kind; captured tensors are read only",
+    ),
+    "AK309": Code(
         _VALUE,
-        "torch.compile has decided a comparison that involves a traced number",
-        "it does so for an int that changes between calls: use a 0-d tensor, ak.param or ak.window instead",
+        "a row of a captured tensor cannot be unrolled",
+        "index all but one dimension; compute long rows outside, and load the result",
     ),
     # arguments
     "AK401": Code(_VALUE, "argument has a value that is not allowed"),
@@ -130,6 +137,10 @@ CODES: dict[str, Code] = {
     ),
     "AK407": Code(_VALUE, "head counts do not go together", "q heads are a multiple of k and v heads"),
     "AK408": Code(_VALUE, "arguments exclude each other"),
+    "AK409": Code(_VALUE, "block mask was built for other lengths", "build it for the lengths of this call"),
+    "AK410": Code(_VALUE, "block mask was built for another batch size or number of heads"),
+    "AK411": Code(_VALUE, "block structure is not valid"),
+    "AK414": Code(_VALUE, "parents do not make a tree", "each node names its parent, roots name -1"),
     "AK416": Code(
         _TYPE,
         "a model computes with its attention mask, which attnkit keeps as a function",
@@ -141,7 +152,11 @@ CODES: dict[str, Code] = {
     "AK503": Code(_MISSING, "gradients are not supported here", "call it under torch.no_grad()"),
     "AK504": Code(_MISSING, "not supported yet"),
     # run time
-    "AK601": Code(_VALUE, "load reads outside its buffer", "clamp the index: min(max(i, 0), n - 1)"),
+    "AK601": Code(
+        _VALUE,
+        "load reads outside its buffer",
+        "clamp the index, min(max(i, 0), n - 1): one below zero does not count from the end",
+    ),
     "AK602": Code(_VALUE, "lengths are not valid"),
     "AK603": Code(_VALUE, "kernel ran out of memory"),
     "AK604": Code(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest
 
 import attnkit as ak
 import attnkit.ops  # defines torch.ops.attnkit
@@ -35,6 +36,7 @@ def i32(*values: int) -> Tensor:
 
 Q, K, V = rand(B, H, S, D), rand(B, HKV, S, D), rand(B, HKV, S, D)
 SINK = torch.zeros(H)
+BLOCKS = torch.ones(2, 2, dtype=torch.bool)
 
 
 def attention(q: Any = Q, k: Any = K, v: Any = V, **keywords: Any) -> Any:
@@ -43,6 +45,10 @@ def attention(q: Any = Q, k: Any = K, v: Any = V, **keywords: Any) -> Any:
 
 def dense(**keywords: Any) -> Any:
     return ak.dense_attention(Q, K, V, **keywords)
+
+
+def flex(query: Any = Q, key: Any = K, value: Any = V, **keywords: Any) -> Any:
+    return ak.flex_attention(query, key, value, enable_gqa=True, **keywords)
 
 
 def packed(**keywords: Any) -> Any:
@@ -163,6 +169,38 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "packed and padded": (
         "AK408", "kv_lens", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S), kv_lens=i32(S)),
     ),
+    # block masks
+    "block_mask": ("AK402", "block_mask", lambda: attention(block_mask=object())),
+    "block_mask map": ("AK402", "block_mask", lambda: attention(block_mask=torch.ones(1, 1, dtype=torch.bool))),
+    "block_mask of no function": ("AK402", "mask", lambda: ak.block_mask(3, 1, 1, S, S)),
+    "block_mask size": ("AK402", "q_len", lambda: ak.block_mask(ak.causal(), 1, 1, 6.0, S)),
+    "block_mask empty": ("AK401", "kv_len", lambda: ak.block_mask(ak.causal(), 1, 1, S, 0)),
+    "block_mask block": ("AK401", "q_block", lambda: ak.block_mask(ak.causal(), 1, 1, S, S, q_block=0)),
+    "block_mask batch": ("AK401", "B", lambda: ak.block_mask(ak.causal(), -1, 1, S, S)),
+    "block_mask of tiny blocks": ("AK401", "q_block", lambda: ak.block_mask(ak.causal(), 1, 1, 2**31 - 1, S, q_block=1)),
+    "block_mask length": ("AK409", "block_mask", lambda: attention(block_mask=ak.block_mask(ak.causal(), 1, 1, S, S + 1))),
+    "block_mask queries": ("AK409", "block_mask", lambda: attention(block_mask=ak.block_mask(ak.causal(), 1, 1, 2, S))),
+    "block_mask of a batch": ("AK410", "block_mask", lambda: attention(block_mask=ak.block_mask(None, B + 1, 1, S, S))),
+    "block_mask of heads": ("AK410", "block_mask", lambda: attention(block_mask=ak.block_mask(None, 1, HKV, S, S))),
+    "block_mask packed": (
+        "AK408", "block_mask",
+        lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S), block_mask=ak.block_mask(None, 1, 1, S, S)),
+    ),
+    "map of floats": ("AK404", "blocks", lambda: ak.BlockMask.from_dense(torch.ones(2, 2))),
+    "map with blocks of 0": ("AK401", "kv_block", lambda: ak.BlockMask.from_dense(BLOCKS, kv_block=0)),
+    "map 1-D": ("AK403", "blocks", lambda: ak.BlockMask.from_dense(BLOCKS[0])),
+    "map of other lengths": ("AK403", "blocks", lambda: ak.BlockMask.from_dense(BLOCKS, 100, 256)),
+    "map of partial blocks": ("AK411", "blocks", lambda: ak.BlockMask.from_dense(BLOCKS.to(torch.uint8))),
+    "map of other kinds": ("AK411", "blocks", lambda: ak.BlockMask.from_dense(3 * BLOCKS.to(torch.uint8))),
+    "indptr": ("AK403", "indptr", lambda: ak.BlockMask.from_bcsr(i32(0, 1), i32(0), 256, 256)),
+    "indptr of floats": ("AK404", "indptr", lambda: ak.BlockMask.from_bcsr(SINK, i32(0), 256, 256)),
+    "indptr falls": ("AK411", "indptr", lambda: ak.BlockMask.from_bcsr(i32(0, 2, 1), i32(0), 256, 256)),
+    "indptr too long": ("AK411", "indptr", lambda: ak.BlockMask.from_bcsr(i32(0, 1, 2), i32(0), 256, 256)),
+    "indices": ("AK411", "indices", lambda: ak.BlockMask.from_bcsr(i32(0, 1, 2), i32(0, 2), 256, 256)),
+    "indices negative": ("AK411", "indices", lambda: ak.BlockMask.from_bcsr(i32(0, 1, 2), i32(0, -1), 256, 256)),
+    "indices 2-D": ("AK403", "indices", lambda: ak.BlockMask.from_bcsr(i32(0, 1, 2), i32(0, 1)[None], 256, 256)),
+    "indices of bools": ("AK404", "indices", lambda: ak.BlockMask.from_bcsr(i32(0, 1, 2), BLOCKS[0], 256, 256)),
+    "full of ints": ("AK404", "full", lambda: ak.BlockMask.from_bcsr(i32(0, 1, 2), i32(0, 1), 256, 256, full=i32(0, 1))),
     # capability
     "no such backend": ("AK501", "backend", lambda: attention(backend="abacus")),
     "backend None": ("AK501|AK402", "backend", lambda: attention(backend=None)),
@@ -174,7 +212,6 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "gradients": ("AK503", "attend", lambda: ak.dense_attention(Q.clone().requires_grad_(), K, V, softcap=3.0)),
     "gradients of a bias": ("AK503", "attend", lambda: attention(score=ak.bias(rand(S, S).requires_grad_()))),
     "select": ("AK504", "select", lambda: attention(select=object())),
-    "block_mask": ("AK504", "block_mask", lambda: attention(block_mask=object())),
     "dropout": ("AK504", "dropout_p", lambda: attention(dropout_p=0.5)),
     "seed": ("AK504", "seed", lambda: op(seed=torch.tensor(1))),
     "sdpa in float64": (
@@ -199,6 +236,21 @@ CALLS: dict[str, tuple[str, str, Call]] = {
         "AK602", "cu_seqlens_q, cu_seqlens_kv", lambda: packed(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, 2, S)),
     ),
     "packed batch": ("AK602", "q", lambda: attention(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S))),
+    "tree with a cycle": ("AK414", "parents", lambda: ak.tree(i32(-1, 2, 1))),
+    "flex heads": ("AK407", "query, key", lambda: ak.flex_attention(Q, K, V)),
+    "flex scale": ("AK401", "scale", lambda: flex(scale=math.nan)),
+    "flex scale None": ("AK402", "scale", lambda: flex(scale="1")),
+    "flex score": ("AK402", "score", lambda: flex(score_mod=SINK)),
+    "flex block mask": ("AK402", "block_mask", lambda: flex(block_mask=BLOCKS)),
+    "flex block mask is a function": ("AK402", "block_mask", lambda: flex(block_mask=lambda b, h, i, j: i > j)),
+    "flex batches": ("AK403", "query, key, block_mask", lambda: flex(key=K[:1], value=V[:1], block_mask=ak.block_mask(None, 3, 1, S, S))),
+    "flex batches without a mask": ("AK403", "q, k, v", lambda: flex(key=K[:1], value=V[:1])),
+    "flex options": ("AK402", "kernel_options", lambda: flex(kernel_options=[1])),
+    "flex aux": ("AK402", "return_aux", lambda: flex(return_aux=True)),
+    "flex aux and lse": ("AK408", "return_lse, return_aux", lambda: flex(return_aux=AuxRequest(), return_lse=True)),
+    "flex maxima": ("AK504", "return_aux", lambda: flex(return_aux=AuxRequest(max_scores=True))),
+    "flex rank": ("AK403", "q", lambda: flex(query=Q[0])),
+    "flex None": ("AK402", "k", lambda: flex(key=None)),
     "integer overflow": ("AK604", "score or mask", lambda: attention(mask=lambda b, h, i, j: (i + 1) * 2**30 * 4 > j)),
     "division by zero": ("AK605", "score or mask", lambda: attention(mask=lambda b, h, i, j: i // j == 0)),
 }  # fmt: skip
@@ -398,7 +450,8 @@ KEYWORDS: dict[str, list[Any]] = {
 }  # fmt: skip
 OWN: dict[str, list[Any]] = {
     "normalizer": [None, ak.softmax(), ak.softmax(SINK), ak.softmax(SINK[:2]), ak.softmax(SINK.to("meta")), ak.softmax(3), "softmax"],
-    "backend": ["auto", "cpu", "reference", "abacus", "", None, 3], "select": [None, 3], "block_mask": [None, 3],
+    "backend": ["auto", "cpu", "reference", "abacus", "", None, 3], "select": [None, 3],
+    "block_mask": [None, 3, BLOCKS, ak.block_mask(ak.causal(), 1, 1, S, S), ak.block_mask(None, B, H, S, S), ak.block_mask(None, 1, 1, 2, S)],
 }  # fmt: skip
 DENSE: dict[str, list[Any]] = {
     "causal": [True, False], "softcap": NUMBERS, "sink": [None, SINK, SINK[:3], SINK[::2], SINK.int(), SINK.to("meta"), 3, [0.0]],

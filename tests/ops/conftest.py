@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex
 
 import attnkit as ak
 
@@ -78,6 +79,38 @@ def oracle() -> Oracle:
         return weights[..., : sizes[3]] @ v, lse
 
     return attend
+
+
+@pytest.fixture
+def same_as_flex(
+    qkv: Callable[..., tuple[Tensor, Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """``compare(score_mod, mask_mod, (B, Hq, Hkv, L, S))``: ours, eager and compiled, against torch's own in float64."""
+    monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)  # the equation, materialised
+
+    def compare(score: Any, mask: Any, sizes: tuple[int, int, int, int, int]) -> None:
+        batch, heads, kv_heads, length, kv_len = sizes
+        q, k, v = qkv(batch, heads, length, kv_heads=kv_heads, kv_len=kv_len, v_head_dim=5)
+        blocks = None
+        if mask is not None:
+            blocks = flex.create_block_mask(mask, batch, heads, length, kv_len, device="cpu", BLOCK_SIZE=8)
+        keywords = {"score_mod": score, "block_mask": blocks, "enable_gqa": heads != kv_heads}
+
+        def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return ak.flex_attention(q, k, v, **keywords, return_aux=flex.AuxRequest(lse=True))
+
+        with torch.no_grad():
+            expected = flex.flex_attention(
+                q.double(), k.double(), v.double(), **keywords, return_aux=flex.AuxRequest(lse=True)
+            )
+            o, aux = ours(q, k, v)
+            torch.testing.assert_close(o.double(), expected[0], rtol=1e-5, atol=3e-6)
+            torch.testing.assert_close(aux.lse.double(), expected[1].lse, rtol=1e-5, atol=3e-6)
+            compiled, its_aux = torch.compile(ours, fullgraph=True, backend="eager")(q, k, v)
+        assert torch.equal(compiled, o)
+        assert torch.equal(its_aux.lse, aux.lse)
+
+    return compare
 
 
 @pytest.fixture(autouse=True)

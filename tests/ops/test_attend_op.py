@@ -346,6 +346,32 @@ SCRIPT = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:De
 
 
 @LEAF_SPEC
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # entering a mode is one
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_functions(strict: bool, randn: Any) -> None:
+    """Strict export traces with dynamo, the other runs the Python under modes of its own."""
+    table, ids = randn(HEADS, 64), torch.arange(64) // 5
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            def score(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
+                s = s + table[h, j] * 2 - (1 - i) / 7
+                s += -abs(i - j)
+                return torch.where(ids[i] == ids[j], s, s - 1)
+
+            return ak.attention(
+                q, q, q, score=score, mask=lambda b, h, i, j: (i >= j) & ~(j == 3) | (j % 4 > 1)
+            )
+
+    q = randn(1, HEADS, 17, 8)
+    exported = torch.export.export(
+        Attention(), (q,), dynamic_shapes={"q": {2: torch.export.Dim("S", max=64)}}, strict=strict
+    )
+    for x in (q, randn(1, HEADS, 29, 8)):
+        assert torch.equal(exported.module()(x), Attention()(x))
+
+
+@LEAF_SPEC
 def test_export(randn: Any) -> None:
     torch.manual_seed(0)
     block, x = Block().eval(), randn(2, 17, HEADS * DIM)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnkit.bench import demo, memory, minilm, peers, records, report, runner, shows
+from attnkit.bench import demo, masks, memory, minilm, peers, records, report, runner, shows
 from attnkit.bench.measure import Contender, interval, measure, ratio
 from attnkit.bench.workloads import Shape, Workload, make_inputs, select, suites
 from attnkit.variants import dense
@@ -361,3 +361,15 @@ def test_shows_fails_when_a_claim_does_not_hold(document: records.Document) -> N
         console.print(shows.table(claims))
     assert capture.get().count("FAIL") == 2
     assert "[1.50, 2.50]" in capture.get()
+
+
+def test_masks_are_analysed_and_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "LENGTH", 4096)
+    found = masks.analyse(seconds=0.1)
+    assert [each.mask for each in found] == list(masks.masks())
+    assert all(each.ms.median > 0 for each in found)
+    assert all(each.peak_mb is not None and each.peak_mb < shows.MASK_MB for each in found)
+    slow = masks.Analysis("causal", masks.Interval(20.5, 20.0, 21.0, 3), 63.0)
+    late, small = shows.mask_claims([slow])
+    assert not late.holds
+    assert small.holds

@@ -143,7 +143,23 @@ def test_explain_a_file_whose_mask_reads_a_buffer(cli: Cli, tmp_path: Path) -> N
     path.write_text(dense.program(document=ids)[0])
     said = cli("explain", str(path)).stdout
     assert "no block counts: the mask reads a buffer" in said
-    assert "no block map" in cli("dump", str(path), "--stage", "blocks", code=1).stderr
+    assert "no block map" in cli("mask", str(path), code=1).stderr
+
+
+def test_explain_a_file_whose_score_divides_by_a_buffer(cli: Cli, tmp_path: Path) -> None:
+    """What the score may do wrong shows in a call; the blocks are the mask's."""
+    path = tmp_path / "divided.txt"
+    path.write_text("""attnkit 1
+program (q: bhsd, k: bhsd, v: bhsd) buffers(b0: i32[1]) {
+  o, lse = attend(q, k, v, scale = default) {
+    score = s * float(q_idx // b0[h])
+    mask = kv_idx <= q_idx
+    normalizer = softmax
+  }
+  return o, lse
+}
+""")
+    assert "blocks" in cli("explain", str(path)).stdout
 
 
 def test_dump_text_is_canonical_and_reads_back(cli: Cli, program: Path) -> None:
@@ -161,39 +177,100 @@ def test_dump_ir_and_bytecode(cli: Cli) -> None:
     assert "load_f b0" in code
 
 
-def test_dump_blocks_draws_the_mask(cli: Cli) -> None:
-    done = cli(
-        "dump", "--variant", "causal", "--stage", "blocks", "--shape", "1,1,1,64,64,16", "--block", "16"
-    )
-    assert done.stdout.splitlines()[1:] == ["+...", "#+..", "##+.", "###+"]
-    found = json.loads(
-        cli("dump", "--variant", "causal", "--stage", "blocks", "--shape", "1,1,1,64,64,16", "--block", "16",
-            "--json").stdout
-    )  # fmt: skip
-    assert found["counts"] == {"empty": 6, "partial": 4, "full": 6}
-    assert found["map"][1] == [2, 1, 0, 0]
-
-
-@pytest.mark.parametrize("variant", options.VARIANTS)
-def test_dump_blocks_is_sound(cli: Cli, variant: str) -> None:
-    """No block said to be empty holds a pair, none said to be full lacks one."""
-    shape = Shape(1, 2, 1, 100, 130, 16, 16)
-    found = json.loads(
-        cli("dump", "--variant", variant, "--stage", "blocks", "--shape", "1,2,1,100,130,16", "--block", "16",
-            "--json").stdout
-    )  # fmt: skip
-    seen = dense.visible(shape.sq, shape.skv, **Workload(variant, shape).parameters)
-    for i, row in enumerate(found["map"]):
-        for j, kind in enumerate(row):
-            block = seen[16 * i : 16 * i + 16, 16 * j : 16 * j + 16]
-            assert kind == 1 or (block.all() if kind == 2 else not block.any())
-
-
-@pytest.mark.parametrize("stage", ["text", "ir", "bytecode", "blocks"])
+@pytest.mark.parametrize("stage", ["text", "ir", "bytecode"])
 def test_dump_json(cli: Cli, stage: str) -> None:
     found = json.loads(cli("dump", "--variant", "window", "--stage", stage, "--json").stdout)
     assert found["stage"] == stage
     assert found["lines"]
+
+
+# --- mask, and targets --------------------------------------------------------------------------------------
+
+SMALL = ("--shape", "2,2,1,100,130,16", "--block", "16")
+
+
+def test_mask_draws_the_blocks(cli: Cli) -> None:
+    arguments = ("mask", "--variant", "causal", "--shape", "1,1,1,64,64,16", "--block", "16")
+    said = cli(*arguments).stdout.splitlines()
+    assert said[:4] == ["+...", "#+..", "##+.", "###+"]
+    assert said[4] == "causal: 64 queries x 64 keys, 4 x 4 blocks of 16 x 16"
+    assert said[5] == ". empty 6, + partial 4, # full 6; density 62.50 % (of every head)"
+    found = json.loads(cli(*arguments, "--json").stdout)
+    assert found["counts"] == {"empty": 6, "partial": 4, "full": 6}
+    assert found["runs"][2] == [[0, 2, "full"], [2, 3, "partial"]]
+
+
+@pytest.mark.parametrize("variant", options.VARIANTS)
+def test_mask_is_sound(cli: Cli, variant: str) -> None:
+    """No block said to be empty holds a pair, none said to be full lacks one."""
+    shape = Shape(2, 2, 1, 100, 130, 16, 16)
+    found = json.loads(cli("mask", "--variant", variant, *SMALL, "--json").stdout)
+    seen = dense.visible(shape.sq, shape.skv, **Workload(variant, shape).parameters)
+    kinds = np.full((7, 9), "empty", dtype="<U7")
+    for row, runs in zip(kinds, found["runs"], strict=True):
+        for first, end, kind in runs:
+            row[first:end] = kind
+    for (i, j), kind in np.ndenumerate(kinds):
+        block = seen[16 * i : 16 * i + 16, 16 * j : 16 * j + 16]
+        assert kind == "partial" or (block.all() if kind == "full" else not block.any())
+
+
+def test_mask_says_which_head_is_drawn(cli: Cli) -> None:
+    arguments = ("mask", "--mask", "kv_idx <= q_idx - 32 * h", *SMALL)
+    first, second = (cli(*arguments, "--head", str(h)).stdout for h in (0, 1))
+    assert first.splitlines()[:2] == ["+........", "#+......."]
+    assert second.splitlines()[:3] == [".........", ".........", "+........"]
+    assert "(of 2 heads together)" in first
+    assert "drawn: batch entry 0, head 1" in second
+    assert "drawn" not in cli("mask", "--variant", "causal", *SMALL).stdout
+
+
+def test_large_masks_are_drawn_small(cli: Cli) -> None:
+    said = cli("mask", "--variant", "causal", "--shape", "1,1,1,1048576,1048576,64").stdout.splitlines()
+    assert said[0] == "+" + "." * 95 or len(said[0]) <= 96
+    assert "# full 33,550,336; density 50.01 %" in said[-1]
+
+
+EXPRESSIONS = {
+    "causal": "kv_idx <= q_idx + (kv_len - q_len)",
+    "causal(align='top_left')": "kv_idx <= q_idx",
+    "window(3, None) | ~prefix(5)": "(kv_idx >= q_idx + (kv_len - q_len) - 3) | ~(kv_idx < 5)",
+    "abs(q_idx - kv_idx) % 4 == -h // 2": "abs(q_idx - kv_idx) % 4 == -h // 2",
+    "min(q_idx, 7) * 0.5 < float(b)": "float(min(q_idx, 7)) * 0.5 < float(b)",
+    "where(h == 1, q_len > 3, false_) ": None,
+}
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_masks_as_expressions(cli: Cli, expression: str) -> None:
+    wanted = EXPRESSIONS[expression]
+    if wanted is None:
+        assert "unknown name 'false_'" in cli("dump", "--mask", expression, code=2).stderr
+    else:
+        assert f"mask = {wanted}\n" in cli("dump", "--mask", expression).stdout
+
+
+def test_functions_in_python_files(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text("""
+import torch
+import attnkit as ak
+ids = torch.arange(64) // 20
+cap = ak.param("cap", 16.0)
+def near(b, h, q_idx, kv_idx):
+    return (ids[q_idx] == ids[kv_idx]) & ((q_idx - kv_idx).abs() < cap)
+def bias(s, b, h, q_idx, kv_idx):
+    return s + q_idx
+local = ak.block_mask(ak.window(3), 1, 1, 64, 64)
+nothing = 3
+""")
+    shape = ("--shape", "1,1,1,64,64,16", "--block", "16")
+    assert cli("mask", f"{path}:near", *shape).stdout.splitlines()[:4] == ["#+..", "+++.", ".+++", "..++"]
+    assert cli("mask", f"{path}:local", *shape).stdout.splitlines()[:2] == ["+...", "++.."]
+    assert "blocks" in cli("explain", f"{path}:near", *shape[:2]).stdout
+    assert "score = s + float(q_idx)" in cli("dump", f"{path}:bias").stdout
+    assert "has no function nothing" in cli("mask", f"{path}:nothing", code=2).stderr
+    assert "No such file" in cli("mask", f"{tmp_path}/other.py:near", code=2).stderr
 
 
 # --- list, doctor -------------------------------------------------------------------------------------------

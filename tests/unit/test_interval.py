@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import Phase, given, settings, strategies as st
 
-from attnkit.analysis.blocks import Block, BlockCounts, block_counts, classify
+from attnkit.analysis.blocks import Block, block_counts, classify
 from attnkit.analysis.interval import Facts, evaluate
+from attnkit.analysis.structure import BlockCounts
 from attnkit.backends.reference import evaluate as run
 from attnkit.ir import causal, document, prefix, window
 from attnkit.ir.expr import Expr, const, make, topological, var
@@ -29,18 +30,30 @@ def contents(seed: int = 0) -> Any:
 
 
 @st.composite
-def boxes(draw: st.DrawFn) -> Any:
-    """A box, and a point in it."""
-    box, inside = {}, {}
+def boxes(draw: st.DrawFn) -> dict[str, Interval]:
+    box = {}
     for name, dtype in VARIABLES.items():
         if dtype == "float":
             lo, hi = sorted(x + 0.0 for x in draw(st.tuples(*[st.floats(-40, 40, width=32)] * 2)))
-            inside[name] = draw(st.floats(lo, hi, width=32))
         else:
             lo, hi = sorted(draw(st.tuples(*[st.integers(0, 9)] * 2)))
-            inside[name] = draw(st.integers(lo, hi))
         box[name] = Interval(lo, hi)
-    return box, inside
+    return box
+
+
+def points(box: dict[str, Interval], count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random points of a box, its corners among them."""
+    inside = {}
+    for name, (lo, hi, _) in box.items():
+        if VARIABLES[name] == "float":
+            values = np.clip(rng.uniform(lo, hi, count).astype(np.float32), lo, hi)
+        else:
+            values = rng.integers(int(lo), int(hi) + 1, count)
+        corner = rng.random(count) < 0.2
+        inside[name] = np.where(corner, np.where(rng.random(count) < 0.5, lo, hi), values).astype(
+            values.dtype
+        )
+    return inside
 
 
 def run_f32(root: Any, variables: Any, buffers: Any, params: Any) -> Any:
@@ -63,37 +76,59 @@ def run_f32(root: Any, variables: Any, buffers: Any, params: Any) -> Any:
     return values[root]
 
 
-def holds(interval: Any, value: Any) -> Any:
-    if value != value:
-        return interval.nan
-    return interval.lo <= value <= interval.hi
+def check_holds(interval: Interval, value: Any) -> None:
+    """Every one of the values is in the interval."""
+    value = np.asarray(value)
+    inside = np.where(value != value, interval.nan, (interval.lo <= value) & (value <= interval.hi))
+    assert inside.all(), f"{value[~inside][:5]} not in {interval}"
+
+
+def check_sound(expr: Expr, box: dict[str, Interval], seed: int, count: int) -> int:
+    """The ranges of an expression hold what it is at points of the box, in both precisions; returns how many points."""
+    buffers, params = contents(seed), [0.3]
+    (interval,) = evaluate([expr], box, Facts(buffers, params))
+    assert interval.lo <= interval.hi
+    inside = points(box, count, np.random.default_rng(seed))
+    check_holds(interval, run([expr], inside, buffers, params)[0])
+    check_holds(interval, run_f32(expr, inside, buffers, params))
+    (unknown,) = evaluate([expr], box)
+    assert unknown.lo <= interval.lo
+    assert interval.hi <= unknown.hi
+    return count
 
 
 @settings(max_examples=400)
 @given(st.sampled_from(["float", "int", "bool"]), st.data(), boxes(), st.integers(0, 4))
-def test_ranges_hold_every_value(dtype: str, data: st.DataObject, sample: Any, seed: int) -> None:
-    expr = data.draw(expressions(dtype, buffers=BUFFERS, num_params=1, max_ops=12))
-    box, inside = sample
-    buffers, params = contents(seed), [0.3]
-    (interval,) = evaluate([expr], box, Facts(buffers, params))
-    assert interval.lo <= interval.hi
-    (value,) = run([expr], inside, buffers, params)
-    assert holds(interval, value)
-    assert holds(interval, run_f32(expr, inside, buffers, params))
-    (unknown,) = evaluate([expr], box)
-    assert unknown.lo <= interval.lo
-    assert interval.hi <= unknown.hi
+def test_ranges_hold_every_value(dtype: str, data: st.DataObject, box: Any, seed: int) -> None:
+    check_sound(data.draw(expressions(dtype, buffers=BUFFERS, num_params=1, max_ops=12)), box, seed, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.shows
+def test_ten_million_values_and_no_violation() -> None:
+    samples = 0
+
+    @settings(max_examples=1500, phases=[Phase.generate])
+    @given(
+        st.sampled_from(["float", "int", "bool"]),
+        st.data(),
+        st.lists(boxes(), min_size=4, max_size=4),
+        st.integers(0, 4),
+    )
+    def many(dtype: str, data: st.DataObject, several: Any, seed: int) -> None:
+        nonlocal samples
+        expr = data.draw(expressions(dtype, buffers=BUFFERS, num_params=1, max_ops=16))
+        samples += sum(check_sound(expr, box, seed, 2000) for box in several)
+
+    many()
+    assert samples >= 10**7
 
 
 @settings(max_examples=60)
 @pytest.mark.parametrize("op", OPS)
 @given(st.data(), boxes())
-def test_each_rule_holds_every_value(op: str, data: st.DataObject, sample: Any) -> None:
-    box, inside = sample
-    expr = data.draw(expressions("float", max_ops=4, ops=[op, "mul", "where"]))
-    (interval,) = evaluate([expr], box)
-    assert holds(interval, run([expr], inside)[0])
-    assert holds(interval, run_f32(expr, inside, [], []))
+def test_each_rule_holds_every_value(op: str, data: st.DataObject, box: Any) -> None:
+    check_sound(data.draw(expressions("float", max_ops=4, ops=[op, "mul", "where"])), box, 0, 200)
 
 
 def test_integer_valued_floats_stay_exact() -> None:
@@ -181,3 +216,49 @@ def test_unknown_or_short_buffers_prove_nothing() -> None:
     program = program_of(document(IDS))
     assert block_counts(program, 0, 0, 200, 200, 64, 64) == (0, 0, 16)
     assert block_counts(program, 0, 0, 300, 300, 300, 300, [IDS]) == (0, 0, 1)
+
+
+# --- sums ------------------------------------------------------------------------------------------------------
+
+SIDES = st.tuples(*[st.integers(-6, 6)] * 2, st.integers(-40, 40))
+ORDERS = ("lt", "le", "gt", "ge", "eq", "ne")
+
+
+def side(a: int, b: int, c: int) -> Expr:
+    """``a * q_idx + b * kv_idx + c``, with each variable in it twice."""
+    q, kv = (make("mul", const(n - 2), var(name)) for n, name in ((a, "q_idx"), (b, "kv_idx")))
+    twice = (make("mul", var(name), const(2)) for name in ("q_idx", "kv_idx"))
+    return make("add", make("sub", make("add", q, kv), const(-c)), make("add", *twice))
+
+
+@given(SIDES, SIDES, st.sampled_from(ORDERS), *[st.integers(0, 30)] * 2, *[st.integers(0, 12)] * 2)
+def test_comparisons_of_sums_are_exact(
+    x: Any, y: Any, op: str, top: int, left: int, height: int, width: int
+) -> None:
+    q, kv = np.arange(top, top + height + 1)[:, None], np.arange(left, left + width + 1)
+    box = {"q_idx": Interval(top, top + height), "kv_idx": Interval(left, left + width)}
+    sums = [a * q + b * kv + c for a, b, c in (x, y)]
+    for expr, value in zip((side(*x), side(*y)), sums, strict=True):
+        assert evaluate([expr], box) == [Interval(value.min(), value.max())]
+    (truth,) = (OPS[op].numpy(*sums),)
+    (found,) = evaluate([make(op, side(*x), side(*y))], box)
+    assert found == Interval(int(truth.all()), int(truth.any()))
+
+
+def test_what_wraps_around_is_not_compared_by_its_difference() -> None:
+    """q - 2**62 - 2**62 - 3 leaves 64 bits, and compares as what it becomes."""
+    far = make("sub", make("sub", var("q_idx"), const(2**62)), const(2**62))
+    wrapped = make("sub", far, const(3))
+    box = {"q_idx": Interval(0, 5)}
+    (found,) = evaluate([make("lt", wrapped, var("q_idx"))], box)
+    with np.errstate(over="ignore"):
+        check_holds(found, run([make("lt", wrapped, var("q_idx"))], {"q_idx": np.arange(6)})[0])
+
+
+def test_long_sums_and_products_of_variables() -> None:
+    total = var("q_idx")
+    for n in range(400):  # nested deeper than Python would recurse into at ease
+        total = make("add", total, make("mul", const(n % 3 - 1), var("kv_idx")))
+    box = {"q_idx": Interval(2, 5), "kv_idx": Interval(0, 7), "h": point(3)}
+    assert evaluate([total], box) == [Interval(2 - 7, 5)]
+    assert evaluate([make("mul", var("h"), var("q_idx"))], box) == [Interval(6, 15)]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from attnkit.analysis.interval import NOTHING, Box, Facts, evaluate_order
+from attnkit.analysis.structure import BlockCounts
 from attnkit.ir.expr import Expr, topological
 from attnkit.ir.intervals import FALSE, TRUE, Interval, point
 from attnkit.ir.program import Program
@@ -20,14 +21,6 @@ class Block(Enum):
     EMPTY = "empty"
     FULL = "full"
     PARTIAL = "partial"
-
-
-class BlockCounts(NamedTuple):
-    """How many blocks of each kind; they sum to the number of blocks."""
-
-    empty: int
-    full: int
-    partial: int
 
 
 def classify(mask: Expr | None, box: Box, facts: Facts = NOTHING) -> Block:

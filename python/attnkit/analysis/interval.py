@@ -1,7 +1,7 @@
 """What an expression can be on a box of variables: interval arithmetic with the rules of the op table.
 
-Always sound: a range holds every value that the float64 reference and a float32 kernel compute. Not always
-exact: a variable that occurs twice counts as two.
+Always sound: a range holds every value that the float64 reference and a float32 kernel compute. Exact for sums of
+integers and their comparisons (see `analysis.linear`); elsewhere a variable that occurs twice counts as two.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from attnkit.analysis.linear import COMPARISONS, difference, form_of
 from attnkit.ir.expr import Expr, topological
-from attnkit.ir.intervals import ANY, INT64_MAX, INT64_MIN, Interval, point, widen
+from attnkit.ir.intervals import ANY, FALSE, INT64_MAX, INT64_MIN, TRUE, UNKNOWN, Interval, point, widen
 from attnkit.ir.optable import OPS
 
 Box = Mapping[str, Interval]
@@ -58,8 +59,31 @@ def evaluate_order(order: Sequence[Expr], roots: Sequence[Expr], box: Box, facts
     ranges: dict[Expr, Interval] = {}
     with np.errstate(all="ignore"):  # infinities are values here
         for node in order:
-            ranges[node] = _evaluate_node(node, [ranges[arg] for arg in node.args], box, facts)
+            known = _evaluate_linear(node, ranges)
+            ranges[node] = known or _evaluate_node(node, [ranges[arg] for arg in node.args], box, facts)
     return [ranges[root] for root in roots]
+
+
+_ZERO = point(0)
+
+
+def _evaluate_linear(node: Expr, ranges: Mapping[Expr, Interval]) -> Interval | None:
+    """The range of a sum of integers, or of a comparison of two; None if it is neither or may leave 64 bits."""
+    if node.dtype == "int" and node.args:
+        form = form_of(node)
+        return None if node in form.terms else form.range(ranges)
+    if node.op not in COMPARISONS or node.args[0].dtype != "int":
+        return None
+    # What wraps around compares differently from what does not.
+    sides = [form_of(arg).range(ranges) for arg in node.args]
+    form = difference(node)
+    distance = form.range(ranges)
+    if distance is None or None in sides:
+        return None
+    known = OPS[node.op].interval(distance, _ZERO)
+    if known == UNKNOWN and node.op in ("eq", "ne") and form.avoids_zero(ranges):
+        return FALSE if node.op == "eq" else TRUE
+    return known
 
 
 def _evaluate_node(node: Expr, args: list[Interval], box: Box, facts: Facts) -> Interval:

@@ -13,6 +13,7 @@ from attnkit.cli.doctor import doctor
 from attnkit.cli.dump import dump
 from attnkit.cli.explain import explain
 from attnkit.cli.list import list_
+from attnkit.cli.mask import mask
 from attnkit.errors import AttnkitError
 
 # Where the optional packages come from.
@@ -62,10 +63,11 @@ def app() -> None:
       attnkit explain --variant causal --shape 1,8,8,4096,4096,64
       attnkit dump --variant alibi > alibi.txt    the text of a program
       attnkit dump alibi.txt --stage bytecode     what the CPU engine makes of it
-      attnkit dump --variant document --stage blocks
+      attnkit mask --mask "causal & window(128)"  draw which blocks it visits
 
     \b
-    A program is a FILE with its text (- is stdin), or --variant with one of
+    A program is a FILE with its text (- is stdin), a function path.py:name of
+    yours, --mask with an expression, or --variant with one of
       full  causal  window  alibi  softcap  alibi_softcap  prefix  document
 
     \b
@@ -74,5 +76,5 @@ def app() -> None:
     """
 
 
-for _command in (bench, explain, dump, list_, doctor):
+for _command in (bench, explain, dump, mask, list_, doctor):
     app.add_command(_command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +10,7 @@ from attnkit.cli.options import DTYPES, json_flag, target_options
 
 if TYPE_CHECKING:
     from attnkit.bench.workloads import Shape
+    from attnkit.cli.options import Source
     from attnkit.cli.target import Target
 
 
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
 @click.option("--backend", default="auto", show_default=True, help="Ask for one backend by name.")
 @json_flag
-def explain(
-    file: IO[bytes] | None, variant: str | None, shape: Shape, dtype: str, backend: str, as_json: bool
-) -> None:
+def explain(source: Source, shape: Shape, dtype: str, backend: str, as_json: bool) -> None:
     """Say what a call would run on, and why. Nothing is computed.
 
     Shows the backend and its config, why the other backends are not used, how many tiles are empty (never touched), partial
@@ -35,7 +34,7 @@ def explain(
     from attnkit.bench import console, records
     from attnkit.cli.target import resolve
 
-    facts = _facts(resolve(file, variant, shape), dtype, backend)
+    facts = _facts(resolve(source, shape), dtype, backend)
     if as_json:
         click.echo(records.dumps(facts), nl=False)
         return
@@ -58,7 +57,6 @@ def _facts(target: Target, dtype: str, backend: str) -> dict[str, Any]:
     from dataclasses import asdict
 
     from attnkit.bench.workloads import ITEM_BYTES
-    from attnkit.cli.target import BLOCKS
 
     prepared, s = target.prepared(dtype, backend), target.shape
     facts: dict[str, Any] = {
@@ -73,13 +71,10 @@ def _facts(target: Target, dtype: str, backend: str) -> dict[str, Any]:
         facts["notes"].append(f"no block counts: {unknown}")
         return facts
     tile_q, tile_kv = prepared.config["tile_q"], prepared.config["tile_kv"]
-    tiles = target.block_map(tile_q, tile_kv)
-    facts["blocks"] = {kind: int((tiles == i).sum()) for i, kind in enumerate(BLOCKS)}
-    facts["notes"].append(f"blocks are tiles of {tile_q} x {tile_kv}, those of batch entry 0 and head 0")
-    # Computed pairs: what lies in tiles that are not empty, cut off at the ends of both sequences.
-    rows = [min(tile_q, s.sq - i * tile_q) for i in range(tiles.shape[0])]
-    columns = [min(tile_kv, s.skv - j * tile_kv) for j in range(tiles.shape[1])]
-    pairs = s.b * s.hq * int(rows @ (tiles > 0).astype(int) @ columns)
+    tiles = target.structure(tile_q, tile_kv)
+    facts["blocks"] = tiles.by_kind
+    facts["notes"].append(f"blocks are tiles of {tile_q} x {tile_kv}, {tiles.of_heads}")
+    pairs = tiles.pairs * s.b * s.hq // (tiles.sizes.batch * tiles.sizes.heads)
     flops = 2 * pairs * (s.d + s.dv)
     elements = s.b * (s.hq * s.sq + s.hkv * s.skv) * (s.d + s.dv)
     moved = elements * ITEM_BYTES[dtype]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -46,15 +48,46 @@ def json_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+class Source(NamedTuple):
+    """What names a target: one of these is given."""
+
+    file: IO[bytes] | str | None
+    variant: str | None
+    mask: str | None
+
+
+class FileType(click.File):
+    """A file of program text, - for stdin; or ``path.py:name``, which is left as it is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Open the text; a usage error if there is none."""
+        path, colon, name = str(value).rpartition(":")
+        if not (colon and path.endswith(".py") and name.isidentifier()):
+            return super().convert(value, param, ctx)
+        if not Path(path).is_file():
+            self.fail(f"{path!r}: No such file", param, ctx)
+        return value
+
+
 def target_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """``[FILE]``, ``--variant`` and ``--shape``: which program, for which problem."""
+    """``[FILE]``, ``--variant``, ``--mask`` and ``--shape``: which program, as ``source``, for which problem."""
+
+    @wraps(command)
+    def gathered(*, file: Any, variant: str | None, mask: str | None, **others: Any) -> Any:
+        return command(source=Source(file, variant, mask), **others)
+
+    wrapped: Callable[..., Any] = gathered
     for option in (
         click.option(
             "--shape", type=ShapeType(), default=DEFAULT_SHAPE, show_default=True,
             help="Sizes of the problem: batch, query heads, kv heads, queries, keys, head dim, value dim.",
         ),
+        click.option(
+            "--mask", metavar="EXPRESSION",
+            help='A mask, instead of FILE: "causal & window(128)", "(q_idx - kv_idx) % 4 == 0".',
+        ),
         click.option("--variant", type=click.Choice(VARIANTS), help="A named variant, instead of FILE."),
-        click.argument("file", required=False, type=click.File("rb"), metavar="[FILE]"),
+        click.argument("file", required=False, type=FileType("rb"), metavar="[FILE]"),
     ):  # fmt: skip
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped

@@ -6,8 +6,11 @@ from attnkit.ir.mods import (
     causal as causal,
     document as document,
     prefix as prefix,
+    sigmoid as sigmoid,
+    signed_softmax as signed_softmax,
     softcap as softcap,
     softmax as softmax,
+    softmax_over_queries as softmax_over_queries,
     window as window,
 )
 from attnkit.ir.program import Program as Program

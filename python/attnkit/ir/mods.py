@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnkit.errors import error
+from attnkit.ir.program import NORMALIZERS
 from attnkit.ir.trace import Param
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
@@ -40,22 +41,59 @@ class Mask:
         return Mask(lambda *index: other(*index) | self(*index))
 
     def __invert__(self) -> Mask:
-        return Mask(lambda *index: self(*index).logical_not())  # dynamo knows no `~` on objects
+        return self.logical_not()
+
+    def logical_not(self) -> Mask:
+        """``~mask``, also where a mask is made under torch.compile: dynamo knows ``~`` of tensors alone."""
+        return Mask(lambda *index: self(*index).logical_not())
 
 
 @dataclass(frozen=True)
-class SoftmaxNormalizer:
-    """Softmax; ``sink`` is a float32 tensor ``[Hq]`` of extra logits, or None."""
+class Weighting:
+    """How scores become weights: a normaliser of docs/ir.md, and what happens to the score before it.
 
+    ``sink`` is a float32 tensor ``[Hq]`` of extra logits, or None.
+    """
+
+    kind: str = "softmax"
     sink: Any = None
+    score: ScoreFunction | None = None
+
+    @property
+    def has_lse(self) -> bool:
+        """Whether there is a logarithm of a sum."""
+        return NORMALIZERS[self.kind].lse
 
 
-def softmax(sink: Any = None) -> SoftmaxNormalizer:
+def softmax(sink: Any = None) -> Weighting:
     """The normalizer ``softmax``, optionally with a learned sink.
 
     ``sink [Hq]`` (float32) is one logit per query head that takes part in the denominator and has no value.
     """
-    return SoftmaxNormalizer(sink)
+    return Weighting(sink=sink)
+
+
+def sigmoid(bias: float | None = None) -> Weighting:
+    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse."""
+    if bias is not None and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
+        raise error("AK402", where="bias", given=type(bias).__name__, allowed="a number or None")
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        if bias is not None:
+            return (s + bias).sigmoid()
+        return (s - kv_idx.context.variable("kv_len").log()).sigmoid()
+
+    return Weighting("none", score=score)
+
+
+def signed_softmax() -> Weighting:
+    """Weights ``sign(score) * softmax(|score|)`` (Cog attention, arXiv 2411.07176); lse is that of ``|score|``."""
+    return Weighting("signed_softmax")
+
+
+def softmax_over_queries() -> Weighting:
+    """Each key's weights sum to 1 over the queries that see it. Looks at the whole sequence, so it has no lse."""
+    return Weighting("softmax_over_queries")
 
 
 def causal(align: str = "bottom_right") -> Mask:
@@ -68,7 +106,7 @@ def causal(align: str = "bottom_right") -> Mask:
         return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
     if align != "bottom_right":
         raise error("AK401", where="align", given=repr(align), allowed="'bottom_right', 'top_left'")
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= _position(q_idx))
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= position(q_idx))
 
 
 def window(left: int | None, right: int | None = 0) -> Mask:
@@ -83,12 +121,12 @@ def window(left: int | None, right: int | None = 0) -> Mask:
             raise error("AK401", where=name, given=f"{distance}", allowed="a distance, -1 or None")
 
     def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        position = _position(q_idx)
+        p = position(q_idx)
         visible = kv_idx >= 0  # always
         if not (left is None or left == -1):
-            visible = kv_idx >= position - left
+            visible = kv_idx >= p - left
         if not (right is None or right == -1):
-            before_right = kv_idx <= position + right
+            before_right = kv_idx <= p + right
             visible = before_right if left is None or left == -1 else visible & before_right
         return visible
 
@@ -105,7 +143,7 @@ def document(q_ids: Any, kv_ids: Any = None) -> Mask:
         _require_rank(name, ids, (1, 2), "[S] or [B, S]")
 
     def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return _load(q_ids, b, q_idx) == _load(kv_ids, b, kv_idx)
+        return load(q_ids, b, q_idx) == load(kv_ids, b, kv_idx)
 
     return Mask(visible)
 
@@ -116,10 +154,9 @@ def prefix(n: Any) -> Mask:
     A prefix language model is ``ak.prefix(n) | ak.causal()``.
     """
     if isinstance(n, int):
-        # not `kv_idx < n`: dynamo refuses to compare its objects with an int that changes between calls
-        return Mask(lambda b, h, q_idx, kv_idx: kv_idx.context.emit("lt", kv_idx, n))
+        return Mask(lambda b, h, q_idx, kv_idx: kv_idx < n)
     _require_rank("n", n, (1,), "an int or [B]")
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < _load(n, b))
+    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < load(n, b))
 
 
 def softcap(c: float | Param) -> ScoreFunction:
@@ -141,7 +178,7 @@ def alibi(slopes: Any) -> ScoreFunction:
     _require_rank("slopes", slopes, (1, 2), "[Hq] or [B, Hq]")
 
     def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return s - _load(slopes, b, h) * (_position(q_idx) - kv_idx).abs()
+        return s - load(slopes, b, h) * (position(q_idx) - kv_idx).abs()
 
     return score
 
@@ -154,18 +191,18 @@ def bias(tensor: Any) -> ScoreFunction:
     _require_rank("bias", tensor, (2, 3, 4), "[Sq, Skv], [H, Sq, Skv] or [B, H, Sq, Skv]")
 
     def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return s + _load(tensor, b, h, q_idx, kv_idx)
+        return s + load(tensor, b, h, q_idx, kv_idx)
 
     return score
 
 
-def _position(q_idx: Any) -> Any:
+def position(q_idx: Any) -> Any:
     """The key position that a query stands at."""
     lengths = q_idx.context
     return q_idx + (lengths.variable("kv_len") - lengths.variable("q_len"))
 
 
-def _load(tensor: Any, *index: Any) -> Any:
+def load(tensor: Any, *index: Any) -> Any:
     """``tensor`` at the last of the indices; dimensions of size 1 broadcast."""
     rank = len(tensor.shape)
     pairs = zip(tensor.shape, index[len(index) - rank :], strict=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from attnkit.errors import error
@@ -33,6 +33,17 @@ class Axis(NamedTuple):
     root: int
     block: int
     layout: Layout
+
+    def matches(self, wanted: Axis, other: Axis) -> bool:
+        """Whether these are the wanted tokens, pooled or not, or an input that lies like them; but not the other."""
+        alike = self.layout == wanted.layout and self.layout.kind != "hsd" and self.root != other.root
+        return self.root == wanted.root or alike
+
+    def pools(self, other: Axis) -> bool:
+        """Whether each of these tokens stands for one or, of the same input, more of the other's."""
+        if self.root == other.root:
+            return self.block % other.block == 0
+        return (self.layout, self.block) == (other.layout, other.block)
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,14 @@ def _tokens(op: Operation, types: Types, count: int | None = None) -> list[Axis]
     return axes
 
 
+def _alike(op: Operation, types: Types) -> None:
+    """Operands that go together token by token: of one layout and pooling. How many they are, only a call can tell."""
+    axes = {(t.axis.layout, t.axis.block) for t in types if t.axis is not None}
+    if len(axes) > 1:
+        kinds = ", ".join(sorted(f"{lay.kind}, {block} pooled into one" for lay, block in axes))
+        raise error("AK219", where=op.NAME, given=kinds, allowed="tokens that lie alike")
+
+
 def _number(op: Operation, name: str, lowest: float, highest: float, integer: bool = False) -> None:
     """Check a keyword that is a constant; a param is checked when it has a value."""
     held: Expr | int | None = getattr(op, name)
@@ -92,10 +111,9 @@ def _map(op: Map, types: Types, all_types: Types) -> tuple[Type, ...]:
     first = types[0]
     if any(not _AXES_OF[t.kind] <= _AXES_OF[first.kind] for t in types):
         raise _wrong(op, ", ".join(t.kind for t in types), f"nothing larger than the first, {first.kind}")
-    if any(t.axis is not None and t.axis != first.axis for t in types[1:]):
-        raise error(
-            "AK219", where=op.NAME, given="operands of different tokens", allowed="the tokens of the first"
-        )
+    if any(t.axis is not None and (first.axis is None or not t.axis.pools(first.axis)) for t in types[1:]):
+        allowed = "the tokens of the first, or a pool of them"
+        raise error("AK219", where=op.NAME, given="operands of different tokens", allowed=allowed)
     if op.norm != "none" and first.kind != "tokens":
         raise _wrong(op, f"norm = {op.norm} of {first.kind}", "tokens")
     return (Type(first.kind, first.axis),)
@@ -179,7 +197,7 @@ def _attend(op: Attend, types: Types, all_types: Types) -> tuple[Type, ...]:
     # The keys of several segments are the tokens of no value: such sums can only be returned.
     row, column = Type("bhs", q), Type("bhs", k) if segments == 1 else Type("weights")
     kinds = {
-        "o": Type("tokens", q), "lse": lse, "carry": Type("bs"), "density": Type("bh"), "weights": Type("weights"),
+        "o": Type("tokens", q), "lse": lse, "carry": Type("bs", k), "density": Type("bh"), "weights": Type("weights"),
         "column_sum": column, "column_max": column, "row_max": row, "entropy": row,
     }  # fmt: skip
     return tuple(kinds[name] for name in op.outputs)
@@ -217,13 +235,19 @@ def _related(op: Attend, q: Axis, k: Axis, all_types: Types) -> None:
     for relation in held:
         if relation.kind != "relation":
             raise _wrong(op, relation.kind, "relations, which select gives")
-    roots = [(t.axis.root, t.columns.root, t.columns.block) for t in held if t.axis and t.columns]
+    (rows, columns), (rows_k, columns_k) = [
+        (t.axis, t.columns) for t in (held[0], held[-1]) if t.axis and t.columns
+    ]
     if op.blocks is not None:
-        fits = roots[0][:2] == (q.root, k.root) and held[0].prefix is None and q.block == k.block == 1
+        fits = (
+            rows.matches(q, k)
+            and columns.matches(k, q)
+            and held[0].prefix is None
+            and q.block == k.block == 1
+        )
     else:
-        (row_q, column_q, size_q), (row_k, column_k, size_k) = roots
-        fits = row_q == row_k and (column_q, column_k) == (q.root, k.root) and held[0].prefix is None
-        fits = fits and size_q == size_k == q.block == k.block == 1
+        fits = rows.root == rows_k.root and columns.matches(q, k) and columns_k.matches(k, q)
+        fits = fits and held[0].prefix is None and columns.block == columns_k.block == q.block == k.block == 1
     if not fits:
         allowed = "blocks = select(pooled q, pooled k); groups = (select(c, q), select(c, k))"
         raise error("AK219", where=op.NAME, given="a relation of other tokens", allowed=allowed)
@@ -309,17 +333,15 @@ def _recur(op: Recur, types: Types, all_types: Types) -> tuple[Type, ...]:
 def _merge(op: Merge, types: Types, all_types: Types) -> tuple[Type, ...]:
     if len(types) < 2 or len(types) % 2:
         raise _wrong(op, f"{len(types)} operands", "pairs of o and lse")
-    axes = set()
     for o, lse in zip(types[::2], types[1::2], strict=True):
         if o.kind != "tokens" or lse.kind != "bhs":
             raise _wrong(op, f"{o.kind}, {lse.kind}", "pairs of o and lse")
-        axes |= {o.axis} | ({lse.axis} if lse.axis is not None else set())
-    if len(axes) != 1:
-        raise error("AK219", where=op.NAME, given="results of different queries")
+    _alike(op, types)
     sinks = sum(t.sinks for t in types[1::2])
     if sinks > 1:
         raise error("AK222", where=op.NAME, given=f"{sinks} sinks")
-    return replace(types[0], codec=None, pooled=False), replace(types[1], sinks=sinks)
+    axis = types[0].axis
+    return Type("tokens", axis), Type("bhs", axis, sinks=sinks)
 
 
 RULES: dict[type[Operation], Callable[..., tuple[Type, ...]]] = {

@@ -16,14 +16,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from attnkit.errors import error
+from attnkit.ir import bits
+from attnkit.ir.functions import METHODS
 from attnkit.ir.optable import OPS, VARIABLES, DType
-from attnkit.ir.program import ELEMENT, BufferDType
+from attnkit.ir.program import ELEMENT, NORMALIZERS, BufferDType
 from attnkit.ir.verify import MAX_RANK
 
 # A captured buffer is anything with a dtype and a shape: a torch tensor, a numpy array.
 _BUFFER_DTYPES: dict[str, BufferDType] = {"float32": "f32", "int32": "i32", "int64": "i64", "bool": "bool"}
-CASTS: dict[str, DType] = {"float32": "float", "int32": "int", "int64": "int", "bool": "bool"}
-_IDENTITY = {"and": "true", "or": "false"}
 
 
 class Param:
@@ -61,22 +61,18 @@ def param(name: str, value: float | None = None) -> Param:
 
 
 class Proxy:
-    """A scalar that is not known yet: the name of a line of program text, and its dtype.
+    """A scalar that is not known yet: ``text`` is how a line of the program writes it, ``kind`` what sort of number it is.
 
-    Supports Python's operators, and the methods of the op table and of `FUNCTIONS`.
+    Supports Python's operators, and the methods of `functions.METHODS`.
     """
 
-    def __init__(self, context: Context, name: str, dtype: DType) -> None:
+    def __init__(self, context: Context, text: str, kind: DType) -> None:
         self.context = context
-        self.name = name
-        self.dtype = dtype
+        self.text = text
+        self.kind = kind
 
     __hash__ = object.__hash__
-
-    def _needs_value(self) -> NoReturn:
-        raise error("AK301", where=self.context.location(), given=f"a traced {self.dtype}")
-
-    __bool__ = __int__ = __float__ = __index__ = item = _needs_value
+    __array_ufunc__ = None  # numpy's numbers leave operators to us
 
     def __pos__(self) -> Proxy:
         return self
@@ -87,48 +83,96 @@ class Proxy:
         raise error("AK302", where=self.context.location(), given=f".{name}")
 
 
+# Who asks a traced number for its value, and what to write instead.
+NEEDS_VALUE = {
+    "__bool__": "use torch.where(cond, a, b) for if, & | ~ for and, or, not, torch.minimum and torch.maximum for min and max",
+    "__index__": "a loop needs a constant number of turns, and a list a constant index: use a captured tensor",
+    "__iter__": "it is one number: there is nothing to iterate over",
+    **dict.fromkeys(
+        ("__int__", "__float__", "__complex__", "item", "tolist", "numpy", "__array__"),
+        "compute with it as it is: torch.exp for math.exp, .to(torch.int32) for int, .float() for float",
+    ),
+    **dict.fromkeys(("__len__", "__contains__"), "it is one number"),
+}
+
+
+def needs_value(context: Context, name: str, x: Any) -> NoReturn:
+    """Raise AK301: Python called ``name`` on a traced number."""
+    given = f"{name} of a traced {x.kind}"
+    raise error("AK301", where=context.location(), given=given, hint=NEEDS_VALUE[name])
+
+
 class Context:
     """One trace: the lines written so far, and what they captured."""
 
-    proxy_class: type[Proxy] = Proxy
+    proxy_class: type = Proxy
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.buffers: list[Any] = []
         self.buffer_types: list[str] = []
         self.params: list[Param] = []
+        self._bits = {name: bits.NOT_NEGATIVE for name, kind in VARIABLES.items() if kind == "int"}
 
-    def variable(self, name: str) -> Proxy:
+    def variable(self, name: str) -> Any:
         """One of the variables of the IR, such as ``kv_len``."""
-        return self.proxy_class(self, name, VARIABLES[name])
+        return self.proxy(name, VARIABLES[name])
 
-    def emit(self, op: str, *operands: Any) -> Proxy:
-        """Apply an operator of the op table to proxies, numbers, params and rank-0 tensors."""
+    def proxy(self, text: str, kind: DType) -> Any:
+        """The traced number that is written as ``text``: a variable, a line, or a literal."""
+        return self.proxy_class(self, text, kind)
+
+    def is_traced(self, value: Any) -> bool:
+        """Whether ``value`` is a traced number."""
+        return isinstance(value, self.proxy_class)
+
+    def constant(self, value: Any) -> Any:
+        """A number as a traced number."""
+        return self.proxy(*self.operand(value))
+
+    def bits(self, value: Any) -> int:
+        """The bits that an int may have set (`ir.bits`)."""
+        if isinstance(value, int):
+            return value
+        return self._bits.get(value.text, bits.ANY) if self.is_traced(value) else bits.ANY
+
+    def learn(self, x: Any, possible: int) -> Any:
+        """``x``, an int of which it is known better than from its operands what bits it may have set."""
+        self._bits[x.text] = possible
+        return x
+
+    def emit(self, op: str, *operands: Any) -> Any:
+        """Apply an operator of the op table to traced numbers, numbers, params and rank-0 tensors."""
         info = OPS[op]
         if len(operands) != info.arity:
             raise error("AK302", where=self.location(), given=f"{op} of {len(operands)} operands")
-        names, dtypes = [], []
+        names, kinds = [], []
         for operand in operands:
-            name, dtype = self.operand(operand)
+            name, kind = self.operand(operand)
             names.append(name)
-            dtypes.append(dtype)
-        typed = info.rule(tuple(dtypes))
+            kinds.append(kind)
+        typed = info.rule(tuple(kinds))
         if typed is None:
-            given = f"{op} of {', '.join(dtypes)}"
+            given = f"{op} of {', '.join(kinds)}"
             raise error("AK201", where=self.location(), given=given, hint="compare first: x != 0")
-        if _IDENTITY.get(op) in names:  # as conjunctions built in a loop begin
-            other = names[1] if names[0] == _IDENTITY[op] else names[0]
-            return self.proxy_class(self, other, "bool")
+        neutral = _NEUTRAL.get(op)
+        if neutral in names:
+            return self.proxy(names[1] if names[0] == neutral else names[0], "bool")
         if info.precedence == 0:
-            return self._line(f"{info.symbol}({', '.join(names)})", typed[1])
-        return self._line(
-            info.symbol + names[0] if info.arity == 1 else f" {info.symbol} ".join(names), typed[1]
-        )
+            text = f"{info.symbol}({', '.join(names)})"
+        else:
+            text = info.symbol + names[0] if info.arity == 1 else f" {info.symbol} ".join(names)
+        line = self._line(text, typed[1])
+        if typed[1] == "int":
+            known = [1 if kind == "bool" else self.bits(x) for x, kind in zip(operands, kinds, strict=True)]
+            literals = [x if isinstance(x, int) else None for x in operands]
+            self._bits[line.text] = bits.possible(op, tuple(known), tuple(literals))
+        return line
 
     def operand(self, value: Any) -> tuple[str, DType]:
-        """How to write ``value`` in a line, and its dtype."""
-        if isinstance(value, Proxy):
-            return value.name, value.dtype
+        """How to write ``value`` in a line, and what kind of number it is."""
+        if self.is_traced(value):
+            return value.text, value.kind
         if isinstance(value, np.generic):
             value = value.item()
         if isinstance(value, bool):
@@ -143,9 +187,9 @@ class Context:
             given, hint = f"a tensor of rank {len(value.shape)}", "index it: bias[h, q_idx, kv_idx]"
             raise error("AK306", where=self.location(), given=given, hint=hint)
         scalar = self.load(value, ())
-        return scalar.name, scalar.dtype
+        return scalar.text, scalar.kind
 
-    def load(self, buffer: Any, index: Any) -> Proxy:
+    def load(self, buffer: Any, index: Any) -> Any:
         """``buffer[index]``: one element of a captured tensor or array."""
         if not isinstance(index, tuple):
             index = (index,)
@@ -154,21 +198,23 @@ class Context:
             raise error("AK304", where=self.location(), given=given, allowed=f"rank at most {MAX_RANK}")
         names = []
         for size, i in zip(buffer.shape, index, strict=True):
-            if isinstance(i, int) and not isinstance(i, bool):
-                if not -size <= i < size:
-                    raise error("AK304", where=self.location(), given=f"{i}", allowed=f"below {size}")
-                names.append(self.number(i % size))
-                continue
-            name, dtype = self.operand(i) if isinstance(i, Proxy) or _is_buffer(i) else ("", "bool")
-            if dtype != "int":
-                given = f"an index that is a {dtype if name else type(i).__name__}"
+            name, kind = self._index(i, size)
+            if kind != "int":
+                given = f"an index that is a {kind}"
                 raise error("AK304", where=self.location(), given=given, allowed="ints")
             names.append(name)
-        slot, dtype = self.capture(buffer)
-        return self._line(f"b{slot}[{', '.join(names)}]", dtype)
+        slot, kind = self.capture(buffer)
+        return self._line(f"b{slot}[{', '.join(names)}]", kind)
+
+    def _index(self, i: Any, size: int) -> tuple[str, str]:
+        if isinstance(i, (int, np.integer)) and not isinstance(i, bool):
+            if not -size <= i < size:
+                raise error("AK304", where=self.location(), given=f"{i}", allowed=f"below {size}")
+            return self.operand(i if i >= 0 else i + size)
+        return self.operand(i) if self.is_traced(i) or _is_buffer(i) else ("", type(i).__name__)
 
     def capture(self, buffer: Any) -> tuple[int, DType]:
-        """The slot of a captured tensor, a new one at its first use; and the dtype of its elements."""
+        """The slot of a captured tensor, a new one at its first use; and the kind of its elements."""
         kind = _BUFFER_DTYPES.get(_dtype_name(buffer.dtype))
         if kind is None:
             given, allowed = f"{buffer.dtype}", ", ".join(_BUFFER_DTYPES)
@@ -189,80 +235,17 @@ class Context:
             frame = frame.f_back
         return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
-    def _line(self, text: str, dtype: DType) -> Proxy:
+    def _line(self, text: str, kind: DType) -> Any:
         name = f"t{len(self.lines)}"
         self.lines.append(f"{name} = {text}")
-        return self.proxy_class(self, name, dtype)
+        return self.proxy(name, kind)
 
 
-# --- functions and methods ------------------------------------------------------------------------------
-
-Function = Callable[..., Proxy]  # (context, *operands, **keywords)
+_NEUTRAL = {"and": "true", "or": "false"}
 
 
-def _operator(op: str, swapped: bool = False) -> Function:
-    def function(context: Context, *operands: Any, **keywords: Any) -> Proxy:
-        if keywords:
-            raise error("AK302", where=context.location(), given=f"{op} with {', '.join(keywords)}=")
-        return context.emit(op, *(reversed(operands) if swapped else operands))
-
-    return function
-
-
-def _clamp(context: Context, x: Any, min: Any = None, max: Any = None) -> Proxy:
-    if min is not None:
-        x = context.emit("max", x, min)
-    return x if max is None else context.emit("min", x, max)
-
-
-def _div(context: Context, x: Any, y: Any, *, rounding_mode: str | None = None) -> Proxy:
-    if rounding_mode not in (None, "floor"):
-        raise error("AK302", where=context.location(), given=f"div with rounding_mode={rounding_mode!r}")
-    return context.emit("floordiv" if rounding_mode else "div", x, y)
-
-
-def _pow(context: Context, x: Any, y: Any) -> Proxy:
-    if isinstance(y, int) and not isinstance(y, bool) and 2 <= y <= 4:  # cheaper, and ints stay ints
-        product = context.emit("mul", x, x)
-        for _ in range(y - 2):
-            product = context.emit("mul", product, x)
-        return product
-    return context.emit("pow", x, y)
-
-
-def _to(context: Context, x: Any, dtype: Any) -> Proxy:
-    """``dtype`` is a torch dtype, or another traced number's."""
-    wanted = dtype if isinstance(dtype, str) else CASTS.get(_dtype_name(dtype))
-    if wanted not in ("float", "int", "bool"):
-        raise error("AK302", where=context.location(), given=f"to({dtype})", allowed=", ".join(CASTS))
-    return _bool(context, x) if wanted == "bool" else context.emit(wanted, x)
-
-
-def _bool(context: Context, x: Any) -> Proxy:
-    return x if isinstance(x, Proxy) and x.dtype == "bool" else context.emit("ne", x, 0)
-
-
-FUNCTIONS: dict[str, Function] = {
-    **{name: _operator(op.name, name.startswith("__r")) for op in OPS.values() for name in op.torch},
-    **dict.fromkeys(("clamp", "clip"), _clamp),
-    **dict.fromkeys(("div", "divide"), _div),
-    **dict.fromkeys(("pow", "__pow__"), _pow),
-    "bool": _bool,
-    "masked_fill": lambda context, x, condition, value: context.emit("where", condition, value, x),
-    "reciprocal": lambda context, x: context.emit("div", 1.0, x),
-    "relu": lambda context, x, inplace=False: context.emit("max", x, 0),
-    "rsub": lambda context, x, y: context.emit("sub", y, x),
-    "square": lambda context, x: context.emit("mul", x, x),
-    "to": _to,
-}
-METHODS: dict[str, Function] = {
-    **FUNCTIONS,
-    "where": lambda context, x, condition, y: context.emit("where", condition, x, y),
-}
-
-
-def _method(function: Function) -> Callable[..., Proxy]:
-    def method(self: Proxy, *operands: Any, **keywords: Any) -> Proxy:
+def _method(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Proxy, *operands: Any, **keywords: Any) -> Any:
         return function(self.context, self, *operands, **keywords)
 
     return method
@@ -270,6 +253,8 @@ def _method(function: Function) -> Callable[..., Proxy]:
 
 for _name, _function in METHODS.items():
     setattr(Proxy, _name, _method(_function))
+for _name in NEEDS_VALUE:
+    setattr(Proxy, _name, lambda self, *_, name=_name: needs_value(self.context, name, self))
 
 
 # --- the trace ------------------------------------------------------------------------------------------
@@ -311,33 +296,36 @@ def trace(
         AttnkitError: AK3xx if a function does what cannot be traced, AK201 if it mixes types.
     """
     context = context or Context()
-    index = [context.variable(name) for name in ("b", "h", "q_idx", "kv_idx")]
+    index = ("b", "h", "q_idx", "kv_idx")
     score_text = mask_text = None
     if score is not None:
-        score_text, dtype = _result(context, "score", score(context.variable("s"), *index), ("float", "int"))
-        if dtype == "int":
+        result = score(*[context.variable(name) for name in ("s", *index)])
+        score_text, kind = _result(context, "score", result, ("float", "int"))
+        if kind == "int":
             score_text = f"float({score_text})"
-    if mask is not None:
-        mask_text, _ = _result(context, "mask", mask(*index), ("bool",))
+    if mask is not None:  # on proxies of its own: the score may have written to its own
+        mask_text, _ = _result(context, "mask", mask(*[context.variable(name) for name in index]), ("bool",))
         if mask_text == "true":
             mask_text = None
     return Traced(context, score_text, mask_text)
 
 
 def _result(context: Context, name: str, value: Any, allowed: tuple[DType, ...]) -> tuple[str, DType]:
-    if not isinstance(value, (Proxy, bool, int, float, Param)) and not _is_buffer(value):
+    known = context.is_traced(value) or isinstance(value, (bool, int, float, Param))
+    if not known and not (_is_buffer(value) and len(value.shape) == 0):
         raise error("AK305", where=name, given=type(value).__name__, allowed=" or ".join(allowed))
-    text, dtype = context.operand(value)
-    if dtype not in allowed:
+    text, kind = context.operand(value)
+    if kind not in allowed:
         hint = "compare with something, or return a bool" if name == "mask" else "use torch.where"
-        raise error("AK305", where=name, given=dtype, allowed=" or ".join(allowed), hint=hint)
-    return text, dtype
+        raise error("AK305", where=name, given=kind, allowed=" or ".join(allowed), hint=hint)
+    return text, kind
 
 
 def build_text(
     traced: Traced,
     *,
     scale: float | None = None,
+    normalizer: str = "softmax",
     sink: Any = None,
     cu_seqlens_q: Any = None,
     cu_seqlens_kv: Any = None,
@@ -351,7 +339,9 @@ def build_text(
     under dynamo.
     """
     context = traced.context
-    normalizer = "softmax" if sink is None else f"softmax(sink = b{context.capture(sink)[0]})"
+    has_lse = NORMALIZERS[normalizer].lse
+    if sink is not None:
+        normalizer = f"{normalizer}(sink = b{context.capture(sink)[0]})"
     q = kv = "bhsd"
     if cu_seqlens_q is not None:
         q = f"packed[b{context.capture(cu_seqlens_q)[0]}]"
@@ -371,10 +361,10 @@ def build_text(
         [
             "attnkit 1",
             f"program (q: {q}, k: {kv}, v: {kv}) buffers({buffers}) params({params}) {{",
-            f"o, lse = attend(q, k, v, scale = {'default' if scale is None else context.number(scale)}) {{",
+            f"{'o, lse' if has_lse else 'o'} = attend(q, k, v, scale = {'default' if scale is None else context.number(scale)}) {{",
             *body,
             "}",
-            "return o, lse" if return_lse else "return o",
+            "return o, lse" if return_lse and has_lse else "return o",
             "}",
         ]
     )

@@ -1,22 +1,30 @@
 """attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
 
+from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
+from attnkit.ops.flex import flex_attention
 from attnkit.ops.functional import attention, dense_attention, trace
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
+from attnkit.ops.trees import tree
 
 __all__ = [
+    "BlockMask",
     "InstalledReport",
     "Report",
+    "as_block_mask",
     "attention",
+    "block_mask",
     "dense_attention",
     "explain",
+    "flex_attention",
     "install",
     "installed",
     "installed_report",
     "param",
     "scaled_dot_product_attention",
     "trace",
+    "tree",
     "uninstall",
 ]

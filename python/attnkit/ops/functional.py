@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.mods import (
-    SoftmaxNormalizer,
+    Weighting,
     alibi as alibi_score,
     causal as causal_mask,
     softcap as softcap_score,
@@ -21,6 +20,7 @@ from attnkit.ir.mods import (
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import registry  # defines torch.ops.attnkit
+from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     check_bindings,
     check_number,
@@ -30,7 +30,7 @@ from attnkit.ops.check import (
     shape_of,
 )
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.traced import Traceable, bind
+from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.runtime import prepare
 
 Mod = Callable[..., Any]
@@ -45,7 +45,7 @@ def attention(
     score: Mod | None = None,
     mask: Mod | None = None,
     select: Any = None,
-    normalizer: SoftmaxNormalizer | None = None,
+    normalizer: Weighting | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     block_mask: Any = None,
@@ -66,10 +66,12 @@ def attention(
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
         select: data-dependent selection; not built yet.
-        normalizer: ``ak.softmax()``, or ``ak.softmax(sink)`` with one float32 logit per query head.
+        normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
+            ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
         scale: finite and positive; None is ``D ** -0.5``.
         dropout_p: not built yet; must be 0.
-        block_mask: not built yet; the block structure is found from ``mask`` itself.
+        block_mask: an `ak.BlockMask` or torch's flex BlockMask, joined with ``mask`` by "and". It must be built for the
+            lengths, batch and heads of this call. Without one the block structure is found from ``mask``.
         cu_seqlens_q: int32 ``[N + 1]``: q is ``[1, Hq, total, D]``, packed; b, q_idx and the lengths are per segment.
         cu_seqlens_kv: the same for k and v; both or neither.
         kv_lens: int32 ``[B]``: only the first ``kv_lens[b]`` keys of each batch entry exist.
@@ -86,7 +88,7 @@ def attention(
     if v is None:
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
     check_qkv(q, k, v)
-    _check_not_built(select, block_mask, dropout_p, normalizer)
+    _check_not_built(select, dropout_p, normalizer)
     _check_function("score", score)
     _check_function("mask", mask)
     if scale is not None:
@@ -94,12 +96,20 @@ def attention(
         if not 0 < scale < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
             raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
-    sink = None if normalizer is None else normalizer.sink
+    mask = _with_blocks(mask, block_mask, q, k, packed=cu_seqlens_q is not None)
+    normalizer = normalizer or Weighting()
+    if return_lse and not normalizer.has_lse:
+        raise error("AK221", where="return_lse", given=normalizer.kind, allowed="softmax and signed_softmax")
+    if normalizer.score is not None:
+        score = _in_turn([each for each in (score, normalizer.score) if each is not None])
+    sink = normalizer.sink
     if sink is not None:
         check_tensor("sink", sink, q.device)
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
-    text, buffers, params = bind(Traceable(score, mask, scale, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens))
+    text, buffers, params = bind(
+        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens), q
+    )
     for i, buffer in enumerate(buffers):
         check_tensor(f"captured tensor b{i}", buffer, q.device)
     values = [p.current() for p in params]
@@ -185,7 +195,7 @@ def dense_attention(
         v,
         score=_in_turn(scores),
         mask=_all_of(masks),
-        normalizer=None if sink is None else SoftmaxNormalizer(sink),
+        normalizer=None if sink is None else Weighting(sink=sink),
         scale=scale,
         dropout_p=dropout_p,
         cu_seqlens_q=cu_seqlens_q,
@@ -201,19 +211,7 @@ def trace(function: Mod) -> Program:
     Raises:
         AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
     """
-    try:
-        arity = len(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        arity = 0
-    if arity not in (4, 5):
-        raise error(
-            "AK402",
-            where="function",
-            given=f"{arity} arguments",
-            allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
-        )
-    score, mask = (function, None) if arity == 5 else (None, function)
-    return parse(bind(Traceable(score, mask, None, None, None, None, None)).text)
+    return parse(bind_function(function).text)
 
 
 def _pair(window: Any) -> tuple[int | None, int | None]:
@@ -247,23 +245,29 @@ def _all_of(masks: list[Mod]) -> Mod | None:
     return mask
 
 
+def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, packed: bool) -> Mod | None:
+    """``mask`` and ``block_mask``; a block mask among them must be one for these tensors."""
+    masks: list[Mod] = [] if mask is None else [mask]
+    if block_mask is not None:
+        masks.append(as_block_mask(block_mask))
+    for each in masks:
+        if isinstance(each, BlockMask):
+            if packed:
+                raise error("AK408", where="block_mask", what="packed sequences have no common block mask",
+                            hint="pass a mask function")  # fmt: skip
+            each.check(q, k)
+    return _all_of(masks)
+
+
 def _check_function(name: str, function: Any) -> None:
     if function is not None and not callable(function):
         allowed = "a function; bias tensors are score=ak.bias(tensor)"
         raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
 
 
-def _check_not_built(select: Any, block_mask: Any, dropout_p: float, normalizer: Any) -> None:
+def _check_not_built(select: Any, dropout_p: float, normalizer: Any) -> None:
     if select is not None:
         raise error("AK504", where="select", what="selection is not built yet", allowed="None")
-    if block_mask is not None:
-        raise error(
-            "AK504",
-            where="block_mask",
-            what="block masks are not built yet",
-            allowed="None",
-            hint="pass mask=",
-        )
     dropout_p = check_number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         raise error("AK401", where="dropout_p", given=str(dropout_p), allowed="0..1")
@@ -271,7 +275,7 @@ def _check_not_built(select: Any, block_mask: Any, dropout_p: float, normalizer:
         raise error(
             "AK504", where="dropout_p", what="dropout is not built yet", given=str(dropout_p), allowed="0.0"
         )
-    if normalizer is not None and not isinstance(normalizer, SoftmaxNormalizer):
+    if normalizer is not None and not isinstance(normalizer, Weighting):
         raise error("AK402", where="normalizer", given=type(normalizer).__name__, allowed="ak.softmax(...)")
 
 

@@ -14,7 +14,8 @@ from attnkit.ops.counts import recording
 class CallReport:
     """One attention call: what it is, where it would run, and why not elsewhere.
 
-    ``blocks`` counts the tiles of head (0, 0) that are empty, partial and full; ``config`` are the kernel's numbers.
+    ``blocks`` counts the tiles that are empty, partial and full, ``blocks_of`` says of which heads; ``config`` are the
+    kernel's numbers.
     """
 
     backend: str
@@ -25,6 +26,7 @@ class CallReport:
     config: dict[str, int] = field(default_factory=dict)
     rejected: dict[str, tuple[str, ...]] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)
+    blocks_of: str = ""
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -34,7 +36,9 @@ class CallReport:
         if self.config:
             lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in self.config.items()))
         if self.blocks:
-            lines.append("  blocks: " + ", ".join(f"{n} {kind}" for kind, n in self.blocks.items()))
+            lines.append(
+                f"  blocks: {', '.join(f'{n} {kind}' for kind, n in self.blocks.items())} ({self.blocks_of})"
+            )
         lines += [f"  not on {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
         lines += [f"  | {line}" for line in self.text.splitlines()]
         return "\n".join(lines)
@@ -73,7 +77,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             calls.append(CallReport("torch", dtype, device, shapes, notes=(f"computed by torch: {reason}",)))
             return
         kernel = prepared.kernel
-        blocks = kernel.block_counts(q, k, buffers, params) if isinstance(kernel, CpuKernel) else {}
+        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if isinstance(kernel, CpuKernel) else ({}, "")
         calls.append(
             CallReport(
                 prepared.backend,
@@ -84,6 +88,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 prepared.config,
                 prepared.rejected,
                 blocks,
+                blocks_of,
             )
         )
 

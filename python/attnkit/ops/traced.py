@@ -8,6 +8,8 @@ change unseen: such a function is traced again at every call.
 from __future__ import annotations
 
 import builtins
+import functools
+import inspect
 import math
 import operator
 import types
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from attnkit.errors import error
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
 from attnkit.ops.tracing import TorchParam, trace_mods
@@ -35,6 +38,7 @@ class Traceable(NamedTuple):
     score: Callable[..., Any] | None
     mask: Callable[..., Any] | None
     scale: float | None
+    normalizer: str
     sink: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_kv: Tensor | None
@@ -85,7 +89,7 @@ class _Fingerprint:
             return ("stateless", id(value))
         if kind is types.BuiltinFunctionType and (value.__self__ is None or value.__self__ in _STATELESS):
             return ("stateless", id(value))
-        if kind in _COMPOSITE and not any(value is other for other in self._open):
+        if (kind in _COMPOSITE or _is_our_mask(value)) and not any(value is other for other in self._open):
             self._open.append(value)
             try:
                 return self._composite(value)
@@ -98,6 +102,15 @@ class _Fingerprint:
             return ("mask", self.of(value.function))
         if isinstance(value, types.FunctionType):
             return self._function(value)
+        if isinstance(value, functools.partial):
+            keywords = tuple((k, self.of(v)) for k, v in value.keywords.items())
+            return (
+                "partial",
+                self.of(value.func),
+                self.of(value.args),
+                keywords,
+                self.of(tuple(value.__dict__)),
+            )
         return (type(value), *map(self.of, value))
 
     def _function(self, function: types.FunctionType) -> Any:
@@ -113,7 +126,7 @@ class _Fingerprint:
         return (function.__code__, cells, defaults, keywords, known)
 
 
-_COMPOSITE = frozenset((tuple, list, Mask, types.FunctionType, Traceable))
+_COMPOSITE = frozenset((tuple, list, functools.partial, types.FunctionType, Traceable))
 
 _SHAPE_QUERIES = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.device.__get__,  # type: ignore[attr-defined]
@@ -132,24 +145,24 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def bind(what: Traceable) -> Bound:
-    """Trace, or recall the trace of, a program.
+def bind(what: Traceable, like: Tensor | None = None) -> Bound:
+    """Trace, or recall the trace of, a program. ``like`` is the query tensor: functions may ask for its dtype and device.
 
     Raises:
         AttnkitError: AK3xx or AK201, a function does what cannot be traced.
     """
     if torch.compiler.is_compiling():
-        return _trace(what)
+        return _trace(what, like)
     prints = _Fingerprint()
     try:
-        key = tuple(map(prints.of, what))
+        key = (None if like is None else (like.dtype, like.device), *map(prints.of, what))
     except (_Unknown, ValueError):  # ValueError: an empty cell
-        return _trace(what)
+        return _trace(what, like)
     entry = _cache.get(key)
     if entry is None:
         reads = sum(p.reads for p in prints.params)
         with _Watch() as watch:
-            bound = _trace(what)
+            bound = _trace(what, like)
         watch.read_values |= sum(p.reads for p in prints.params) != reads
         entry = None if watch.read_values else _remember(key, bound, prints)
         if entry is None:
@@ -159,11 +172,33 @@ def bind(what: Traceable) -> Bound:
     )
 
 
-def _trace(what: Traceable) -> Bound:
-    traced: Traced = trace_mods(what.score, what.mask)
+def bind_function(function: Any) -> Bound:
+    """The program of one score (five arguments) or mask (four arguments) function.
+
+    Raises:
+        AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
+    """
+    try:
+        arity = len(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        arity = 0
+    if arity not in (4, 5):
+        raise error(
+            "AK402",
+            where="function",
+            given=f"{arity} arguments",
+            allowed="(s, b, h, q_idx, kv_idx) or (b, h, q_idx, kv_idx)",
+        )
+    score, mask = (function, None) if arity == 5 else (None, function)
+    return bind(Traceable(score, mask, None, "softmax", None, None, None, None))
+
+
+def _trace(what: Traceable, like: Tensor | None) -> Bound:
+    traced: Traced = trace_mods(what.score, what.mask, like)
     text = build_text(
         traced,
         scale=what.scale,
+        normalizer=what.normalizer,
         sink=what.sink,
         cu_seqlens_q=what.cu_seqlens_q,
         cu_seqlens_kv=what.cu_seqlens_kv,
@@ -184,6 +219,11 @@ def _remember(key: Any, bound: Bound, prints: _Fingerprint) -> _Entry | None:
     )
     _cache[key] = entry
     return entry
+
+
+def _is_our_mask(value: Any) -> bool:
+    """What a mask class of ours holds beside its function does not decide what it traces to."""
+    return isinstance(value, Mask) and type(value).__module__.startswith("attnkit.")
 
 
 def _global_names(code: types.CodeType) -> tuple[str, ...]:

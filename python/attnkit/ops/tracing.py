@@ -1,42 +1,23 @@
-"""The torch half of tracing: torch functions applied to proxies, and ``tensor[proxy]``.
-
-Works in eager mode and under ``torch.compile(fullgraph=True)``.
-"""
+"""The torch half of tracing: score and mask functions that use torch, in eager mode and under dynamo alike."""
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
+from attnkit.ir.functions import FUNCTIONS, METHODS, Function
 from attnkit.ir.optable import DType
-from attnkit.ir.trace import CASTS, FUNCTIONS, METHODS, Context, Function, Param, Proxy, Traced, trace
-
-
-def _torch_functions() -> dict[Any, Function]:
-    """What each torch function does to proxies, found by the names that the op table gives."""
-    table: dict[Any, Function] = {}
-    for module in (torch, torch.nn.functional, torch.special):
-        for name, function in FUNCTIONS.items():
-            if callable(target := vars(module).get(name)):
-                table[target] = function
-    for name, function in METHODS.items():
-        if callable(target := getattr(torch.Tensor, name, None)):
-            table[target] = function
-    table[torch.Tensor.__getitem__] = Context.load
-    return table
-
-
-_TABLE = _torch_functions()
-# Tensor's operators that are Python functions, such as __rsub__: dynamo finds those in no table.
-_OPERATORS = [
-    (f, _TABLE[f]) for f in vars(torch.Tensor).values() if isinstance(f, FunctionType) and f in _TABLE
-]
+from attnkit.ir.trace import NEEDS_VALUE, Context, Param, Traced, needs_value, trace
+from attnkit.ops import rows
+from attnkit.ops.proxies import AskedFirst, TorchProxy, TorchRow, apply, make_proxy, unseen
 
 
 class TorchParam(Param):
@@ -50,6 +31,11 @@ class TorchParam(Param):
         """Keep the tensor in step."""
         self.tensor.fill_(self.current())
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Torch functions take a param beside traced numbers."""
+        return apply(func, args, kwargs)
+
 
 def param(name: str, value: float | None = None) -> Param:
     """A run-time scalar for score and mask functions; a new value compiles nothing.
@@ -59,53 +45,209 @@ def param(name: str, value: float | None = None) -> Param:
     return TorchParam(name, value)
 
 
-class TorchProxy(Proxy):
-    """A proxy that torch functions accept, and that answers what functions of index tensors ask."""
+# --- what torch's functions do to traced numbers ----------------------------------------------------------
 
-    device = None  # what is made on this device is made on the default one
 
-    def to(self, target: Any) -> Proxy:
-        """A cast; moving to a device does nothing."""
-        stays = target is None or isinstance(target, torch.device)
-        return self if stays else METHODS["to"](self.context, self, target)
+def _in_place(function: Function) -> Function:
+    """``x += y``: the traced number x takes on the result, wherever else it is held."""
 
-    def new_zeros(self, size: tuple[()], dtype: Any = None) -> Proxy:
-        """The constant 0 of this or another dtype; ``size`` is ``()``."""
-        return self._constant(0, size, dtype)
+    def write(context: TorchContext, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(x, TorchProxy):
+            raise error("AK308", where=context.location(), given="a captured tensor")
+        result = function(context, x, *args, **kwargs)
+        kind = context.operand(result)[1]
+        if kind != x.kind:
+            if x.kind != "float":
+                raise error("AK308", where=context.location(), given=f"a {kind} into a traced {x.kind}")
+            result = context.emit("float", result)
+        x.text = context.operand(result)[0]
+        return x
 
-    def new_ones(self, size: tuple[()], dtype: Any = None) -> Proxy:
-        """The constant 1 of this or another dtype; ``size`` is ``()``."""
-        return self._constant(1, size, dtype)
+    return write
 
-    def _constant(self, value: int, size: tuple[()], dtype: Any) -> Proxy:
-        kind = self.dtype if dtype is None else CASTS.get(str(dtype).removeprefix("torch."))
-        if size != () or kind is None:
-            given = f"a new tensor of size {size}, {dtype}"
-            raise error(
-                "AK302", where=self.context.location(), given=given, allowed=f"(), {', '.join(CASTS)}"
-            )
-        name = str(bool(value)).lower() if kind == "bool" else f"{value}" if kind == "int" else f"{value}.0"
-        return type(self)(self.context, name, kind)
 
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _apply(func, args, kwargs)
+def _set_item(context: TorchContext, x: Any, *args: Any) -> None:
+    raise error("AK308", where=context.location(), given="an assignment to elements")
+
+
+def _needing(name: str) -> Function:
+    return lambda context, x, *args, **kwargs: needs_value(context, name, x)
+
+
+def _embedding(
+    context: TorchContext,
+    at: Any,
+    weight: Any,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *gradients: Any,
+    **others: Any,
+) -> Any:
+    """A row of ``weight``; the other options are about gradients."""
+    if max_norm is not None:
+        raise error("AK302", where=context.location(), given="embedding with max_norm")
+    return rows.index(context, weight, at)
+
+
+def _take(context: TorchContext, table: Any, at: Any) -> Any:
+    if table.dim() != 1:
+        raise error("AK304", where=context.location(), given="take of a tensor with several dimensions")
+    return rows.index(context, table, at)
+
+
+_CPU = torch.device("cpu")
+_DTYPES = {"float": torch.float32, "int": torch.int32, "bool": torch.bool}
+# What a function may ask of a tensor of no dimension without needing its value.
+_QUERIES: dict[Any, Function] = {
+    Tensor.dtype.__get__: lambda context, x: context.dtype_of(x),  # type: ignore[attr-defined]
+    Tensor.device.__get__: lambda context, x: context.device,
+    Tensor.shape.__get__: lambda context, x: torch.Size(()),  # type: ignore[attr-defined]
+    Tensor.size: lambda context, x: torch.Size(()),
+    Tensor.ndim.__get__: lambda context, x: 0,  # type: ignore[attr-defined]
+    Tensor.dim: lambda context, x: 0,
+    Tensor.numel: lambda context, x: 1,
+    Tensor.requires_grad.__get__: lambda context, x: False,  # type: ignore[attr-defined]
+    Tensor.is_floating_point: lambda context, x: x.kind == "float",
+    torch.is_floating_point: lambda context, x: x.kind == "float",
+    Tensor.__repr__: lambda context, x, **unused: f"<traced {x.kind} {x.text}>",
+    Tensor.__format__: lambda context, x, spec: f"<traced {x.kind} {x.text}>",
+    Tensor.__hash__: lambda context, x: id(x),
+}
+
+
+def _methods() -> list[tuple[str, Any]]:
+    """Tensor's methods; and Python's operators, which is what torch.export sees instead of Tensor's."""
+    return [(name, getattr(home, name)) for home in (Tensor, operator) for name in dir(home)]
+
+
+def _torch_functions() -> dict[Any, Function]:
+    """What each torch function does to traced numbers, found by the names of `ir.functions`."""
+    table: dict[Any, Function] = {}
+    for module in (torch, torch.nn.functional, torch.special):
+        for name, function in FUNCTIONS.items():
+            if callable(target := vars(module).get(name)):
+                table[target] = function
+    for name, target in _methods():
+        written = f"__{name[3:]}" if name.startswith("__i") else name.removesuffix("_")  # __iadd__, add_
+        if name in METHODS:
+            table[target] = METHODS[name]
+        elif written in METHODS:
+            table[target] = _in_place(METHODS[written])
+        elif name in NEEDS_VALUE:
+            table[target] = _needing(name)
+    others: dict[Any, Function] = {
+        Tensor.__getitem__: rows.index,
+        operator.getitem: rows.index,
+        Tensor.__setitem__: _set_item,
+        operator.setitem: _set_item,
+        torch.nn.functional.embedding: _embedding,
+        torch.embedding: lambda context, weight, at, *args: _embedding(context, at, weight),
+        torch.take: _take,
+        Tensor.take: _take,
+    }
+    return table | _QUERIES | others
+
+
+_TABLE = _torch_functions()
+# Functions written in Python, such as Tensor.__rsub__ and F.silu: dynamo finds those in no table.
+_IN_PYTHON = [(f, function) for f, function in _TABLE.items() if isinstance(f, FunctionType)]
+
+
+def _lookup(func: Any) -> Function | None:
+    if isinstance(func, FunctionType):
+        for known, function in _IN_PYTHON:
+            if func is known:
+                return function
+        return None
+    return _TABLE.get(func)
+
+
+def _operator(func: Any) -> Callable[..., Any]:
+    return lambda self, *args: self.context.apply(func, (self, *args), {})
+
+
+# Tensor's own operators take a TypeError from __torch_function__, ours too, to mean that the other operand has the method.
+for _name in dir(Tensor):
+    if _name.startswith("__") and callable(_func := getattr(Tensor, _name)) and _func in _TABLE:
+        setattr(TorchProxy, _name, _operator(_func))
+
+
+# --- a trace of torch code ----------------------------------------------------------------------------------
 
 
 class TorchContext(Context):
-    """A trace of torch code."""
+    """A trace of torch code for a query tensor of ``dtype`` on ``device``."""
 
     proxy_class = TorchProxy
 
-    def operand(self, value: Any) -> tuple[str, DType]:
-        """As in `Context`, but refuses Python bools under dynamo.
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device = _CPU) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.device = device
+        self.varying: list[tuple[Any, Tensor]] = []
+        self.blanks: list[Any] = []
 
-        Dynamo takes ``proxy == n`` for False if ``n`` is symbolic, without asking the proxy.
+    def proxy(self, text: str, kind: DType) -> TorchProxy:
+        """As in `Context`."""
+        return make_proxy(self, text, kind)
+
+    def dtype_of(self, x: Any) -> torch.dtype:
+        """The dtype that a traced number would have as a tensor."""
+        return self.dtype if x.kind == "float" else _DTYPES[x.kind]
+
+    def apply(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A torch function or method was called on traced numbers.
+
+        Raises:
+            AttnkitError: AK302, it means nothing here; and what its meaning raises.
         """
-        if isinstance(value, TorchParam) and torch.compiler.is_dynamo_compiling():
-            value = value.tensor  # a float would become a constant of the graph
-        if isinstance(value, bool) and torch.compiler.is_dynamo_compiling():
-            raise error("AK307", given=f"{value}")
+        if torch.compiler.is_dynamo_compiling():
+            args = [self.settled(x) for x in args]
+            kwargs = {name: self.settled(x) for name, x in kwargs.items()}
+        function = _lookup(func)
+        if any(isinstance(x, TorchRow) for x in args) and function is not rows.index:
+            of_rows = rows.ROW_FUNCTIONS.get(func)
+            if of_rows is not None:
+                return of_rows(self, *args, **kwargs)
+            if function is not None:
+                return rows.elementwise(self, function, args, kwargs)
+        name = getattr(func, "__name__", func)
+        if function is None:
+            raise error("AK302", where=self.location(), given=f"torch function {name}")
+        try:
+            return function(self, *args, **kwargs)
+        except TypeError as exc:
+            if isinstance(exc, AttnkitError):
+                raise
+            raise error("AK302", where=self.location(), given=f"torch function {name}: {exc}") from exc
+
+    def settled(self, value: Any) -> Any:
+        """``value``; but a number that dynamo knows only as a symbol becomes a traced one, read from a tensor.
+
+        As a constant it would compile anew for each value.
+        """
+        if not isinstance(value, (int, float)):
+            return unseen(self, value)
+        if isinstance(value, bool) or has_static_value(value):
+            return value
+        for known, tensor in self.varying:
+            if type(known) is type(value) and statically_known_true(known == value):
+                return self.load(tensor, ())
+        dtype = torch.int64 if isinstance(value, int) else torch.float32
+        tensor = torch.full((), value, dtype=dtype, device=self.device)
+        self.varying.append((value, tensor))
+        return self.load(tensor, ())
+
+    def operand(self, value: Any) -> tuple[str, DType]:
+        """As in `Context`; under dynamo, what may vary without compiling anew is read from tensors."""
+        if torch.compiler.is_dynamo_compiling():
+            value = value.tensor if isinstance(value, TorchParam) else self.settled(value)
+        if isinstance(value, TorchRow):
+            given, hint = (
+                f"{list(value.sizes)} elements of a tensor",
+                "index its other dimensions, or reduce them",
+            )
+            raise error("AK306", where=self.location(), given=given, hint=hint)
         return super().operand(value)
 
     def number(self, value: int | float) -> str:
@@ -127,52 +269,17 @@ class TorchContext(Context):
         return "" if torch.compiler.is_dynamo_compiling() else super().location()
 
 
-class _ProxyIndexing(TorchFunctionMode):
-    """Also catches calls where proxies hide in an argument, as in ``tensor[proxy, proxy]``."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _context(args) is None and _context(tuple((kwargs or {}).values())) is None:
-            return func(*args, **(kwargs or {}))
-        return _apply(func, args, kwargs)
-
-
-def trace_mods(score: Callable[..., Any] | None, mask: Callable[..., Any] | None) -> Traced:
+def trace_mods(
+    score: Callable[..., Any] | None, mask: Callable[..., Any] | None, like: Tensor | None = None
+) -> Traced:
     """`ir.trace.trace` for functions that use torch: FlexAttention's score and mask functions run unchanged.
 
-    Captured tensors are float32, int32, int64 or bool; 0-d ones act as scalars.
+    Captured tensors are float32, int32, int64 or bool; 0-d ones act as scalars. ``like`` is the query tensor, whose
+    dtype and device the functions may ask for.
 
     Raises:
         AttnkitError: AK3xx and AK201, as `ir.trace.trace`.
     """
-    with _ProxyIndexing():
-        return trace(score, mask, TorchContext())
-
-
-def _apply(func: Any, args: Any, kwargs: Any) -> Any:
-    kwargs = kwargs or {}
-    context = _context(args) or _context(tuple(kwargs.values()))
-    assert context is not None  # else torch would not have called us
-    function = _lookup(func)
-    if function is None:
-        name = getattr(func, "__name__", "a torch function")
-        raise error("AK302", where=context.location(), given=f"torch function {name}")
-    return function(context, *args, **kwargs)
-
-
-def _lookup(func: Any) -> Function | None:
-    for operator, function in _OPERATORS:
-        if func is operator:
-            return function
-    return _TABLE.get(func)
-
-
-def _context(args: Any) -> Context | None:
-    """The context of the first proxy in nested arguments."""
-    for arg in args:
-        if isinstance(arg, Proxy):
-            return arg.context
-        if isinstance(arg, (tuple, list)):
-            context = _context(arg)
-            if context is not None:
-                return context
-    return None
+    context = TorchContext() if like is None else TorchContext(like.dtype, like.device)
+    with AskedFirst(context):
+        return trace(score, mask, context)

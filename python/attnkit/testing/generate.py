@@ -325,8 +325,11 @@ class Generator:
             extra |= {"carry": self._expr(Attend, "float", "f"), "head": rng.randint(0, HEADS - 1)}
             extra |= {
                 "budget": self._maybe(0.4, lambda: rng.randint(2, 5)),
-                "initial": self._pick(lambda i, t: t.kind == "bs" and i < len(self.inputs)),
             }
+            keys = self.types[first[0]].axis
+            if len(operands) == 3 and keys is not None and keys.block == 1 and keys.layout.kind != "hsd":
+                fits = self._pick(lambda i, t: t.kind == "bs" and i < len(self.inputs))
+                extra["initial"] = None if self.packed is not None else fits
         if rules.splits_keys:
             extra["dropout"] = self._maybe(0.2, lambda: self._number(0, 0.9))
         if rng.random() < 0.1 and not self.tame:
@@ -448,7 +451,7 @@ def _shape(kind: LayoutKind, is_packed: bool, rows: int) -> tuple[int, ...]:
     shapes: dict[LayoutKind, tuple[int, ...]] = {
         "bhsd": (BATCH, HEADS, LENGTH, WIDTH), "packed": (1, HEADS, LENGTH, WIDTH),
         "padded": (BATCH, HEADS, LENGTH, WIDTH), "paged": (BATCH * LENGTH // 2, HEADS, 2, WIDTH),
-        "hsd": (HEADS, SHARED, WIDTH), "bhs": (batch, HEADS, LENGTH), "bs": (BATCH, EXTENT), "h": (HEADS,),
+        "hsd": (HEADS, SHARED, WIDTH), "bhs": (batch, HEADS, LENGTH), "bs": (BATCH, LENGTH), "h": (HEADS,),
         "hd": (HEADS, WIDTH), "bhd": (BATCH, HEADS, rows), "bhdv": (BATCH, HEADS, rows, WIDTH),
     }  # fmt: skip
     return shapes[kind]

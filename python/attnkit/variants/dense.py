@@ -3,16 +3,18 @@
 With ``s_ij = scale * q_i . k_j`` and the query's position among the keys ``p_i = i + kv_len - q_len``::
 
     z_ij  = cap(s_ij) - slope_h * |p_i - j| + bias_ij           cap(s) = c * tanh(s / c)
-    o_i   = sum_j exp(z_ij - lse_i) * v_j                       j over the visible pairs alone
-    lse_i = log sum_j exp(z_ij)
+    o_i   = sum_j exp(z_ij - lse_i) * r_ij * v_j                j over the visible pairs alone
+    lse_i = log (sum_j exp(z_ij) + exp(sink_h))                 r_ij = 0 if dropped, else 1 / (1 - p)
 
 A pair is visible if it passes every one of these that is given: causal ``j <= p_i`` or prefix ``j < n`` (either is
 enough where both are given), window ``p_i - left <= j <= p_i + right``, document ``q_ids[i] == kv_ids[j]``. A row
-that sees nothing has ``o = 0`` and ``lse = -inf``.
+that sees nothing has ``o = 0`` and ``lse = -inf`` (with a sink: the sink).
 
 Parameters (the keywords of `mods`, `naive`, `visible` and `added_bias`): ``causal`` bool; ``window`` (left, right)
 with None or -1 for unbounded; ``prefix`` int; ``document`` (q_ids ``[Sq]``, kv_ids ``[Skv]``) ints; ``softcap``
-float; ``alibi_slopes`` ``[Hq]``.
+float; ``alibi_slopes`` ``[Hq]``. Beside them `program` and `naive` take ``bias`` ``[Sq, Skv]``, ``[Hq, Sq, Skv]`` or
+``[B, Hq, Sq, Skv]``; ``sink`` ``[Hq]``; ``dropout``, a probability (`variants.dropout` says which pairs it drops); and
+the `Lengths` of sequences that are packed or padded.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attnkit.ir import mods as ir
-from attnkit.ir.trace import build_text, trace
+from attnkit.ir.trace import trace
+from attnkit.variants.dropout import kept
+from attnkit.variants.sequences import Array, Float64, Lengths, layouts, sequences, write
 
-Array = NDArray[Any]
-Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
 
@@ -40,6 +42,10 @@ class Parameters(TypedDict, total=False):
     document: tuple[Any, Any]
     softcap: float
     alibi_slopes: Any
+
+
+class _All(Parameters, Lengths, total=False):
+    pass
 
 
 # --- as programs ------------------------------------------------------------------------------------------
@@ -68,45 +74,72 @@ def mods(**parameters: Unpack[Parameters]) -> tuple[ir.ScoreFunction | None, ir.
     return score if scores else None, mask
 
 
-def program(**parameters: Unpack[Parameters]) -> tuple[str, list[Any]]:
+def program(
+    *, bias: Any = None, sink: Any = None, dropout: float | None = None, **parameters: Unpack[_All]
+) -> tuple[str, list[Any]]:
     """The text of a member's program (not canonical) and the arrays that its buffers are."""
-    traced = trace(*mods(**parameters))
-    return build_text(traced), traced.buffers
+    lengths, rest = _split(parameters)
+    score, mask = mods(**rest)
+    if bias is not None:
+        first, then = score, ir.bias(bias)
+        score = then if first is None else lambda s, *index: then(first(s, *index), *index)
+    traced = trace(score, mask)
+    normalizer = "softmax" if sink is None else f"softmax(sink = b{traced.context.capture(sink)[0]})"
+    q, kv = layouts(traced.buffers, **lengths)
+    attributes = "scale = default" if dropout is None else f"scale = default, dropout = {dropout!r}"
+    lines = [
+        f"o, lse = attend(q, k, v, {attributes}) {{",
+        *traced.lines,
+        *([] if traced.score is None else [f"score = {traced.score}"]),
+        *([] if traced.mask is None else [f"mask = {traced.mask}"]),
+        f"normalizer = {normalizer}",
+        "}",
+        "return o, lse",
+    ]
+    inputs = [f"q: {q}", f"k: {kv}", f"v: {kv}"]
+    return write(inputs, lines, traced.buffers, len(traced.params)), traced.buffers
 
 
 # --- as equations -----------------------------------------------------------------------------------------
 
 
 def naive(
-    q: Array, k: Array, v: Array, *, scale: float | None = None, rows: Array | None = None,
-    **parameters: Unpack[Parameters],
+    q: Array, k: Array, v: Array, *, scale: float | None = None, rows: Array | None = None, bias: Any = None,
+    sink: Any = None, dropout: float | None = None, seed: int = 0, **parameters: Unpack[_All],
 ) -> tuple[Float64, Float64]:  # fmt: skip
     """The family's equation in float64, one query at a time: knows nothing of the IR.
 
     ``q [B, Hq, Sq, D]``, ``k [B, Hkv, Skv, D]``, ``v [B, Hkv, Skv, Dv]``; ``rows`` picks query indices (default
-    all). Returns ``o [B, Hq, rows, Dv]`` and ``lse [B, Hq, rows]``.
+    all; not of packed sequences). Returns ``o [B, Hq, rows, Dv]`` and ``lse [B, Hq, rows]``.
     """
     batch, heads, q_len, head_dim = q.shape
-    kv_len, group = k.shape[2], heads // k.shape[1]
-    rows = np.arange(q_len) if rows is None else rows
+    lengths, rest = _split(parameters)
     scale = head_dim**-0.5 if scale is None else scale
-    seen = visible(q_len, kv_len, rows, **parameters)
-    bias = np.broadcast_to(added_bias(q_len, kv_len, rows, **parameters), (heads, len(rows), kv_len))
-    cap = parameters.get("softcap")
-    o = np.zeros((batch, heads, len(rows), v.shape[3]))
-    lse = np.full((batch, heads, len(rows)), -np.inf)
-    for b, h in np.ndindex(batch, heads):
-        keys, values = (x[b, h // group].astype(np.float64) for x in (k, v))
-        for r, i in enumerate(rows):
-            j = slice(None) if seen[r].all() else np.flatnonzero(seen[r])
-            z = scale * (keys[j] @ q[b, h, i].astype(np.float64))
-            z = (z if cap is None else cap * np.tanh(z / cap)) + bias[h, r, j]
-            top = z.max(initial=-np.inf)
-            if top == -np.inf:
-                continue
-            weights = np.exp(z - top)
-            o[b, h, r] = weights @ values[j] / weights.sum()
-            lse[b, h, r] = top + np.log(weights.sum())
+    cap, shape = rest.get("softcap"), (batch, heads, q_len if rows is None else len(rows))
+    o, lse = np.zeros((*shape, v.shape[3])), np.full(shape, -np.inf)
+    for piece in sequences(q, k, **lengths):
+        picked = np.arange(piece.q_len) if rows is None else rows
+        seen = visible(piece.q_len, piece.kv_len, picked, **rest)
+        added = added_bias(piece.q_len, piece.kv_len, picked, **rest)
+        added = np.broadcast_to(added, (heads, *seen.shape))
+        for h in range(heads):
+            kv = (piece.batch, h * k.shape[1] // heads, piece.keys)
+            keys, values = k[kv].astype(np.float64), v[kv].astype(np.float64)
+            keep = None if dropout is None else kept(seed, dropout, piece.b, h, piece.q_len, piece.kv_len)
+            for r, i in enumerate(picked):
+                j = slice(None) if seen[r].all() else np.flatnonzero(seen[r])
+                z = scale * (keys[j] @ q[piece.batch, h, piece.rows][i].astype(np.float64))
+                z = (z if cap is None else cap * np.tanh(z / cap)) + added[h, r, j]
+                z = z if bias is None else z + _of_head(bias, piece.b, h)[i, j]
+                top = z.max(initial=-np.inf if sink is None else sink[h])
+                if top == -np.inf:
+                    continue
+                weights = np.exp(z - top)
+                total = weights.sum() + (0 if sink is None else np.exp(sink[h] - top))
+                if keep is not None and dropout is not None:
+                    weights = np.divide(weights, 1 - dropout, out=np.zeros_like(weights), where=keep[i, j])
+                at = (piece.batch, h, piece.rows.start + r)
+                o[at], lse[at] = weights @ values[j] / total, top + np.log(total)
     return o, lse
 
 
@@ -145,6 +178,20 @@ def added_bias(
     distance = np.abs(_positions(q_len, kv_len, rows) - np.arange(kv_len)[None, :])
     bias: Float64 = -slopes[:, None, None] * distance
     return bias
+
+
+def _of_head(bias: Any, b: int, h: int) -> Array:
+    """What is added to the pairs of one head, ``[Sq, Skv]``."""
+    bias = np.asarray(bias)
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    picked: Array = bias[b if bias.shape[0] > 1 else 0, h if bias.shape[1] > 1 else 0]
+    return picked
+
+
+def _split(parameters: _All) -> tuple[Lengths, Parameters]:
+    lengths: Any = {name: x for name, x in parameters.items() if name in Lengths.__annotations__}
+    rest: Any = {name: x for name, x in parameters.items() if name not in Lengths.__annotations__}
+    return lengths, rest
 
 
 def _positions(q_len: int, kv_len: int, rows: Array) -> Array:

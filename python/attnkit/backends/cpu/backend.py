@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnkit.analysis.canonical import canonical
+from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Kernel
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
@@ -11,6 +13,7 @@ from attnkit.ir.program import Layout
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
+BufferTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, dtype, sizes, strides
 _BUFFER_DTYPES = {"torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3}
 # Status codes of csrc/cpu/problem.h.
 _FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606"}
@@ -62,7 +65,8 @@ class CpuKernel:
     def __init__(self, spec: KernelSpec, config: Config) -> None:
         self.spec = spec
         self.config = config
-        self.bytecode: Bytecode = emit(spec.program.attend, spec.program, engine().opcodes())
+        program = canonical(spec.program)
+        self.bytecode: Bytecode = emit(program.attend, program, engine().opcodes())
         code = self.bytecode
         try:
             self.program = engine().Program(
@@ -119,17 +123,32 @@ class CpuKernel:
         cu = buffers[self._q_layout.lengths].tolist()
         return [(0, cu[i], cu[i + 1] - cu[i], kv[i], kv[i + 1] - kv[i]) for i in range(len(cu) - 1)]
 
-    def block_counts(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> dict[str, int]:
-        """How many tiles of head (0, 0) are empty, partial and full, by the engine's own block analysis."""
+    def structure(self, sizes: Sizes, buffers: list[BufferTuple], params: list[float]) -> Structure:
+        """The block structure of the mask for ``sizes.batch`` sequences of these lengths.
+
+        Raises:
+            AttnkitValueError: AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero.
+        """
+        fault, where, batch, heads, offsets, runs = engine().block_runs(self.program, *sizes, buffers, params)
+        if fault:
+            raise error(_FAULTS[fault], where=self._describe(where))
+        return Structure(sizes._replace(batch=batch, heads=heads), offsets, runs)
+
+    def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:
+        """How many tiles a call finds empty, partial and full, by the engine's own analysis; and which those are of.
+
+        Of packed and padded batches only the first sequence is looked at.
+        """
         sequences = self._sequences(q, k, buffers)
-        _, _, q_len, _, kv_len = sequences[0] if sequences else (0, 0, q.shape[2], 0, k.shape[2])
+        batch, heads, q_len, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+        if sequences is not None:
+            batch = 1
+            _, _, q_len, _, kv_len = sequences[0] if sequences else (0, 0, 0, 0, 0)
         if q_len == 0 or kv_len == 0:
-            return {"empty": 0, "partial": 0, "full": 0}
-        tiles = engine().block_map(
-            self.program, q_len, kv_len, 0, 0, self.config["tile_q"], self.config["tile_kv"],
-            [buffer_tuple(b) for b in buffers], params,
-        )  # fmt: skip
-        return {kind: int((tiles == i).sum()) for i, kind in enumerate(("empty", "partial", "full"))}
+            return {}, ""
+        sizes = Sizes(batch, heads, q_len, kv_len, self.config["tile_q"], self.config["tile_kv"])
+        found = self.structure(sizes, [buffer_tuple(b) for b in buffers], params)
+        return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
 
     def _describe(self, instruction: int) -> str:
         if instruction < 0:
@@ -139,7 +158,7 @@ class CpuKernel:
         return f"score or mask, instruction {instruction} ({name}) of `attnkit dump --stage bytecode`"
 
 
-def buffer_tuple(buffer: Any) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def buffer_tuple(buffer: Any) -> BufferTuple:
     """A captured tensor as the engine takes it: address, dtype, sizes, strides."""
     return buffer.data_ptr(), _BUFFER_DTYPES[str(buffer.dtype)], tuple(buffer.shape), buffer.stride()
 

@@ -68,13 +68,14 @@ def attend(
     if op.dropout is not None:
         p = scope.number(op.dropout)
         keep = kept(related.seed, related.b, s.shape, p) / (1 - p if p < 1 else 1)
+    visited = exists
     if op.skip is not None:
         exists = _unskipped(z.value, exists, scope.number(op.skip))
     if related.groups is not None:
         return [_grouped(op, z, exists, v, keep, related.groups)]
     weights, lse, top = _normalise(op, z, exists, sink)
     dropped = weights if keep is None else weights * keep
-    found = _Outputs(op, z, exists, possible, weights, lse, top)
+    found = _Outputs(op, z, visited, possible, weights, lse, top)
     given = {"o": lambda: weighted(dropped, exists, v), "weights": lambda: dropped}
     if carried is not None:
         given["carry"] = lambda: carried[0, q_len]
@@ -147,14 +148,18 @@ def _carry(
         carried = carried + related.initial[: shape[2]].reshape(1, 1, -1)
     if op.budget is None:
         return carried, exists
-    return carried, exists & _budget(op.budget, carried.value[0], exists[op.head])
+    evicted = _evicted(op.budget, carried.value[0], exists[op.head])
+    return where(evicted, np.inf, carried), exists & ~evicted[:-1]
 
 
-def _budget(budget: int, f: Array, exists: Array) -> Array:
-    """Which keys are still there at each query: what is evicted once never comes back. ``[n, m]``."""
+def _evicted(budget: int, f: Array, exists: Array) -> Array:
+    """Which keys each query finds gone, and in the end: for good, so whose carry is inf from the start are too.
+
+    ``[n + 1, m]``.
+    """
     q_len, kv_len = exists.shape
-    held = np.zeros((q_len, kv_len), bool)
-    evicted = np.zeros(kv_len, bool)
+    gone = np.zeros((q_len + 1, kv_len), bool)
+    evicted = f[0] == np.inf
     for i in range(q_len):
         live = exists[i] & ~evicted
         own = np.max(np.flatnonzero(live), initial=-1)
@@ -163,8 +168,9 @@ def _budget(budget: int, f: Array, exists: Array) -> Array:
             candidates = candidates[(candidates != candidates[0]) & (candidates != own)]
             worst = candidates[np.argmax(f[i, candidates])]  # ties: the oldest
             live[worst], evicted[worst] = False, True
-        held[i] = live
-    return held
+        gone[i] = evicted
+    gone[q_len] = evicted
+    return gone
 
 
 def _unskipped(z: Array, exists: Array, threshold: float) -> Array:
@@ -213,7 +219,7 @@ class _Outputs:
 
     op: Attend
     z: Node
-    exists: Array
+    visited: Array
     possible: Array
     weights: Node
     sums: Node
@@ -224,8 +230,8 @@ class _Outputs:
         return self.sums
 
     def density(self) -> Node:
-        """Tiles visited, of those in which a pair could exist, for each head."""
-        visited, possible = (_tiles(x).sum(axis=(1, 2)) for x in (self.exists, self.possible))
+        """Tiles visited, of those in which a pair could exist, for each head. A tile that is skipped was visited."""
+        visited, possible = (_tiles(x).sum(axis=(1, 2)) for x in (self.visited, self.possible))
         return Node(np.where(possible == 0, 0.0, visited / np.maximum(possible, 1)))
 
     def column_sum(self) -> Node:

@@ -33,14 +33,15 @@ def encode(x: Any, codec: Codec, center: bool = False) -> Encoded:
     """Quantise tokens ``[..., n, D]``.
 
     int8 is symmetric, ``round(x / scale)`` half away from zero; on tiles ``scale = max |x| / 127 + 1e-7`` in float32
-    (SpargeAttn), else ``max |x| / 127`` in bf16. int4 and int2 have ``scale = (max - min) / (2 ** bits - 1)`` and
-    ``zero = min``, both in bf16; a constant group has scale and code 0 (KIVI). fp8 is e4m3, saturating.
+    (SpargeAttn), else ``max |x| / 127`` in bf16. int4 and int2 have ``zero = min``, rounded *down* to bf16, and ``scale =
+    (max - zero) / (2 ** bits - 1)`` in bf16: so nothing is out of reach, and x is met to half a scale; a constant group
+    has scale and code 0. fp8 is e4m3, saturating.
     """
     x = np.asarray(x, np.float64)
     mean = x.mean(axis=-2, keepdims=True) if center and x.shape[-2] else np.zeros_like(x[..., :1, :])
     y = x - mean
     if codec.name == "fp8":
-        scale = np.maximum(_extreme(np.max, np.abs(y), codec) / FP8_MAX, 0.0)
+        scale = _extreme(np.max, np.abs(y), codec) / FP8_MAX
         scale = np.where(scale == 0, 1.0, scale).astype(np.float32).astype(np.float64)
         return Encoded(codec, _e4m3(y / scale), scale, np.zeros_like(scale), mean)
     levels = _LEVELS[codec.name]
@@ -52,7 +53,8 @@ def encode(x: Any, codec: Codec, center: bool = False) -> Encoded:
         codes = np.clip(np.sign(ratio) * np.floor(np.abs(ratio) + 0.5), -levels, levels)
         return Encoded(codec, codes, scale, np.zeros_like(scale), mean)
     low, high = _extreme(np.min, y, codec), _extreme(np.max, y, codec)
-    scale, zero = bf16((high - low) / levels), bf16(low)
+    zero = _bf16_below(low)
+    scale = np.where(high == low, 0.0, bf16((high - zero) / levels))
     codes = np.where(scale == 0, 0.0, np.rint((y - zero) / np.where(scale == 0, 1.0, scale)))
     return Encoded(codec, np.clip(codes, 0, levels), scale, zero, mean)
 
@@ -68,6 +70,13 @@ def bf16(x: Any) -> Array:
     bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def _bf16_below(x: Array) -> Array:
+    """The largest bfloat16 number that is not above."""
+    step = np.ldexp(1.0, np.maximum(np.frexp(x)[1] - 1, -126) - 7)
+    below: Array = np.floor(x / step) * step
+    return below
 
 
 def _extreme(reduce: Any, x: Array, codec: Codec) -> Array:

@@ -14,49 +14,49 @@ def recur(
 ) -> list[Node]:  # fmt: skip
     """``o [H, n, Dv]``, the last state ``[H, F, Dv]`` and the last normaliser ``[H, F]`` of one sequence.
 
-    ``q, k [Hk, n, D]``, ``v [H, n, Dv]``; ``gate [H]``, ``[H, n]`` or ``[H, n, D]``, ``beta [H, n]``, ``bonus [H, D]``.
+    ``q [Hq, n, D]``, ``k [Hk, n, D]``, ``v [H, n, Dv]``, H a multiple of Hk, and Hq of H or H of Hq; ``gate [H]``,
+    ``[H, n]`` or ``[H, n, D]``, ``beta [H, n]``, ``bonus [H, D]``. There are as many heads of ``o`` as of q or v.
     """
     heads, n, width = v.shape
-    q, k = (x.repeat(heads // max(x.shape[0], 1)) for x in (q, k))
+    k = k.repeat(heads // max(k.shape[0], 1))
+    q = q.repeat(max(heads // max(q.shape[0], 1), 1))
+    shared = q.shape[0] // max(heads, 1)  # by how many queries a state is read
     q = q * (q.shape[2] ** -0.5 if op.scale is None else op.scale)
     if op.coefficients is not None:
         q, k = _features(q, op.coefficients), _features(k, (1.0,) * len(op.coefficients))
-    decay, bonus = _decay(gate, heads, n), _of_heads(bonus, heads)
-    zeros = Node(np.zeros((heads, k.shape[2], width)))
-    state = zeros if initial is None else initial
-    norm = Node(np.zeros((heads, k.shape[2], 1)))
-    if initial_norm is not None:
-        norm = initial_norm.reshape(heads, -1, 1)
-    rows = []
+    decay = None if gate is None else exp(gate.reshape(*gate.shape, *(1,) * (3 - len(gate.shape))))
+    bonus = None if bonus is None else bonus.reshape(heads, 1, -1)
+    # The normaliser is one more channel, of values that are 1.
+    v = concatenate([v, Node(np.ones((heads, n, 1)))], axis=2)
+    state = Node(np.zeros((heads, k.shape[2], width))) if initial is None else initial
+    norm = Node(np.zeros((heads, k.shape[2]))) if initial_norm is None else initial_norm
+    state = concatenate([state, norm.reshape(heads, -1, 1)], axis=2)
+    rows = [Node(np.zeros((q.shape[0], 0, width + 1)))]
     if not op.causal:
-        state, norm = state + k.swap() @ v, norm + k.sum(1).swap()
-        rows = [_read(op, q, state, norm)]
+        state = state + k.swap() @ v
+        rows = [q @ state.repeat(shared)]
     for t in range(n if op.causal else 0):
         now = slice(t, t + 1)
         q_t, k_t, v_t = q[:, now], k[:, now], v[:, now]
         if bonus is not None:
-            rows.append(q_t @ (state + (k_t * bonus).swap() @ v_t))
+            rows.append(q_t @ (state + (k_t * bonus).swap() @ v_t).repeat(shared))
         if decay is not None:
-            d = decay[:, min(t, decay.shape[1] - 1)].reshape(heads, -1, 1)
-            state, norm = state * d, norm * d
+            state = state * decay[:, min(t, decay.shape[1] - 1)].reshape(heads, -1, 1)
         if beta is not None:
-            b = beta[:, now].reshape(heads, 1, 1)
-            state = state + k_t.swap() @ ((v_t - k_t @ state) * b)
-        else:
-            state, norm = state + k_t.swap() @ v_t, norm + k_t.swap()
+            v_t = (v_t - k_t @ state) * beta[:, now].reshape(heads, 1, 1)
+        state = state + k_t.swap() @ v_t
         if bonus is None:
-            rows.append(_read(op, q_t, state, norm))
-    o = concatenate(rows, axis=1) if rows else Node(np.zeros((heads, 0, width)))
-    return [o, state, norm.reshape(heads, -1)]
+            rows.append(q_t @ state.repeat(shared))
+    o = concatenate(rows, axis=1)
+    return [_normalised(op, o, width), state[:, :, :width], state[:, :, width]]
 
 
-def _read(op: Recur, q: Node, state: Node, norm: Node) -> Node:
-    o = q @ state
+def _normalised(op: Recur, o: Node, width: int) -> Node:
     if not op.normalize:
-        return o
-    total = q @ norm + op.epsilon
+        return o[:, :, :width]
+    total = o[:, :, width:] + op.epsilon
     dead = total.value == 0
-    return where(dead, 0.0, o / where(dead, 1.0, total))
+    return where(dead, 0.0, o[:, :, :width] / where(dead, 1.0, total))
 
 
 def _features(x: Node, coefficients: tuple[float, ...]) -> Node:
@@ -66,21 +66,3 @@ def _features(x: Node, coefficients: tuple[float, ...]) -> Node:
     if len(coefficients) == 3:
         parts.append((x.reshape(heads, n, d, 1) * x.reshape(heads, n, 1, d)).reshape(heads, n, d * d))
     return concatenate([part * a for part, a in zip(parts, coefficients, strict=True)], axis=2)
-
-
-def _decay(gate: Node | None, heads: int, n: int) -> Node | None:
-    """``[H, 1 or n, 1 or D]``."""
-    if gate is None:
-        return None
-    if len(gate.shape) == 1:
-        gate = gate.reshape(-1, 1, 1)
-    elif len(gate.shape) == 2:
-        gate = gate.reshape(*gate.shape, 1)
-    return _of_heads(exp(gate), heads) if n else None
-
-
-def _of_heads(x: Node | None, heads: int) -> Node | None:
-    if x is None:
-        return None
-    x = x if len(x.shape) == 3 else x.reshape(x.shape[0], 1, -1)
-    return x.repeat(heads // max(x.shape[0], 1))

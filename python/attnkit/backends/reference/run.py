@@ -14,7 +14,7 @@ from attnkit.backends.reference.evaluate import Scope
 from attnkit.backends.reference.recur import recur
 from attnkit.backends.reference.select import Relation, coherence, select
 from attnkit.backends.reference.tape import Array, Node, backward, concatenate, exp, log, sqrt, where
-from attnkit.backends.reference.values import Batch, join, split
+from attnkit.backends.reference.values import Batch, join, of_keys, split
 from attnkit.errors import error
 from attnkit.ir.program import Attend, Encode, Map, Merge, Operation, Pool, Program, Recur, Select
 from attnkit.ir.rules import Type
@@ -111,15 +111,14 @@ class _Run:
     def _returned(self, index: int) -> tuple[Array, list[Any]]:
         value = self.values[index]
         parts = [p.array if isinstance(p, Relation) else p for p in value.parts]
-        axis, packed = value.type.axis, None
-        if (
-            axis is not None
-            and axis.layout.kind == "packed"
-            and axis.block == 1
-            and value.type.kind != "relation"
-        ):
-            packed = self.batch.leaves[axis.root].shape
-        return join(parts, packed, -np.inf if self.names[index] == "lse" else 0.0)
+        axis, kind, packed, keys = value.type.axis, value.type.kind, None, 0
+        if axis is not None and axis.block == 1 and kind != "relation":
+            shape = self.batch.leaves[axis.root].shape
+            if axis.layout.kind == "packed":
+                packed = {"tokens": shape, "bhs": shape[:3], "bs": (1, shape[2])}[kind]
+            elif axis.layout.kind == "padded" and kind != "tokens":
+                keys = shape[2]  # a number for each key, also for those that do not exist
+        return join(parts, packed, -np.inf if self.names[index] == "lse" else 0.0, keys)
 
     def results(self) -> list[Array]:
         result = self.program.ops[-1]
@@ -149,14 +148,19 @@ class _Run:
 
 
 def _map(run: _Run, op: Map, b: int) -> list[Any]:
-    operands = [run.part(i, b) for i in op.operands]
-    first = operands[0]
+    first, *others = (run.part(i, b) for i in op.operands)
     kinds = [run.values[i].type.kind for i in op.operands]
+    operands = [first, *(_spread(run, op, i + 1, x, first.shape) for i, x in enumerate(others))]
     nodes = [x.reshape(*_ALONG_TOKENS[kind](x.shape)) for x, kind in zip(operands, kinds, strict=True)]
-    shape = nodes[0].shape
-    if any(x.shape[i] not in (1, shape[i]) for x in nodes for i in range(3)):
-        given = " ".join(str(x.shape) for x in operands)
-        raise error("AK403", where="map", given=given, allowed="shapes that broadcast to the first")
+    (heads, n), width = nodes[0].shape[:2], max(x.shape[2] for x in nodes)
+    for x, kind in zip(nodes, kinds, strict=True):
+        tokens = n if kind in ("tokens", "bhs") else x.shape[1]
+        if x.shape[:2] != (heads, tokens) or x.shape[2] not in (1, width):
+            given = " ".join(str(operand.shape) for operand in operands)
+            raise error(
+                "AK403", where="map", given=given, allowed="equal heads and tokens; equal widths, or 1"
+            )
+    shape = (heads, n, width)
     variables: dict[str, Any] = dict(zip("xyzw", [_norm(op.norm, nodes[0]), *nodes[1:]], strict=False))
     variables |= {
         "b": b,
@@ -167,7 +171,15 @@ def _map(run: _Run, op: Map, b: int) -> list[Any]:
     value, outside = run.scope.apply(op.value, variables, shape)
     if np.any(outside):
         raise error("AK601", where="map", given=repr(op.value))
-    return [value.reshape(*first.shape)]
+    return [value if kinds[0] == "tokens" else value.reshape(*first.shape)]
+
+
+def _spread(run: _Run, op: Map, operand: int, x: Node, shape: tuple[int, ...]) -> Node:
+    """An operand of ``map`` with an entry for every token of the first: a pooled one stands for all of its tokens."""
+    own, first = (run.values[op.operands[i]].type.axis for i in (operand, 0))
+    if own is None or first is None or own.block == first.block:
+        return x
+    return x[:, np.arange(shape[1]) // (own.block // first.block)]
 
 
 # How each kind of operand lies beside [H, n, D].
@@ -247,24 +259,88 @@ def _attend(run: _Run, op: Attend, b: int) -> list[Any]:
         given = str(run.scope.arrays[op.normalizer.sink].shape)
         raise error("AK403", where="sink", given=given, allowed=f"[{q.shape[0]}], one logit a head")
     groups = None if op.groups is None else (run.part(op.groups[0], b), run.part(op.groups[1], b))
-    related = Related(b, run.part(op.blocks, b), groups, run.part(op.initial, b), run.seed)
+    blocks = run.part(op.blocks, b)
+    _check_relations(blocks, groups, q.shape, segments[0][0].shape[1])
+    related = Related(b, blocks, groups, _initial(run, op, b), run.seed)
     return attend(op, q, segments, related, run.scope)
+
+
+def _initial(run: _Run, op: Attend, b: int) -> Any:
+    """The carry that the keys of sequence ``b`` start with."""
+    if op.initial is None:
+        return None
+    keys = [run.values[i] for i in op.operands[1::2]]
+    lengths = [sum(segment.parts[n].shape[1] for segment in keys) for n in range(run.batch.size)]
+    kinds = {segment.type.axis.layout.kind for segment in keys if segment.type.axis is not None}
+    return of_keys(run.part(op.initial, b), lengths, b, "packed" in kinds, bool(kinds & {"padded", "paged"}))
+
+
+def _check_relations(
+    blocks: Relation | None, groups: tuple[Relation, Relation] | None, q: Any, kv_len: int
+) -> None:
+    """Relations of other inputs than q and k have as many tokens, all the same."""
+    sizes = []
+    if blocks is not None:
+        sizes.append((blocks, (-(-q[1] // blocks.row_block), -(-kv_len // blocks.column_block))))
+    if groups is not None:
+        sizes += [
+            (groups[0], (groups[0].array.shape[2], q[1])),
+            (groups[1], (groups[0].array.shape[2], kv_len)),
+        ]
+    for relation, (rows, columns) in sizes:
+        heads, *found = relation.array.shape[0], *relation.array.shape[2:]
+        if found != [rows, columns] or q[0] % max(heads, 1):
+            given = f"{heads} heads of {found[0]} x {found[1]}"
+            raise error(
+                "AK403",
+                where="relation of attend",
+                given=given,
+                allowed=f"{q[0]} heads of {rows} x {columns}",
+            )
 
 
 def _recur(run: _Run, op: Recur, b: int) -> list[Any]:
     q, k, v = (run.part(i, b) for i in op.operands)
-    if q.shape != k.shape or k.shape[1] != v.shape[1] or v.shape[0] % max(k.shape[0], 1):
+    (heads, n, width), d = v.shape, k.shape[2]
+    if (
+        q.shape[1:] != k.shape[1:]
+        or k.shape[1] != n
+        or heads % max(k.shape[0], 1)
+        or _unshared(q.shape[0], heads)
+    ):
         given = " ".join(str(x.shape) for x in (q, k, v))
-        raise error(
-            "AK403", where="q, k, v", given=given, allowed="q, k [Hk, n, D], v [H, n, Dv], H a multiple of Hk"
-        )
-    names = ("gate", "beta", "bonus", "initial", "initial_norm")
-    return list(recur(op, q, k, v, *(run.part(getattr(op, name), b) for name in names)))
+        allowed = "q [Hq, n, D], k [Hk, n, D], v [H, n, Dv], H a multiple of Hk, and Hq of H or H of Hq"
+        raise error("AK403", where="q, k, v of recur", given=given, allowed=allowed)
+    features = d if op.coefficients is None else sum(d**i for i in range(len(op.coefficients)))
+    shapes = {
+        "gate": ((heads,), (heads, n), (heads, n, d)), "beta": ((heads, n),), "bonus": ((heads, d),),
+        "initial": ((heads, features, width),), "initial_norm": ((heads, features),),
+    }  # fmt: skip
+    others = [run.part(getattr(op, name), b) for name in shapes]
+    for node, (name, allowed_shapes) in zip(others, shapes.items(), strict=True):
+        if node is not None and node.shape not in allowed_shapes:
+            raise error(
+                "AK403",
+                where=f"{name} of recur",
+                given=str(node.shape),
+                allowed=" or ".join(map(str, allowed_shapes)),
+            )
+    return list(recur(op, q, k, v, *others))
+
+
+def _unshared(q_heads: int, heads: int) -> bool:
+    """Whether neither count of heads is a multiple of the other."""
+    return bool(q_heads % max(heads, 1) and heads % max(q_heads, 1))
 
 
 def _merge(run: _Run, op: Merge, b: int) -> list[Any]:
     parts = [run.part(i, b) for i in op.operands]
     outputs, sums = parts[::2], parts[1::2]
+    if any(
+        o.shape != outputs[0].shape or lse.shape != o.shape[:2] for o, lse in zip(outputs, sums, strict=True)
+    ):
+        given = " ".join(str(x.shape) for x in parts)
+        raise error("AK403", where="merge", given=given, allowed="o [.., n, Dv] and lse [.., n], all alike")
     top = np.max([lse.value for lse in sums], axis=0)
     pivot = np.where(top == -np.inf, 0.0, top)
     weights = [

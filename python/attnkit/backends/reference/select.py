@@ -33,8 +33,9 @@ class Relation:
 
     def of_queries(self, heads: int, q_len: int, group: int) -> Array:
         """As groups of keys: the members of one group, as each query sees them, ``[H, n, m]``."""
-        part = np.arange(q_len) // self.prefix if self.prefix else np.zeros(q_len, int)
-        members: Array = self.rows(heads)[:, np.minimum(part, self.array.shape[1] - 1), group]
+        position = np.arange(q_len) + self.array.shape[3] - q_len
+        part = np.maximum(position, 0) // self.prefix if self.prefix else np.zeros(q_len, int)
+        members: Array = self.rows(heads)[:, part, group]
         return members
 
 
@@ -80,11 +81,9 @@ def select(
 
 def _choose(op: Select, z: Array, candidates: Array, group: int, scope: Scope) -> Array:
     if op.heads == "group":  # the mean softmax of the query heads that share a kv head
-        shared = _softmax(z, candidates).reshape(len(z) // group, group, *z.shape[1:]).mean(axis=1)
-        z = np.repeat(shared, group, axis=0)
-        candidates = np.repeat(
-            candidates.reshape(len(z) // group, group, *z.shape[1:]).any(axis=1), group, axis=0
-        )
+        shape = (len(z) // group, group, *z.shape[1:])
+        z = np.repeat(_softmax(z, candidates).reshape(shape).mean(axis=1), group, axis=0)
+        candidates = np.repeat(candidates.reshape(shape).any(axis=1), group, axis=0)
     if op.per == "column":
         return _rank(op, z.swapaxes(1, 2), candidates.swapaxes(1, 2), scope).swapaxes(1, 2)
     return _rank(op, z, candidates, scope)

@@ -89,11 +89,14 @@ class Node:
 
     def before(self) -> Node:
         """Sums over all earlier entries of axis 1, not its own."""
+        return Node(_before(self.value), ((self, lambda g: np.flip(_before(np.flip(g, 1)), 1)),))
 
-        def back(g: Array) -> Array:
-            return np.flip(np.cumsum(np.flip(g, 1), axis=1), 1) - g
 
-        return Node(np.cumsum(self.value, axis=1) - self.value, ((self, back),))
+def _before(x: Array) -> Array:
+    """Exclusive sums along axis 1, by adding alone: a large entry does not blur the sum before it."""
+    sums = np.zeros_like(x)
+    np.cumsum(x[:, :-1], axis=1, out=sums[:, 1:])
+    return sums
 
 
 def lift(x: Any) -> Node:

@@ -65,7 +65,10 @@ def split(program: Program, inputs: Sequence[Any], buffers: Sequence[Any]) -> Ba
     values = []
     for leaf, layout in zip(leaves, program.inputs, strict=True):
         packed = lengths if layout.kind == "bhs" and leaf.shape[0] != count else layout.lengths
-        values.append(_sequences(leaf, layout, packed, count, buffers))
+        if layout.kind == "bs" and lengths is not None:  # packed as the keys that it goes with: see `of_keys`
+            values.append([leaf[0]] * count)
+        else:
+            values.append(_sequences(leaf, layout, packed, count, buffers))
     return Batch(count, leaves, values)
 
 
@@ -125,20 +128,36 @@ def _offsets(cu_seqlens: Any, total: int) -> list[int]:
     return list(ends)
 
 
-def join(values: Sequence[Any], packed: tuple[int, ...] | None, fill: float = 0.0) -> tuple[Array, list[Any]]:
+def of_keys(carry: Node, lengths: Sequence[int], b: int, packed: bool, ragged: bool) -> Node:
+    """The part of a carry that belongs to the keys of sequence ``b``, there being ``lengths`` keys in each."""
+    first = sum(lengths[:b]) if packed else 0
+    last = first + lengths[b]
+    if carry.shape[0] < last or (carry.shape[0] > last and not packed and not ragged):
+        raise error(
+            "AK403", where="initial of attend", given=str(carry.shape), allowed=f"{last} numbers, one a key"
+        )
+    return carry[first:last]
+
+
+def join(
+    values: Sequence[Any], packed: tuple[int, ...] | None, fill: float = 0.0, keys: int = 0
+) -> tuple[Array, list[Any]]:
     """The sequences of a result as one array, and where in it each lies.
 
-    Packed ones follow each other along the tokens of ``packed``, the shape of the input they belong to; others are
-    stacked, short ones padded with ``fill``.
+    Packed ones follow each other along the tokens, the result having the shape ``packed`` but for heads and channels.
+    Others are stacked, short ones padded with ``fill``; the last axis has at least ``keys`` entries.
     """
     arrays = [np.asarray(v.value if isinstance(v, Node) else v) for v in values]
     if packed is not None:
-        ends = np.cumsum([0, *(array.shape[1] for array in arrays)])
-        parts: list[Any] = [(0, slice(None), slice(a, b)) for a, b in pairwise(ends.tolist())]
-        tail = arrays[0].shape[2:] if arrays else packed[3:]
-        shape = (1, arrays[0].shape[0] if arrays else packed[1], packed[2], *tail)
+        along = min(1, len(packed) - 2)  # tokens stand behind heads, if there are heads
+        ends = np.cumsum([0, *(array.shape[along] for array in arrays)])
+        parts: list[Any] = [(0, *[slice(None)] * along, slice(a, b)) for a, b in pairwise(ends.tolist())]
+        like = arrays[0].shape if arrays else packed[1:]
+        total = max(packed[along + 1], int(ends[-1]))
+        shape = (1, *like[:along], total, *like[along + 1 :])
     else:
         largest = np.max([array.shape for array in arrays], axis=0).tolist() if arrays else [0, 0, 0]
+        largest[-1] = max(largest[-1], keys)
         parts = [(b, *(slice(0, n) for n in array.shape)) for b, array in enumerate(arrays)]
         shape = (len(arrays), *largest)
     out = np.full(shape, fill, arrays[0].dtype if arrays else np.float64)

@@ -1,0 +1,113 @@
+"""Which values go together token by token in the reference: in maps, merges and recurrences."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attnkit.backends.reference import run
+from attnkit.errors import AttnkitError
+from attnkit.ir.text import parse
+
+Array = Any
+
+
+def execute(inputs: str, line: str, *arrays: Array, buffers: tuple[Array, ...] = ()) -> Array:
+    """The first result of a program of one operation."""
+    kinds = " buffers(cu: i32[1], other: i32[1])" if buffers else ""
+    text = f"attnkit 1\nprogram ({inputs}){kinds} {{\n{line}\nreturn r }}"
+    return run(parse(text), arrays, buffers)[0]
+
+
+def filled(*shape: int) -> Array:
+    return np.arange(float(np.prod(shape))).reshape(shape)
+
+
+def test_map_of_several_inputs_and_widths() -> None:
+    x, y, z, w = filled(2, 3, 4, 1), filled(2, 3, 4, 5), filled(2, 3, 4), filled(3, 5)
+    for inputs, line, arrays, expected in (
+        ("x: bhsd, y: bhsd", "r = map(x, y) { value = x * y }", (x, y), x * y),
+        ("x: bhsd, y: bhsd", "r = map(y, x) { value = x * y }", (x, y), x * y),
+        ("x: bhsd, w: hd", "r = map(x, w) { value = x + y }", (x, w), x + w[None, :, None]),
+        ("y: bhsd, z: bhs", "r = map(y, z) { value = x - y }", (y, z), y - z[..., None]),
+        ("z: bhs", "r = map(z) { value = 2.0 * x }", (z,), 2 * z),
+    ):
+        np.testing.assert_array_equal(execute(inputs, line, *arrays), expected)
+
+
+def test_map_of_packed_inputs() -> None:
+    x, y, ends = filled(1, 2, 6, 3), filled(1, 2, 6, 3), np.array([0, 4, 4, 6], np.int32)
+    line = "r = map(x, y) { value = x * y }"
+    found = execute("x: packed[cu], y: packed[cu]", line, x, y, buffers=(ends, ends))
+    np.testing.assert_array_equal(found, x * y)
+
+
+def test_merge_of_inputs_is_packed_as_they_are() -> None:
+    o, ends = filled(1, 2, 6, 3), np.array([0, 4, 4, 6], np.int32)
+    lse = np.zeros((1, 2, 6))
+    line = "o, r = merge(a, x, b, y)"
+    inputs = "a: packed[cu], x: bhs, b: packed[cu], y: bhs"
+    found = execute(inputs, line, o, lse, 2 * o, lse, buffers=(ends, ends))
+    np.testing.assert_allclose(found, np.full((1, 2, 6), np.log(2)))
+
+
+def test_the_normaliser_is_the_state_of_a_value_of_ones() -> None:
+    rng = np.random.default_rng(7)
+    q, k = rng.standard_normal((2, 1, 2, 5, 3))
+    beta, gate = rng.uniform(0, 1, (1, 2, 5)), -rng.uniform(0, 1, (1, 2, 5, 3))
+    text = (
+        "attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd, beta: bhs, gate: bhsd) {\n"
+        "o, state, norm = recur(q, k, v, scale = default, beta = beta, gate = gate)\nreturn state, norm }"
+    )
+    state, norm = run(parse(text), [q, k, np.ones((1, 2, 5, 1)), beta, gate])
+    np.testing.assert_array_equal(state[..., 0], norm)
+
+
+QKV = "q: bhsd, k: bhsd, v: bhsd"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line", "shapes"),
+    [
+        ("x: bhsd, y: bhsd", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 2, 5, 3)]),
+        ("x: bhsd, y: bhsd", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 1, 4, 3)]),
+        ("x: bhsd, y: bhsd", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 2, 4, 2)]),
+        ("x: bhsd, y: bhs", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 2, 1)]),
+        ("x: bhsd, y: hd", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 3)]),
+        ("a: bhsd, x: bhs, b: bhsd, y: bhs", "r, lse = merge(a, x, b, y)",
+         [(1, 2, 4, 3), (1, 2, 4), (1, 2, 5, 3), (1, 2, 5)]),
+        (QKV, "r, s, n = recur(q, k, v, scale = default)", [(1, 2, 4, 3), (1, 2, 4, 3), (1, 3, 4, 2)]),
+        (QKV, "r, s, n = recur(q, k, v, scale = default)", [(1, 3, 4, 3), (1, 2, 4, 3), (1, 2, 4, 2)]),
+        (QKV, "r, s, n = recur(q, k, v, scale = default)", [(1, 2, 4, 3), (1, 2, 5, 3), (1, 2, 5, 2)]),
+        (QKV + ", g: h", "r, s, n = recur(q, k, v, scale = default, gate = g)", [*[(1, 2, 4, 3)] * 3, (1,)]),
+        (QKV + ", g: bhsd", "r, s, n = recur(q, k, v, scale = default, gate = g)",
+         [*[(1, 2, 4, 3)] * 3, (1, 2, 4, 1)]),
+        (QKV + ", b: bhs", "r, s, n = recur(q, k, v, scale = default, beta = b)", [*[(1, 2, 4, 3)] * 3, (1, 2, 5)]),
+        (QKV + ", u: hd", "r, s, n = recur(q, k, v, scale = default, bonus = u)", [*[(1, 2, 4, 3)] * 3, (2, 2)]),
+        (QKV + ", i: bhdv", "r, s, n = recur(q, k, v, scale = default, initial = i, coefficients = (1.0, 1.0))",
+         [*[(1, 2, 4, 3)] * 3, (1, 2, 3, 3)]),
+        (QKV + ", i: bhd", "r, s, n = recur(q, k, v, scale = default, normalize = true, initial_norm = i)",
+         [*[(1, 2, 4, 3)] * 3, (1, 2, 2)]),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_go_together(inputs: str, line: str, shapes: list[tuple[int, ...]]) -> None:
+    with pytest.raises(AttnkitError) as caught:
+        execute(inputs, line, *map(np.zeros, shapes))
+    assert caught.value.code == "AK403"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "line"),
+    [
+        ("x: packed[cu], y: packed[other]", "r = map(x, y) { value = x * y }"),
+        ("x: bhsd, y: hsd", "r = map(x, y) { value = x * y }"),
+        ("q: packed[cu], k: packed[cu], v: packed[cu], g: bhsd",
+         "r, s, n = recur(q, k, v, scale = default, gate = g)"),
+        ("a: bhsd, x: bhs, b: packed[cu], y: bhs", "r, lse = merge(a, x, b, y)"),
+    ],
+)  # fmt: skip
+def test_layouts_that_do_not_go_together(inputs: str, line: str) -> None:
+    text = f"attnkit 1\nprogram ({inputs}) buffers(cu: i32[1], other: i32[1]) {{\n{line}\nreturn r }}"
+    with pytest.raises(AttnkitError) as caught:
+        parse(text)
+    assert caught.value.code == "AK219"
