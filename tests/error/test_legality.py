@@ -137,7 +137,7 @@ def layouts() -> Iterator[tuple[str, str]]:
 
 def other_tokens() -> Iterator[tuple[str, str]]:
     """Relations, merges and maps of tokens that they know nothing of."""
-    for q, k in (("k", "q"), ("q", "q"), ("k", "k"), ("q", "v"), ("v", "k"), ("o2", "k"), ("q", "o")):
+    for q, k in (("k", "q"), ("q", "dk"), ("q", "gk"), ("q", "long"), ("shared", "k"), ("q", "shared")):
         yield "AK219", f"r, l = attend({q}, {k}, {k}, blocks = blocks)"
         yield "AK219", f"r, l = attend({q}, {k}, {k}, blocks = tokens)"
         yield "AK219", f"r = attend({q}, {k}, {k}, groups = (of_q, of_k))"
@@ -146,10 +146,12 @@ def other_tokens() -> Iterator[tuple[str, str]]:
     for a, b in (("of_k", "of_q"), ("of_q", "of_q"), ("tokens", "of_k"), ("of_q", "tokens"), ("blocks", "of_k"),
                  ("of_q", "ahead"), ("ahead", "of_k"), ("of_q", "blocks")):  # fmt: skip
         yield "AK219", f"r = attend(q, k, v, groups = ({a}, {b}))"
-    for pair in ("o2, lse1", "o1, lse2", "o1, lse1, o2, lse2", "o2, lse2, o1, lse1", "k, lse1", "o1, column"):
+    for pair in ("rows, lse1", "dk, lse1", "shared, lse1", "pq, lse1", "gk, lse2", "o1, lse1, rows, lse1",
+                 "o1, lse1, dk, lse2", "o1, lse1, long, number"):  # fmt: skip
         yield "AK219", f"r, l = merge({pair})"
-    for x in ("k", "v", "rows", "o2", "lse2", "column", "dk", "pq", "shared"):
-        yield "AK219", f"r = map(q, {x}) {{ value = x * y }}"
+    for x in ("q, dk", "q, pq", "q, shared", "q, columns", "q, gk", "rows, q", "rows, columns", "dk, k", "dk, long",
+              "number, lse"):  # fmt: skip
+        yield "AK219", f"r = map({x}) {{ value = x * y }}"
     for x in ("q, columns", "rows, k", "q, k", "rows, o2", "o, columns"):
         yield "AK219", f"r = select({x}, top_k = 1, incoherent = 0.5)"
 

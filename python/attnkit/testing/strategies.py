@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from attnkit.ir.intervals import INT32_MAX, INT32_MIN
 from attnkit.ir.optable import OPS, DType
 from attnkit.ir.program import ELEMENT, Attend, Buffer, BufferDType, Layout, Normalizer, Program, Return
 from attnkit.ir.verify import verify
+from attnkit.testing.generate import random_program
 
 _BUFFER_DTYPES: tuple[BufferDType, ...] = ("f32", "i32", "i64", "bool")
 PAIR_VARIABLES = ("s", "b", "h", "q_idx", "kv_idx", "q_len", "kv_len")
@@ -103,3 +105,14 @@ def programs(draw: st.DrawFn, max_ops: int = 30) -> Program:
     )
     verify(program)
     return program
+
+
+def any_programs(max_ops: int = 4, tame: bool = False) -> st.SearchStrategy[Program]:
+    """A verified program of any operations; `generate.random_inputs` makes inputs for it."""
+
+    def build(rng: Random) -> Program:
+        program = random_program(rng, max_ops, tame)
+        verify(program)
+        return program
+
+    return st.randoms(use_true_random=False).map(build)

@@ -142,7 +142,10 @@ def _carry(
     padded = concatenate([added, Node(np.zeros((1, 1, shape[2])))], axis=1)
     carried = padded.before()
     if related.initial is not None:
-        carried = carried + related.initial.reshape(1, 1, -1)
+        if related.initial.shape[0] < shape[2]:
+            given, allowed = f"{related.initial.shape[0]} keys", f"at least {shape[2]}"
+            raise error("AK403", where="initial of attend", given=given, allowed=allowed)
+        carried = carried + related.initial[: shape[2]].reshape(1, 1, -1)
     if op.budget is None:
         return carried, exists
     evicted = _evicted(op.budget, carried.value[0], exists[op.head])
@@ -263,5 +266,5 @@ def _tiles(pairs: Array) -> Array:
     heads, q_len, kv_len = pairs.shape
     padded = np.zeros((heads, -(-q_len // Q_TILE) * Q_TILE, -(-kv_len // KV_TILE) * KV_TILE), bool)
     padded[:, :q_len, :kv_len] = pairs
-    tiles = padded.reshape(heads, -1, Q_TILE, padded.shape[2] // KV_TILE, KV_TILE)
+    tiles = padded.reshape(heads, padded.shape[1] // Q_TILE, Q_TILE, padded.shape[2] // KV_TILE, KV_TILE)
     return np.asarray(np.any(tiles, axis=(2, 4)))

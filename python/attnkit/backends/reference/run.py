@@ -73,7 +73,7 @@ class _Value:
 
     parts: list[Any]
     type: Type
-    source: list[Array] | None = None
+    source: tuple[list[Array], int] | None = None  # and how many make one
 
 
 class _Run:
@@ -101,7 +101,7 @@ class _Run:
                     parts = [results[i] for results in per_sequence]
                     value = _Value(parts, self.types[len(self.values)])
                     if isinstance(op, Pool):
-                        value.source = [p.value for p in self.values[op.operands[0]].parts]
+                        value.source = [p.value for p in self.values[op.operands[0]].parts], op.size
                     self.values.append(value)
                     self.names.append(name)
 
@@ -235,8 +235,8 @@ def _select(run: _Run, op: Select, b: int) -> list[Any]:
     coherent = None
     if op.incoherent is not None:
         least = run.scope.number(op.incoherent)
-        sources = [value.source[b] for value in (rows, columns) if value.source is not None]
-        similar = [coherence(tokens, size) > least for tokens, size in zip(sources, sizes, strict=True)]
+        sources = [value.source for value in (rows, columns) if value.source is not None]
+        similar = [coherence(tokens[b], size) > least for tokens, size in sources]
         coherent = (similar[0], similar[1])
     found = select(
         op, rows.parts[b].value, columns.parts[b].value, coherent, b, run.scope, (sizes[0], sizes[1])
