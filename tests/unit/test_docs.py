@@ -45,13 +45,13 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert "://" in target or (ROOT / target).exists(), target
 
 
-def test_tutorial_runs_and_prints_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["tutorial.md", "variants.md"])
+def test_page_runs_and_prints_what_it_says(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python blocks share one namespace, a ``text`` block is what the block before it printed, ``sh`` are commands."""
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(
-        r"^```(\w+)\n(.*?)^```$", (ROOT / "docs/tutorial.md").read_text(), re.DOTALL | re.MULTILINE
-    )
-    assert {language for language, _ in blocks} == {"python", "text", "sh"}
+    text = (ROOT / "docs" / page).read_text()
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert {"python", "text"} <= {language for language, _ in blocks} <= {"python", "text", "sh"}
     names: dict[str, object] = {}
     printed = ""
     try:
@@ -60,7 +60,7 @@ def test_tutorial_runs_and_prints_what_it_says(monkeypatch: pytest.MonkeyPatch) 
                 assert printed.strip() == block.strip()
             elif language == "python":
                 with redirect_stdout(StringIO()) as out:
-                    exec(compile(block, "docs/tutorial.md", "exec"), names)  # noqa: S102 -- our own page
+                    exec(compile(block, page, "exec"), names)  # noqa: S102 -- our own page
                 printed = out.getvalue()
             else:
                 for line in block.splitlines():
