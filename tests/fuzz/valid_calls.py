@@ -135,7 +135,7 @@ def valid(rng: Rng) -> Called:
 def _op_arguments(a: dict[str, Any]) -> dict[str, Any]:
     sink = None if a["normalizer"] is None else a["normalizer"].sink
     optional = (a.get(name) for name in ("cu_seqlens_q", "cu_seqlens_kv", "kv_lens"))
-    bound = bind(Traceable(a.get("score"), a.get("mask"), a.get("scale"), sink, *optional))
+    bound = bind(Traceable(a.get("score"), a.get("mask"), a.get("scale"), "softmax", sink, *optional))
     params = [p.current() for p in bound.params]
     tensors = {name: a[name] for name in "qkv"}
     return {

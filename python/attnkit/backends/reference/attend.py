@@ -264,7 +264,7 @@ class _Outputs:
 
 def _tiles(pairs: Array) -> Array:
     heads, q_len, kv_len = pairs.shape
-    padded = np.zeros((heads, -(-q_len // Q_TILE) * Q_TILE, -(-kv_len // KV_TILE) * KV_TILE), bool)
+    rows, columns = -(-q_len // Q_TILE), -(-kv_len // KV_TILE)
+    padded = np.zeros((heads, rows * Q_TILE, columns * KV_TILE), bool)
     padded[:, :q_len, :kv_len] = pairs
-    tiles = padded.reshape(heads, padded.shape[1] // Q_TILE, Q_TILE, padded.shape[2] // KV_TILE, KV_TILE)
-    return np.asarray(np.any(tiles, axis=(2, 4)))
+    return np.asarray(np.any(padded.reshape(heads, rows, Q_TILE, columns, KV_TILE), axis=(2, 4)))
