@@ -12,7 +12,7 @@ from attnkit.backends.reference.evaluate import evaluate
 from attnkit.ir.expr import Expr, const, load, make, param, topological, var
 from attnkit.ir.optable import OPS
 from attnkit.ir.program import Buffer
-from attnkit.testing.generate import Expressions
+from attnkit.testing.expressions import Expressions
 
 NAMES = ("x", "y", "z", "w")
 STEP = 1e-5
