@@ -97,17 +97,17 @@ def test_shapes_that_do_not_go_together(inputs: str, line: str, shapes: list[tup
 
 
 @pytest.mark.parametrize(
-    ("inputs", "line"),
+    ("code", "inputs", "line"),
     [
-        ("x: packed[cu], y: packed[other]", "r = map(x, y) { value = x * y }"),
-        ("x: bhsd, y: hsd", "r = map(x, y) { value = x * y }"),
-        ("q: packed[cu], k: packed[cu], v: packed[cu], g: bhsd",
+        ("AK219", "x: packed[cu], y: packed[other]", "r = map(x, y) { value = x * y }"),
+        ("AK219", "x: bhsd, y: hsd", "r = map(x, y) { value = x * y }"),
+        ("AK211", "q: packed[cu], k: packed[cu], v: packed[cu], g: bhsd",
          "r, s, n = recur(q, k, v, scale = default, gate = g)"),
-        ("a: bhsd, x: bhs, b: packed[cu], y: bhs", "r, lse = merge(a, x, b, y)"),
+        ("AK219", "a: bhsd, x: bhs, b: packed[cu], y: bhs", "r, lse = merge(a, x, b, y)"),
     ],
 )  # fmt: skip
-def test_layouts_that_do_not_go_together(inputs: str, line: str) -> None:
+def test_layouts_that_do_not_go_together(code: str, inputs: str, line: str) -> None:
     text = f"attnkit 1\nprogram ({inputs}) buffers(cu: i32[1], other: i32[1]) {{\n{line}\nreturn r }}"
     with pytest.raises(AttnkitError) as caught:
         parse(text)
-    assert caught.value.code == "AK219"
+    assert caught.value.code == code
