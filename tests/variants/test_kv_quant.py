@@ -50,6 +50,17 @@ def test_a_group_by_hand() -> None:
     assert kv_quant.pack(encoded.codes, 2, axis=2).ravel().tolist() == [0xE4]
 
 
+def test_ties_by_hand() -> None:
+    """Halves: int8 goes away from zero, int4 to even."""
+    x = np.array([127, 0.5, 1.5, -0.5, -2.5]).reshape(1, 1, 1, 5)
+    y = np.array([0, 15, 0.5, 1.5, 2.5]).reshape(1, 1, 1, 5)
+    for codes in (quantise(x, INT8).codes, reference.encode(x, INT8).codes):
+        assert codes.ravel().tolist() == [127, 1, 2, -1, -3]
+    int4 = Codec("int4", "token", 0)
+    for codes in (quantise(y, int4).codes, reference.encode(y, int4).codes):
+        assert codes.ravel().tolist() == [0, 15, 0, 2, 2]
+
+
 def test_bfloat16_is_torchs(rng: np.random.Generator) -> None:
     x = (rng.standard_normal(4000) * np.exp2(rng.integers(-130, 120, 4000))).astype(np.float32)
     x = np.concatenate([x, [0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, np.inf, -np.inf]]).astype(np.float32)

@@ -219,6 +219,22 @@ def test_the_accumulator_of_the_program() -> None:
     np.testing.assert_array_equal(carry, [[0, 1e30, 2, 0]])
 
 
+@pytest.mark.parametrize("budget", [None, 4, 50])
+def test_a_key_that_starts_with_inf_is_gone(rng: np.random.Generator, budget: int | None) -> None:
+    """A cache may use its slot for anything: it reaches neither results nor gradients, and does not count."""
+    q, k, v = qkv(rng, sq=3, skv=9)
+    initial = abs(rng.standard_normal((2, 9)))
+    initial[0, 2] = initial[1, 4] = initial[1, 5] = np.inf
+    want = check(q, k, v, initial, budget=budget)
+    for b, j in ((0, 2), (1, 4), (1, 5)):
+        k[b, :, j], v[b, :, j] = np.nan, np.inf
+    program = parse(selective.program(initial=True, budget=budget)[0])
+    for field, got in zip(("o", "lse", "carry"), run(program, [q, k, v, initial]), strict=True):
+        testing.agree(got, getattr(want, field), what=field)
+    found = gradients(program, [q, k, v, initial], [np.ones_like(x) for x in want[:3]])
+    assert all(np.isfinite(x).all() for x in found.inputs)
+
+
 def test_dropout_does_not_touch_the_selection(rng: np.random.Generator) -> None:
     q, k, v = qkv(rng)
     text = selective.program()[0]

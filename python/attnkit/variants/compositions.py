@@ -27,16 +27,11 @@ from attnkit.variants.sequences import CAUSAL, Array, Float64, write
 
 def differential_program(causal: bool = False, norm: tuple[float, int] | None = None) -> str:
     """Inputs q, k, q1, k1, v; param lambda. ``norm = (lambda_init, Dv)`` adds the norm and the input gain ``[Hq, Dv]``."""
-    mask = f"mask = {CAUSAL}" if causal else ""
+    body = f"mask = {CAUSAL}  normalizer = softmax" if causal else "normalizer = softmax"
     inputs = ["q: bhsd", "k: bhsd", "q1: bhsd", "k1: bhsd", "v: bhsd"]
     lines = []
     for o, q, k in (("o", "q", "k"), ("o1", "q1", "k1")):
-        lines += [
-            f"{o} = attend({q}, {k}, v, scale = default, outputs = (o)) {{",
-            mask,
-            "normalizer = softmax",
-            "}",
-        ]
+        lines.append(f"{o} = attend({q}, {k}, v, scale = default, outputs = (o)) {{ {body} }}")
     lines.append("d = map(o, o1) { value = x - p0 * y }")
     if norm is None:
         return write(inputs, [*lines, "return d"], params=1)

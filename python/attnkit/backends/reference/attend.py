@@ -49,6 +49,10 @@ def attend(
         mask, outside = scope.plain(op.mask, pairs)
         exists = np.broadcast_to(mask, shape)
         _inside("mask", outside & exists, op.mask)
+    if related.initial is not None:
+        exists = exists & (
+            related.initial.value < np.inf
+        )  # what was evicted before is gone, and its slot may hold anything
     possible = exists
     if related.blocks is not None:
         exists = exists & related.blocks.pairs(heads, q_len, k.shape[1])
@@ -153,13 +157,10 @@ def _carry(
 
 
 def _evicted(budget: int, f: Array, exists: Array) -> Array:
-    """Which keys each query finds gone, and in the end: for good, so whose carry is inf from the start are too.
-
-    ``[n + 1, m]``.
-    """
+    """Which keys each query, and the one after the last, finds gone: what is evicted never comes back. ``[n + 1, m]``."""
     q_len, kv_len = exists.shape
     gone = np.zeros((q_len + 1, kv_len), bool)
-    evicted = f[0] == np.inf
+    evicted = np.zeros(kv_len, bool)
     for i in range(q_len):
         live = exists[i] & ~evicted
         own = np.max(np.flatnonzero(live), initial=-1)
