@@ -86,8 +86,7 @@ def morton_codes_compared() -> Mask:
     """Coordinates to codes, the other way around: keys up to the query's place on the Z-curve."""
 
     def spread(i):
-        i = (i | i << 2) & 0x33
-        return (i | i << 1) & 0x55
+        return (i | i << 1) & 0b101
 
     def code(i):
         return spread(i % 4) | spread(i // 4) << 1
