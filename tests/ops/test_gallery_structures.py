@@ -89,7 +89,7 @@ def morton_codes_compared() -> Mask:
         return (i | i << 1) & 0b101
 
     def code(i):
-        return spread(i % 4) | spread(i // 4) << 1
+        return spread(i % 4) | spread(i // 4 % 4) << 1
 
     return lambda b, h, q_idx, kv_idx: code(kv_idx) <= code(q_idx)
 
