@@ -249,14 +249,22 @@ def _or_bools(op: str, arithmetic: Function) -> Function:
 def _to(context: Context, x: Any, *target: Any, dtype: Any = None, other: Any = None, **unused: Any) -> Any:
     """To a dtype, or to that of another traced number; a device, ``copy`` and the like change nothing."""
     for wanted in (*target, dtype, other):
-        if context.is_traced(wanted):
-            return _cast(context, x, wanted.kind)
-        name = str(wanted).removeprefix("torch.")
-        if name in _CASTS:
-            return _cast(context, x, _CASTS[name])
-        if wanted is not None and not isinstance(wanted, bool) and name.partition(":")[0] not in _DEVICES:
-            raise _unsupported(context, f"to({name})", allowed=", ".join(_CASTS))
+        kind = _kind_of_dtype(context, wanted)
+        if kind is not None:
+            return _cast(context, x, kind)
     return x
+
+
+def _kind_of_dtype(context: Context, wanted: Any) -> DType | None:
+    """What kind a dtype stands for, or a traced number is; None for a device and for flags."""
+    if context.is_traced(wanted):
+        return wanted.kind  # type: ignore[no-any-return]
+    name = str(wanted).removeprefix("torch.")
+    if name in _CASTS:
+        return _CASTS[name]
+    if wanted is not None and not isinstance(wanted, bool) and name.partition(":")[0] not in _DEVICES:
+        raise _unsupported(context, f"to({name})", allowed=", ".join(_CASTS))
+    return None
 
 
 _LARGEST = 2147483520.0  # the last float32 before 2 ** 31
@@ -272,10 +280,14 @@ def _cast(context: Context, x: Any, kind: DType) -> Any:
     return context.emit(kind, x)
 
 
+_PYTHON: dict[DType, type] = {"float": float, "int": int, "bool": bool}
+
+
 def _constant(context: Context, like: Any, value: Any, dtype: Any) -> Any:
     """A constant of no dimension: ``dtype`` of None is that of ``like``."""
-    made = context.constant(value)
-    return _to(context, made, like if dtype is None else dtype)
+    kind = _kind_of_dtype(context, like if dtype is None else dtype)
+    assert kind is not None
+    return _cast(context, value, kind) if context.is_traced(value) else context.constant(_PYTHON[kind](value))
 
 
 def _like(value: Any) -> Function:

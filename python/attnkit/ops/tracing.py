@@ -226,6 +226,8 @@ class TorchContext(Context):
 
         As a constant it would compile anew for each value.
         """
+        if isinstance(value, TorchProxy):
+            return value
         if not isinstance(value, (int, float)):
             return unseen(self, value)
         if isinstance(value, bool) or has_static_value(value):
@@ -240,6 +242,8 @@ class TorchContext(Context):
 
     def operand(self, value: Any) -> tuple[str, DType]:
         """As in `Context`; under dynamo, what may vary without compiling anew is read from tensors."""
+        if isinstance(value, TorchProxy):
+            return value.text, value.kind
         if torch.compiler.is_dynamo_compiling():
             value = value.tensor if isinstance(value, TorchParam) else self.settled(value)
         if isinstance(value, TorchRow):
