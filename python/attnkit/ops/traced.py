@@ -130,6 +130,7 @@ _COMPOSITE = frozenset((tuple, list, functools.partial, types.FunctionType, Trac
 
 _SHAPE_QUERIES = {
     Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.ndim.__get__, Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.is_nested.__get__,  # type: ignore[attr-defined]
     Tensor.dim, Tensor.size, Tensor.__len__, Tensor.numel,
 }  # fmt: skip
 
