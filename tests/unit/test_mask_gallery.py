@@ -92,6 +92,8 @@ def gallery() -> dict[str, Mask]:
         "captured triangle": lambda b, h, i, j: triangle[i, j],
         "pictures in text": lambda b, h, i, j: (j <= i) | ((image[i] == image[j]) & (image[i] > 0)),
         "distance in floats": lambda b, h, i, j: slopes[h] * (i - j).abs().float() < 4.0,
+        "decay": lambda b, h, i, j: (j <= i) & (torch.exp((i - j).float() * -0.02) > 0.1),
+        "ratio": lambda b, h, i, j: j.float() / (i.float() + 1.0) > 0.503,
         "anti-diagonal": lambda b, h, i, j: (i + j >= 500) & (i + j < 900),
         "not a window": lambda b, h, i, j: ~((i - j).abs() < 64) & (2 * j - i < 500),
     }  # fmt: skip
