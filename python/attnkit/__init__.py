@@ -90,18 +90,26 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: there is no such public name.
-        ModuleNotFoundError: the name needs an optional dependency that is not installed.
+        ModuleNotFoundError: the name needs PyTorch, which is not installed.
+        AttnkitNotImplementedError: AK501, it needs PyTorch, and the one that is installed does not work.
     """
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'attnkit' has no attribute {name!r}")
     try:
         value = getattr(import_module(home), name)
-    except ModuleNotFoundError as exc:
-        if exc.name != "torch":
+    except Exception as exc:
+        if home != "attnkit.ops":
             raise
-        hint = f"attnkit.{name} needs PyTorch, which is not installed: pip install 'attnkit[torch]'"
-        raise ModuleNotFoundError(hint, name="torch") from exc
+        if isinstance(exc, ModuleNotFoundError) and exc.name == "torch":
+            hint = f"attnkit.{name} needs PyTorch, which is not installed: pip install 'attnkit[torch]'"
+            raise ModuleNotFoundError(hint, name="torch") from exc
+        from attnkit.errors import error
+
+        what, given = "PyTorch does not work here", f"{type(exc).__name__}: {exc}"
+        raise error(
+            "AK501", where=f"attnkit.{name}", what=what, given=given, hint="see `attnkit doctor`"
+        ) from exc
     globals()[name] = value
     return value
 

@@ -38,6 +38,26 @@ class Backend(Protocol):
         """A kernel for ``spec``."""
 
 
+class _Broken:
+    """Stands for a backend of somebody else's whose module does not load."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name = name
+        self._reason = reason
+
+    def available(self) -> str | None:
+        return self._reason
+
+    def supports(self, spec: KernelSpec) -> tuple[str, ...]:
+        return (self._reason,)
+
+    def space(self, spec: KernelSpec) -> Space:
+        return {}
+
+    def build(self, spec: KernelSpec, config: Config) -> Kernel:
+        raise error("AK501", where=f"backend {self.name!r}", given=self._reason)
+
+
 _HOMES = {"cpu": "attnkit.backends.cpu:backend", "reference": "attnkit.backends.reference:backend"}
 
 
@@ -61,5 +81,8 @@ def get(name: str) -> Backend:
         found = [e for e in entry_points(group="attnkit.backends") if e.name == name]
         if not found:
             raise error("AK501", where="backend", given=repr(name), allowed=", ".join(("auto", *names())))
-        backend = found[0].load()
+        try:
+            backend = found[0].load()
+        except Exception as exc:  # whatever it is, the other backends still work
+            backend = _Broken(name, f"{type(exc).__name__}: {exc}")
     return backend  # type: ignore[no-any-return]

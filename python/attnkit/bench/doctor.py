@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,20 @@ OPTIONAL = (
     "openvino",
     "onnxruntime",
 )
+_IMPORTED = ("torch", "triton", "cupy")  # by attnkit or by what it runs on
 _OLDEST_TORCH = (2, 11)
 _RUNTIME = re.compile(r"/lib(gomp|iomp5|omp)\b[^/]*$")
 
 
 def examine() -> dict[str, Any]:
     """Facts about this process and what is wrong with them: ``machine``, ``threads``, ``packages``, ``problems``."""
-    problems: list[str] = []
+    # torch before the engine, as in a user's program: both then share one OpenMP runtime
+    broken = {name: trouble for name in _IMPORTED if (trouble := _trouble(name))}
+    problems = list(broken.values())
     threads: dict[str, Any] = {"usable cores": machine.usable_cores()}
-    if find_spec("torch"):
-        import torch  # before the engine, as in a user's program: both then share one OpenMP runtime
+    torch_works = "torch" not in broken and find_spec("torch") is not None
+    if torch_works:
+        import torch
 
         threads["torch threads"] = torch.get_num_threads()
     facts: dict[str, Any] = {"attnkit": attnkit.__version__}
@@ -46,7 +51,9 @@ def examine() -> dict[str, Any]:
         allowed = f"; allowed: {exc.allowed}" if exc.allowed else ""
         problems.append(f"the CPU engine does not work: {exc.given or exc.what} ({exc.where}{allowed})")
     else:
-        problems += _instruction_set_problems(facts) + _self_test()
+        problems += _instruction_set_problems(facts)
+        if torch_works:
+            problems += _self_test()
     for name in ("OMP_NUM_THREADS", "ATTNKIT_ISA"):
         threads[name] = os.environ.get(name, "not set")
     runtimes = openmp_runtimes()
@@ -60,6 +67,20 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "problems": problems + _package_problems(packages),
     }
+
+
+def _trouble(name: str) -> str | None:
+    """What is wrong with an optional package; None if nothing is, or if it is not there."""
+    try:
+        if find_spec(name) is None:
+            return None
+        module = import_module(name)
+    except Exception as exc:  # a broken package may raise anything
+        return f"{name} is installed but does not import: {type(exc).__name__}: {exc}"
+    if not hasattr(module, "__version__"):
+        found = getattr(module, "__file__", None) or list(getattr(module, "__path__", []))
+        return f"{name} has no __version__, so it is something else of that name: {found}"
+    return None
 
 
 def openmp_runtimes() -> list[str]:
@@ -91,8 +112,6 @@ def _package_problems(packages: dict[str, str | None]) -> list[str]:
 
 def _self_test() -> list[str]:
     """Compute a small causal attention on the engine and compare it with float64."""
-    if find_spec("torch") is None:
-        return []
     import torch
 
     q, k, v = (np.random.default_rng(i).standard_normal((1, 2, 33, 16), np.float32) for i in range(3))

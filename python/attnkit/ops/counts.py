@@ -12,7 +12,7 @@ class Counts:
     """Calls of torch's op given to attnkit (``taken``) and left to torch (``declined``, by reason); kernels run."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler, or a finalizer, may come back here
         self.reset()
 
     def reset(self) -> None:

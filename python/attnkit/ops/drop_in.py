@@ -88,40 +88,55 @@ class _Override:
     """The registration with torch's dispatcher, counted."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may come back here
         self._library: Any = None
         self._tag = ""
         self.installs = 0
 
+    @property
+    def active(self) -> bool:
+        """Whether torch's op is overridden now."""
+        return self._library is not None
+
     def add(self) -> bool:
-        """Count one more install; True if it was the first."""
+        """Count one more install; True if it was the first. An exception in between, such as Ctrl-C, undoes it."""
         with self._lock:
+            if self._library is None:
+                self._register()
             self.installs += 1
-            if self.installs > 1:
-                return False
-            counts.reset()
-            self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
-            for key in ("CPU", "AutogradCPU"):
-                self._library.impl("scaled_dot_product_attention", _override, key)
-            torch_sdpa.forget_dispatch()
-            # torch keeps compiled graphs on disk, too: those of this process must not be found by one without us.
-            self._tag = torch.compiler.config.cache_key_tag
-            torch.compiler.config.cache_key_tag = f"{self._tag} attnkit {attnkit.__version__}"
-            return True
+            return self.installs == 1
 
     def remove(self) -> bool:
         """Count one install less; True if it was the last."""
         with self._lock:
-            if self.installs == 0:
+            if self._library is None:
                 return False
-            self.installs -= 1
-            if self.installs > 0:
+            if self.installs > 1:
+                self.installs -= 1
                 return False
-            self._library._destroy()
-            self._library = None
-            torch_sdpa.forget_dispatch()
-            torch.compiler.config.cache_key_tag = self._tag
+            self._unregister()
+            self.installs = 0
             return True
+
+    def _register(self) -> None:
+        counts.reset()
+        # torch keeps compiled graphs on disk, too: those of this process must not be found by one without us.
+        self._tag = torch.compiler.config.cache_key_tag
+        self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        try:
+            torch.compiler.config.cache_key_tag = f"{self._tag} attnkit {attnkit.__version__}"
+            for key in ("CPU", "AutogradCPU"):
+                self._library.impl("scaled_dot_product_attention", _override, key)
+            torch_sdpa.forget_dispatch()
+        except BaseException:
+            self._unregister()
+            raise
+
+    def _unregister(self) -> None:
+        torch.compiler.config.cache_key_tag = self._tag
+        self._library._destroy()
+        self._library = None
+        torch_sdpa.forget_dispatch()
 
 
 _registration = _Override()
@@ -134,8 +149,13 @@ def install() -> None:
     `installed_report`. Installs nest: the last `uninstall` removes the override. Compiled graphs are reset, because
     they keep what they captured.
     """
-    if _registration.add():
-        torch.compiler.reset()
+    first = _registration.add()
+    try:
+        if first:
+            torch.compiler.reset()
+    except BaseException:
+        _registration.remove()
+        raise
 
 
 def uninstall() -> None:
@@ -156,6 +176,4 @@ def installed() -> Iterator[None]:
 
 def installed_report() -> InstalledReport:
     """What went where since the first install."""
-    return InstalledReport(
-        _registration.installs > 0, counts.taken, counts.kernel_runs, dict(counts.declined)
-    )
+    return InstalledReport(_registration.active, counts.taken, counts.kernel_runs, dict(counts.declined))

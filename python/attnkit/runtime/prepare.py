@@ -28,7 +28,7 @@ class Prepared:
 
 
 _cache: dict[tuple[str, str, int, int, str, str], Prepared] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal handler, or a finalizer, may come back here
 
 
 def choose(spec: KernelSpec, backend: str = "auto") -> tuple[str, dict[str, tuple[str, ...]]]:
