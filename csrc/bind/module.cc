@@ -183,7 +183,9 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
   need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
   need(q_len <= INT32_MAX && kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
-  need(batch <= 1 << 20 && heads <= 1 << 20, "batch and heads are at most 2^20");
+  const int64_t rows = (q_len - 1) / q_block + 1, columns = (kv_len - 1) / kv_block + 1;
+  need(batch <= 1 << 20 && heads <= 1 << 20 && rows <= (1 << 26) / (int64_t{batch} * heads) && columns <= 1 << 26,
+       "more than 2^26 rows or columns of blocks");
   std::vector<Memory> memory;
   const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples, memory);
   for (const Memory& m : memory) need(check_memory(m) == Fault::none, "a buffer has no memory, or is misaligned");

@@ -197,9 +197,9 @@ def program(rng: Rng) -> str:
     return "accepted"
 
 
-def block_map(rng: Rng) -> str:
+def block_runs(rng: Rng) -> str:
     program, declared = of(rng, PROGRAMS)
-    sizes: list[Any] = [8, 8, 0, 0, 2, 3]
+    sizes: list[Any] = [1, 1, 8, 8, 2, 3]
     for at in rng.choice(6, rng.integers(0, 3), replace=False):
         sizes[at] = integer(rng)
     buffers: Any = [buffer_tuple(rng, *d) for d in declared]
@@ -208,10 +208,13 @@ def block_map(rng: Rng) -> str:
         buffers = of(rng, [None, [], [1], buffers * 2])
     if rng.integers(8) == 0:
         params = of(rng, [None, ["x"], [np.nan], [], [1.0, 2.0]])
-    found = _engine.block_map(program, *sizes, buffers, params)
-    assert found.dtype == np.uint8
-    assert found.max(initial=0) <= 2
-    return "mapped"
+    fault, *_, offsets, runs = _engine.block_runs(program, *sizes, buffers, params)
+    if fault:
+        return "fault"
+    assert offsets.dtype == np.int64
+    assert offsets[-1] == len(runs)
+    assert np.all(runs[:, 0] < runs[:, 1])
+    return "found"
 
 
 def evaluate(rng: Rng) -> str:
@@ -263,7 +266,7 @@ def no_arguments(rng: Rng) -> str:
 
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
-    "attend": attend, "Program": program, "block_map": block_map, "evaluate": evaluate, "set_isa": set_isa,
+    "attend": attend, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
     "set_poison": set_poison, "fma_gflops": fma_gflops, "read_gbytes_per_s": read_gbytes_per_s,
     **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),
 }  # fmt: skip
@@ -289,7 +292,7 @@ def test_wrong_arguments(seed: int, effort: int) -> None:
     tally = isolated.run(__file__, seed=seed, count=count)
     for name in FUZZERS:
         assert tally[f"{name}: TypeError"] > 0, tally
-    for name in ("attend", "Program", "block_map", "evaluate", "set_isa", "fma_gflops"):
+    for name in ("attend", "Program", "block_runs", "evaluate", "set_isa", "fma_gflops"):
         assert tally[f"{name}: ValueError"] > 0, tally
     assert tally["attend: computed"] > count / 20, tally
     assert tally["attend: fault 5"] > 0, tally  # no memory behind it
