@@ -46,12 +46,10 @@ struct Memory {
   uintptr_t data;
   const Ints& size;
   const Ints& stride;  // in elements
-  uintptr_t element;   // bytes
+  int element;         // bytes
 };
 const Ints kNone{0};
 const Memory kAbsent{0, kNone, kNone, 1};  // an optional tensor that is not there
-
-constexpr uintptr_t element_size(DType dtype) { return dtype == DType::i64 ? 8 : dtype == DType::u8 ? 1 : 4; }
 
 // What keeps a tensor from being used, if its sizes and strides are possible at all.
 Fault check_memory(const Memory& m) {
@@ -63,12 +61,12 @@ Fault check_memory(const Memory& m) {
     const bool fits = !__builtin_mul_overflow(m.size[d] - 1, m.stride[d], &reach);
     need(fits && reach <= kFarthest && reach >= -kFarthest, "strides lead out of the address space");
   }
-  return m.data % m.element == 0 ? Fault::none : Fault::misaligned;
+  return m.data % static_cast<uintptr_t>(m.element) == 0 ? Fault::none : Fault::misaligned;
 }
 
 View make_view(uintptr_t data, const Ints& stride) {
   need(stride.size() == 4, "a tensor has four strides");
-  View v{reinterpret_cast<float*>(data), {}};
+  View v{reinterpret_cast<char*>(data), {}};
   std::copy(stride.begin(), stride.end(), v.stride);
   return v;
 }
@@ -81,12 +79,12 @@ std::vector<Buffer> make_buffers(const Program& program, const std::vector<Buffe
   for (size_t i = 0; i < tuples.size(); ++i) {
     const auto& [data, dtype, size, stride] = tuples[i];
     need(size.size() == stride.size() && size.size() <= kMaxArgs, "a buffer has at most five dimensions");
-    need(dtype >= 0 && dtype <= 3, "unknown buffer dtype");
+    need(dtype >= 0 && dtype <= static_cast<int>(DType::f16), "unknown buffer dtype");
     Buffer b{reinterpret_cast<const void*>(data), static_cast<DType>(dtype), static_cast<int32_t>(size.size()), {}, {}};
     std::copy(size.begin(), size.end(), b.size);
     std::copy(stride.begin(), stride.end(), b.stride);
     if (program.buffer_rank[i] != 0xff) {
-      const char held = b.dtype == DType::f32 ? 'f' : b.dtype == DType::u8 ? 'b' : 'i';
+      const char held = b.dtype == DType::u8 ? 'b' : b.dtype == DType::i32 || b.dtype == DType::i64 ? 'i' : 'f';
       need(program.buffer_rank[i] == b.rank && program.buffer_type[i] == held, "a buffer does not match the program");
     }
     memory.push_back({data, size, stride, element_size(b.dtype)});
@@ -115,11 +113,11 @@ std::vector<Sequence> make_sequences(const std::optional<std::vector<SequenceTup
 
 // (fault, what it is about): an instruction, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers.
 // Shapes are [batch, heads, length, head_dim].
-std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints& q_shape, const Ints& q_stride,
-                                uintptr_t k, const Ints& k_shape, const Ints& k_stride, uintptr_t v,
-                                const Ints& v_shape, const Ints& v_stride, uintptr_t o, const Ints& o_stride,
-                                uintptr_t lse, const Ints& lse_stride, float scale, uintptr_t sink,
-                                const std::optional<std::vector<SequenceTuple>>& given_sequences,
+std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, const Ints& q_shape,
+                                const Ints& q_stride, uintptr_t k, const Ints& k_shape, const Ints& k_stride,
+                                uintptr_t v, const Ints& v_shape, const Ints& v_stride, uintptr_t o,
+                                const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale,
+                                uintptr_t sink, const std::optional<std::vector<SequenceTuple>>& given_sequences,
                                 const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
                                 int threads, int tile_q, int tile_kv) try {
   need(q_shape.size() == 4 && k_shape.size() == 4 && v_shape.size() == 4, "q, k and v have four dimensions");
@@ -131,6 +129,9 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
+  need(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16) ||
+           dtype == static_cast<int>(DType::f16),
+       "q, k, v and o are float32, bfloat16 or float16");
   need(lse == 0 || lse_stride.size() == 3, "lse has three strides");
   need(threads > 0, "threads are at least 1");
   need(q_shape[0] <= INT32_MAX && q_shape[1] <= INT32_MAX, "more than 2^31 - 1 batch entries or heads");
@@ -139,15 +140,17 @@ std::pair<int, int> call_attend(const Program& program, uintptr_t q, const Ints&
   p.k = make_view(k, k_stride);
   p.v = make_view(v, v_stride);
   p.o = make_view(o, o_stride);
+  p.dtype = static_cast<DType>(dtype);
   p.lse = reinterpret_cast<float*>(lse);
   if (lse != 0) std::copy(lse_stride.begin(), lse_stride.end(), p.lse_stride);
   const Ints o_shape{q_shape[0], q_shape[1], q_shape[2], v_shape[3]}, lse_shape(o_shape.begin(), o_shape.end() - 1);
   const Ints sink_shape{q_shape[1]}, sink_stride{1};
-  constexpr uintptr_t f32 = element_size(DType::f32);
-  std::vector<Memory> memory{{q, q_shape, q_stride, f32},
-                             {k, k_shape, k_stride, f32},
-                             {v, v_shape, v_stride, f32},
-                             {o, o_shape, o_stride, f32}};
+  constexpr int f32 = element_size(DType::f32);
+  const int element = element_size(p.dtype);
+  std::vector<Memory> memory{{q, q_shape, q_stride, element},
+                             {k, k_shape, k_stride, element},
+                             {v, v_shape, v_stride, element},
+                             {o, o_shape, o_stride, element}};
   memory.push_back(lse != 0 ? Memory{lse, lse_shape, lse_stride, f32} : kAbsent);
   memory.push_back(sink != 0 ? Memory{sink, sink_shape, sink_stride, f32} : kAbsent);
   const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples, memory);

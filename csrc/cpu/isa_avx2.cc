@@ -26,6 +26,7 @@ ATTNKIT_INLINE bool any(vi mask) { return _mm256_testz_si256((__m256i)mask, (__m
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm256_i32gather_ps(base, (__m256i)offset, 4); }
 
 #include "math-inl.h"
+#include "storage-inl.h"
 #include "tile_ops-inl.h"
 #include "products-inl.h"
 #include "kernel-inl.h"

@@ -29,6 +29,7 @@ ATTNKIT_INLINE bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, 
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm512_i32gather_ps((__m512i)offset, base, 4); }
 
 #include "math-inl.h"
+#include "storage-inl.h"
 #include "tile_ops-inl.h"
 #include "products-inl.h"
 #include "kernel-inl.h"

@@ -67,11 +67,9 @@ class Forward {
   }
 
   void keys(int64_t first, int32_t count, bool full) {
-    const float *k = key(p_.k, first), *v = key(p_.v, first);
-    int64_t k_stride = p_.k.stride[2], v_stride = p_.v.stride[2];
-    if (p_.k.stride[3] != 1) k = pack(at_.k, k, k_stride, p_.k.stride[3], count, p_.head_dim, p_.head_dim);
-    if (p_.v.stride[3] != 1 || at_.dv != p_.v_head_dim)
-      v = pack(at_.v, v, v_stride, p_.v.stride[3], count, p_.v_head_dim, at_.dv);
+    int64_t k_stride, v_stride;
+    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
+    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
 
     qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, ws_ + at_.s);
     if (c_.has_score || !full) modify(first, count, full);
@@ -91,9 +89,11 @@ class Forward {
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
       const float norm = dead ? 0 : rescale / sum;
-      const float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
-      float* row = p_.o.data + seq_.batch * p_.o.stride[0] + head * p_.o.stride[1] + token * p_.o.stride[2];
-      for (int32_t d = 0; d < p_.v_head_dim; ++d) row[d * p_.o.stride[3]] = dead ? 0 : o[d] * norm;
+      float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
+      if (dead) clear(at_.o + static_cast<size_t>(m) * static_cast<size_t>(at_.dv), at_.dv);
+      with_elements(p_.dtype, [&](auto* type) {
+        narrow_row(row<decltype(type)>(p_.o, head, token), p_.o.stride[3], o, p_.v_head_dim, norm);
+      });
       if (p_.lse != nullptr) {
         const double lse = static_cast<double>(max) + __builtin_log(static_cast<double>(sum));
         p_.lse[seq_.batch * p_.lse_stride[0] + head * p_.lse_stride[1] + token * p_.lse_stride[2]] =
@@ -107,32 +107,38 @@ class Forward {
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
   int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
 
-  const float* key(const View& view, int64_t n) const {
-    return view.data + seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + n) * view.stride[2];
+  template <class P>  // a pointer to the elements
+  P row(const View& view, int64_t head, int64_t token) const {
+    return reinterpret_cast<P>(view.data) + seq_.batch * view.stride[0] + head * view.stride[1] +
+           token * view.stride[2];
+  }
+
+  // Keys or values as float32, `padded` channels wide: where they lie, if they lie so, else in the workspace.
+  const float* rows(const View& view, int64_t first, int32_t count, int32_t width, int32_t padded, size_t at,
+                    int64_t& stride) {
+    const int64_t token = seq_.kv_start + first;
+    stride = view.stride[2];
+    if (p_.dtype == DType::f32 && view.stride[3] == 1 && width == padded) return row<float*>(view, kv_head_, token);
+    with_elements(p_.dtype, [&](auto* type) {
+      widen_rows(row<decltype(type)>(view, kv_head_, token), stride, view.stride[3], count, width, padded, ws_ + at);
+    });
+    stride = padded;
+    return ws_ + at;
   }
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
   // Q^T, scaled; lanes beyond the last query are zero.
   void pack_queries() {
-    const float* q[kMaxTileQ];
-    for (int32_t m = 0; m < t_.lanes(); ++m)
-      q[m] = p_.q.data + seq_.batch * p_.q.stride[0] + head_of(m) * p_.q.stride[1] + token_of(m) * p_.q.stride[2];
-    for (int32_t d = 0; d < p_.head_dim; ++d) {
-      float* row = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
-      for (int32_t m = 0; m < t_.lanes(); ++m) row[m] = q[m][d * p_.q.stride[3]] * p_.scale;
-      for (int32_t m = t_.lanes(); m < at_.bm; ++m) row[m] = 0;
-    }
-  }
-
-  const float* pack(size_t at, const float* from, int64_t& stride, int64_t channel, int32_t rows, int32_t width,
-                    int32_t padded) {
-    float* to = ws_ + at;
-    for (int32_t r = 0; r < rows; ++r)
-      for (int32_t d = 0; d < padded; ++d)
-        to[static_cast<int64_t>(r) * padded + d] = d < width ? from[r * stride + d * channel] : 0;
-    stride = padded;
-    return to;
+    with_elements(p_.dtype, [&](auto* type) {
+      decltype(type) q[kMaxTileQ];
+      for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+      for (int32_t d = 0; d < p_.head_dim; ++d) {
+        float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
+        for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
+        for (int32_t m = t_.lanes(); m < at_.bm; ++m) qt[m] = 0;
+      }
+    });
   }
 
   // ---- the user's score and mask ----

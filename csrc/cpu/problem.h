@@ -6,7 +6,11 @@
 
 namespace attnkit::cpu {
 
-enum class DType : uint8_t { f32, i32, i64, u8 };  // u8: a bool tensor
+enum class DType : uint8_t { f32, i32, i64, u8, bf16, f16 };  // u8: a bool tensor
+
+constexpr int32_t element_size(DType dtype) {
+  return dtype == DType::i64 ? 8 : dtype == DType::u8 ? 1 : dtype == DType::bf16 || dtype == DType::f16 ? 2 : 4;
+}
 
 struct Buffer {
   const void* data;
@@ -16,10 +20,10 @@ struct Buffer {
   int64_t stride[kMaxArgs];  // in elements
 };
 
-// [batch, head, token, channel] in elements. Packed sequences share batch 0 and differ in their start.
+// [batch, head, token, channel]. Packed sequences share batch 0 and differ in their start.
 struct View {
-  float* data;
-  int64_t stride[4];
+  char* data;
+  int64_t stride[4];  // in elements
 };
 
 struct Sequence {
@@ -29,6 +33,7 @@ struct Sequence {
 
 struct Problem {
   View q, k, v, o;
+  DType dtype;  // of their elements: f32, bf16 or f16; every sum is float32
   float* lse;  // [batch, head, token] by lse_stride, or null
   int64_t lse_stride[3];
   int32_t num_heads, num_kv_heads, head_dim, v_head_dim;

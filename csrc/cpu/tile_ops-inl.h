@@ -123,11 +123,21 @@ ATTNKIT_INLINE vf int_lanes(vf a, vf b, F f) {
 ATTNKIT_INLINE vf max_nan(vf a, vf b) { return (a > b) | (a != a) ? a : b; }
 ATTNKIT_INLINE vf min_nan(vf a, vf b) { return (a < b) | (a != a) ? a : b; }
 
+// An integer element as a lane; float32 is read as integers of the same bits, bytes are bools.
+template <class T>
+ATTNKIT_INLINE int32_t lane_bits(T x) {
+  return sizeof(T) == 1 ? (x != 0 ? ~0 : 0) : static_cast<int32_t>(x);
+}
+ATTNKIT_INLINE int32_t lane_bits(Bf16 x) { return __builtin_bit_cast(int32_t, widen_one(x)); }
+ATTNKIT_INLINE int32_t lane_bits(F16 x) { return __builtin_bit_cast(int32_t, widen_one(x)); }
+
 inline int32_t read_int(const Buffer& buf, int64_t offset) {
   switch (buf.dtype) {
     case DType::i32: return static_cast<const int32_t*>(buf.data)[offset];
     case DType::i64: return static_cast<int32_t>(static_cast<const int64_t*>(buf.data)[offset]);
     case DType::u8: return static_cast<const uint8_t*>(buf.data)[offset] != 0 ? ~0 : 0;
+    case DType::bf16: return lane_bits(static_cast<const Bf16*>(buf.data)[offset]);
+    case DType::f16: return lane_bits(static_cast<const F16*>(buf.data)[offset]);
     case DType::f32: break;
   }
   return __builtin_bit_cast(int32_t, static_cast<const float*>(buf.data)[offset]);
@@ -137,12 +147,6 @@ ATTNKIT_INLINE int32_t int_at(const float* p) {
   int32_t i;
   __builtin_memcpy(&i, p, 4);
   return i;
-}
-
-// An integer element as a lane; floats are read as integers of the same bits, bytes are bools.
-template <class T>
-ATTNKIT_INLINE int32_t lane_bits(T x) {
-  return sizeof(T) == 1 ? (x != 0 ? ~0 : 0) : static_cast<int32_t>(x);
 }
 
 // A tile whose indices each depend on the query or on the key alone, such as bias[h, q_idx, kv_idx]. Query by query, so
@@ -176,6 +180,8 @@ inline void load_buffer(float* dst, Shape s, const Buffer& buf, const Operand* i
       case DType::i32: return load_separable<int32_t>(dst, s, buf, index);
       case DType::i64: return load_separable<int64_t>(dst, s, buf, index);
       case DType::u8: return load_separable<uint8_t>(dst, s, buf, index);
+      case DType::bf16: return load_separable<Bf16>(dst, s, buf, index);
+      case DType::f16: return load_separable<F16>(dst, s, buf, index);
     }
   bool empty = false;
   for (int d = 0; d < buf.rank; ++d) empty |= buf.size[d] == 0;

@@ -6,6 +6,8 @@
 namespace attnkit::cpu {
 namespace {
 
+#include "half-inl.h"
+
 constexpr int64_t kLeaf = 32, kFan = 8;  // elements of a lowest zone, zones of the next one
 constexpr int64_t kScan = 2 * kLeaf;     // so few elements are looked at one by one
 
@@ -16,6 +18,8 @@ decltype(auto) typed(DType dtype, F f) {
     case DType::f32: return f(float{});
     case DType::i32: return f(int32_t{});
     case DType::i64: return f(int64_t{});
+    case DType::bf16: return f(Bf16{});
+    case DType::f16: return f(F16{});
     default: return f(uint8_t{});
   }
 }
@@ -25,6 +29,10 @@ T read(const T& x) {
   if constexpr (sizeof(T) == 1) return x != 0;
   return x;
 }
+float read(Bf16 x) { return widen_one(x); }
+float read(F16 x) { return widen_one(x); }
+template <class T>
+using Read = decltype(read(T{}));
 
 // Where a search for the least (the greatest) element starts. A float's NaN is less or greater than nothing.
 template <class T>
@@ -50,11 +58,12 @@ void strided(int64_t stride, F f) {
 
 template <class T>
 Interval scan(const T* lo, const T* hi, int64_t stride, int64_t count) {
-  T least = kTop<T>, most = kBottom<T>;
+  using V = Read<T>;
+  V least = kTop<V>, most = kBottom<V>;
   bool nan = false;
   strided(stride, [&](auto step) {
     for (int64_t i = 0; i < count; ++i) {
-      const T a = read(lo[i * step]), b = read(hi[i * step]);
+      const V a = read(lo[i * step]), b = read(hi[i * step]);
       nan |= is_nan(a);
       least = a < least ? a : least;
       most = b > most ? b : most;
@@ -176,23 +185,24 @@ struct Zones::Band {
   template <class T>
   void reduce(const Buffer& buf, int line) {
     const int64_t count = extent(box, line);
-    lo.resize(static_cast<size_t>(count) * sizeof(T));
+    using V = Read<T>;
+    lo.resize(static_cast<size_t>(count) * sizeof(V));
     hi.resize(lo.size());
-    T *least = reinterpret_cast<T*>(lo.data()), *most = reinterpret_cast<T*>(hi.data());
-    std::fill_n(least, count, kTop<T>);
-    std::fill_n(most, count, kBottom<T>);
+    V *least = reinterpret_cast<V*>(lo.data()), *most = reinterpret_cast<V*>(hi.data());
+    std::fill_n(least, count, kTop<V>);
+    std::fill_n(most, count, kBottom<V>);
     for_others(buf, box, line, [&](int64_t offset) {
       const T* row = static_cast<const T*>(buf.data) + offset + box.lo[line] * buf.stride[line];
       strided(buf.stride[line], [&](auto step) {
         for (int64_t i = 0; i < count; ++i) {
-          const T x = read(row[i * step]);
+          const V x = read(row[i * step]);
           nan |= is_nan(x);
           least[i] = x < least[i] ? x : least[i];
           most[i] = x > most[i] ? x : most[i];
         }
       });
     });
-    map.emplace(Line{buf.dtype, least, most, 1, count});
+    map.emplace(Line{element_size(buf.dtype) == 2 ? DType::f32 : buf.dtype, least, most, 1, count});
   }
 };
 

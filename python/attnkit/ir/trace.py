@@ -22,8 +22,10 @@ from attnkit.ir.optable import OPS, VARIABLES, DType
 from attnkit.ir.program import ELEMENT, NORMALIZERS, BufferDType
 from attnkit.ir.verify import MAX_RANK
 
-# A captured buffer is anything with a dtype and a shape: a torch tensor, a numpy array.
-_BUFFER_DTYPES: dict[str, BufferDType] = {"float32": "f32", "int32": "i32", "int64": "i64", "bool": "bool"}
+# A captured buffer is anything with a dtype and a shape: a torch tensor, a numpy array. Floats are read as float32.
+_BUFFER_DTYPES: dict[str, BufferDType] = {
+    "float32": "f32", "bfloat16": "f32", "float16": "f32", "int32": "i32", "int64": "i64", "bool": "bool",
+}  # fmt: skip
 
 
 class Param:

@@ -16,7 +16,12 @@ from attnkit.errors import error
 from attnkit.ir.program import Program
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
-_BUFFER_DTYPES = {"f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
+_BUFFER_DTYPES = {
+    "f32": (torch.float32, torch.bfloat16, torch.float16),
+    "i32": (torch.int32,),
+    "i64": (torch.int64,),
+    "bool": (torch.bool,),
+}
 
 
 def check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:
@@ -89,7 +94,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         if t.device != q.device:
             raise error("AK405", where=name, given=str(t.device), allowed=f"the device of q, {q.device}")
     if not q.is_floating_point():
-        raise error("AK404", where="q", given=str(q.dtype), allowed="float32")
+        raise error("AK404", where="q", given=str(q.dtype), allowed="float32, bfloat16 or float16")
     if not q.shape[0] == k.shape[0] == v.shape[0]:
         raise error("AK403", where="q, k, v", given=_shapes(q, k, v), allowed="one batch size")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
@@ -124,7 +129,7 @@ def check_bindings(
     for i, (tensor, declared) in enumerate(zip(buffers, program.buffers, strict=True)):
         where = f"buffer b{i}"
         check_tensor(where, tensor, q.device)
-        if tensor.dtype != _BUFFER_DTYPES[declared.dtype]:
+        if tensor.dtype not in _BUFFER_DTYPES[declared.dtype]:
             raise error("AK404", where=where, given=str(tensor.dtype), allowed=declared.dtype)
         if tensor.dim() != declared.rank:
             raise error("AK403", where=where, given=shape_of(tensor), allowed=f"rank {declared.rank}")
@@ -135,6 +140,8 @@ def check_bindings(
             raise error(
                 "AK403", where="sink", given=shape_of(sink), allowed=f"[{q.shape[1]}], one logit a head"
             )
+        if sink.dtype != torch.float32:
+            raise error("AK404", where="sink", given=str(sink.dtype), allowed="float32")
         if not sink.is_contiguous():
             raise error(
                 "AK403", where="sink", given=f"stride {sink.stride(0)}", allowed="a contiguous tensor"

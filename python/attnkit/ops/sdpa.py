@@ -10,6 +10,7 @@ from torch import Tensor
 from attnkit.errors import error
 from attnkit.ops.check import check_number, check_tensor
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _INDEX = ("b", "h", "q_idx", "kv_idx")
 
@@ -40,7 +41,7 @@ def express(
         return reason
     index: tuple[str, ...] | None = None
     if attn_mask is not None:
-        broadcast = _broadcast(attn_mask, (*query.shape[-4:-1], key.shape[-2]), query.dim())
+        broadcast = _broadcast(attn_mask, (*query.shape[-4:-1], key.shape[-2]), query.dim(), query.dtype)
         if isinstance(broadcast, str):
             return broadcast
         attn_mask, index = broadcast
@@ -65,7 +66,7 @@ def _declined(
         return "dropout"
     if not query.dtype == key.dtype == value.dtype:
         return "mixed dtypes"
-    if query.dtype != torch.float32:
+    if query.dtype not in _DTYPES:
         return f"dtype {query.dtype}"
     if not (query.is_cpu and key.is_cpu and value.is_cpu):
         return f"device {next(t.device.type for t in (query, key, value) if not t.is_cpu)}"
@@ -94,12 +95,14 @@ def _heads_match(heads: int, kv_heads: int, enable_gqa: bool) -> bool:
     return heads == kv_heads or (enable_gqa and heads % kv_heads == 0)
 
 
-def _broadcast(mask: Tensor, full: tuple[int, ...], rank: int) -> tuple[Tensor, tuple[str, ...]] | str:
+def _broadcast(
+    mask: Tensor, full: tuple[int, ...], rank: int, dtype: torch.dtype
+) -> tuple[Tensor, tuple[str, ...]] | str:
     """The mask without leading dimensions of size 1, and how a program indexes it; or why it cannot.
 
     ``full`` are the sizes [B, H, L, S] that it broadcasts to (without B for ``rank`` 3).
     """
-    if mask.dtype not in (torch.bool, torch.float32):
+    if mask.dtype not in (torch.bool, torch.float32, dtype):
         return f"mask of dtype {mask.dtype}"
     if mask.device.type != "cpu":
         return "mask on another device"
@@ -187,8 +190,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`, computed by attnkit or not at all.
 
-    ``query [..., Hq, L, E]``, ``key [..., H, S, E]``, ``value [..., H, S, Ev]`` of 3 to 5 dimensions, float32 on the
-    CPU; ``attn_mask`` broadcasts to ``[..., Hq, L, S]``: bool (True = visible) or float32 (added to the logits).
+    ``query [..., Hq, L, E]``, ``key [..., H, S, E]``, ``value [..., H, S, Ev]`` of 3 to 5 dimensions, float32,
+    bfloat16 or float16 on the CPU; ``attn_mask`` broadcasts to ``[..., Hq, L, S]``: bool (True = visible), float32 or
+    the query's dtype (added to the logits).
     Causal is top-left aligned, as torch's is. A row that sees nothing gives 0.
 
     Raises:
@@ -208,7 +212,7 @@ def scaled_dot_product_attention(
             where="scaled_dot_product_attention",
             what="this form of the call is not taken by attnkit",
             given=form,
-            allowed="float32 CPU tensors of 3 to 5 dimensions, bool or float32 masks, no dropout",
+            allowed="float32, bfloat16 or float16 CPU tensors of 3 to 5 dimensions, no dropout",
             hint="torch.nn.functional.scaled_dot_product_attention computes it; attnkit.install() goes there and counts it",
         )
     return run(form, query)

@@ -54,7 +54,12 @@ def choose(spec: KernelSpec, backend: str = "auto") -> tuple[str, dict[str, tupl
             rejected[name] = (f"{chosen} comes first",)
     if chosen is None:
         given = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in rejected.items())
-        raise error("AK502", where=f"backend {backend!r}", given=given, allowed="float32 tensors on the CPU")
+        raise error(
+            "AK502",
+            where=f"backend {backend!r}",
+            given=given,
+            allowed="float32, bfloat16 or float16 tensors on the CPU",
+        )
     if backend == "auto":
         rejected["reference"] = ("runs only when it is asked for",)
     return chosen, rejected

@@ -15,7 +15,11 @@ from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
 BufferTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, dtype, sizes, strides
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
-_BUFFER_DTYPES = {"torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3}
+# As csrc/cpu/problem.h counts them.
+_DTYPES = {"float32": 0, "bfloat16": 4, "float16": 5}
+_BUFFER_DTYPES = {
+    "torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3, "torch.bfloat16": 4, "torch.float16": 5,
+}  # fmt: skip
 # Status codes of csrc/cpu/problem.h.
 _FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607"}
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
@@ -38,14 +42,14 @@ class CpuBackend:
         return None
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
-        """Float32 tensors on the CPU; heads of 1 to 4096 channels."""
+        """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         reasons = []
         if not (spec.program.is_attention and spec.program.attend.plain):
             reasons.append("the program is more than softmax attention with a score, a mask and a sink")
         if spec.device != "cpu":
             reasons.append(f"tensors are on {spec.device}, not on the CPU")
-        if spec.dtype != "float32":
-            reasons.append(f"dtype is {spec.dtype}, the engine computes float32")
+        if spec.dtype not in _DTYPES:
+            reasons.append(f"dtype is {spec.dtype}, the engine takes {', '.join(_DTYPES)}")
         if not (1 <= spec.head_dim <= 4096 and 1 <= spec.v_head_dim <= 4096):
             reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..4096")
         scale = spec.program.attend.scale
@@ -86,6 +90,7 @@ class CpuKernel:
         self._q_layout: Layout = spec.program.inputs[attend.q]
         self._kv_layout: Layout = spec.program.inputs[attend.k]
         self._attend = engine().attend
+        self._dtype = _DTYPES[spec.dtype]
 
     def __call__(
         self,
@@ -108,7 +113,7 @@ class CpuKernel:
         sink = 0 if self._sink is None else buffers[self._sink].data_ptr()
         try:
             fault, about = self._attend(
-                self.program,
+                self.program, self._dtype,
                 q.data_ptr(), q.shape, q.stride(),
                 k.data_ptr(), k.shape, k.stride(),
                 v.data_ptr(), v.shape, v.stride(),

@@ -1,0 +1,48 @@
+// Elements of q, k, v and o as they lie in memory. Everything is computed on float32: these are the ways there and
+// back.
+
+#include "half-inl.h"
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
+
+ATTNKIT_INLINE vu widen_bits(const void* p) { return __builtin_convertvector(*static_cast<const vh*>(p), vu); }
+
+ATTNKIT_INLINE vf widen(const float* p) { return load(p); }
+ATTNKIT_INLINE vf widen(const Bf16* p) { return as_float(vi(widen_bits(p) << 16)); }
+// The exponent is rebiased by a multiplication, which also makes subnormals normal; infinities and NaN keep theirs.
+ATTNKIT_INLINE vf widen(const F16* p) {
+  const vu h = widen_bits(p), magnitude = (h & 0x7fff) << 13;
+  const vu x = vu(as_int(as_float(vi(magnitude)) * set1(0x1p112f)));
+  const vu special = vu(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return as_float(vi(x | special | ((h & 0x8000) << 16)));
+}
+
+// Calls f with a null pointer of the element type.
+template <class F>
+ATTNKIT_INLINE auto with_elements(DType dtype, F f) {
+  switch (dtype) {
+    case DType::bf16: return f(static_cast<Bf16*>(nullptr));
+    case DType::f16: return f(static_cast<F16*>(nullptr));
+    default: return f(static_cast<float*>(nullptr));
+  }
+}
+
+// Rows of `width` elements as rows of `padded` floats, times `factor`; what is added is zero.
+template <class T>
+void widen_rows(const T* from, int64_t row_stride, int64_t stride, int32_t rows, int32_t width, int32_t padded,
+                float* to) {
+  for (int32_t r = 0; r < rows; ++r, from += row_stride, to += padded) {
+    int32_t d = 0;
+    if (stride == 1)
+      for (; d + kLanes <= width; d += kLanes) store(to + d, widen(from + d));
+    for (; d < width; ++d) to[d] = widen_one(from[d * stride]);
+    for (; d < padded; ++d) to[d] = 0;
+  }
+}
+
+template <class T>
+void narrow_row(T* to, int64_t stride, const float* from, int32_t width, float factor) {
+  if (stride == 1)
+    for (int32_t d = 0; d < width; ++d) narrow_to(to + d, from[d] * factor);
+  else
+    for (int32_t d = 0; d < width; ++d) narrow_to(to + d * stride, from[d] * factor);
+}
