@@ -44,6 +44,7 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) {
 #include "math-inl.h"
 #include "storage-inl.h"
 #include "tile_ops-inl.h"
+#include "tile-inl.h"
 #include "products-inl.h"
 #include "kernel-inl.h"
 #include "probe-inl.h"

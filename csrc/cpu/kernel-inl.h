@@ -4,24 +4,17 @@
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
 // transposed, once per task. (FlashAttention's online softmax: Milakov & Gimelshein 2018, Dao 2022.)
 
-inline int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
-
-// Where things lie in a thread's workspace, in floats; every part starts on a cache line.
+// Where things lie in a thread's workspace.
 struct Layout {
+  Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
-  size_t qt, s, o, guarded, max, sum, alpha, k, v, scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key,
-      bad_strip, total;
+  TileLayout tile;
+  size_t qt, s, o, guarded, max, sum, alpha, k, v;
 
-  Layout(const Call& c, int32_t lanes) {
+  Layout(const Call& c, int32_t lanes)
+      : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
     const Problem& p = *c.problem;
-    bm = round_up(lanes, kLanes);
-    dv = round_up(p.v_head_dim, kLanes);
-    size_t next = 0;
-    const auto take = [&](int64_t rows, int64_t columns) {
-      const size_t at = next;
-      next += (static_cast<size_t>(rows * columns) + 15) / 16 * 16;
-      return at;
-    };
+    const auto take = [&](int64_t rows, int64_t columns) { return places.take(rows, columns); };
     qt = take(p.head_dim, bm);
     s = take(c.tile_kv + kMaxKeyRows, bm);
     o = take(bm, dv);
@@ -31,22 +24,19 @@ struct Layout {
     alpha = take(1, bm);
     k = take(c.tile_kv, p.head_dim);
     v = take(c.tile_kv, dv);
-    scalars = take(c.code.slots[kScalar], 16);
-    per_query = take(c.code.slots[kPerQuery], kMaxTileQ);
-    per_key = take(c.code.slots[kPerKey], kMaxTileKv);
-    strips = take(c.code.slots[kTile], kStrip * bm);
-    bad_scalar = take(1, 16);
-    bad_query = take(1, kMaxTileQ);
-    bad_key = take(1, kMaxTileKv);
-    bad_strip = take(kStrip, bm);
-    total = next;
   }
 };
 
 class Forward {
  public:
   Forward(const Call& c, const Task& t, float* workspace)
-      : c_(c), p_(*c.problem), t_(t), seq_(p_.sequences[t.sequence]), at_(c, t.lanes()), ws_(workspace) {
+      : c_(c),
+        p_(*c.problem),
+        t_(t),
+        seq_(p_.sequences[t.sequence]),
+        at_(c, t.lanes()),
+        ws_(workspace),
+        tile_(c, seq_, at_.tile, workspace, workspace + at_.s) {
     kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
   }
 
@@ -59,11 +49,7 @@ class Forward {
     }
     float* o = ws_ + at_.o;
     for (int64_t i = 0; i < static_cast<int64_t>(at_.bm) * at_.dv; ++i) o[i] = 0;
-    if (!any_keys || (!c_.has_score && !c_.has_mask)) return;
-    clear(at_.bad_scalar, 16);
-    clear(at_.bad_query, kMaxTileQ);
-    run_section(kScalar);
-    run_section(kPerQuery);
+    if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
   }
 
   void keys(int64_t first, int32_t count, bool full) {
@@ -100,7 +86,7 @@ class Forward {
             dead ? -kInfinity : static_cast<float>(lse);
       }
     }
-    return bad_load_;
+    return tile_.bad_load();
   }
 
  private:
@@ -141,121 +127,19 @@ class Forward {
     });
   }
 
-  // ---- the user's score and mask ----
-
-  float* value(const Instruction& in) {
-    switch (in.rank) {
-      case kScalar: return ws_ + at_.scalars + static_cast<size_t>(in.slot) * 16;
-      case kPerQuery: return ws_ + at_.per_query + static_cast<size_t>(in.slot) * kMaxTileQ;
-      case kPerKey: return ws_ + at_.per_key + static_cast<size_t>(in.slot) * kMaxTileKv;
-      default: return ws_ + at_.strips + static_cast<size_t>(in.slot) * static_cast<size_t>(kStrip * at_.bm);
-    }
-  }
-
-  // How a value is read where a result of rank `rank` is computed, from key `strip` of the tile on.
-  Operand operand(int32_t number, Rank rank, int32_t strip) {
-    const Instruction& in = c_.code.code[number];
-    if (in.op == Op::var_s) return {ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm, at_.bm, true};
-    const float* p = value(in);
-    if (in.rank == kTile) return {p, at_.bm, true};
-    if (in.rank == kScalar) return {p, 0, false};
-    if (in.rank == kPerQuery) return {p, 0, true};
-    return rank == kPerKey ? Operand{p, 0, true} : Operand{p + strip, 1, false};
-  }
-
-  void fill(float* dst, int32_t bits) {
-    for (int i = 0; i < 16; ++i) __builtin_memcpy(dst + i, &bits, 4);
-  }
-
-  void execute(int32_t number, Shape shape, int32_t strip) {
-    const Instruction& in = c_.code.code[number];
-    float* dst = in.op == Op::var_s ? nullptr : value(in);
-    Operand a[kMaxArgs];
-    for (int i = 0; i < in.nargs; ++i) a[i] = operand(in.args[i], in.rank, strip);
-    switch (in.op) {
-      case Op::const_f:
-      case Op::const_i: return fill(dst, in.attr);
-      case Op::const_b: return fill(dst, in.attr != 0 ? ~0 : 0);
-      case Op::param: return fill(dst, __builtin_bit_cast(int32_t, p_.params[in.attr]));
-      case Op::var_b: return fill(dst, t_.sequence);
-      case Op::var_q_len: return fill(dst, static_cast<int32_t>(seq_.q_len));
-      case Op::var_kv_len: return fill(dst, static_cast<int32_t>(seq_.kv_len));
-      case Op::var_s: return;
-      // Lanes past the end repeat the last one, so that every lane stays inside what the analysis has proven.
-      case Op::var_h: return fill_lanes(dst, shape.lanes, t_.lanes(), [&](int32_t m) { return head_of(m); });
-      case Op::var_q_idx:
-        return fill_lanes(dst, shape.lanes, t_.lanes(), [&](int32_t m) { return t_.q_first + m % t_.q_count; });
-      case Op::var_kv_idx: return fill_lanes(dst, shape.lanes, tile_count_, [&](int32_t n) { return tile_first_ + n; });
-      case Op::load_f:
-      case Op::load_i:
-      case Op::load_b: {
-        float* bad = nullptr;
-        if (!c_.code.load_in_bounds[number]) {
-          bad_candidate_ = number;
-          const size_t mark[4] = {at_.bad_scalar, at_.bad_query, at_.bad_key, at_.bad_strip};
-          bad = ws_ + mark[in.rank];
-        }
-        return load_buffer(dst, shape, p_.buffers[in.attr], a, bad);
-      }
-      default: return compute(in.op, dst, shape, a);
-    }
-  }
-
-  template <class F>
-  void fill_lanes(float* dst, int32_t lanes, int32_t count, F index) {
-    for (int32_t i = 0; i < lanes; ++i) {
-      const int32_t value = static_cast<int32_t>(index(i < count ? i : count - 1));
-      __builtin_memcpy(dst + i, &value, 4);
-    }
-  }
-
-  void run_section(Rank rank) {
-    Shape shape{1, rank == kScalar ? 16 : rank == kPerQuery ? at_.bm : round_up(tile_count_, kLanes)};
-    for (int32_t i = 0; i < c_.code.order_size[rank]; ++i) execute(c_.code.order[rank][i], shape, 0);
-  }
-
-  void run_strip(int32_t strip, int32_t rows, bool score, bool mask) {
-    for (int32_t i = 0; i < c_.code.order_size[kTile]; ++i) {
-      const int32_t number = c_.code.order[kTile][i];
-      const Instruction& in = c_.code.code[number];
-      if ((score && in.for_score) || (mask && in.for_mask)) execute(number, {rows, at_.bm}, strip);
-    }
-  }
-
   void modify(int64_t first, int32_t count, bool full) {
-    tile_first_ = first;
-    tile_count_ = count;
-    const bool checked = !c_.code.all_loads_in_bounds;
-    if (checked) clear(at_.bad_key, kMaxTileKv);
-    run_section(kPerKey);
+    tile_.keys(first, count);
     static constexpr float minus_infinity = -kInfinity;
     for (int32_t strip = 0; strip < count; strip += kStrip) {
       const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
       float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
-      if (checked) clear(at_.bad_strip, static_cast<int64_t>(kStrip) * at_.bm);
-      run_strip(strip, shape.rows, c_.has_score, !full);
-      if (c_.has_score) map1(s, shape, operand(c_.code.score, kTile, strip), [](vf x) { return x; });
-      if (checked) check_loads(strip, shape.rows, full);
+      tile_.run_strip(strip, shape.rows, c_.has_score, !full);
+      if (c_.has_score) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+      tile_.check_loads(strip, shape.rows, full);
       if (!full)
-        select_rows(s, shape, operand(c_.code.mask, kTile, strip), {s, at_.bm, true}, {&minus_infinity, 0, false});
+        select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
+                    {&minus_infinity, 0, false});
     }
-  }
-
-  // A clamped load matters only where a pair exists.
-  void check_loads(int32_t strip, int32_t rows, bool full) {
-    for (int32_t r = 0; r < rows; ++r)
-      for (int32_t m = 0; m < t_.lanes(); ++m)
-        if ((full || live(strip, r, m)) &&
-            (bits(at_.bad_scalar) | bits(at_.bad_strip + static_cast<size_t>(r * at_.bm + m)) |
-             bits(at_.bad_query + static_cast<size_t>(m)) | bits(at_.bad_key + static_cast<size_t>(strip + r))) != 0)
-          bad_load_ = bad_candidate_;
-  }
-
-  int32_t bits(size_t at) const { return int_at(ws_ + at); }
-
-  bool live(int32_t strip, int32_t r, int32_t m) {
-    const Operand o = operand(c_.code.mask, kTile, strip);
-    return int_at(o.p + static_cast<int64_t>(r) * o.step + (o.vec ? m : 0)) != 0;
   }
 
   // ---- softmax ----
@@ -328,16 +212,15 @@ class Forward {
 
   // The same sums in the same order as pv, but a pair that does not exist is skipped.
   void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count) {
-    tile_first_ = first;
-    tile_count_ = count;
+    tile_.rows_are(first, count);
     float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
     clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
     for (int32_t strip = 0; strip < count; strip += kStrip) {
       const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
-      run_strip(strip, rows, false, true);
+      tile_.run_strip(strip, rows, false, true);
       for (int32_t m = 0; m < t_.lanes(); ++m)
         for (int32_t r = 0; r < rows; ++r) {
-          if (!live(strip, r, m)) continue;
+          if (!tile_.live(strip, r, m)) continue;
           const vf w = set1(ws_[at_.s + static_cast<size_t>((strip + r) * at_.bm + m)]);
           for (int32_t d = 0; d < at_.dv; d += kLanes) {
             float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
@@ -359,9 +242,7 @@ class Forward {
   const Layout at_;
   float* ws_;
   int64_t kv_head_;
-  int64_t tile_first_ = 0;
-  int32_t tile_count_ = 1;
-  int32_t bad_candidate_ = -1, bad_load_ = -1;
+  Tile tile_;
 };
 
 int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* workspace) {
@@ -381,4 +262,4 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
   return forward.finish();
 }
 
-size_t workspace_bytes(const Call& c) { return Layout(c, kMaxTileQ).total * sizeof(float); }
+size_t workspace_bytes(const Call& c) { return Layout(c, kMaxTileQ).places.next * sizeof(float); }

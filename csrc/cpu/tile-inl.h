@@ -1,0 +1,173 @@
+// The user's expressions on one tile of pairs: what `code` says, evaluated in strips of kStrip keys by all queries.
+
+inline int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
+
+// Hands out a thread's workspace, in floats; every part starts on a cache line.
+struct Places {
+  size_t next = 0;
+  size_t take(int64_t rows, int64_t columns) {
+    const size_t at = next;
+    next += (static_cast<size_t>(rows * columns) + 15) / 16 * 16;
+    return at;
+  }
+};
+
+// Where the values of the expressions lie in it.
+struct TileLayout {
+  int32_t bm;  // lanes: the queries of a tile, rounded up to whole vectors
+  size_t scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key, bad_strip;
+
+  TileLayout(const CodeView& code, int32_t lanes, Places& places) : bm(lanes) {
+    scalars = places.take(code.slots[kScalar], 16);
+    per_query = places.take(code.slots[kPerQuery], kMaxTileQ);
+    per_key = places.take(code.slots[kPerKey], kMaxTileKv);
+    strips = places.take(code.slots[kTile], kStrip * bm);
+    bad_scalar = places.take(1, 16);
+    bad_query = places.take(1, kMaxTileQ);
+    bad_key = places.take(1, kMaxTileKv);
+    bad_strip = places.take(kStrip, bm);
+  }
+};
+
+class Tile {
+ public:
+  // `s`: the scaled logits, a row of `at.bm` lanes for each key of the tile.
+  Tile(const Call& c, const Sequence& sequence, const TileLayout& at, float* workspace, float* s)
+      : c_(c), p_(*c.problem), seq_(sequence), at_(at), ws_(workspace), s_(s) {}
+
+  // The lanes of the tiles to come. Not where nothing is visible: then no index of the sequence was proven.
+  void queries(const Task& t) {
+    t_ = &t;
+    clear(at_.bad_scalar, 16);
+    clear(at_.bad_query, kMaxTileQ);
+    run_section(kScalar);
+    run_section(kPerQuery);
+  }
+
+  // Their rows.
+  void keys(int64_t first, int32_t count) {
+    rows_are(first, count);
+    if (checked()) clear(at_.bad_key, kMaxTileKv);
+    run_section(kPerKey);
+  }
+
+  // The same rows as before, whose values by key are there already.
+  void rows_are(int64_t first, int32_t count) {
+    first_ = first;
+    count_ = count;
+  }
+
+  void run_strip(int32_t strip, int32_t rows, bool score, bool mask) {
+    if (checked()) clear(at_.bad_strip, static_cast<int64_t>(kStrip) * at_.bm);
+    for (int32_t i = 0; i < c_.code.order_size[kTile]; ++i) {
+      const int32_t number = c_.code.order[kTile][i];
+      const Instruction& in = c_.code.code[number];
+      if ((score && in.for_score) || (mask && in.for_mask)) execute(number, {rows, at_.bm}, strip);
+    }
+  }
+
+  // How value `number` is read where a result of rank `rank` is computed, from key `strip` of the tile on.
+  Operand operand(int32_t number, Rank rank, int32_t strip) {
+    const Instruction& in = c_.code.code[number];
+    if (in.op == Op::var_s) return {s_ + static_cast<int64_t>(strip) * at_.bm, at_.bm, true};
+    const float* p = value(in);
+    if (in.rank == kTile) return {p, at_.bm, true};
+    if (in.rank == kScalar) return {p, 0, false};
+    if (in.rank == kPerQuery) return {p, 0, true};
+    return rank == kPerKey ? Operand{p, 0, true} : Operand{p + strip, 1, false};
+  }
+
+  bool live(int32_t strip, int32_t r, int32_t m) {
+    const Operand o = operand(c_.code.mask, kTile, strip);
+    return int_at(o.p + static_cast<int64_t>(r) * o.step + (o.vec ? m : 0)) != 0;
+  }
+
+  // A clamped load matters only where a pair exists.
+  void check_loads(int32_t strip, int32_t rows, bool full) {
+    if (!checked()) return;
+    for (int32_t r = 0; r < rows; ++r)
+      for (int32_t m = 0; m < t_->lanes(); ++m)
+        if ((full || live(strip, r, m)) &&
+            (bits(at_.bad_scalar) | bits(at_.bad_strip + static_cast<size_t>(r * at_.bm + m)) |
+             bits(at_.bad_query + static_cast<size_t>(m)) | bits(at_.bad_key + static_cast<size_t>(strip + r))) != 0)
+          bad_load_ = bad_candidate_;
+  }
+
+  int32_t bad_load() const { return bad_load_; }  // the instruction of a load outside its buffer, or -1
+
+ private:
+  bool checked() const { return !c_.code.all_loads_in_bounds; }
+  void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
+  int32_t bits(size_t at) const { return int_at(ws_ + at); }
+  int32_t head_of(int32_t lane) const { return t_->head + lane / t_->q_count; }
+
+  float* value(const Instruction& in) {
+    switch (in.rank) {
+      case kScalar: return ws_ + at_.scalars + static_cast<size_t>(in.slot) * 16;
+      case kPerQuery: return ws_ + at_.per_query + static_cast<size_t>(in.slot) * kMaxTileQ;
+      case kPerKey: return ws_ + at_.per_key + static_cast<size_t>(in.slot) * kMaxTileKv;
+      default: return ws_ + at_.strips + static_cast<size_t>(in.slot) * static_cast<size_t>(kStrip * at_.bm);
+    }
+  }
+
+  void fill(float* dst, int32_t bits) {
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(dst + i, &bits, 4);
+  }
+
+  template <class F>
+  void fill_lanes(float* dst, int32_t lanes, int32_t count, F index) {
+    for (int32_t i = 0; i < lanes; ++i) {
+      const int32_t value = static_cast<int32_t>(index(i < count ? i : count - 1));
+      __builtin_memcpy(dst + i, &value, 4);
+    }
+  }
+
+  void run_section(Rank rank) {
+    Shape shape{1, rank == kScalar ? 16 : rank == kPerQuery ? at_.bm : round_up(count_, kLanes)};
+    for (int32_t i = 0; i < c_.code.order_size[rank]; ++i) execute(c_.code.order[rank][i], shape, 0);
+  }
+
+  void execute(int32_t number, Shape shape, int32_t strip) {
+    const Instruction& in = c_.code.code[number];
+    float* dst = in.op == Op::var_s ? nullptr : value(in);
+    Operand a[kMaxArgs];
+    for (int i = 0; i < in.nargs; ++i) a[i] = operand(in.args[i], in.rank, strip);
+    switch (in.op) {
+      case Op::const_f:
+      case Op::const_i: return fill(dst, in.attr);
+      case Op::const_b: return fill(dst, in.attr != 0 ? ~0 : 0);
+      case Op::param: return fill(dst, __builtin_bit_cast(int32_t, p_.params[in.attr]));
+      case Op::var_b: return fill(dst, t_->sequence);
+      case Op::var_q_len: return fill(dst, static_cast<int32_t>(seq_.q_len));
+      case Op::var_kv_len: return fill(dst, static_cast<int32_t>(seq_.kv_len));
+      case Op::var_s: return;
+      // Lanes past the end repeat the last one, so that every lane stays inside what the analysis has proven.
+      case Op::var_h: return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return head_of(m); });
+      case Op::var_q_idx:
+        return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return t_->q_first + m % t_->q_count; });
+      case Op::var_kv_idx: return fill_lanes(dst, shape.lanes, count_, [&](int32_t n) { return first_ + n; });
+      case Op::load_f:
+      case Op::load_i:
+      case Op::load_b: {
+        float* bad = nullptr;
+        if (!c_.code.load_in_bounds[number]) {
+          bad_candidate_ = number;
+          const size_t mark[4] = {at_.bad_scalar, at_.bad_query, at_.bad_key, at_.bad_strip};
+          bad = ws_ + mark[in.rank];
+        }
+        return load_buffer(dst, shape, p_.buffers[in.attr], a, bad);
+      }
+      default: return compute(in.op, dst, shape, a);
+    }
+  }
+
+  const Call& c_;
+  const Problem& p_;
+  const Sequence& seq_;
+  const TileLayout at_;
+  float *ws_, *s_;
+  const Task* t_ = nullptr;
+  int64_t first_ = 0;
+  int32_t count_ = 1;
+  int32_t bad_candidate_ = -1, bad_load_ = -1;
+};
