@@ -9,7 +9,7 @@ struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
   TileLayout tile;
-  size_t qt, s, o, guarded, max, sum, alpha, k, v;
+  size_t qt, s, o, guarded, max, sum, alpha, largest, k, v;
 
   Layout(const Call& c, int32_t lanes)
       : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
@@ -22,6 +22,7 @@ struct Layout {
     max = take(1, bm);
     sum = take(1, bm);
     alpha = take(1, bm);
+    largest = take(1, bm);
     k = take(c.tile_kv, p.head_dim);
     v = take(c.tile_kv, dv);
   }
@@ -57,8 +58,13 @@ class Forward {
     const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
     const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
 
-    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, ws_ + at_.s);
-    if (c_.has_score || !full) modify(first, count, full);
+    __builtin_memcpy(ws_ + at_.largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
+    const bool plain = !c_.has_score && full;
+    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, ws_ + at_.s, plain ? ws_ + at_.largest : nullptr);
+    if (!plain) {
+      modify(first, count, full);
+      find_largest(count);
+    }
     softmax(count);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && has_nonfinite(v, v_stride, count)) {
@@ -148,16 +154,23 @@ class Forward {
   // start at multiples of kStrip, so the turns do not depend on what was trimmed.
   static constexpr int kSums = 4;
 
+  // The products find the largest scores on their way; not so where expressions change them.
+  void find_largest(int32_t count) {
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
+      vf most = load(ws_ + at_.largest + lane);
+      for (int32_t n = 0; n < count; ++n)
+        most = max_or_second(load(ws_ + at_.s + static_cast<size_t>(lane + n * at_.bm)), most);
+      store(ws_ + at_.largest + lane, most);
+    }
+  }
+
   template <int kVecs>
   void softmax_lanes(int32_t lane, int32_t count) {
     float* s = ws_ + at_.s + lane;
-    vf largest[kVecs], pivot[kVecs], sum[kSums][kVecs] = {};
-    for (int v = 0; v < kVecs; ++v) largest[v] = set1(-kInfinity);
-    for (int32_t n = 0; n < count; ++n)
-      for (int v = 0; v < kVecs; ++v) largest[v] = max_or_second(load(s + n * at_.bm + v * kLanes), largest[v]);
+    vf pivot[kVecs], sum[kSums][kVecs] = {};
     for (int v = 0; v < kVecs; ++v) {
       float* max = ws_ + at_.max + lane + v * kLanes;
-      const vf old_max = load(max), new_max = max_or_second(largest[v], old_max);
+      const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane + v * kLanes);
       // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
       pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
       store(max, new_max);

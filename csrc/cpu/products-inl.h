@@ -8,10 +8,11 @@
 static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kAccumulators / 2 <= kMaxKeyRows);
 static_assert(kMaxTileQ % kLanes == 0 && kMaxTileKv % kLanes == 0);
 
-// Scores of kRows keys, over `depth` channels; added to what `s` holds, or (`first`) put there.
+// Scores of kRows keys, over `depth` channels; added to what `s` holds, or (`first`) put there. `largest`, if not null,
+// is raised to them: one value per query.
 template <int kRows, int kVecs>
 ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t rows, int32_t depth,
-                            bool first, float* s) {
+                            bool first, float* s, float* largest) {
   const float* key[kRows];
   for (int r = 0; r < kRows; ++r) key[r] = k + (r < rows ? r : rows - 1) * k_stride;  // tails repeat the last key
   vf acc[kRows][kVecs];
@@ -35,29 +36,40 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const float* k, int64_t
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       float* x = s + r * bm + v * kLanes;
-      store(x, first ? acc[r][v] : load(x) + acc[r][v]);
+      if (!first) acc[r][v] += load(x);
+      store(x, acc[r][v]);
     }
+  if (largest == nullptr) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    vf most = load(largest + v * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) most = max_or_second(acc[r][v], most);
+    store(largest + v * kLanes, most);
+  }
 }
 
 // Not inlined: inside `run` the compiler would keep the keys' addresses in memory.
 template <int kRows, int kVecs>
 __attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count,
-                                          int32_t depth, bool first, float* s) {
+                                          int32_t depth, bool first, float* s, float* largest) {
   for (int32_t n = 0; n < count; n += kRows)
-    qk_tile<kRows, kVecs>(qt, bm, k + n * k_stride, k_stride, count - n, depth, first,
-                          s + static_cast<int64_t>(n) * bm);
+    qk_tile<kRows, kVecs>(qt, bm, k + n * k_stride, k_stride, count - n, depth, first, s + static_cast<int64_t>(n) * bm,
+                          largest);
 }
 
 // Channels are summed in stretches of so many: several short sums lose fewer bits than one long one.
 inline constexpr int32_t kChannels = 128;
 
 // S = K Q^T for `count` keys. Rows up to the next multiple of the micro-tile are written with copies of the last key.
-inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t head_dim,
-               float* s) {
+// `largest`, if not null, is raised to the largest score of each query.
+inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t head_dim, float* s,
+               float* largest) {
   for (int32_t d = 0; d < head_dim; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k += kChannels) {
     const int32_t depth = head_dim - d < kChannels ? head_dim - d : kChannels;
     const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
-      qk_columns<kRows, kVecs>(qt + lane, bm, k, k_stride, count, depth, d == 0, s + lane);
+      qk_columns<kRows, kVecs>(qt + lane, bm, k, k_stride, count, depth, d == 0, s + lane,
+                               largest != nullptr && d + depth == head_dim ? largest + lane : nullptr);
     };
     int32_t lane = 0;
     for (; lane + kQueryVecs * kLanes <= bm; lane += kQueryVecs * kLanes)
