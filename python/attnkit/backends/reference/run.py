@@ -91,7 +91,7 @@ class _Run:
         self.program, self.seed = program, seed
         self.types = infer(program)
         self.scope = Scope(buffers, params)
-        self.batch: Batch = split(program, inputs, self.scope.arrays)
+        self.batch: Batch = split(program, self.types, inputs, self.scope.arrays)
         self.values = [_Value(parts, t) for parts, t in zip(self.batch.values, self.types, strict=False)]
         self.names = [""] * len(self.values)
         with np.errstate(all="ignore"):
@@ -272,7 +272,8 @@ def _initial(run: _Run, op: Attend, b: int) -> Any:
     keys = [run.values[i] for i in op.operands[1::2]]
     lengths = [sum(segment.parts[n].shape[1] for segment in keys) for n in range(run.batch.size)]
     kinds = {segment.type.axis.layout.kind for segment in keys if segment.type.axis is not None}
-    return of_keys(run.part(op.initial, b), lengths, b, "packed" in kinds, bool(kinds & {"padded", "paged"}))
+    packed = "packed" in kinds and op.initial < len(run.program.inputs)  # results are sequences already
+    return of_keys(run.part(op.initial, b), lengths, b, packed, bool(kinds & {"padded", "paged"}))
 
 
 def _check_relations(
