@@ -38,8 +38,8 @@ def cuts(program: Program, types: Sequence[Type]) -> list[int | None]:
     together, result = list[list[int]](), len(program.inputs)
     for op in program.ops[:-1]:
         if isinstance(op, Map | Recur | Merge):
-            values = (*op.uses(), result)
-            together.append([i for i in values if types[i].kind in ("tokens", "bhs")])
+            used = (*op.uses(), result)
+            together.append([i for i in used if types[i].kind in ("tokens", "bhs")])
         elif isinstance(op, Attend) and op.initial is not None:
             together.append([*op.operands[1::2], op.initial])
         result += len(op.results)
