@@ -126,6 +126,8 @@ QKV = "q: bhsd, k: bhsd, v: bhsd"
         ("x: bhsd, y: bhsd", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 2, 4, 2)]),
         ("x: bhsd, y: bhs", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 2, 1)]),
         ("x: bhsd, y: hd", "r = map(x, y) { value = x * y }", [(1, 2, 4, 3), (1, 3)]),
+        (QKV + ", k1: bhsd, v1: bhsd", "r, lse = attend(q, k, v, k1, v1)", [*[(1, 2, 4, 3)] * 3, *[(1, 1, 4, 3)] * 2]),
+        (QKV + ", k1: bhsd, v1: bhsd", "r, lse = attend(q, k, v, k1, v1)", [*[(1, 2, 4, 3)] * 4, (1, 2, 4, 2)]),
         ("a: bhsd, x: bhs, b: bhsd, y: bhs", "r, lse = merge(a, x, b, y)",
          [(1, 2, 4, 3), (1, 2, 4), (1, 2, 5, 3), (1, 2, 5)]),
         (QKV, "r, s, n = recur(q, k, v, scale = default)", [(1, 2, 4, 3), (1, 2, 4, 3), (1, 3, 4, 2)]),

@@ -253,6 +253,14 @@ def _attend(run: _Run, op: Attend, b: int) -> list[Any]:
             raise error(
                 "AK403", where="q, k, v", given=given, allowed="q [.., n, D], k [.., m, D], v [.., m, Dv]"
             )
+        if (k.shape[0], v.shape[2]) != (rest[0].shape[0], rest[1].shape[2]):
+            given = " ".join(str(x.shape) for x in rest)
+            raise error(
+                "AK403",
+                where="segments of attend",
+                given=given,
+                allowed="equal heads; values of equal widths",
+            )
         if (q.shape[0] and not k.shape[0]) or q.shape[0] % max(k.shape[0], 1):
             raise error("AK407", where="q, k", given=f"{q.shape[0]} and {k.shape[0]} heads")
     if op.normalizer.sink is not None and run.scope.arrays[op.normalizer.sink].shape != (q.shape[0],):
