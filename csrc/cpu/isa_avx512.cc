@@ -36,10 +36,11 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"
+#include "fold-inl.h"
 #include "kernel-inl.h"
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kAvx512Kernel{"avx512", workspace_bytes, run, evaluate, fma_burst, read_burst};
+const Kernel kAvx512Kernel{"avx512", workspace_bytes, run, merge_parts, evaluate, fma_burst, read_burst};
 
 }  // namespace attnkit::cpu

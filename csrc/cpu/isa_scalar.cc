@@ -49,10 +49,11 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"
+#include "fold-inl.h"
 #include "kernel-inl.h"
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kScalarKernel{"scalar", workspace_bytes, run, evaluate, fma_burst, read_burst};
+const Kernel kScalarKernel{"scalar", workspace_bytes, run, merge_parts, evaluate, fma_burst, read_burst};
 
 }  // namespace attnkit::cpu

@@ -10,6 +10,7 @@ struct Layout {
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
   TileLayout tile;
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v;
+  size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
 
   Layout(const Call& c, int32_t lanes)
       : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
@@ -25,6 +26,9 @@ struct Layout {
     largest = take(1, bm);
     k = take(c.tile_kv, p.head_dim);
     v = take(c.tile_kv, dv);
+    before_o = take(bm, dv);
+    before_max = take(1, bm);
+    before_sum = take(1, bm);
   }
 };
 
@@ -37,21 +41,39 @@ class Forward {
         seq_(p_.sequences[t.sequence]),
         at_(c, t.lanes()),
         ws_(workspace),
-        tile_(c, seq_, at_.tile, workspace, workspace + at_.s) {
+        tile_(c, seq_, at_.tile, workspace, workspace + at_.s),
+        now_{ws_ + at_.o, ws_ + at_.max, ws_ + at_.sum, at_.dv},
+        before_{ws_ + at_.before_o, ws_ + at_.before_max, ws_ + at_.before_sum, at_.dv} {
     kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
   }
 
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
     pack_queries();
+    start();
+    if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
+  }
+
+  // A stretch of keys of which nothing has been seen.
+  void start() {
     for (int32_t m = 0; m < at_.bm; ++m) {
       ws_[at_.max + m] = -kInfinity;
       ws_[at_.sum + m] = 0;
     }
-    float* o = ws_ + at_.o;
-    for (int64_t i = 0; i < static_cast<int64_t>(at_.bm) * at_.dv; ++i) o[i] = 0;
-    if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
+    clear(at_.o, static_cast<int64_t>(at_.bm) * at_.dv);
   }
+
+  // What the stretch has given joins those before it; or it is kept for, or taken from, another task.
+  void end_stretch() {
+    if (any_before_) {
+      merge(before_, before_, now_, t_.lanes(), at_.dv);
+    } else {
+      copy(before_, now_, t_.lanes(), at_.dv);
+    }
+    any_before_ = true;
+  }
+  void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
+  void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
   void keys(int64_t first, int32_t count, bool full) {
     int64_t k_stride, v_stride;
@@ -75,6 +97,7 @@ class Forward {
   }
 
   int32_t finish() {
+    if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int64_t head = head_of(m), token = token_of(m);
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
@@ -92,8 +115,10 @@ class Forward {
             dead ? -kInfinity : static_cast<float>(lse);
       }
     }
-    return tile_.bad_load();
+    return bad_load();
   }
+
+  int32_t bad_load() const { return tile_.bad_load(); }
 
  private:
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
@@ -256,11 +281,20 @@ class Forward {
   float* ws_;
   int64_t kv_head_;
   Tile tile_;
+  const Fold now_, before_;
+  bool any_before_ = false;
 };
 
-int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* workspace) {
+int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
+            float* workspace) {
   Forward forward(c, t, workspace);
   forward.begin(num_ranges > 0);
+  int64_t stretch = num_ranges > 0 ? ranges[0].first / c.split_kv : -1;
+  const auto save = [&] {
+    if (stretch < 0) return;
+    forward.save(fold_of(*parts, stretch, *c.problem, t.lanes()));
+    parts->there[stretch] = 1;
+  };
   for (size_t i = 0; i < num_ranges; ++i) {
     // Tiles start at multiples of tile_kv whatever the ranges are, so that the order of sums depends on nothing else.
     int64_t first = ranges[i].first;
@@ -268,11 +302,35 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
     while (first < end) {
       const int64_t tile_end = (first / c.tile_kv + 1) * c.tile_kv;
       const int64_t stop = tile_end < end ? tile_end : end;
+      if (first / c.split_kv != stretch) {
+        if (parts != nullptr) {
+          save();
+        } else {
+          forward.end_stretch();
+        }
+        forward.start();
+        stretch = first / c.split_kv;
+      }
       forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full);
       first = stop;
     }
   }
-  return forward.finish();
+  if (parts == nullptr) return forward.finish();
+  save();
+  return forward.bad_load();
+}
+
+void merge_parts(const Call& c, const Task& t, const Parts& parts, float* workspace) {
+  Forward forward(c, t, workspace);
+  forward.start();
+  bool any = false;
+  for (int64_t i = 0; i < parts.count; ++i) {
+    if (parts.there[i] == 0) continue;
+    if (any) forward.end_stretch();
+    forward.take(fold_of(parts, i, *c.problem, t.lanes()));
+    any = true;
+  }
+  forward.finish();
 }
 
 size_t workspace_bytes(const Call& c) { return Layout(c, kMaxTileQ).places.next * sizeof(float); }
