@@ -40,6 +40,6 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kAvx2Kernel{"avx2", workspace_bytes, run, merge_parts, evaluate, fma_burst, read_burst};
+const Kernel kAvx2Kernel{"avx2", workspace_bytes, run<FloatForward>, merge_parts, evaluate, fma_burst, read_burst};
 
 }  // namespace attnkit::cpu

@@ -10,6 +10,7 @@ struct Layout {
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
   TileLayout tile;
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v;
+  size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
 
   Layout(const Call& c, int32_t lanes)
@@ -26,12 +27,15 @@ struct Layout {
     largest = take(1, bm);
     k = take(c.tile_kv, p.head_dim);
     v = take(c.tile_kv, dv);
+    weights = take((c.tile_kv + 1) / 2, bm);
+    values = take((c.tile_kv + 1) / 2, dv);
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
   }
 };
 
+// All but the products.
 class Forward {
  public:
   Forward(const Call& c, const Task& t, float* workspace)
@@ -49,7 +53,6 @@ class Forward {
 
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
-    pack_queries();
     start();
     if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
   }
@@ -75,27 +78,6 @@ class Forward {
   void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
   void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
-  void keys(int64_t first, int32_t count, bool full) {
-    int64_t k_stride, v_stride;
-    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
-    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
-
-    __builtin_memcpy(ws_ + at_.largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
-    const bool plain = !c_.has_score && full;
-    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, ws_ + at_.s, plain ? ws_ + at_.largest : nullptr);
-    if (!plain) {
-      modify(first, count, full);
-      find_largest(count);
-    }
-    softmax(count);
-    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (!full && has_nonfinite(v, v_stride, count)) {
-      pv_guarded(v, v_stride, first, count);
-    } else {
-      pv(ws_ + at_.s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
-    }
-  }
-
   int32_t finish() {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
@@ -120,7 +102,16 @@ class Forward {
 
   int32_t bad_load() const { return tile_.bad_load(); }
 
- private:
+ protected:
+  // The products find the largest scores on their way; not so where expressions change them.
+  bool plain(bool full) const { return full && !c_.has_score; }
+
+  // Where products that find them leave the largest scores.
+  float* start_largest(bool full) {
+    __builtin_memcpy(ws_ + at_.largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
+    return plain(full) ? ws_ + at_.largest : nullptr;
+  }
+
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
   int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
 
@@ -145,20 +136,9 @@ class Forward {
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-  // Q^T, scaled; lanes beyond the last query are zero.
-  void pack_queries() {
-    with_elements(p_.dtype, [&](auto* type) {
-      decltype(type) q[kMaxTileQ];
-      for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
-      for (int32_t d = 0; d < p_.head_dim; ++d) {
-        float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
-        for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
-        for (int32_t m = t_.lanes(); m < at_.bm; ++m) qt[m] = 0;
-      }
-    });
-  }
-
+  // The user's expressions.
   void modify(int64_t first, int32_t count, bool full) {
+    if (plain(full)) return;
     tile_.keys(first, count);
     static constexpr float minus_infinity = -kInfinity;
     for (int32_t strip = 0; strip < count; strip += kStrip) {
@@ -171,6 +151,7 @@ class Forward {
         select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
                     {&minus_infinity, 0, false});
     }
+    find_largest(count);
   }
 
   // ---- softmax ----
@@ -179,7 +160,6 @@ class Forward {
   // start at multiples of kStrip, so the turns do not depend on what was trimmed.
   static constexpr int kSums = 4;
 
-  // The products find the largest scores on their way; not so where expressions change them.
   void find_largest(int32_t count) {
     for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
       vf most = load(ws_ + at_.largest + lane);
@@ -189,8 +169,8 @@ class Forward {
     }
   }
 
-  template <int kVecs>
-  void softmax_lanes(int32_t lane, int32_t count) {
+  template <class Weights, int kVecs>
+  void softmax_lanes(int32_t lane, int32_t count, const Weights& weights) {
     float* s = ws_ + at_.s + lane;
     vf pivot[kVecs], sum[kSums][kVecs] = {};
     for (int v = 0; v < kVecs; ++v) {
@@ -201,21 +181,23 @@ class Forward {
       store(max, new_max);
       store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
     }
-    const auto weigh = [&](int32_t n, int u) {
+    const auto weigh = [&](int32_t n, int u, bool second) {  // two keys, or the last one
       for (int v = 0; v < kVecs; ++v) {
-        float* x = s + n * at_.bm + v * kLanes;
-        const vf w = exp_weight(load(x) - pivot[v]);
+        const float* x = s + n * at_.bm + v * kLanes;
+        const vf w = Weights::exp(load(x) - pivot[v]),
+                 after = second ? Weights::exp(load(x + at_.bm) - pivot[v]) : vf{};
         sum[u][v] += w;
-        store(x, w);
+        sum[u + 1][v] += after;
+        weights.put(n, lane + v * kLanes, w, after);
       }
     };
     int32_t n = 0;
     for (; n + kSums <= count; n += kSums)
-#pragma GCC unroll 4
-      for (int u = 0; u < kSums; ++u) weigh(n + u, u);
-#pragma GCC unroll 4
-    for (int u = 0; u < kSums; ++u)
-      if (n + u < count) weigh(n + u, u);
+#pragma GCC unroll 2
+      for (int u = 0; u < kSums; u += 2) weigh(n + u, u, true);
+#pragma GCC unroll 2
+    for (int u = 0; u < kSums; u += 2)
+      if (n + u < count) weigh(n + u, u, n + u + 1 < count);
     for (int v = 0; v < kVecs; ++v) {
       float* total = ws_ + at_.sum + lane + v * kLanes;
       store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
@@ -223,11 +205,13 @@ class Forward {
     }
   }
 
-  void softmax(int32_t count) {
+  // Scores become weights, which `weights` computes (exp) and puts two keys at a time; the row after the last is zero.
+  template <class Weights>
+  void softmax(int32_t count, const Weights& weights) {
     int32_t lane = 0;
     for (; lane + kSoftmaxVecs * kLanes <= at_.bm; lane += kSoftmaxVecs * kLanes)
-      softmax_lanes<kSoftmaxVecs>(lane, count);
-    for (; lane < at_.bm; lane += kLanes) softmax_lanes<1>(lane, count);
+      softmax_lanes<Weights, kSoftmaxVecs>(lane, count, weights);
+    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, count, weights);
   }
 
   // The sink is one more logit in the denominator, without a value.
@@ -248,8 +232,9 @@ class Forward {
     return any(zero != vf{});
   }
 
-  // The same sums in the same order as pv, but a pair that does not exist is skipped.
-  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count) {
+  // The same sums in the same order as pv, but a pair that does not exist is skipped. weight(n, m): of a pair.
+  template <class F>
+  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count, F weight) {
     tile_.rows_are(first, count);
     float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
     clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
@@ -259,7 +244,7 @@ class Forward {
       for (int32_t m = 0; m < t_.lanes(); ++m)
         for (int32_t r = 0; r < rows; ++r) {
           if (!tile_.live(strip, r, m)) continue;
-          const vf w = set1(ws_[at_.s + static_cast<size_t>((strip + r) * at_.bm + m)]);
+          const vf w = set1(weight(strip + r, m));
           for (int32_t d = 0; d < at_.dv; d += kLanes) {
             float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
             store(x, fma(w, load(v + (strip + r) * stride + d), load(x)));
@@ -285,9 +270,55 @@ class Forward {
   bool any_before_ = false;
 };
 
+// Products of float32, whatever the tensors hold.
+class FloatForward : public Forward {
+ public:
+  using Forward::Forward;
+
+  // Q^T, scaled; lanes beyond the last query are zero.
+  void pack_queries() {
+    with_elements(p_.dtype, [&](auto* type) {
+      decltype(type) q[kMaxTileQ];
+      for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+      for (int32_t d = 0; d < p_.head_dim; ++d) {
+        float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
+        for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
+        for (int32_t m = t_.lanes(); m < at_.bm; ++m) qt[m] = 0;
+      }
+    });
+  }
+
+  void keys(int64_t first, int32_t count, bool full) {
+    int64_t k_stride, v_stride;
+    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
+    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
+    float* s = ws_ + at_.s;
+    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, s, start_largest(full));
+    modify(first, count, full);
+    softmax(count, Weights{s, at_.bm});
+    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
+    if (!full && has_nonfinite(v, v_stride, count))
+      return pv_guarded(v, v_stride, first, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
+    pv(s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+  }
+
+ private:
+  struct Weights {
+    float* at;
+    int32_t bm;
+    static ATTNKIT_INLINE vf exp(vf x) { return exp_weight(x); }
+    ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
+      store(at + n * bm + lane, w);
+      store(at + (n + 1) * bm + lane, after);
+    }
+  };
+};
+
+template <class Products>
 int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
             float* workspace) {
-  Forward forward(c, t, workspace);
+  Products forward(c, t, workspace);
+  forward.pack_queries();
   forward.begin(num_ranges > 0);
   int64_t stretch = num_ranges > 0 ? ranges[0].first / c.split_kv : -1;
   const auto save = [&] {

@@ -25,6 +25,13 @@ ATTNKIT_INLINE vi load_int(const float* p) { return *reinterpret_cast<const vi_u
 ATTNKIT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
 ATTNKIT_INLINE void store_int(float* p, vi x) { *reinterpret_cast<vi_u*>(p) = x; }
 ATTNKIT_INLINE vf set1(float x) { return x - vf{}; }
+// Four bytes of any kind at any address, in every lane. As an integer: a float copy would quiet a signalling NaN
+// pattern.
+ATTNKIT_INLINE vf set1_bits(const void* p) {
+  int32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return reinterpret_cast<vf>(bits - vi{});
+}
 ATTNKIT_INLINE vi set1_int(int32_t x) { return x - vi{}; }
 ATTNKIT_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 ATTNKIT_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
