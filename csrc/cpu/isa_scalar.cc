@@ -46,6 +46,7 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) {
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"
+#include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
 #include "probe-inl.h"

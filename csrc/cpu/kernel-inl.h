@@ -11,6 +11,8 @@ struct Layout {
   TileLayout tile;
   size_t qt, s, o, guarded, max, sum, alpha, k, v;
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
+  size_t q, kt, st;  // of few queries: rows of them, of K^T and of S^T
+  int32_t ld;  // keys in a row of those
 
   Layout(const Call& c, int32_t lanes)
       : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
@@ -23,11 +25,15 @@ struct Layout {
     max = take(1, bm);
     sum = take(1, bm);
     alpha = take(1, bm);
-    k = take(c.tile_kv, p.head_dim);
+    k = take(c.tile_kv, round_up(p.head_dim, kLanes));
     v = take(c.tile_kv, dv);
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
+    q = take(kFewLanes, p.head_dim);
+    ld = round_up(c.tile_kv, kLanes);
+    kt = take(round_up(p.head_dim, kLanes), ld);
+    st = take(kFewLanes, ld);
   }
 };
 
@@ -74,14 +80,14 @@ class Forward {
   void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
   void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
-  void keys(int64_t first, int32_t count, bool full) {
-    int64_t k_stride, v_stride;
-    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
-    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
-
-    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, ws_ + at_.s);
+  // `next`: where the keys after these begin, or -1.
+  void keys(int64_t first, int32_t count, bool full, int64_t next) {
+    few() ? few_scores_of(first, count) : scores_of(first, count);
     if (c_.has_score || !full) modify(first, count, full);
     softmax(count);
+    if (few() && full) return few_values_of(first, count, next);
+    int64_t v_stride;
+    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && has_nonfinite(v, v_stride, count)) {
       pv_guarded(v, v_stride, first, count);
@@ -139,8 +145,69 @@ class Forward {
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-  // Q^T, scaled; lanes beyond the last query are zero.
+  // ---- products: see products-inl.h and decode-inl.h ----
+
+  bool few() const { return t_.lanes() <= kFewLanes; }
+
+  void scores_of(int64_t first, int32_t count) {
+    int64_t stride;
+    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
+    qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, ws_ + at_.s);
+  }
+
+  void few_scores_of(int64_t first, int32_t count) {
+    const Ahead values = ahead(p_.v, p_.v_head_dim, first);
+    const int32_t ld = round_up(count, kLanes);
+    const auto from = [&](auto* k, int64_t stride, int32_t width) {
+      transpose_keys(k, stride, count, width, ws_ + at_.kt, ld, values);
+    };
+    with_elements(p_.dtype, [&](auto* type) {
+      using Element = std::remove_pointer_t<decltype(type)>;
+      if (p_.k.stride[3] == 1 && p_.head_dim % (kLanes * kPerUnit<Element>) == 0)
+        return from(row<Element*>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], p_.head_dim);
+      const int32_t width = round_up(p_.head_dim, kLanes);
+      int64_t stride;
+      const float* k = rows(p_.k, first, count, p_.head_dim, width, at_.k, stride);
+      from(k, stride, width);
+    });
+    few_scores(ws_ + at_.q, t_.lanes(), p_.head_dim, ws_ + at_.kt, ld, ws_ + at_.st, ws_ + at_.s);
+  }
+
+  void few_values_of(int64_t first, int32_t count, int64_t next) {
+    const Ahead keys = next < 0 ? Ahead{} : ahead(p_.k, p_.head_dim, next);
+    const auto from = [&](auto* v, int64_t stride) {
+      few_values(ws_ + at_.s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes(), keys);
+    };
+    with_elements(p_.dtype, [&](auto* type) {
+      if (p_.v.stride[3] == 1 && p_.v_head_dim == at_.dv)
+        return from(row<decltype(type)>(p_.v, kv_head_, seq_.kv_start + first), p_.v.stride[2]);
+      int64_t stride;
+      const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
+      from(v, stride);
+    });
+  }
+
+  // A tile of rows to come.
+  Ahead ahead(const View& view, int32_t channels, int64_t first) const {
+    if (view.stride[3] != 1) return {};
+    const int32_t size = element_size(p_.dtype);
+    const int64_t offset =
+        seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + first) * view.stride[2];
+    const int64_t left = seq_.kv_len - first;
+    return {view.data + offset * size, view.stride[2] * size, int64_t{channels} * size,
+            static_cast<int32_t>(left < c_.tile_kv ? left : c_.tile_kv)};
+  }
+
+  // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {
+    if (few())
+      return with_elements(p_.dtype, [&](auto* type) {
+        for (int32_t m = 0; m < t_.lanes(); ++m) {
+          const auto* q = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+          float* to = ws_ + at_.q + static_cast<int64_t>(m) * p_.head_dim;
+          for (int32_t d = 0; d < p_.head_dim; ++d) to[d] = widen_one(q[d * p_.q.stride[3]]) * p_.scale;
+        }
+      });
     with_elements(p_.dtype, [&](auto* type) {
       decltype(type) q[kMaxTileQ];
       for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
@@ -298,7 +365,8 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
         forward.start();
         stretch = first / c.split_kv;
       }
-      forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full);
+      const int64_t next = stop < end ? stop : i + 1 < num_ranges ? ranges[i + 1].first : -1;
+      forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full, next);
       first = stop;
     }
   }
