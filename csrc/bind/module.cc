@@ -119,7 +119,7 @@ std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, 
                                 const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale,
                                 uintptr_t sink, const std::optional<std::vector<SequenceTuple>>& given_sequences,
                                 const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
-                                int threads, int tile_q, int tile_kv) try {
+                                int threads, int tile_q, int tile_kv, int split_kv) try {
   need(q_shape.size() == 4 && k_shape.size() == 4 && v_shape.size() == 4, "q, k and v have four dimensions");
   need(q_shape[0] == k_shape[0] && q_shape[0] == v_shape[0], "q, k and v differ in batch");
   need(k_shape[1] == v_shape[1] && k_shape[2] == v_shape[2], "k and v differ in heads or length");
@@ -129,6 +129,7 @@ std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, 
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
+  need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   need(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16) ||
            dtype == static_cast<int>(DType::f16),
        "q, k, v and o are float32, bfloat16 or float16");
@@ -172,7 +173,7 @@ std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, 
   p.params = params.data();
   p.num_params = static_cast<int32_t>(params.size());
   py::gil_scoped_release release;
-  const Status status = attend(program, p, {tile_q, tile_kv, std::min(threads, kMaxThreads)});
+  const Status status = attend(program, p, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
   return {static_cast<int>(status.fault), status.value};
 } catch (const std::bad_alloc&) {
   return {static_cast<int>(Fault::no_memory), -1};

@@ -11,6 +11,7 @@
 #include <new>
 
 #include "blocks.h"
+#include "schedule.h"
 
 namespace attnkit::cpu {
 namespace {
@@ -27,18 +28,24 @@ struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 
-// One workspace per thread, kept between calls, grown and never shrunk.
-float* workspace(size_t bytes) {
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local size_t size = 0;
-  bytes = (bytes + 4095) / 4096 * 4096;
-  if (bytes > size) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
-    size = memory ? bytes : 0;
+// Memory of a thread, kept between calls, grown and never shrunk.
+class Scratch {
+ public:
+  float* get(size_t bytes) {
+    bytes = (bytes + 4095) / 4096 * 4096;
+    if (bytes > size_) {
+      memory_.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+      size_ = memory_ ? bytes : 0;
+    }
+    if (memory_ && g_poison) std::memset(memory_.get(), 0xff, size_);
+    return memory_.get();
   }
-  if (memory && g_poison) std::memset(memory.get(), 0xff, size);
-  return memory.get();
-}
+
+ private:
+  std::unique_ptr<float, Free> memory_;
+  size_t size_ = 0;
+};
+thread_local Scratch t_workspace, t_parts;
 
 CodeView view(const Program& program, const Facts& facts) {
   CodeView v{};
@@ -66,56 +73,48 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
 
-  int64_t longest = 1;
   double flops = 0;
-  for (int32_t i = 0; i < p.num_sequences; ++i) {
-    longest = std::max(longest, p.sequences[i].q_len);
+  for (int32_t i = 0; i < p.num_sequences; ++i)
     flops += 2.0 * static_cast<double>(p.sequences[i].q_len) * static_cast<double>(p.sequences[i].kv_len) *
              (p.head_dim + p.v_head_dim) * p.num_heads;
-  }
   const Kernel& kernel = current_isa();
-  int threads = static_cast<int>(std::min<double>(config.threads, flops / kMinFlopsPerThread));
+  int threads = static_cast<int>(std::clamp(flops / kMinFlopsPerThread, 1.0, static_cast<double>(config.threads)));
   if (g_forked) threads = 1;
 
-  // Few queries: the heads of a group share the lanes of a task, and their keys and values are read once. Not so far
-  // that a thread would have nothing to do.
-  const int32_t group = p.num_heads / p.num_kv_heads;
-  Call call{view(program, facts), &p, 0, config.tile_kv, group + 1, program.score >= 0, program.mask >= 0};
-  std::vector<int64_t> first_task(static_cast<size_t>(p.num_sequences) + 1, 0);
-  const auto blocks = [&](const Sequence& s) { return (s.q_len + call.tile_q - 1) / call.tile_q; };
-  do {
-    do --call.heads;
-    while (group % call.heads != 0 || (call.heads > 1 && call.heads * longest > config.tile_q));
-    call.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, longest));
-    for (size_t i = 0; i + 1 < first_task.size(); ++i)
-      first_task[i + 1] = first_task[i] + blocks(p.sequences[i]) * (p.num_heads / call.heads);
-  } while (call.heads > 1 && first_task.back() < threads);
-  const int64_t num_tasks = first_task.back();
+  const int32_t split_kv = (config.split_kv + config.tile_kv - 1) / config.tile_kv * config.tile_kv;
+  Call call{view(program, facts), &p, 0, config.tile_kv, program.score >= 0, program.mask >= 0, split_kv};
+  const Schedule schedule(p, call, config.tile_q, threads);
+  const int64_t num_tasks = schedule.num_tasks();
   threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
+
+  // Where several tasks share the keys of a unit, the last of them to finish merges what they left.
+  float* parts = nullptr;
+  if (schedule.num_units() > 0) {
+    parts = t_parts.get(static_cast<size_t>(schedule.num_floats()) * sizeof(float));
+    if (parts == nullptr) return {Fault::no_memory, -1};
+  }
+  std::vector<uint8_t> there(static_cast<size_t>(schedule.num_parts()), 0);
+  std::vector<std::atomic<int64_t>> finished(static_cast<size_t>(schedule.num_units()));
 
   std::atomic<int64_t> next{0};
   std::atomic<int32_t> bad_load{-1};
   std::atomic<bool> no_memory{false};
-  // Tasks are numbered head by head, so that threads share one head's K and V in cache; within a head the last
-  // queries come first, because under a causal mask they have the most to do.
   const auto work = [&] {
-    float* memory = workspace(kernel.workspace_bytes(call));
+    float* memory = t_workspace.get(kernel.workspace_bytes(call));
     if (memory == nullptr) {
       no_memory = true;
       return;
     }
     RowPlan row(program, p, call, analysis, facts);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
-      const auto seq = std::upper_bound(first_task.begin(), first_task.end(), i) - first_task.begin() - 1;
-      const Sequence& s = p.sequences[seq];
-      const int64_t in_sequence = i - first_task[static_cast<size_t>(seq)];
-      const int64_t block = blocks(s) - 1 - in_sequence % blocks(s);
-      const auto head = static_cast<int32_t>(in_sequence / blocks(s)) * call.heads;
-      Task task{static_cast<int32_t>(seq), head, call.heads, block * call.tile_q, 0};
-      task.q_count = static_cast<int32_t>(std::min<int64_t>(call.tile_q, s.q_len - task.q_first));
-      const std::vector<KeyRange>& ranges = row.plan(task);
-      const int32_t bad = kernel.run(call, task, ranges.data(), ranges.size(), memory);
+      const Schedule::Item item = schedule.item(i);
+      const std::vector<KeyRange>& ranges = row.plan(item.task);
+      const bool shared = item.pieces > 1;
+      const Parts left{parts + item.first_float, there.data() + item.first_part, item.stretches};
+      const int32_t bad = kernel.run(call, item.task, ranges.data(), ranges.size(), shared ? &left : nullptr, memory);
       if (bad >= 0) bad_load = bad;
+      if (shared && finished[static_cast<size_t>(item.unit)].fetch_add(1) == item.pieces - 1)
+        kernel.merge(call, item.task, left, memory);
     }
   };
   const auto guarded = [&] {  // no exception may leave a parallel region
@@ -153,6 +152,9 @@ std::vector<const Kernel*> isa_levels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     levels.push_back(&kAvx512Kernel);
+#endif
+#ifdef ATTNKIT_HAS_AVX512BF16
+  if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16")) levels.push_back(&kAvx512bf16Kernel);
 #endif
   return levels;
 }

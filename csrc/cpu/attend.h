@@ -9,6 +9,7 @@ namespace attnkit::cpu {
 struct Config {
   int32_t tile_q;   // query lanes per task, at most kMaxTileQ (schedule: never changes a result)
   int32_t tile_kv;  // keys per softmax step, at most kMaxTileKv (numeric: changes the order of sums)
+  int32_t split_kv;  // keys summed by themselves before they are merged, rounded up to tiles (numeric)
   int32_t threads;
 };
 

@@ -22,11 +22,12 @@ RowPlan::RowPlan(const Program& program, const Problem& problem, const Call& cal
       call_(call),
       analysis_(program, problem, &proven),
       trust_full_(facts.mask_loads_in_bounds),
-      keep_(program.boxes.dense && !(program.boxes.mask_reads & kReadsHead) && call.heads < problem.num_heads) {}
+      keep_(program.boxes.dense && !(program.boxes.mask_reads & kReadsHead)) {}
 
 const std::vector<KeyRange>& RowPlan::plan(const Task& task) {
   const Sequence& s = problem_.sequences[task.sequence];
-  if (!keep_) return find(task, s);
+  const int64_t kv_end = std::min(task.kv_end, s.kv_len);
+  if (!keep_) return find(task, s, task.kv_first, kv_end);
   if (kept_sequence_ != task.sequence) {
     kept_sequence_ = task.sequence;
     kept_.assign(static_cast<size_t>(blocks_of(s.q_len, call_.tile_q)), {});
@@ -34,23 +35,33 @@ const std::vector<KeyRange>& RowPlan::plan(const Task& task) {
   }
   const auto row = static_cast<size_t>(task.q_first / call_.tile_q);
   if (!is_kept_[row]) {
-    kept_[row] = find(task, s);
+    kept_[row] = find(task, s, 0, s.kv_len);
     is_kept_[row] = 1;
   }
-  return kept_[row];
+  return within(kept_[row], task.kv_first, kv_end);
 }
 
-const std::vector<KeyRange>& RowPlan::find(const Task& task, const Sequence& s) {
+// The part of a row's ranges between two ends of tiles.
+const std::vector<KeyRange>& RowPlan::within(const std::vector<KeyRange>& row, int64_t kv_first, int64_t kv_end) {
   ranges_.clear();
-  kv_len_ = s.kv_len;
-  if (s.kv_len == 0) return ranges_;
+  auto r =
+      std::partition_point(row.begin(), row.end(), [&](const KeyRange& x) { return x.first + x.count <= kv_first; });
+  for (; r != row.end() && r->first < kv_end; ++r)
+    add(std::max(r->first, kv_first), std::min(r->first + r->count, kv_end), r->full);
+  return ranges_;
+}
+
+const std::vector<KeyRange>& RowPlan::find(const Task& task, const Sequence& s, int64_t kv_first, int64_t kv_end) {
+  ranges_.clear();
+  kv_end_ = kv_end;
+  if (kv_first >= kv_end) return ranges_;
   if (!call_.has_mask) {
-    add(0, s.kv_len, true);
+    add(kv_first, kv_end, true);
     return ranges_;
   }
   analysis_.frame(frame_of(s, task.sequence, task.head, task.heads));
   q_ = {task.q_first, task.q_first + task.q_count - 1};
-  descend(0, blocks_of(s.kv_len, call_.tile_kv));
+  descend(kv_first / call_.tile_kv, blocks_of(kv_end, call_.tile_kv));
   return ranges_;
 }
 
@@ -60,7 +71,7 @@ Block RowPlan::classify(int64_t first, int64_t end) {
 }
 
 void RowPlan::descend(int64_t tile, int64_t tile_end) {
-  const int64_t first = tile * call_.tile_kv, end = std::min(tile_end * call_.tile_kv, kv_len_);
+  const int64_t first = tile * call_.tile_kv, end = std::min(tile_end * call_.tile_kv, kv_end_);
   Block block = classify(first, end);
   if (block == Block::partial && tile_end - tile == 1) block = analysis_.settle(q_, {first, end - 1});
   if (block == Block::full && !trust_full_) block = Block::partial;

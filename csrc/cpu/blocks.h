@@ -15,7 +15,8 @@ class RowPlan {
   const std::vector<KeyRange>& plan(const Task& task);
 
  private:
-  const std::vector<KeyRange>& find(const Task& task, const Sequence& sequence);
+  const std::vector<KeyRange>& find(const Task& task, const Sequence& sequence, int64_t kv_first, int64_t kv_end);
+  const std::vector<KeyRange>& within(const std::vector<KeyRange>& row, int64_t kv_first, int64_t kv_end);
   Block classify(int64_t first, int64_t end);
   void descend(int64_t tile, int64_t tile_end);
   void trim(int64_t first, int64_t end);
@@ -27,7 +28,7 @@ class RowPlan {
   const bool trust_full_;  // a mask that reads outside its buffers must be evaluated to be caught at it
   const bool keep_;        // whether plans are worth keeping for the next heads
   Range q_{};
-  int64_t kv_len_ = 0;
+  int64_t kv_end_ = 0;
   std::vector<KeyRange> ranges_;
   int32_t kept_sequence_ = -1;
   std::vector<std::vector<KeyRange>> kept_;  // of that sequence, by block of queries

@@ -27,8 +27,8 @@ struct Call {
   CodeView code;
   const Problem* problem;
   int32_t tile_q, tile_kv;
-  int32_t heads;  // query heads a task takes together; they share a kv head
   bool has_score, has_mask;
+  int32_t split_kv = 0;  // keys of a stretch, a multiple of tile_kv: each is summed by itself, and then they are merged
 };
 
 // The same queries of one or a few heads. They are the lanes of its tiles: head by head, at most kMaxTileQ.
@@ -36,6 +36,7 @@ struct Task {
   int32_t sequence, head, heads;
   int64_t q_first;
   int32_t q_count;
+  int64_t kv_first = 0, kv_end = INT64_MAX;  // the keys it takes, whole stretches; more than there are means all
 
   int32_t lanes() const { return heads * q_count; }
 };
@@ -47,12 +48,28 @@ struct KeyRange {
   bool full;
 };
 
+// Where the tasks that share the keys of some lanes leave what they summed: for each stretch a row of `part_floats`
+// floats, and whether it is there, for a stretch that no lane sees is not visited.
+struct Parts {
+  float* at;
+  uint8_t* there;
+  int64_t count;
+};
+
+inline int64_t padded_channels(const Problem& p) { return (p.v_head_dim + 15) / 16 * 16; }
+
+// o not yet divided, a row for each lane; then their maxima; then the sums of their weights.
+inline int64_t part_floats(const Problem& p, int32_t lanes) { return lanes * (padded_channels(p) + 2); }
+
 // What one instruction set provides.
 struct Kernel {
   const char* name;
   size_t (*workspace_bytes)(const Call&);
-  // Runs one task over the given key ranges. Returns the instruction of an out-of-range load, or -1.
-  int32_t (*run)(const Call&, const Task&, const KeyRange*, size_t num_ranges, float* workspace);
+  // Runs one task over the given key ranges, to the end or (`parts`) as far as its stretches go. Returns the
+  // instruction of an out-of-range load, or -1.
+  int32_t (*run)(const Call&, const Task&, const KeyRange*, size_t num_ranges, const Parts* parts, float* workspace);
+  // Brings the stretches that several tasks left to the end: `task` is any of them.
+  void (*merge)(const Call&, const Task& task, const Parts&, float* workspace);
   // dst[i] = op(a[i], b[i], c[i]) over n lanes, n a multiple of 16: the expression routines by themselves, for tests.
   void (*evaluate)(Op, float* dst, const float* const* args, int32_t n);
   // Fused multiply-adds on registers alone; returns the floating-point operations done. The compute ceiling.
@@ -67,6 +84,9 @@ extern const Kernel kAvx2Kernel;
 #endif
 #ifdef ATTNKIT_HAS_AVX512
 extern const Kernel kAvx512Kernel;
+#endif
+#ifdef ATTNKIT_HAS_AVX512BF16
+extern const Kernel kAvx512bf16Kernel;
 #endif
 
 }  // namespace attnkit::cpu

@@ -9,7 +9,9 @@ struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
   TileLayout tile;
-  size_t qt, s, o, guarded, max, sum, alpha, k, v;
+  size_t qt, s, o, guarded, max, sum, alpha, largest, k, v;
+  size_t weights, values;  // as pairs of keys
+  size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
 
   Layout(const Call& c, int32_t lanes)
       : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
@@ -22,11 +24,18 @@ struct Layout {
     max = take(1, bm);
     sum = take(1, bm);
     alpha = take(1, bm);
+    largest = take(1, bm);
     k = take(c.tile_kv, p.head_dim);
     v = take(c.tile_kv, dv);
+    weights = take((c.tile_kv + 1) / 2, bm);
+    values = take((c.tile_kv + 1) / 2, dv);
+    before_o = take(bm, dv);
+    before_max = take(1, bm);
+    before_sum = take(1, bm);
   }
 };
 
+// All but the products.
 class Forward {
  public:
   Forward(const Call& c, const Task& t, float* workspace)
@@ -36,39 +45,41 @@ class Forward {
         seq_(p_.sequences[t.sequence]),
         at_(c, t.lanes()),
         ws_(workspace),
-        tile_(c, seq_, at_.tile, workspace, workspace + at_.s) {
+        tile_(c, seq_, at_.tile, workspace, workspace + at_.s),
+        now_{ws_ + at_.o, ws_ + at_.max, ws_ + at_.sum, at_.dv},
+        before_{ws_ + at_.before_o, ws_ + at_.before_max, ws_ + at_.before_sum, at_.dv} {
     kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
   }
 
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
-    pack_queries();
+    start();
+    if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
+  }
+
+  // A stretch of keys of which nothing has been seen.
+  void start() {
     for (int32_t m = 0; m < at_.bm; ++m) {
       ws_[at_.max + m] = -kInfinity;
       ws_[at_.sum + m] = 0;
     }
-    float* o = ws_ + at_.o;
-    for (int64_t i = 0; i < static_cast<int64_t>(at_.bm) * at_.dv; ++i) o[i] = 0;
-    if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
+    clear(at_.o, static_cast<int64_t>(at_.bm) * at_.dv);
   }
 
-  void keys(int64_t first, int32_t count, bool full) {
-    int64_t k_stride, v_stride;
-    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
-    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
-
-    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, ws_ + at_.s);
-    if (c_.has_score || !full) modify(first, count, full);
-    softmax(count);
-    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (!full && has_nonfinite(v, v_stride, count)) {
-      pv_guarded(v, v_stride, first, count);
+  // What the stretch has given joins those before it; or it is kept for, or taken from, another task.
+  void end_stretch() {
+    if (any_before_) {
+      merge(before_, before_, now_, t_.lanes(), at_.dv);
     } else {
-      pv(ws_ + at_.s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+      copy(before_, now_, t_.lanes(), at_.dv);
     }
+    any_before_ = true;
   }
+  void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
+  void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
   int32_t finish() {
+    if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int64_t head = head_of(m), token = token_of(m);
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
@@ -86,10 +97,21 @@ class Forward {
             dead ? -kInfinity : static_cast<float>(lse);
       }
     }
-    return tile_.bad_load();
+    return bad_load();
   }
 
- private:
+  int32_t bad_load() const { return tile_.bad_load(); }
+
+ protected:
+  // The products find the largest scores on their way; not so where expressions change them.
+  bool plain(bool full) const { return full && !c_.has_score; }
+
+  // Where products that find them leave the largest scores.
+  float* start_largest(bool full) {
+    __builtin_memcpy(ws_ + at_.largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
+    return plain(full) ? ws_ + at_.largest : nullptr;
+  }
+
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
   int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
 
@@ -114,20 +136,9 @@ class Forward {
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-  // Q^T, scaled; lanes beyond the last query are zero.
-  void pack_queries() {
-    with_elements(p_.dtype, [&](auto* type) {
-      decltype(type) q[kMaxTileQ];
-      for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
-      for (int32_t d = 0; d < p_.head_dim; ++d) {
-        float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
-        for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
-        for (int32_t m = t_.lanes(); m < at_.bm; ++m) qt[m] = 0;
-      }
-    });
-  }
-
+  // The user's expressions.
   void modify(int64_t first, int32_t count, bool full) {
+    if (plain(full)) return;
     tile_.keys(first, count);
     static constexpr float minus_infinity = -kInfinity;
     for (int32_t strip = 0; strip < count; strip += kStrip) {
@@ -140,6 +151,7 @@ class Forward {
         select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
                     {&minus_infinity, 0, false});
     }
+    find_largest(count);
   }
 
   // ---- softmax ----
@@ -148,36 +160,44 @@ class Forward {
   // start at multiples of kStrip, so the turns do not depend on what was trimmed.
   static constexpr int kSums = 4;
 
-  template <int kVecs>
-  void softmax_lanes(int32_t lane, int32_t count) {
+  void find_largest(int32_t count) {
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
+      vf most = load(ws_ + at_.largest + lane);
+      for (int32_t n = 0; n < count; ++n)
+        most = max_or_second(load(ws_ + at_.s + static_cast<size_t>(lane + n * at_.bm)), most);
+      store(ws_ + at_.largest + lane, most);
+    }
+  }
+
+  template <class Weights, int kVecs>
+  void softmax_lanes(int32_t lane, int32_t count, const Weights& weights) {
     float* s = ws_ + at_.s + lane;
-    vf largest[kVecs], pivot[kVecs], sum[kSums][kVecs] = {};
-    for (int v = 0; v < kVecs; ++v) largest[v] = set1(-kInfinity);
-    for (int32_t n = 0; n < count; ++n)
-      for (int v = 0; v < kVecs; ++v) largest[v] = max_or_second(load(s + n * at_.bm + v * kLanes), largest[v]);
+    vf pivot[kVecs], sum[kSums][kVecs] = {};
     for (int v = 0; v < kVecs; ++v) {
       float* max = ws_ + at_.max + lane + v * kLanes;
-      const vf old_max = load(max), new_max = max_or_second(largest[v], old_max);
+      const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane + v * kLanes);
       // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
       pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
       store(max, new_max);
       store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
     }
-    const auto weigh = [&](int32_t n, int u) {
+    const auto weigh = [&](int32_t n, int u, bool second) {  // two keys, or the last one
       for (int v = 0; v < kVecs; ++v) {
-        float* x = s + n * at_.bm + v * kLanes;
-        const vf w = exp_weight(load(x) - pivot[v]);
+        const float* x = s + n * at_.bm + v * kLanes;
+        const vf w = Weights::exp(load(x) - pivot[v]),
+                 after = second ? Weights::exp(load(x + at_.bm) - pivot[v]) : vf{};
         sum[u][v] += w;
-        store(x, w);
+        sum[u + 1][v] += after;
+        weights.put(n, lane + v * kLanes, w, after);
       }
     };
     int32_t n = 0;
     for (; n + kSums <= count; n += kSums)
-#pragma GCC unroll 4
-      for (int u = 0; u < kSums; ++u) weigh(n + u, u);
-#pragma GCC unroll 4
-    for (int u = 0; u < kSums; ++u)
-      if (n + u < count) weigh(n + u, u);
+#pragma GCC unroll 2
+      for (int u = 0; u < kSums; u += 2) weigh(n + u, u, true);
+#pragma GCC unroll 2
+    for (int u = 0; u < kSums; u += 2)
+      if (n + u < count) weigh(n + u, u, n + u + 1 < count);
     for (int v = 0; v < kVecs; ++v) {
       float* total = ws_ + at_.sum + lane + v * kLanes;
       store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
@@ -185,11 +205,13 @@ class Forward {
     }
   }
 
-  void softmax(int32_t count) {
+  // Scores become weights, which `weights` computes (exp) and puts two keys at a time; the row after the last is zero.
+  template <class Weights>
+  void softmax(int32_t count, const Weights& weights) {
     int32_t lane = 0;
     for (; lane + kSoftmaxVecs * kLanes <= at_.bm; lane += kSoftmaxVecs * kLanes)
-      softmax_lanes<kSoftmaxVecs>(lane, count);
-    for (; lane < at_.bm; lane += kLanes) softmax_lanes<1>(lane, count);
+      softmax_lanes<Weights, kSoftmaxVecs>(lane, count, weights);
+    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, count, weights);
   }
 
   // The sink is one more logit in the denominator, without a value.
@@ -210,8 +232,9 @@ class Forward {
     return any(zero != vf{});
   }
 
-  // The same sums in the same order as pv, but a pair that does not exist is skipped.
-  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count) {
+  // The same sums in the same order as pv, but a pair that does not exist is skipped. weight(n, m): of a pair.
+  template <class F>
+  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count, F weight) {
     tile_.rows_are(first, count);
     float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
     clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
@@ -221,7 +244,7 @@ class Forward {
       for (int32_t m = 0; m < t_.lanes(); ++m)
         for (int32_t r = 0; r < rows; ++r) {
           if (!tile_.live(strip, r, m)) continue;
-          const vf w = set1(ws_[at_.s + static_cast<size_t>((strip + r) * at_.bm + m)]);
+          const vf w = set1(weight(strip + r, m));
           for (int32_t d = 0; d < at_.dv; d += kLanes) {
             float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
             store(x, fma(w, load(v + (strip + r) * stride + d), load(x)));
@@ -243,11 +266,66 @@ class Forward {
   float* ws_;
   int64_t kv_head_;
   Tile tile_;
+  const Fold now_, before_;
+  bool any_before_ = false;
 };
 
-int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* workspace) {
-  Forward forward(c, t, workspace);
+// Products of float32, whatever the tensors hold.
+class FloatForward : public Forward {
+ public:
+  using Forward::Forward;
+
+  // Q^T, scaled; lanes beyond the last query are zero.
+  void pack_queries() {
+    with_elements(p_.dtype, [&](auto* type) {
+      decltype(type) q[kMaxTileQ];
+      for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+      for (int32_t d = 0; d < p_.head_dim; ++d) {
+        float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
+        for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
+        for (int32_t m = t_.lanes(); m < at_.bm; ++m) qt[m] = 0;
+      }
+    });
+  }
+
+  void keys(int64_t first, int32_t count, bool full) {
+    int64_t k_stride, v_stride;
+    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
+    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
+    float* s = ws_ + at_.s;
+    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, s, start_largest(full));
+    modify(first, count, full);
+    softmax(count, Weights{s, at_.bm});
+    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
+    if (!full && has_nonfinite(v, v_stride, count))
+      return pv_guarded(v, v_stride, first, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
+    pv(s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+  }
+
+ private:
+  struct Weights {
+    float* at;
+    int32_t bm;
+    static ATTNKIT_INLINE vf exp(vf x) { return exp_weight(x); }
+    ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
+      store(at + n * bm + lane, w);
+      store(at + (n + 1) * bm + lane, after);
+    }
+  };
+};
+
+template <class Products>
+int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
+            float* workspace) {
+  Products forward(c, t, workspace);
+  forward.pack_queries();
   forward.begin(num_ranges > 0);
+  int64_t stretch = num_ranges > 0 ? ranges[0].first / c.split_kv : -1;
+  const auto save = [&] {
+    if (stretch < 0) return;
+    forward.save(fold_of(*parts, stretch, *c.problem, t.lanes()));
+    parts->there[stretch] = 1;
+  };
   for (size_t i = 0; i < num_ranges; ++i) {
     // Tiles start at multiples of tile_kv whatever the ranges are, so that the order of sums depends on nothing else.
     int64_t first = ranges[i].first;
@@ -255,11 +333,35 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
     while (first < end) {
       const int64_t tile_end = (first / c.tile_kv + 1) * c.tile_kv;
       const int64_t stop = tile_end < end ? tile_end : end;
+      if (first / c.split_kv != stretch) {
+        if (parts != nullptr) {
+          save();
+        } else {
+          forward.end_stretch();
+        }
+        forward.start();
+        stretch = first / c.split_kv;
+      }
       forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full);
       first = stop;
     }
   }
-  return forward.finish();
+  if (parts == nullptr) return forward.finish();
+  save();
+  return forward.bad_load();
+}
+
+void merge_parts(const Call& c, const Task& t, const Parts& parts, float* workspace) {
+  Forward forward(c, t, workspace);
+  forward.start();
+  bool any = false;
+  for (int64_t i = 0; i < parts.count; ++i) {
+    if (parts.there[i] == 0) continue;
+    if (any) forward.end_stretch();
+    forward.take(fold_of(parts, i, *c.problem, t.lanes()));
+    any = true;
+  }
+  forward.finish();
 }
 
 size_t workspace_bytes(const Call& c) { return Layout(c, kMaxTileQ).places.next * sizeof(float); }

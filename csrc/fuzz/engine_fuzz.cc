@@ -349,7 +349,7 @@ void run(const Program& program, uint64_t seed) {
   p.buffers = buffers.data(), p.num_buffers = static_cast<int32_t>(buffers.size());
   p.params = params.data(), p.num_params = program.num_params;
   const Config config{r.one_in(2) ? 96 : r.within(1, kMaxTileQ), r.one_in(2) ? 64 : r.within(1, kMaxTileKv),
-                      r.within(1, 3)};
+                      r.one_in(2) ? 1024 : r.within(1, 80), r.within(1, 3)};
   const bool starve = r.one_in(16);
 
   for (const Kernel* isa : isa_levels()) {

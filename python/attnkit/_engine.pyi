@@ -24,6 +24,7 @@ class Program:
 def opcodes() -> dict[str, int]: ...
 def attend(
     program: Program,
+    dtype: int,
     q: int,
     q_shape: Ints,
     q_stride: Ints,
@@ -45,6 +46,7 @@ def attend(
     threads: int,
     tile_q: int,
     tile_kv: int,
+    split_kv: int,
     /,
 ) -> tuple[int, int]: ...
 def block_runs(

@@ -88,6 +88,7 @@ PROGRAMS: list[tuple[Any, list[tuple[int, tuple[int, ...]]]]] = [
     ),
 ]  # fmt: skip
 ITEM = (4, 4, 8, 1)
+DTYPES: list[Any] = [0, 0, 0, 4, 5, 4, 5, 1, 6, -1, None]  # of q, k, v and o
 ARENA = np.zeros(1 << 20, np.uint8)  # every address lies in its middle
 MIDDLE = ARENA.ctypes.data + (ARENA.size // 2 & -64)
 
@@ -140,7 +141,7 @@ def attend(rng: Rng) -> str:
         None,
     ]
     arguments += [[buffer_tuple(rng, *d) for d in declared], [1.0] * (len(declared) - 1 if declared else 0)]
-    arguments += [int(rng.integers(1, 4)), 96, 64]
+    arguments += [int(rng.integers(1, 4)), 96, 64, 1024]
     replace: dict[int, Callable[[], Any]] = {
         **dict.fromkeys((0, 3, 6, 9, 11, 14), lambda: address(rng)),
         **dict.fromkeys((1, 4, 7), lambda: integers(rng, 4)),
@@ -153,12 +154,13 @@ def attend(rng: Rng) -> str:
         18: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
         19: lambda: integer(rng),
         20: lambda: integer(rng),
+        21: lambda: integer(rng),
     }  # fmt: skip
-    for at in rng.choice(21, rng.integers(0, 4), replace=False):
+    for at in rng.choice(22, rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()
     if rng.integers(50) == 0:
-        arguments = arguments[: rng.integers(21)]
-    fault, about = _engine.attend(program if rng.integers(50) else None, *arguments)
+        arguments = arguments[: rng.integers(22)]
+    fault, about = _engine.attend(program if rng.integers(50) else None, of(rng, DTYPES), *arguments)
     if fault == 0:
         assert about == -1
         return "computed"
@@ -308,8 +310,8 @@ def test_strides_beyond_the_address_space(stride: int, allowed: bool) -> None:
     where, shape, near = q.ctypes.data, (1, 1, 2, 1), (2, 2, 1, 1)
     for far in ((2, 2, stride, 1), (stride, 2, 1, 1)):
         moves = far[2] != 1
-        call = [PROGRAMS[0][0], where, shape, near, where, shape, far, where, shape, near, where, near, 0, (), 1.0, 0,
-                [(0, 0, 2, 0, 0)], [], [], 1, 96, 64]  # fmt: skip
+        call = [PROGRAMS[0][0], 0, where, shape, near, where, shape, far, where, shape, near, where, near, 0, (), 1.0, 0,
+                [(0, 0, 2, 0, 0)], [], [], 1, 96, 64, 1024]  # fmt: skip
         if moves and not allowed:
             with pytest.raises(ValueError, match="address space"):
                 _engine.attend(*call)

@@ -197,19 +197,22 @@ def run(program: Any, buffers: list[np.ndarray] | None = None, params: list[floa
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, n, 4), dtype=np.float32) for n in (5, 19, 19))
     o = np.empty_like(q)
-    return _engine.attend(program, *call(q, k, v, o, buffers or [], params or []))
+    return _engine.attend(program, FLOAT32, *call(q, k, v, o, buffers or [], params or []))
+
+
+FLOAT32 = 0  # as csrc/cpu/problem.h counts dtypes
 
 
 def call(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, buffers: list[np.ndarray], params: list[float]
 ) -> list[Any]:
-    """The arguments of `_engine.attend` after the program."""
+    """The arguments of `_engine.attend` after the program and the dtype."""
     arguments: list[Any] = []
     for x in (q, k, v):
         arguments += [x.ctypes.data, x.shape, elements(x)]
     numbers = {"float32": 0, "int32": 1, "int64": 2, "bool": 3}
     tuples = [(x.ctypes.data, numbers[x.dtype.name], x.shape, elements(x)) for x in buffers]
-    return [*arguments, o.ctypes.data, elements(o), 0, (), 0.5, 0, None, tuples, params, 1, 96, 64]
+    return [*arguments, o.ctypes.data, elements(o), 0, (), 0.5, 0, None, tuples, params, 1, 96, 64, 1024]
 
 
 def elements(x: np.ndarray) -> tuple[int, ...]:
@@ -239,7 +242,7 @@ def test_program_of_wrong_types(arguments: tuple[Any, ...]) -> None:
         _engine.Program(*arguments)
 
 
-# Which argument of `_engine.attend` (after the program), what it becomes, and the message for a wrong value.
+# Which argument of `_engine.attend` (after the program and the dtype), what it becomes, and the message for a wrong value.
 WRONG_CALLS: dict[str, tuple[int, Any, str]] = {
     "address a string": (0, "q", ""),
     "address below zero": (0, -1, ""),
@@ -268,6 +271,8 @@ WRONG_CALLS: dict[str, tuple[int, Any, str]] = {
     "tile_q 97": (19, 97, "tile_q"),
     "tile_kv 0": (20, 0, "tile_kv"),
     "tile_kv 129": (20, 129, "tile_kv"),
+    "split_kv 0": (21, 0, "split_kv"),
+    "split_kv 2^31": (21, 2**31 - 1, "split_kv"),
 }
 
 
@@ -279,17 +284,17 @@ def test_calls_of_wrong_types_and_values(name: str) -> None:
     arguments[index] = value
     program = _engine.Program(rows(S), 0, -1, 0, 0)
     with pytest.raises(ValueError if message else TypeError, match=message or None):
-        _engine.attend(program, *arguments)
+        _engine.attend(program, FLOAT32, *arguments)
     with pytest.raises(TypeError):
-        _engine.attend(program, *arguments[:-1])
+        _engine.attend(program, FLOAT32, *arguments[:-1])
     with pytest.raises(TypeError):
-        _engine.attend(None, *arguments)
+        _engine.attend(None, FLOAT32, *arguments)
 
 
 @pytest.mark.parametrize(
     ("held", "message"),
     [
-        ([(0, 4, (3,), (1,))], "unknown buffer dtype"),
+        ([(0, 6, (3,), (1,))], "unknown buffer dtype"),
         ([(0, 0, (3,), ())], "at most five dimensions"),
         ([(0, 0, (1,) * 6, (1,) * 6)], "at most five dimensions"),
         ([(0, 1, (3,), (1,))], "does not match the program"),
@@ -302,7 +307,7 @@ def test_buffers_that_do_not_match(held: list[Any], message: str) -> None:
     arguments = call(q, k, v, o, [], [])
     arguments[16] = held
     with pytest.raises(ValueError, match=message):
-        _engine.attend(program, *arguments)
+        _engine.attend(program, FLOAT32, *arguments)
 
 
 @pytest.mark.parametrize("name", ["no_such", "var_s", "load_f", "const_i"])

@@ -15,7 +15,8 @@ import attnkit
 from attnkit import backends
 from attnkit.backends.cpu.engine import engine
 from attnkit.bench import records
-from attnkit.bench.workloads import DTYPES, Shape, Workload, suites
+from attnkit.bench.rows import suites
+from attnkit.bench.workloads import DTYPES, Shape, Workload
 from attnkit.cli import options
 from attnkit.cli.app import app
 from attnkit.variants import dense

@@ -58,10 +58,11 @@ class CpuBackend:
         return tuple(reasons)
 
     def space(self, spec: KernelSpec) -> Space:
-        """Tile sizes. Weights and values are summed tile by tile: a shorter kv tile loses fewer bits."""
+        """Tile sizes, and how many keys are summed before they are merged. Weights and values are summed tile by tile: a shorter kv tile loses fewer bits."""
         return {
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
             "tile_kv": Field("numeric", 64, (32, 64, 96, 128)),
+            "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
         }
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
@@ -121,6 +122,7 @@ class CpuKernel:
                 0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
                 self._scale, sink, self._sequences(q, k, buffers),
                 [buffer_tuple(b) for b in buffers], params, threads, self.config["tile_q"], self.config["tile_kv"],
+                self.config["split_kv"],
             )  # fmt: skip
         except ValueError as exc:
             raise error(

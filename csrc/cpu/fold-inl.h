@@ -1,0 +1,36 @@
+// The fold law, once: sums over two stretches of keys become the sums over both. (FlashDecoding merges its splits so;
+// here every task does, whether it takes all of its keys or shares them, and so gives the same bits either way.)
+
+// Of each lane: o not yet divided by the sum of the weights, their maximum's logit, and their sum.
+struct Fold {
+  float *o, *max, *sum;
+  int64_t o_stride;
+};
+
+// `to` may be either of the two. Nothing seen weighs nothing: exp(-infinity - pivot) is 0.
+inline void merge(const Fold& to, const Fold& a, const Fold& b, int32_t lanes, int32_t channels) {
+  for (int32_t m = 0; m < lanes; ++m) {
+    const float max = a.max[m] > b.max[m] ? a.max[m] : b.max[m];
+    const float pivot = max == -kInfinity ? 0 : max;
+    const vf of_a = exp_weight(set1(a.max[m] - pivot)), of_b = exp_weight(set1(b.max[m] - pivot));
+    to.max[m] = max;
+    to.sum[m] = a.sum[m] * of_a[0] + b.sum[m] * of_b[0];
+    for (int32_t c = 0; c < channels; c += kLanes)
+      store(to.o + m * to.o_stride + c,
+            fma(load(a.o + m * a.o_stride + c), of_a, load(b.o + m * b.o_stride + c) * of_b));
+  }
+}
+
+inline void copy(const Fold& to, const Fold& from, int32_t lanes, int32_t channels) {
+  const auto row = static_cast<size_t>(channels) * sizeof(float);
+  for (int32_t m = 0; m < lanes; ++m) __builtin_memcpy(to.o + m * to.o_stride, from.o + m * from.o_stride, row);
+  __builtin_memcpy(to.max, from.max, static_cast<size_t>(lanes) * sizeof(float));
+  __builtin_memcpy(to.sum, from.sum, static_cast<size_t>(lanes) * sizeof(float));
+}
+
+// A stretch as it lies among the parts of a split task.
+inline Fold fold_of(const Parts& parts, int64_t stretch, const Problem& p, int32_t lanes) {
+  float* at = parts.at + stretch * part_floats(p, lanes);
+  const int64_t o = lanes * padded_channels(p);
+  return {at, at + o, at + o + lanes, padded_channels(p)};
+}
