@@ -304,11 +304,19 @@ class FloatForward : public Forward {
 
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    scores(first, count, start_largest(full));
+    float *s = ws_ + at_.s, *largest = start_largest(full);
+    Ahead ahead =
+        few() && next >= 0 ? Ahead(tile_at(p_.k, p_.head_dim, next), tile_at(p_.v, p_.v_head_dim, next)) : Ahead();
+    if (few()) {
+      few_scores_of(first, count, plain(full), ahead);
+    } else {
+      int64_t stride;
+      const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
+      qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, s, largest);
+    }
     modify(first, count, full);
-    float* s = ws_ + at_.s;
-    softmax(count, Weights{s, at_.bm});
-    if (few() && full) return few_values_of(first, count, next);
+    if (!few() || !plain(full)) softmax(count, Weights{s, at_.bm});
+    if (few() && full) return few_values_of(first, count, ahead);
     int64_t stride;
     const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
@@ -321,39 +329,32 @@ class FloatForward : public Forward {
   // See products-inl.h and decode-inl.h.
   bool few() const { return t_.lanes() <= kFewLanes; }
 
-  void scores(int64_t first, int32_t count, float* largest) {
-    if (few()) {
-      few_scores_of(first, count);
-      if (largest != nullptr) find_largest(count);
-      return;
-    }
-    int64_t stride;
-    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
-    qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, ws_ + at_.s, largest);
-  }
-
-  void few_scores_of(int64_t first, int32_t count) {
-    const Ahead values = ahead(p_.v, p_.v_head_dim, first);
-    const int32_t ld = round_up(count, kLanes);
-    const auto from = [&](auto* k, int64_t stride, int32_t width) {
-      transpose_keys(k, stride, count, width, ws_ + at_.kt, ld, values);
-    };
+  // In a plain tile they become weights on the way.
+  void few_scores_of(int64_t first, int32_t count, bool plain, Ahead& ahead) {
+    float *kt = ws_ + at_.kt, *st = ws_ + at_.st, *s = ws_ + at_.s;
+    const int32_t ld = round_up(count, kLanes), lanes = t_.lanes();
     with_elements(p_.dtype, [&](auto* type) {
       using Element = std::remove_pointer_t<decltype(type)>;
       if (p_.k.stride[3] == 1 && p_.head_dim % (kLanes * kPerUnit<Element>) == 0)
-        return from(row<Element*>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], p_.head_dim);
+        return transpose_keys(row<Element*>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], count, p_.head_dim,
+                              kt, ld, ahead);
       const int32_t width = round_up(p_.head_dim, kLanes);
       int64_t stride;
       const float* k = rows(p_.k, first, count, p_.head_dim, width, at_.k, stride);
-      from(k, stride, width);
+      transpose_keys(k, stride, count, width, kt, ld, ahead);
     });
-    few_scores(ws_ + at_.q, t_.lanes(), p_.head_dim, ws_ + at_.kt, ld, ws_ + at_.st, ws_ + at_.s);
+    few_scores(ws_ + at_.q, lanes, p_.head_dim, kt, ld, st, ahead);
+    if (!plain) return few_by_key(st, ld, lanes, s, [](int32_t, vf) {});
+    few_weights(st, ld, lanes, ws_ + at_.max, ws_ + at_.alpha, ahead);
+    vf sum[kSums] = {};
+    few_by_key(st, ld, lanes, s, [&](int32_t n, vf w) { sum[n % kSums] += n < count ? w : vf{}; });
+    float* total = ws_ + at_.sum;
+    store(total, fma(load(total), load(ws_ + at_.alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  void few_values_of(int64_t first, int32_t count, int64_t next) {
-    const Ahead keys = next < 0 ? Ahead{} : ahead(p_.k, p_.head_dim, next);
+  void few_values_of(int64_t first, int32_t count, Ahead& ahead) {
     const auto from = [&](auto* v, int64_t stride) {
-      few_values(ws_ + at_.s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes(), keys);
+      few_values(ws_ + at_.s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes(), ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
       if (p_.v.stride[3] == 1 && p_.v_head_dim == at_.dv)
@@ -364,15 +365,14 @@ class FloatForward : public Forward {
     });
   }
 
-  // A tile of rows to come.
-  Ahead ahead(const View& view, int32_t channels, int64_t first) const {
-    if (view.stride[3] != 1) return {};
-    const int32_t size = element_size(p_.dtype);
-    const int64_t offset =
-        seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + first) * view.stride[2];
-    const int64_t left = seq_.kv_len - first;
-    return {view.data + offset * size, view.stride[2] * size, int64_t{channels} * size,
-            static_cast<int32_t>(left < c_.tile_kv ? left : c_.tile_kv)};
+  // As much of a tile as there is; rows whose channels lie apart are not worth fetching.
+  Rows tile_at(const View& view, int32_t channels, int64_t first) const {
+    const int64_t size = element_size(p_.dtype), left = seq_.kv_len - first;
+    const char* at =
+        view.data +
+        (seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + first) * view.stride[2]) * size;
+    const auto tile = static_cast<int32_t>(left < c_.tile_kv ? left : c_.tile_kv);
+    return {at, view.stride[2] * size, channels * size, view.stride[3] == 1 ? tile : 0};
   }
 
   struct Weights {
