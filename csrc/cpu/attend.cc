@@ -11,6 +11,7 @@
 #include <new>
 
 #include "blocks.h"
+#include "schedule.h"
 
 namespace attnkit::cpu {
 namespace {
@@ -27,7 +28,11 @@ struct Free {
   void operator()(float* p) const { std::free(p); }
 };
 
-// One workspace per thread, kept between calls, grown and never shrunk.
+// Small calls finish before a second thread has woken up.
+constexpr double kMinFlopsPerThread = 1e6;
+
+}  // namespace
+
 float* workspace(size_t bytes) {
   thread_local std::unique_ptr<float, Free> memory;
   thread_local size_t size = 0;
@@ -50,15 +55,19 @@ CodeView view(const Program& program, const Facts& facts) {
   }
   v.score = program.score;
   v.mask = program.mask;
+  v.slope = program.slope;
+  v.loads = program.loads.data();
+  v.num_loads = static_cast<int32_t>(program.loads.size());
   v.load_in_bounds = facts.load_in_bounds.data();
   v.all_loads_in_bounds = facts.all_loads_in_bounds;
   return v;
 }
 
-// Small calls finish before a second thread has woken up.
-constexpr double kMinFlopsPerThread = 1e6;
+int worth(int threads, double flops) {
+  return g_forked ? 1 : static_cast<int>(std::min<double>(threads, flops / kMinFlopsPerThread));
+}
 
-}  // namespace
+void ran(const Kernel& kernel) { g_last_isa = &kernel; }
 
 Status attend(const Program& program, const Problem& p, const Config& config) {
   if (p.num_heads == 0 || p.num_sequences == 0) return {};
@@ -74,8 +83,7 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
              (p.head_dim + p.v_head_dim) * p.num_heads;
   }
   const Kernel& kernel = current_isa();
-  int threads = static_cast<int>(std::min<double>(config.threads, flops / kMinFlopsPerThread));
-  if (g_forked) threads = 1;
+  int threads = worth(config.threads, flops);
 
   // Few queries: the heads of a group share the lanes of a task, and their keys and values are read once. Not so far
   // that a thread would have nothing to do.
@@ -132,7 +140,7 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
     guarded();
   }
   if (no_memory) return {Fault::no_memory, -1};
-  if (num_tasks > 0) g_last_isa = &kernel;
+  if (num_tasks > 0) ran(kernel);
   if (bad_load >= 0) return {Fault::index_range, bad_load};
   return {};
 }

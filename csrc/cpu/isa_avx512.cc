@@ -34,9 +34,13 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm512_i32ga
 #include "tile-inl.h"
 #include "products-inl.h"
 #include "kernel-inl.h"
+#include "backward_products-inl.h"
+#include "backward_loads-inl.h"
+#include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kAvx512Kernel{"avx512", workspace_bytes, run, evaluate, fma_burst, read_burst};
+const Kernel kAvx512Kernel{"avx512", workspace_bytes, run,       backward_bytes, backward_rows,
+                           backward, evaluate,        fma_burst, read_burst};
 
 }  // namespace attnkit::cpu

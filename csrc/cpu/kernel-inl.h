@@ -36,7 +36,7 @@ class Forward {
         seq_(p_.sequences[t.sequence]),
         at_(c, t.lanes()),
         ws_(workspace),
-        tile_(c, seq_, at_.tile, workspace, workspace + at_.s) {
+        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerQuery) {
     kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
   }
 
@@ -49,7 +49,9 @@ class Forward {
     }
     float* o = ws_ + at_.o;
     for (int64_t i = 0; i < static_cast<int64_t>(at_.bm) * at_.dv; ++i) o[i] = 0;
-    if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
+    if (!any_keys || (!c_.has_score && !c_.has_mask)) return;
+    tile_.begin();
+    tile_.queries(t_);
   }
 
   void keys(int64_t first, int32_t count, bool full) {
@@ -62,7 +64,7 @@ class Forward {
     softmax(count);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && has_nonfinite(v, v_stride, count)) {
-      pv_guarded(v, v_stride, first, count);
+      pv_guarded(v, v_stride, count);
     } else {
       pv(ws_ + at_.s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
     }
@@ -135,7 +137,7 @@ class Forward {
       float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
       tile_.run_strip(strip, shape.rows, c_.has_score, !full);
       if (c_.has_score) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
-      tile_.check_loads(strip, shape.rows, full);
+      tile_.check_loads(strip, shape.rows, t_.lanes(), full);
       if (!full)
         select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
                     {&minus_infinity, 0, false});
@@ -211,8 +213,7 @@ class Forward {
   }
 
   // The same sums in the same order as pv, but a pair that does not exist is skipped.
-  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count) {
-    tile_.rows_are(first, count);
+  void pv_guarded(const float* v, int64_t stride, int32_t count) {
     float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
     clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
     for (int32_t strip = 0; strip < count; strip += kStrip) {
