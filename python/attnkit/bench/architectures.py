@@ -28,6 +28,13 @@ class Size:
     spread: float = 0.02
 
 
+# For tests: all kinds of layers, and a window that is soon left behind.
+TINY = Size(
+    hidden=64, layers=4, heads=8, kv_heads=2, encoder_heads=4, head_dim=16, mlp=96, vocab=211, positions=128, window=6,
+    image=40, patch=8, spread=0.2,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model class with its configuration. ``calls``: attention calls of one forward."""

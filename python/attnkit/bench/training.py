@@ -77,8 +77,8 @@ class _Block(nn.Module):
         qkv = self.qkv(self.norms[0](x)).view(batch, length, 3, self.heads, -1)
         o = self.attend(*qkv.permute(2, 0, 3, 1, 4))
         x = x + self.merge(o.transpose(1, 2).reshape(batch, length, -1))
-        x = x + self.mlp(self.norms[1](x))
-        return x
+        more: Tensor = self.mlp(self.norms[1](x))
+        return x + more
 
 
 class Model(nn.Module):
