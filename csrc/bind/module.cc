@@ -96,11 +96,12 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
                         found.per_head ? heads : 1, offsets, runs);
 }
 
-// The routine behind one opcode, on whole arrays; any of the arguments an opcode has must be there.
+// The routine behind one opcode, or "exp_weight", on whole arrays; any of the arguments an opcode has must be there.
 py::array_t<float> call_evaluate(const std::string& opcode,
                                  const std::vector<py::array_t<float, py::array::c_style>>& args) {
-  for (int i = 0; i < static_cast<int>(Op::count); ++i) {
-    const OpSignature& sig = signature(static_cast<Op>(i));
+  for (int i = 0; i <= static_cast<int>(kWeightOp); ++i) {
+    const Op op = static_cast<Op>(i);
+    const OpSignature sig = op == kWeightOp ? OpSignature{"exp_weight", 'f', "f"} : signature(op);
     if (opcode != sig.name) continue;
     const size_t n_args = std::strlen(sig.args);
     need(n_args > 0 && sig.args[0] != '*' && args.size() == n_args, "not an opcode of that many arguments");
@@ -116,7 +117,7 @@ py::array_t<float> call_evaluate(const std::string& opcode,
       pointers[a] = in[a].data();
     }
     std::vector<float> out(padded);
-    evaluate(static_cast<Op>(i), out.data(), pointers, static_cast<int32_t>(padded));
+    evaluate(op, out.data(), pointers, static_cast<int32_t>(padded));
     py::array_t<float> result(static_cast<py::ssize_t>(n));
     std::copy_n(out.begin(), n, result.mutable_data());
     return result;

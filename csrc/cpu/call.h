@@ -115,6 +115,9 @@ struct Tiles {
   void (*done)(void* state, const BackwardTile& tile);
 };
 
+// No opcode of programs: the exponential that makes weights, for tests.
+inline constexpr Op kWeightOp = Op::count;
+
 // What one instruction set provides.
 struct Kernel {
   const char* name;
