@@ -39,12 +39,20 @@ def pytest_report_header() -> str:
 SHOWS = ("tests/conformance/", "tests/laws/", "tests/robust/", "tests/fuzz/", "tests/ops/test_attend_op.py")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+PEERS = ("openvino", "onnxruntime", "onnx", "zentorch")  # modules of the extra `peers`
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(SHOWS):
             item.add_marker("shows")
         if item.nodeid.startswith("tests/fuzz/"):
             item.add_marker("fuzz")
+    if not all(map(importlib.util.find_spec, PEERS)):
+        absent = [item for item in items if item.get_closest_marker("peers")]
+        if absent:
+            config.hook.pytest_deselected(items=absent)
+            items[:] = [item for item in items if item not in absent]
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if gpu and not _has_gpu():
         for item in gpu:

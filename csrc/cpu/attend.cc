@@ -153,6 +153,9 @@ std::vector<const Kernel*> isa_levels() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     levels.push_back(&kAvx512Kernel);
 #endif
+#ifdef ATTNKIT_HAS_AVX512BF16
+  if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16")) levels.push_back(&kAvx512bf16Kernel);
+#endif
   return levels;
 }
 

@@ -85,5 +85,8 @@ extern const Kernel kAvx2Kernel;
 #ifdef ATTNKIT_HAS_AVX512
 extern const Kernel kAvx512Kernel;
 #endif
+#ifdef ATTNKIT_HAS_AVX512BF16
+extern const Kernel kAvx512bf16Kernel;
+#endif
 
 }  // namespace attnkit::cpu

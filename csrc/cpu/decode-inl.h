@@ -228,8 +228,8 @@ void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_
   const auto columns = [&]<int kVecs>() {
     int32_t m = 0;
     const auto rows = [&]<int kRows>() {
-      pv_tile<kRows, kVecs>(p + m, bm, v + c, v_stride, count, alpha + m, o + static_cast<int64_t>(m) * o_stride + c,
-                            o_stride, fetch);
+      pv_tile<FloatDot, kRows, kVecs>(p + m, bm, v + c, v_stride, count, alpha + m,
+                                      o + static_cast<int64_t>(m) * o_stride + c, o_stride, fetch);
       m += kRows;
     };
     while (lanes - m >= 4) rows.template operator()<4>();

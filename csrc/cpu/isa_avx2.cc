@@ -20,10 +20,15 @@ ATTNKIT_INLINE vf round_nearest(vf x) {
   return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
-ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, n); }
+ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, to_int(floor(n))); }
 ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0; }
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm256_i32gather_ps(base, (__m256i)offset, 4); }
+ATTNKIT_INLINE vf look_up(const float* table, vi i) {
+  const __m256 low = _mm256_permutevar8x32_ps((__m256)load(table), (__m256i)i);
+  const __m256 high = _mm256_permutevar8x32_ps((__m256)load(table + 8), (__m256i)i);
+  return (vf)_mm256_blendv_ps(low, high, (__m256)(i << 28));
+}
 
 #include "math-inl.h"
 #include "storage-inl.h"
@@ -36,6 +41,6 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm256_i32ga
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kAvx2Kernel{"avx2", workspace_bytes, run, merge_parts, evaluate, fma_burst, read_burst};
+const Kernel kAvx2Kernel{"avx2", workspace_bytes, run<FloatForward>, merge_parts, evaluate, fma_burst, read_burst};
 
 }  // namespace attnkit::cpu

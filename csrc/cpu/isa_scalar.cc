@@ -28,7 +28,7 @@ ATTNKIT_INLINE vf round_nearest(vf x) {
 ATTNKIT_INLINE vf floor(vf x) {
   return lanes_of([&](int i) { return __builtin_floorf(x[i]); });
 }
-ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, n); }
+ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, to_int(floor(n))); }
 ATTNKIT_INLINE vf sqrt(vf x) {
   return lanes_of([&](int i) { return __builtin_sqrtf(x[i]); });
 }
@@ -39,6 +39,9 @@ ATTNKIT_INLINE bool any(vi mask) {
 }
 ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
+}
+ATTNKIT_INLINE vf look_up(const float* table, vi i) {
+  return lanes_of([&](int lane) { return table[i[lane] & 15]; });
 }
 
 #include "math-inl.h"
@@ -52,6 +55,6 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) {
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kScalarKernel{"scalar", workspace_bytes, run, merge_parts, evaluate, fma_burst, read_burst};
+const Kernel kScalarKernel{"scalar", workspace_bytes, run<FloatForward>, merge_parts, evaluate, fma_burst, read_burst};
 
 }  // namespace attnkit::cpu

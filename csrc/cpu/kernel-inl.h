@@ -9,7 +9,8 @@ struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
   TileLayout tile;
-  size_t qt, s, o, guarded, max, sum, alpha, k, v;
+  size_t qt, s, o, guarded, max, sum, alpha, largest, k, v;
+  size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t q, kt, st;  // of few queries: rows of them, of K^T and of S^T
   int32_t ld;  // keys in a row of S^T
@@ -25,8 +26,11 @@ struct Layout {
     max = take(1, bm);
     sum = take(1, bm);
     alpha = take(1, bm);
+    largest = take(1, bm);
     k = take(c.tile_kv, round_up(p.head_dim, kLanes));
     v = take(c.tile_kv, dv);
+    weights = take((c.tile_kv + 1) / 2, bm);
+    values = take((c.tile_kv + 1) / 2, dv);
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
@@ -37,6 +41,7 @@ struct Layout {
   }
 };
 
+// All but the products.
 class Forward {
  public:
   Forward(const Call& c, const Task& t, float* workspace)
@@ -54,7 +59,6 @@ class Forward {
 
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
-    pack_queries();
     start();
     if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
   }
@@ -80,27 +84,6 @@ class Forward {
   void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
   void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
-  // `next`: where the keys after these begin, or -1.
-  void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    const bool plain = full && !c_.has_score;
-    few() ? few_scores_of(first, count) : scores_of(first, count);
-    Ahead ahead = few() && next >= 0 ? tile_at(p_.k, p_.head_dim, next) : Ahead();
-    if (few())
-      plain ? few_softmax(count, ahead)
-            : few_by_key(ws_ + at_.st, at_.ld, count, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
-    if (!plain) modify(first, count, full);
-    if (!plain || !few()) softmax(count);
-    if (few() && full) return few_values_of(first, count, ahead);
-    int64_t v_stride;
-    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
-    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (!full && has_nonfinite(v, v_stride, count)) {
-      pv_guarded(v, v_stride, first, count);
-    } else {
-      pv(ws_ + at_.s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
-    }
-  }
-
   int32_t finish() {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
@@ -125,7 +108,16 @@ class Forward {
 
   int32_t bad_load() const { return tile_.bad_load(); }
 
- private:
+ protected:
+  // The products find the largest scores on their way; not so where expressions change them.
+  bool plain(bool full) const { return full && !c_.has_score; }
+
+  // Where products that find them leave the largest scores.
+  float* start_largest(bool full) {
+    __builtin_memcpy(ws_ + at_.largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
+    return plain(full) ? ws_ + at_.largest : nullptr;
+  }
+
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
   int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
 
@@ -150,15 +142,196 @@ class Forward {
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-  // ---- products: see products-inl.h and decode-inl.h ----
-
-  bool few() const { return t_.lanes() <= kFewLanes; }
-
-  void scores_of(int64_t first, int32_t count) {
-    int64_t stride;
-    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
-    qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, ws_ + at_.s);
+  // The user's expressions.
+  void modify(int64_t first, int32_t count, bool full) {
+    if (plain(full)) return;
+    tile_.keys(first, count);
+    static constexpr float minus_infinity = -kInfinity;
+    for (int32_t strip = 0; strip < count; strip += kStrip) {
+      const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
+      float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
+      tile_.run_strip(strip, shape.rows, c_.has_score, !full);
+      if (c_.has_score) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+      tile_.check_loads(strip, shape.rows, full);
+      if (!full)
+        select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
+                    {&minus_infinity, 0, false});
+    }
+    find_largest(count);
   }
+
+  // ---- softmax ----
+
+  // Weights are summed in turns: many equal small ones added to a large one would all be rounded the same way. Keys
+  // start at multiples of kStrip, so the turns do not depend on what was trimmed.
+  static constexpr int kSums = 4;
+
+  void find_largest(int32_t count) {
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
+      vf most = load(ws_ + at_.largest + lane);
+      for (int32_t n = 0; n < count; ++n)
+        most = max_or_second(load(ws_ + at_.s + static_cast<size_t>(lane + n * at_.bm)), most);
+      store(ws_ + at_.largest + lane, most);
+    }
+  }
+
+  template <class Weights, int kVecs>
+  void softmax_lanes(int32_t lane, int32_t count, const Weights& weights) {
+    float* s = ws_ + at_.s + lane;
+    vf pivot[kVecs], sum[kSums][kVecs] = {};
+    for (int v = 0; v < kVecs; ++v) {
+      float* max = ws_ + at_.max + lane + v * kLanes;
+      const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane + v * kLanes);
+      // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
+      pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
+      store(max, new_max);
+      store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
+    }
+    const auto weigh = [&](int32_t n, int u, bool second) {  // two keys, or the last one
+      for (int v = 0; v < kVecs; ++v) {
+        const float* x = s + n * at_.bm + v * kLanes;
+        const vf w = Weights::exp(load(x) - pivot[v]),
+                 after = second ? Weights::exp(load(x + at_.bm) - pivot[v]) : vf{};
+        sum[u][v] += w;
+        sum[u + 1][v] += after;
+        weights.put(n, lane + v * kLanes, w, after);
+      }
+    };
+    int32_t n = 0;
+    for (; n + kSums <= count; n += kSums)
+#pragma GCC unroll 2
+      for (int u = 0; u < kSums; u += 2) weigh(n + u, u, true);
+#pragma GCC unroll 2
+    for (int u = 0; u < kSums; u += 2)
+      if (n + u < count) weigh(n + u, u, n + u + 1 < count);
+    for (int v = 0; v < kVecs; ++v) {
+      float* total = ws_ + at_.sum + lane + v * kLanes;
+      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
+                       (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
+    }
+  }
+
+  // Scores become weights, which `weights` computes (exp) and puts two keys at a time; the row after the last is zero.
+  template <class Weights>
+  void softmax(int32_t count, const Weights& weights) {
+    int32_t lane = 0;
+    for (; lane + kSoftmaxVecs * kLanes <= at_.bm; lane += kSoftmaxVecs * kLanes)
+      softmax_lanes<Weights, kSoftmaxVecs>(lane, count, weights);
+    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, count, weights);
+  }
+
+  // The sink is one more logit in the denominator, without a value.
+  static void add_sink(float sink, float& max, float& sum, float& rescale) {
+    const float top = max > sink ? max : sink;
+    if (top == -kInfinity) return;
+    rescale = __builtin_expf(max - top);
+    sum = sum * rescale + __builtin_expf(sink - top);
+    max = top;
+  }
+
+  // ---- values that not every query may see ----
+
+  bool has_nonfinite(const float* v, int64_t stride, int32_t count) const {
+    vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
+    for (int32_t n = 0; n < count; ++n)
+      for (int32_t d = 0; d < at_.dv; d += kLanes) zero = fma(load(v + n * stride + d), vf{}, zero);
+    return any(zero != vf{});
+  }
+
+  // The same sums in the same order as pv, but a pair that does not exist is skipped. weight(n, m): of a pair.
+  template <class F>
+  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count, F weight) {
+    tile_.rows_are(first, count);
+    float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
+    clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
+    for (int32_t strip = 0; strip < count; strip += kStrip) {
+      const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
+      tile_.run_strip(strip, rows, false, true);
+      for (int32_t m = 0; m < t_.lanes(); ++m)
+        for (int32_t r = 0; r < rows; ++r) {
+          if (!tile_.live(strip, r, m)) continue;
+          const vf w = set1(weight(strip + r, m));
+          for (int32_t d = 0; d < at_.dv; d += kLanes) {
+            float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
+            store(x, fma(w, load(v + (strip + r) * stride + d), load(x)));
+          }
+        }
+    }
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      for (int32_t d = 0; d < at_.dv; d += kLanes) {
+        const int64_t i = static_cast<int64_t>(m) * at_.dv + d;
+        store(o + i, fma(load(o + i), set1(ws_[at_.alpha + m]), load(acc + i)));
+      }
+  }
+
+  const Call& c_;
+  const Problem& p_;
+  const Task& t_;
+  const Sequence& seq_;
+  const Layout at_;
+  float* ws_;
+  int64_t kv_head_;
+  Tile tile_;
+  const Fold now_, before_;
+  bool any_before_ = false;
+};
+
+// Products of float32, whatever the tensors hold.
+class FloatForward : public Forward {
+ public:
+  using Forward::Forward;
+
+  // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
+  void pack_queries() {
+    if (few())
+      return with_elements(p_.dtype, [&](auto* type) {
+        for (int32_t m = 0; m < t_.lanes(); ++m) {
+          const auto* q = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+          float* to = ws_ + at_.q + static_cast<int64_t>(m) * p_.head_dim;
+          for (int32_t d = 0; d < p_.head_dim; ++d) to[d] = widen_one(q[d * p_.q.stride[3]]) * p_.scale;
+        }
+      });
+    with_elements(p_.dtype, [&](auto* type) {
+      decltype(type) q[kMaxTileQ];
+      for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+      for (int32_t d = 0; d < p_.head_dim; ++d) {
+        float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
+        for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
+        for (int32_t m = t_.lanes(); m < at_.bm; ++m) qt[m] = 0;
+      }
+    });
+  }
+
+  // `next`: where the keys after these begin, or -1.
+  void keys(int64_t first, int32_t count, bool full, int64_t next) {
+    float *s = ws_ + at_.s, *largest = start_largest(full);
+    if (few()) {
+      few_scores_of(first, count);
+    } else {
+      int64_t stride;
+      const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
+      qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, s, largest);
+    }
+    Ahead ahead = few() && next >= 0 ? tile_at(p_.k, p_.head_dim, next) : Ahead();
+    if (few() && plain(full)) {
+      few_softmax(count, ahead);
+    } else {
+      if (few()) few_by_key(ws_ + at_.st, at_.ld, count, t_.lanes(), s, [](int32_t, vf) {});
+      modify(first, count, full);
+      softmax(count, Weights{s, at_.bm});
+    }
+    if (few() && full) return few_values_of(first, count, ahead);
+    int64_t stride;
+    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
+    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
+    if (!full && has_nonfinite(v, stride, count))
+      return pv_guarded(v, stride, first, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
+    pv(s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+  }
+
+ private:
+  // See products-inl.h and decode-inl.h.
+  bool few() const { return t_.lanes() <= kFewLanes; }
 
   void few_scores_of(int64_t first, int32_t count) {
     Ahead ahead = tile_at(p_.v, p_.v_head_dim, first);
@@ -218,150 +391,22 @@ class Forward {
             static_cast<int32_t>(left < c_.tile_kv ? left : c_.tile_kv)};
   }
 
-  // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
-  void pack_queries() {
-    if (few())
-      return with_elements(p_.dtype, [&](auto* type) {
-        for (int32_t m = 0; m < t_.lanes(); ++m) {
-          const auto* q = row<decltype(type)>(p_.q, head_of(m), token_of(m));
-          float* to = ws_ + at_.q + static_cast<int64_t>(m) * p_.head_dim;
-          for (int32_t d = 0; d < p_.head_dim; ++d) to[d] = widen_one(q[d * p_.q.stride[3]]) * p_.scale;
-        }
-      });
-    with_elements(p_.dtype, [&](auto* type) {
-      decltype(type) q[kMaxTileQ];
-      for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
-      for (int32_t d = 0; d < p_.head_dim; ++d) {
-        float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
-        for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
-        for (int32_t m = t_.lanes(); m < at_.bm; ++m) qt[m] = 0;
-      }
-    });
-  }
-
-  void modify(int64_t first, int32_t count, bool full) {
-    tile_.keys(first, count);
-    static constexpr float minus_infinity = -kInfinity;
-    for (int32_t strip = 0; strip < count; strip += kStrip) {
-      const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
-      float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
-      tile_.run_strip(strip, shape.rows, c_.has_score, !full);
-      if (c_.has_score) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
-      tile_.check_loads(strip, shape.rows, full);
-      if (!full)
-        select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
-                    {&minus_infinity, 0, false});
+  struct Weights {
+    float* at;
+    int32_t bm;
+    static ATTNKIT_INLINE vf exp(vf x) { return exp_weight(x); }
+    ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
+      store(at + n * bm + lane, w);
+      store(at + (n + 1) * bm + lane, after);
     }
-  }
-
-  // ---- softmax ----
-
-  // Weights are summed in turns: many equal small ones added to a large one would all be rounded the same way. Keys
-  // start at multiples of kStrip, so the turns do not depend on what was trimmed.
-  static constexpr int kSums = 4;
-
-  template <int kVecs>
-  void softmax_lanes(int32_t lane, int32_t count) {
-    float* s = ws_ + at_.s + lane;
-    vf largest[kVecs], pivot[kVecs], sum[kSums][kVecs] = {};
-    for (int v = 0; v < kVecs; ++v) largest[v] = set1(-kInfinity);
-    for (int32_t n = 0; n < count; ++n)
-      for (int v = 0; v < kVecs; ++v) largest[v] = max_or_second(load(s + n * at_.bm + v * kLanes), largest[v]);
-    for (int v = 0; v < kVecs; ++v) {
-      float* max = ws_ + at_.max + lane + v * kLanes;
-      const vf old_max = load(max), new_max = max_or_second(largest[v], old_max);
-      // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
-      pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
-      store(max, new_max);
-      store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
-    }
-    const auto weigh = [&](int32_t n, int u) {
-      for (int v = 0; v < kVecs; ++v) {
-        float* x = s + n * at_.bm + v * kLanes;
-        const vf w = exp_weight(load(x) - pivot[v]);
-        sum[u][v] += w;
-        store(x, w);
-      }
-    };
-    int32_t n = 0;
-    for (; n + kSums <= count; n += kSums)
-#pragma GCC unroll 4
-      for (int u = 0; u < kSums; ++u) weigh(n + u, u);
-#pragma GCC unroll 4
-    for (int u = 0; u < kSums; ++u)
-      if (n + u < count) weigh(n + u, u);
-    for (int v = 0; v < kVecs; ++v) {
-      float* total = ws_ + at_.sum + lane + v * kLanes;
-      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
-                       (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
-    }
-  }
-
-  void softmax(int32_t count) {
-    int32_t lane = 0;
-    for (; lane + kSoftmaxVecs * kLanes <= at_.bm; lane += kSoftmaxVecs * kLanes)
-      softmax_lanes<kSoftmaxVecs>(lane, count);
-    for (; lane < at_.bm; lane += kLanes) softmax_lanes<1>(lane, count);
-  }
-
-  // The sink is one more logit in the denominator, without a value.
-  static void add_sink(float sink, float& max, float& sum, float& rescale) {
-    const float top = max > sink ? max : sink;
-    if (top == -kInfinity) return;
-    rescale = __builtin_expf(max - top);
-    sum = sum * rescale + __builtin_expf(sink - top);
-    max = top;
-  }
-
-  // ---- values that not every query may see ----
-
-  bool has_nonfinite(const float* v, int64_t stride, int32_t count) const {
-    vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
-    for (int32_t n = 0; n < count; ++n)
-      for (int32_t d = 0; d < at_.dv; d += kLanes) zero = fma(load(v + n * stride + d), vf{}, zero);
-    return any(zero != vf{});
-  }
-
-  // The same sums in the same order as pv, but a pair that does not exist is skipped.
-  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count) {
-    tile_.rows_are(first, count);
-    float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
-    clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
-    for (int32_t strip = 0; strip < count; strip += kStrip) {
-      const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
-      tile_.run_strip(strip, rows, false, true);
-      for (int32_t m = 0; m < t_.lanes(); ++m)
-        for (int32_t r = 0; r < rows; ++r) {
-          if (!tile_.live(strip, r, m)) continue;
-          const vf w = set1(ws_[at_.s + static_cast<size_t>((strip + r) * at_.bm + m)]);
-          for (int32_t d = 0; d < at_.dv; d += kLanes) {
-            float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
-            store(x, fma(w, load(v + (strip + r) * stride + d), load(x)));
-          }
-        }
-    }
-    for (int32_t m = 0; m < t_.lanes(); ++m)
-      for (int32_t d = 0; d < at_.dv; d += kLanes) {
-        const int64_t i = static_cast<int64_t>(m) * at_.dv + d;
-        store(o + i, fma(load(o + i), set1(ws_[at_.alpha + m]), load(acc + i)));
-      }
-  }
-
-  const Call& c_;
-  const Problem& p_;
-  const Task& t_;
-  const Sequence& seq_;
-  const Layout at_;
-  float* ws_;
-  int64_t kv_head_;
-  Tile tile_;
-  const Fold now_, before_;
-  bool any_before_ = false;
+  };
 };
 
+template <class Products>
 int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
             float* workspace) {
-  Forward forward(c, t, workspace);
+  Products forward(c, t, workspace);
+  forward.pack_queries();
   forward.begin(num_ranges > 0);
   int64_t stretch = num_ranges > 0 ? ranges[0].first / c.split_kv : -1;
   const auto save = [&] {

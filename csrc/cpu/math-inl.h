@@ -21,12 +21,28 @@ ATTNKIT_INLINE vf exp2(vf x) {
   return scale_by_power(exp2_fraction(x - n), n);
 }
 
-// e^x for x <= 0: a softmax weight. The fraction is rounded once, after the subtraction, so a weight is right to about
-// one unit in the last place however small it is. Exactly 1 at 0: rescaling by an unchanged maximum changes no bit.
+// 2^(i/16)
+alignas(64) inline constexpr float kSixteenths[16] = {1.0f,          1.0442737341f, 1.0905077457f, 1.1387885809f,
+                                                      1.1892070770f, 1.2418577671f, 1.2968395948f, 1.3542555571f,
+                                                      1.4142135382f, 1.4768261909f, 1.5422108173f, 1.6104903221f,
+                                                      1.6817928553f, 1.7562521696f, 1.8340080976f, 1.9152065516f};
+
+// x - n ln 2 for an n of few bits: its product with the high part of ln 2, which has 9 bits, is exact.
+ATTNKIT_INLINE vf subtract_ln2(vf x, vf n) {
+  return fma(n, set1(2.12194440054690583e-4f), fma(n, set1(-0.693359375f), x));  // minus the (negative) low part
+}
+
+// e^x for x <= 0: a softmax weight, right to 1.5 units in the last place however small it is. x is split into
+// sixteenths of ln 2 and a remainder, whose short polynomial is half the work of a long one (Tang 1989). Exactly 1 at
+// 0: rescaling by an unchanged maximum changes no bit.
 ATTNKIT_INLINE vf exp_weight(vf x) {
+  const vf magic = set1(786432.0f);  // 1.5 * 2^19: adding it leaves four bits of the fraction
   x = max_or_second(set1(-115.0f), x);
-  const vf n = round_nearest(x * set1(kLog2e));
-  return scale_by_power(exp2_fraction(fma(x, set1(kLog2e), -n)), n);
+  const vf t = fma(x, set1(kLog2e), magic), n = t - magic, r = subtract_ln2(x, n);
+  // Minimax of (e^r - 1)/r for |r| <= ln(2)/32, error 4e-9.
+  const vf p = fma(fma(set1(0.16666960716247559f), r, set1(0.5000147223472595f)), r, set1(1.0f));
+  const vf power = look_up(kSixteenths, as_int(t));
+  return scale_by_power(fma(power, p * r, power), n);
 }
 
 // r = x - n ln 2 and e^r - 1, |r| <= ln(2)/2. Coefficients: minimax of (e^r - 1 - r)/r^2, error 2.4e-10.
@@ -35,8 +51,7 @@ struct ExpParts {
 };
 ATTNKIT_INLINE ExpParts exp_parts(vf x) {
   const vf n = round_nearest(x * set1(kLog2e));
-  vf r = fma(n, set1(-0.693359375f), x);         // the high part of ln 2 has 9 bits: n times it is exact
-  r = fma(n, set1(2.12194440054690583e-4f), r);  // minus the (negative) low part
+  const vf r = subtract_ln2(x, n);
   vf p = set1(0.00019913705182261765f);
   p = fma(p, r, set1(0.0013941116631031036f));
   p = fma(p, r, set1(0.00833327416330576f));

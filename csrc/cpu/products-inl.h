@@ -1,5 +1,10 @@
 // The two matrix products of a tile: scores from queries and keys, outputs from weights and values.
 //
+// Both take 4-byte units: a float, or (products_bf16-inl.h) a pair of bfloat16 that are multiplied and summed together.
+// What is done with a unit is a `Dot`:
+//   run(a, b, sum)   sum + a * b, lane by lane
+//   kScaled          whether scores are still to be multiplied by the scale
+//
 // An instruction set says, before it includes this, how its registers are used: scores are computed for
 // kAccumulators / kQueryVecs keys by kQueryVecs vectors of queries (where only one vector of queries is left, for
 // kMaxKeyRows keys), outputs for kOutRows queries by kOutVecs vectors of channels, weights for kSoftmaxVecs vectors of
@@ -8,12 +13,24 @@
 static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kAccumulators / 2 <= kMaxKeyRows);
 static_assert(kMaxTileQ % kLanes == 0 && kMaxTileKv % kLanes == 0);
 
-// Scores of kRows keys, over `depth` channels; added to what `s` holds, or (`first`) put there.
-template <int kRows, int kVecs>
-ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t rows, int32_t depth,
-                            bool first, float* s) {
-  const float* key[kRows];
-  for (int r = 0; r < kRows; ++r) key[r] = k + (r < rows ? r : rows - 1) * k_stride;  // tails repeat the last key
+struct FloatDot {
+  static constexpr bool kScaled = false;  // the queries are
+  static ATTNKIT_INLINE vf run(vf a, vf b, vf sum) { return fma(a, b, sum); }
+};
+
+// Keys as units: rows `stride` bytes apart.
+struct KeyRows {
+  const char* data;
+  int64_t stride;
+};
+
+// Scores of kRows keys, over `depth` units; added to what `s` holds, or (`first`) put there. `largest`, if not null, is
+// raised to them: one value per query.
+template <class Dot, int kRows, int kVecs>
+ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32_t rows, int32_t depth, float scale,
+                            bool first, float* s, float* largest) {
+  const char* key[kRows];
+  for (int r = 0; r < kRows; ++r) key[r] = k.data + (r < rows ? r : rows - 1) * k.stride;  // tails repeat the last key
   vf acc[kRows][kVecs];
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
@@ -25,9 +42,9 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const float* k, int64_t
     for (int v = 0; v < kVecs; ++v) q[v] = load(qt + static_cast<int64_t>(d) * bm + v * kLanes);
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-      const vf x = set1(key[r][d]);
+      const vf x = set1_bits(key[r] + 4 * static_cast<int64_t>(d));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, q[v], acc[r][v]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot::run(x, q[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 32
@@ -35,29 +52,42 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const float* k, int64_t
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       float* x = s + r * bm + v * kLanes;
-      store(x, first ? acc[r][v] : load(x) + acc[r][v]);
+      if constexpr (Dot::kScaled) acc[r][v] *= set1(scale);
+      if (!first) acc[r][v] += load(x);
+      store(x, acc[r][v]);
     }
+  if (largest == nullptr) return;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVecs; ++v) {
+    vf most = load(largest + v * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) most = max_or_second(acc[r][v], most);
+    store(largest + v * kLanes, most);
+  }
 }
 
 // Not inlined: inside `run` the compiler would keep the keys' addresses in memory.
-template <int kRows, int kVecs>
-__attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count,
-                                          int32_t depth, bool first, float* s) {
+template <class Dot, int kRows, int kVecs>
+__attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const KeyRows& k, int32_t count, int32_t depth,
+                                          float scale, bool first, float* s, float* largest) {
   for (int32_t n = 0; n < count; n += kRows)
-    qk_tile<kRows, kVecs>(qt, bm, k + n * k_stride, k_stride, count - n, depth, first,
-                          s + static_cast<int64_t>(n) * bm);
+    qk_tile<Dot, kRows, kVecs>(qt, bm, {k.data + n * k.stride, k.stride}, count - n, depth, scale, first,
+                               s + static_cast<int64_t>(n) * bm, largest);
 }
 
-// Channels are summed in stretches of so many: several short sums lose fewer bits than one long one.
+// Units are summed in stretches of so many: several short sums lose fewer bits than one long one.
 inline constexpr int32_t kChannels = 128;
 
 // S = K Q^T for `count` keys. Rows up to the next multiple of the micro-tile are written with copies of the last key.
-inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t head_dim,
-               float* s) {
-  for (int32_t d = 0; d < head_dim; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k += kChannels) {
-    const int32_t depth = head_dim - d < kChannels ? head_dim - d : kChannels;
+// `largest`, if not null, is raised to the largest score of each query.
+template <class Dot>
+void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, int32_t units, float scale, float* s,
+              float* largest) {
+  for (int32_t d = 0; d < units; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k.data += 4 * kChannels) {
+    const int32_t depth = units - d < kChannels ? units - d : kChannels;
     const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
-      qk_columns<kRows, kVecs>(qt + lane, bm, k, k_stride, count, depth, d == 0, s + lane);
+      qk_columns<Dot, kRows, kVecs>(qt + lane, bm, k, count, depth, scale, d == 0, s + lane,
+                                    largest != nullptr && d + depth == units ? largest + lane : nullptr);
     };
     int32_t lane = 0;
     for (; lane + kQueryVecs * kLanes <= bm; lane += kQueryVecs * kLanes)
@@ -67,12 +97,17 @@ inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, in
   }
 }
 
+inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t head_dim, float* s,
+               float* largest) {
+  qk_units<FloatDot>(qt, bm, {reinterpret_cast<const char*>(k), 4 * k_stride}, count, head_dim, 1, s, largest);
+}
+
 // O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide. A tile's keys are
 // summed by themselves first: two short sums lose fewer bits than one long one. `each` is told every key.
 struct Nothing {
   ATTNKIT_INLINE void operator()(int32_t) const {}
 };
-template <int kRows, int kVecs, class T, class Each = Nothing>
+template <class Dot, int kRows, int kVecs, class T, class Each = Nothing>
 ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t count, const float* alpha,
                             float* o, int32_t o_stride, Each each = {}) {
   vf acc[kRows][kVecs];
@@ -88,9 +123,9 @@ ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const T* v, int64_t v_st
     const float* weight = p + static_cast<int64_t>(n) * bm;
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-      const vf w = set1(weight[r]);
+      const vf w = set1_bits(weight + r);
 #pragma GCC unroll 4
-      for (int c = 0; c < kVecs; ++c) acc[r][c] = fma(w, value[c], acc[r][c]);
+      for (int c = 0; c < kVecs; ++c) acc[r][c] = Dot::run(w, value[c], acc[r][c]);
     }
   }
 #pragma GCC unroll 32
@@ -104,12 +139,13 @@ ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const T* v, int64_t v_st
   }
 }
 
-template <int kVecs>
+template <class Dot, int kVecs>
 void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha,
                 float* o, int32_t o_stride, int32_t queries) {
   int32_t m = 0;
   const auto group = [&]<int kRows>() {
-    pv_tile<kRows, kVecs>(p + m, bm, v, v_stride, count, alpha + m, o + static_cast<int64_t>(m) * o_stride, o_stride);
+    pv_tile<Dot, kRows, kVecs>(p + m, bm, v, v_stride, count, alpha + m, o + static_cast<int64_t>(m) * o_stride,
+                               o_stride);
     m += kRows;
   };
   while (queries - m >= kOutRows) group.template operator()<kOutRows>();
@@ -117,12 +153,13 @@ void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, in
   if (queries > m) group.template operator()<1>();
 }
 
-inline void pv(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha,
-               float* o, int32_t o_stride, int32_t queries) {
+template <class Dot = FloatDot>
+void pv(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha, float* o,
+        int32_t o_stride, int32_t queries) {
   int32_t c = 0;
   for (; c + kOutVecs * kLanes <= o_stride; c += kOutVecs * kLanes)
-    pv_columns<kOutVecs>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+    pv_columns<Dot, kOutVecs>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
   for (; c + 2 * kLanes <= o_stride; c += 2 * kLanes)
-    pv_columns<2>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
-  for (; c < o_stride; c += kLanes) pv_columns<1>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+    pv_columns<Dot, 2>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+  for (; c < o_stride; c += kLanes) pv_columns<Dot, 1>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
 }

@@ -6,7 +6,8 @@
 //   fma(a, b, c)                   a * b + c, rounded once where the machine can
 //   max_or_second, min_or_second   of a and b; b when either is NaN
 //   round_nearest, floor, sqrt     as IEEE has them; ties to even
-//   scale_by_power(p, n)           p * 2^n for a whole n; over- and underflows as IEEE does
+//   scale_by_power(p, n)           p * 2^floor(n); over- and underflows as IEEE does
+//   look_up(table, i)              table[i % 16] of each lane
 //   any(mask)                      whether a bit of any lane is set
 //   gather(base, offset)           base[offset] of each lane
 
@@ -24,6 +25,13 @@ ATTNKIT_INLINE vi load_int(const float* p) { return *reinterpret_cast<const vi_u
 ATTNKIT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
 ATTNKIT_INLINE void store_int(float* p, vi x) { *reinterpret_cast<vi_u*>(p) = x; }
 ATTNKIT_INLINE vf set1(float x) { return x - vf{}; }
+// Four bytes of any kind at any address, in every lane. As an integer: a float copy would quiet a signalling NaN
+// pattern.
+ATTNKIT_INLINE vf set1_bits(const void* p) {
+  int32_t bits;
+  __builtin_memcpy(&bits, p, 4);
+  return reinterpret_cast<vf>(bits - vi{});
+}
 ATTNKIT_INLINE vi set1_int(int32_t x) { return x - vi{}; }
 ATTNKIT_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 ATTNKIT_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
@@ -34,8 +42,7 @@ ATTNKIT_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 
 // scale_by_power where no instruction does it. Two factors, so that results near the ends of the
 // exponent range neither overflow nor vanish too early; only the second product can round.
-ATTNKIT_INLINE vf scale_in_two_steps(vf p, vf n) {
-  const vi k = to_int(n);
+ATTNKIT_INLINE vf scale_in_two_steps(vf p, vi k) {
   const vi half = k >> 1;
   return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
 }

@@ -12,19 +12,12 @@ struct Shape {
   int32_t rows, lanes;
 };
 
-ATTNKIT_INLINE vf broadcast(const float* p) {
-  // As an integer: lanes may hold any bits, and a float copy would quiet a signalling NaN pattern.
-  int32_t bits;
-  __builtin_memcpy(&bits, p, 4);
-  return as_float(set1_int(bits));
-}
-
 template <bool kVec>
 struct Row {
   const float* p;
   vf value;
   ATTNKIT_INLINE Row(const Operand& o, int32_t r) : p(o.p + static_cast<int64_t>(r) * o.step), value{} {
-    if constexpr (!kVec) value = broadcast(p);
+    if constexpr (!kVec) value = set1_bits(p);
   }
   ATTNKIT_INLINE vf at(int32_t j) const {
     if constexpr (kVec) return load(p + j);

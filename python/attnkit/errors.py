@@ -101,6 +101,11 @@ CODES: dict[str, Code] = {
     "AK224": Code(_VALUE, "variable has no meaning here"),
     "AK225": Code(_VALUE, "codec is not one of those that exist"),
     "AK226": Code(_VALUE, "normalizer does not allow this"),
+    "AK227": Code(
+        _VALUE,
+        "o and lse of a merge are not of one attention",
+        "pair each o with the lse of the attend or merge that gave it; only softmax and signed_softmax have one",
+    ),
     # tracing
     "AK301": Code(
         _TYPE,

@@ -9,23 +9,32 @@ import torch
 
 import attnkit as ak
 from attnkit import testing
+from attnkit.testing.floats import rounded
 
 Compare = Callable[..., testing.Measured]
 
 
 @pytest.fixture
-def compare() -> Compare:
-    """``compare(q, k, v, oracle={...}, **keywords of ak.attention)`` on numpy arrays."""
+def dtype() -> str:
+    """What q, k, v and o are stored as. Tests of 16-bit floats are parametrized with others."""
+    return "float32"
+
+
+@pytest.fixture
+def compare(dtype: str) -> Compare:
+    """``compare(q, k, v, oracle={...}, **keywords of ak.attention)`` on float32 arrays, rounded to ``dtype``."""
 
     def run(
         q: Any, k: Any, v: Any, *, oracle: dict[str, Any] | None = None, what: str = "", mostly_dead: bool = False,
         function: Callable[..., Any] = ak.attention, **call: Any,
     ) -> testing.Measured:  # fmt: skip
-        expected = testing.attention(q, k, v, **(oracle or {}))
-        o, lse = function(*map(torch.from_numpy, (q, k, v)), return_lse=True, **call)
-        assert o.dtype == torch.float32
+        arrays = [rounded(x, dtype) for x in (q, k, v)] if dtype != "float32" else [q, k, v]
+        stored = getattr(torch, dtype)
+        expected = testing.attention(*arrays, dtype=dtype, **(oracle or {}))
+        o, lse = function(*(torch.from_numpy(x).to(stored) for x in arrays), return_lse=True, **call)
+        assert o.dtype == stored
         assert lse.dtype == torch.float32
-        return testing.check(o.numpy(), lse.numpy(), expected, what=what, mostly_dead=mostly_dead)
+        return testing.check(o.float().numpy(), lse.numpy(), expected, what=what, mostly_dead=mostly_dead)
 
     return run
 

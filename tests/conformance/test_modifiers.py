@@ -400,6 +400,7 @@ def spellings(v: Variant) -> list[dict[str, Any]]:
     return [call for call in (v.plain, v.mods) if call]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_engine_equals_equation(

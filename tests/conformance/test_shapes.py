@@ -15,9 +15,12 @@ from attnkit.testing import DISTRIBUTIONS, Dims, Pairs, qkv
 
 # Around the ends of vectors (4, 16), query tiles (16, 48, 96) and key tiles (16, 64, 128).
 EDGES = (1, 2, 3, 4, 5, 15, 16, 17, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129)
+ALL = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+DOTS = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # float16 is computed as float32 is
 CAUSAL: dict[str, Any] = {"mask": lambda p: p.kv_idx <= p.position}
 
 
+@DOTS
 @pytest.mark.parametrize("q_len", EDGES)
 def test_lengths(q_len: int, isa: str, rng: np.random.Generator, compare: Any) -> None:
     for kv_len in EDGES:
@@ -39,6 +42,7 @@ HEAD_DIMS = (1, 3, 16, 17, 32, 33, 48, 64, 65, 80, 96, 112, 127, 128, 129, 160, 
 
 
 # Scores see one dimension and outputs the other: three partners for each are as good as all pairs.
+@DOTS
 @pytest.mark.parametrize(
     ("head_dim", "v_head_dim"),
     [
@@ -51,6 +55,7 @@ def test_head_dims(head_dim: int, v_head_dim: int, isa: str, rng: np.random.Gene
     compare(*tensors, oracle=CAUSAL, mask=ak.causal())
 
 
+@DOTS
 @pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_latent_attention(q_len: int, isa: str, rng: np.random.Generator, compare: Any) -> None:
     """MLA as DeepSeek decodes: all heads share 576 channels a key, of which the first 512 are also its value."""
@@ -62,6 +67,7 @@ def test_latent_attention(q_len: int, isa: str, rng: np.random.Generator, compar
     compare(q, k, v, oracle={"kv_lens": lens}, kv_lens=torch.from_numpy(lens))
 
 
+@ALL
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(1, 1), (4, 4), (4, 2), (6, 2), (8, 1), (5, 1), (32, 2)])
 @pytest.mark.parametrize("q_len", [1, 3, 40])
 def test_head_groups(
@@ -228,6 +234,7 @@ def test_captured_tensors_of_any_strides(isa: str, rng: np.random.Generator, com
 # --- several sequences in one call ------------------------------------------------------------------------
 
 
+@ALL
 @pytest.mark.parametrize("kv_lens", [[90, 1, 64], [0, 37, 90], [65, 0, 0], [0, 0, 0]])
 def test_padded(kv_lens: list[int], isa: str, rng: np.random.Generator, compare: Any) -> None:
     q, k, v = qkv("gaussian", rng, Dims(3, 4, 2, 33, 90, 16, 24))
@@ -257,6 +264,7 @@ PACKED = {
 }
 
 
+@ALL
 @pytest.mark.parametrize("name", PACKED)
 def test_packed(name: str, isa: str, rng: np.random.Generator, compare: Any) -> None:
     q_lens, kv_lens = PACKED[name]

@@ -339,5 +339,5 @@ def test_torch_functions_without_a_meaning_here() -> None:
     exc = raised(lambda: trace_mods(lambda s, b, h, q, kv: torch.cumsum(s, 0), None))
     assert (exc.code, exc.given) == ("AK302", "torch function cumsum")
     assert exc.where.startswith(__file__)
-    exc = raised(lambda: trace_mods(lambda s, b, h, q, kv: s + torch.zeros(2, dtype=torch.float16)[h], None))
+    exc = raised(lambda: trace_mods(lambda s, b, h, q, kv: s + torch.zeros(2, dtype=torch.float64)[h], None))
     assert exc.code == "AK303"

@@ -33,6 +33,11 @@ PRELUDE = """
   o1, lse1 = attend(q, k, v)
   o2, lse2 = attend(k, q, q)
   o3, lse3 = attend(q, k, v) { normalizer = softmax(sink = logits) }
+  o4 = attend(q, k, v) { normalizer = none }
+  o5 = attend(q, k, v, groups = (of_q, of_k))
+  o6 = map(q, o1) { value = x * y }
+  lse6 = map(lse1) { value = x + 0.5 }
+  o7, lse7 = merge(o1, lse1, o, lse)
 """
 # One value of every kind that there is.
 KINDS = {
@@ -293,8 +298,16 @@ def carries() -> Iterator[tuple[str, str]]:
 
 def sinks() -> Iterator[tuple[str, str]]:
     """A sink is added once."""
-    for pairs in ("o, lse, o3, lse3", "o, lse, o, lse", "o1, lse1, o, lse, o3, lse3", "o, lse3, o3, lse"):
+    for pairs in ("o, lse, o3, lse3", "o, lse, o, lse", "o1, lse1, o, lse, o3, lse3"):
         yield "AK222", f"r, l = merge({pairs})"
+
+
+def others_sums() -> Iterator[tuple[str, str]]:
+    """An o goes with the sum of its own attention, and with no other number a token."""
+    for pairs in ("o, lse3, o3, lse", "o, lse3", "o1, lse", "q, lse", "o1, number", "o1, lse1, o, lse1",
+                  "o1, lse1, q, lse", "o4, lse1", "o4, number", "o5, lse1", "o5, number", "o6, lse", "o, lse6", "o7, lse1",
+                  "o1, lse7"):  # fmt: skip
+        yield "AK227", f"r, l = merge({pairs})"
 
 
 def variables() -> Iterator[tuple[str, str]]:
@@ -347,7 +360,7 @@ def codecs() -> Iterator[tuple[str, str]]:
 
 GROUPS = (
     wrong_operands, layouts, other_tokens, counts, keywords, more_keywords, recurrences, normalizers, carries,
-    sinks, variables, codecs,
+    sinks, others_sums, variables, codecs,
 )  # fmt: skip
 LINES = [(group.__name__, code, line) for group in GROUPS for code, line in group()]
 
@@ -388,6 +401,7 @@ TWINS = (
     "r = attend(q, k, v, groups = (of_q, of_k))", "r, l = attend(q, k, v, dropout = p)",
     "r, l, c = attend(q, k, v, initial = carried, budget = 2, outputs = (o, lse, carry)) { carry = s score = s + f }",
     "r = attend(q, k, v) { normalizer = sum(epsilon = 0.5) }", "r, l = merge(o1, lse1, o, lse)",
+    "r, l = merge(o6, lse6, o1, lse6, o7, lse7)", "r, l = merge(q, number, o1, lse1)",
     "r = attend(q, k, v) { normalizer = softmax_over_queries(epsilon = 0.0) }",
     "r, s, n = recur(pq, pk, pv, gate = number, beta = number)", "r, s, n = recur(q, k, v, gate = q, bonus = row)",
     "r, s, n = recur(q, k, v, coefficients = (1.0, 1.0, 0.5), normalize = true, epsilon = 0.5, initial_norm = norm)",

@@ -394,7 +394,7 @@ def test_attention_weights_are_refused(name: str, make: Make, tokens: Any) -> No
 
 def test_other_dtypes_are_refused(make: Make, tokens: Any) -> None:
     with pytest.raises(ak.AttnkitNotImplementedError, match="AK502"):
-        copy.deepcopy(make("llama")).bfloat16()(**tokens(7, 5))
+        copy.deepcopy(make("llama")).double()(**tokens(7, 5))
 
 
 def test_models_with_attention_of_their_own_do_not_get_a_wrong_mask() -> None:

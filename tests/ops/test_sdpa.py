@@ -199,8 +199,6 @@ def three(randn: Any, *shape: int, **to: Any) -> tuple[Any, ...]:
 
 DECLINED: dict[str, tuple[str, Build]] = {
     "float64": ("float64", lambda r: (three(r, dtype=torch.float64), {})),
-    "bfloat16": ("bfloat16", lambda r: (three(r, dtype=torch.bfloat16), {"is_causal": True})),
-    "float16": ("float16", lambda r: (three(r, dtype=torch.float16), {})),
     "dropout": ("dropout", lambda r: (three(r), {"dropout_p": 0.5})),
     "2-D": ("rank", lambda r: (three(r, 9, 8), {})),
     "6-D": ("rank", lambda r: (three(r, 1, 2, 1, 3, 9, 8), {})),
@@ -317,10 +315,10 @@ def test_autocast(randn: Any) -> None:
         with ak.installed():
             actual = sdpa(q, k, v)
             report = ak.installed_report()
-    assert actual.dtype == torch.bfloat16
-    assert torch.equal(actual, expected)
-    assert list(report.torch.values()) == [1]
-    assert "bfloat16" in next(iter(report.torch))
+    assert actual.dtype == expected.dtype == torch.bfloat16
+    assert (report.attnkit, report.torch) == (1, {})
+    exact = sdpa(*(t.bfloat16().double() for t in (q, k, v)))
+    assert (actual - exact).abs().max() <= 2 * (expected - exact).abs().max()
 
 
 @pytest.mark.filterwarnings(

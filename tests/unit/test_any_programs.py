@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given, strategies as st
 
 from attnkit.backends.reference import gradients, run
-from attnkit.ir.program import OPERATIONS, Attend, Program
+from attnkit.ir.program import OPERATIONS, Attend, Map, Merge, Program, Recur
 from attnkit.ir.text import parse, print_program
 from attnkit.ir.verify import infer, verify
-from attnkit.testing.generate import random_inputs, random_program
+from attnkit.testing.arrays import random_inputs
+from attnkit.testing.generate import random_program
 from attnkit.testing.strategies import any_programs
 
 
@@ -55,6 +57,38 @@ def test_the_generator_reaches_every_operation_keyword_and_output() -> None:
         "bs",
         "bhdv",
     }
+
+
+def relaxations(p: Program) -> Iterator[str]:
+    """Where tokens of one input stand for those of another, or one operation's numbers for another's."""
+    types = infer(p)
+    for op in p.ops[:-1]:
+        axes = [t.axis for t in (types[i] for i in op.operands) if t.axis is not None]
+        if isinstance(op, Map | Merge | Recur) and len({axis.root for axis in axes}) > 1:
+            yield f"{op.NAME} of several inputs"
+        if isinstance(op, Map) and any(axis.block != axes[0].block for axis in axes):
+            yield "map of a pool"
+        if not isinstance(op, Attend):
+            continue
+        q, k = axes[:2]
+        for name, relations in (("blocks", (op.blocks,)), ("groups", op.groups or ())):
+            held = [types[i] for i in relations if i is not None]
+            roots = {t.axis.root for t in held if t.axis} | {t.columns.root for t in held if t.columns}
+            if held and not {q.root, k.root} <= roots:
+                yield f"{name} of others"
+        if op.initial is not None:
+            yield "initial of a result" if op.initial >= len(p.inputs) else f"initial of {k.layout.kind} keys"
+
+
+def test_the_generator_uses_what_the_language_allows() -> None:
+    programs = [of_seed(seed) for seed in range(3000)]
+    seen = Counter(what for p in programs for what in relaxations(p))
+    assert all(seen[f"{name} of several inputs"] > 20 for name in ("map", "merge", "recur"))
+    for what in ("map of a pool", "blocks of others", "initial of packed keys"):
+        assert seen[what] > 20, what
+    assert min(seen["groups of others"], seen["initial of a result"]) > 2
+    arrays = [random_inputs(p, np.random.default_rng(n))[0][:3] for n, p in enumerate(programs[:100])]
+    assert sum(len({getattr(x, "codes", x).shape[1] for x in qkv}) > 1 for qkv in arrays) > 20
 
 
 ROUND_TRIPS = """

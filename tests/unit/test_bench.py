@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,8 @@ import pytest
 
 from attnkit.bench import demo, masks, memory, minilm, peers, records, report, runner, shows
 from attnkit.bench.measure import Contender, interval, measure, ratio
-from attnkit.bench.workloads import Shape, Workload, make_inputs, select, suites
+from attnkit.bench.rows import Row, select, suites
+from attnkit.bench.workloads import Shape, Workload, make_inputs
 from attnkit.variants import dense
 
 TINY = Shape(1, 2, 1, 24, 40, 16, 8)
@@ -153,7 +154,7 @@ def test_peak_bytes_sees_what_a_call_allocates() -> None:
 
 @pytest.mark.parametrize("suite", suites)
 def test_workloads_of_a_suite_have_names_of_their_own(suite: str) -> None:
-    names = [w.name for w in suites[suite]]
+    names = [row.name for row in suites[suite]]
     assert len(set(names)) == len(names)
 
 
@@ -175,7 +176,9 @@ def test_inputs_are_the_same_every_time_and_change_with_the_seed() -> None:
 
 def test_select_narrows_a_suite() -> None:
     chosen = select("smoke", variants=("window",), dtype="float16", seed=3)
-    assert [(w.variant, w.dtype, w.seed) for w in chosen] == [("window", "float16", 3)]
+    assert [(w.variant, w.dtype, w.seed) for w in (row.workload for row in chosen)] == [
+        ("window", "float16", 3)
+    ]
 
 
 @pytest.mark.parametrize("variant", dense.CASES)
@@ -185,11 +188,16 @@ def test_torch_computes_the_same_or_refuses(variant: str, shape: Shape) -> None:
     if "softcap" in inputs.workload.parameters:
         assert peers.TORCH.refuses(inputs.workload)
         return
-    o = peers.TORCH.prepare(inputs)()
+    o = peers.TORCH.prepare(inputs).run()
     expected, _ = dense.naive(
         inputs.q.numpy(), inputs.k.numpy(), inputs.v.numpy(), **inputs.workload.parameters
     )
     np.testing.assert_allclose(o.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def fake(name: str, compute: Callable[[Any], Any]) -> peers.Peer:
+    """A peer whose every call is ``compute(inputs)``."""
+    return peers.Peer(name, lambda: "1", lambda w: None, lambda inputs: peers.Call(lambda: compute(inputs)))
 
 
 # --- runs, records, reports ---------------------------------------------------------------------------------
@@ -200,7 +208,9 @@ def test_run_gives_a_valid_document(document: records.Document) -> None:
     assert runner.wrong(document) == []
     ours = [r for r in document["records"] if r["backend"] == "cpu"]
     assert [r["variant"] for r in ours] == list(dense.CASES)
-    assert {s["workload"].split()[0] for s in document["skipped"]} == {"softcap", "alibi_softcap"}
+    assert {s["workload"].split()[0] for s in document["skipped"]} == {
+        "softcap", "alibi_softcap", "causal_softcap",
+    }  # fmt: skip
     for r in ours:
         assert r["config"]
         assert (r["baseline"] is None) == (r["speedup"] is None) == ("softcap" in r["mask"])
@@ -226,17 +236,14 @@ def test_run_restores_the_thread_count() -> None:
 
 
 def test_wrong_output_is_noticed() -> None:
-    def prepare(inputs: Any) -> Any:
-        return lambda: inputs.q[..., :1].expand(*inputs.q.shape[:3], inputs.v.shape[3])
-
-    liar = peers.Peer("liar", lambda: "1", lambda workload: None, prepare)
-    done = runner.run([Workload("full", TINY)], rounds=1, peers=(liar,))
+    liar = fake("liar", lambda i: i.q[..., :1].expand(*i.q.shape[:3], i.v.shape[3]))
+    done = runner.run([Row(Workload("full", TINY), (liar,))], rounds=1)
     assert [p.split()[0] for p in runner.wrong(done)] == ["liar"]
 
 
 def test_output_that_is_not_finite_is_null_in_the_file_and_wrong() -> None:
-    nan = peers.Peer("nan", lambda: "1", lambda workload: None, lambda inputs: lambda: inputs.q * math.nan)
-    done = runner.run([Workload("full", Shape.of(1, 1, 16, 16))], rounds=1, peers=(nan,))
+    nan = fake("nan", lambda i: i.q * math.nan)
+    done = runner.run([Row(Workload("full", Shape.of(1, 1, 16, 16)), (nan,))], rounds=1)
     assert done["records"][1]["error"]["max_abs"] is None
     assert records.problems(json.loads(records.dumps(done))) == []
     assert runner.wrong(done)
@@ -244,10 +251,13 @@ def test_output_that_is_not_finite_is_null_in_the_file_and_wrong() -> None:
 
 
 def test_absent_peer_is_skipped_with_a_reason() -> None:
-    absent = peers.Peer("absent", lambda: None, lambda workload: None, lambda inputs: pytest.fail("prepared"))
-    done = runner.run([Workload("full", TINY)], rounds=1, peers=(absent,))
+    absent = peers.Peer(
+        "absent", lambda: None, lambda w: None, lambda inputs: pytest.fail("prepared"), extra="some"
+    )
+    done = runner.run([Row(Workload("full", TINY), (absent,))], rounds=1)
+    reason = "not installed: pip install 'attnkit[some]'"
     assert done["skipped"] == [
-        {"workload": "full b1 h2/1 s24x40 d16/8", "backend": "absent", "reason": "not installed"}
+        {"workload": "full b1 h2/1 s24x40 d16/8", "backend": "absent", "reason": reason}
     ]
 
 
@@ -281,7 +291,7 @@ def test_table_and_plot_come_from_the_file(document: records.Document, tmp_path:
     console = Console(width=200)
     with console.capture() as capture:
         console.print(report.table(document))
-    assert all(w.name in capture.get() for w in suites["smoke"])
+    assert all(row.name in capture.get() for row in suites["smoke"])
     paths = [tmp_path / "a" / "p.png", tmp_path / "a" / "p.svg"]
     report.plot(document, paths)
     assert paths[0].read_bytes().startswith(b"\x89PNG")

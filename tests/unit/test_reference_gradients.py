@@ -10,7 +10,8 @@ import pytest
 from attnkit.backends.reference import gradients, run
 from attnkit.ir.program import Attend, Encode, Merge, Program, Recur, attributes
 from attnkit.ir.text import parse
-from attnkit.testing.generate import random_inputs, random_program
+from attnkit.testing.arrays import random_inputs
+from attnkit.testing.generate import random_program
 
 STEP = 1e-5
 

@@ -8,6 +8,7 @@ import pytest
 
 from attnkit import testing
 from attnkit.testing import DISTRIBUTIONS, KAPPA, Dims, Expected, Pairs, qkv
+from attnkit.testing.floats import rounded
 from attnkit.variants import dense
 
 DIMS = Dims(2, 4, 2, 40, 50, 16, 24)
@@ -69,6 +70,69 @@ def test_wrong_results_are_stopped(name: str, rng: np.random.Generator) -> None:
     expected = testing.attention(*qkv("gaussian", rng, DIMS))
     with pytest.raises(AssertionError):
         testing.check(*WRONG[name](*right(expected)), expected)
+
+
+def half_kernel(q: Any, k: Any, v: Any, dtype: str, wrong: str = "") -> tuple[Any, Any]:
+    """Attention as a 16-bit kernel does it: float32 scores and sums, weights rounded for bfloat16 products."""
+
+    def narrow(x: Any) -> Any:
+        return rounded(x, dtype)
+
+    k, v = (np.repeat(x, q.shape[1] // k.shape[1], axis=1) for x in (k, v))
+    scale = np.float32(0.3)
+    s = narrow(scale * q) @ k.mT if wrong == "scaled queries rounded" else scale * (q @ k.mT)
+    if wrong == "scores rounded":
+        s = narrow(s)
+    top = s.max(3, keepdims=True)
+    w = np.exp(s - top)
+    total = w.sum(3, keepdims=True)
+    w = narrow(w) if dtype == "bfloat16" or wrong == "weights rounded" else w
+    if wrong == "sums of a tile rounded":
+        o = sum(narrow(w[..., i::4] @ v[:, :, i::4]) for i in range(4))
+    else:
+        o = w @ v
+    o = o / total
+    if wrong == "truncated":
+        o = np.sign(o) * np.minimum(abs(narrow(o)), abs(narrow(o * (1 - 2.0**-11))))
+    return narrow(o), (top + np.log(total))[..., 0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("distribution", ["gaussian", "outlier", "near_tie", "constant", "one_hot"])
+def test_kernels_of_halves_pass(distribution: str, dtype: str, rng: np.random.Generator) -> None:
+    tensors = qkv(distribution, rng, DIMS, dtype)
+    expected = testing.attention(*tensors, scale=0.3, dtype=dtype)
+    testing.check(*half_kernel(*tensors, dtype), expected)
+    testing.check(rounded(expected.o, dtype).astype(np.float32), expected.lse.astype(np.float32), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong"),
+    [
+        ("bfloat16", "scaled queries rounded"),
+        ("bfloat16", "scores rounded"),
+        ("float16", "scaled queries rounded"),
+        ("float16", "scores rounded"),
+        ("float16", "weights rounded"),
+        ("float16", "sums of a tile rounded"),
+        ("float16", "truncated"),
+    ],
+)
+def test_kernels_of_halves_that_round_too_often_are_stopped(
+    dtype: str, wrong: str, rng: np.random.Generator
+) -> None:
+    tensors = qkv("gaussian", rng, DIMS, dtype)
+    expected = testing.attention(*tensors, scale=0.3, dtype=dtype)
+    with pytest.raises(AssertionError, match="kappa"):
+        testing.check(*half_kernel(*tensors, dtype, wrong), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_naive_results_of_halves_are_values_of_theirs(dtype: str, rng: np.random.Generator) -> None:
+    expected = testing.attention(*qkv("gaussian", rng, DIMS, dtype), **CAUSAL, dtype=dtype)
+    for o in expected.naive_o:
+        np.testing.assert_array_equal(rounded(o, dtype), o)
+    assert len(np.unique(expected.naive_o, axis=0)) > 1  # its sums are nearly exact
 
 
 # Other attentions than the one asked for: the keywords of the oracle.

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from attnkit.backends.cpu.engine import engine
 
 _FMA_ROUNDS = 1_000_000  # about 5 ms a burst
 _READ_BYTES = 256 << 20  # far beyond any cache
+# The engine's probes of arithmetic, each ``(threads, rounds) -> GFLOP/s``; one that it does not have is no ceiling.
+_PROBES = {"float32": "fma_gflops", "bfloat16": "bf16_gflops"}
+
+
+@dataclass(frozen=True)
+class Burst:
+    """What one round saw: ``gflops`` by dtype, and GB/s read."""
+
+    gflops: dict[str, float]
+    read_gbytes_per_s: float
+
+    def least_seconds(self, dtype: str, flops: int, num_bytes: int) -> tuple[float, str, float] | None:
+        """The time that a problem must take, what binds (``compute`` or ``memory``), and that ceiling (TFLOP/s, GB/s).
+
+        None where compute might bind and there is no probe for it: narrower numbers than float32 are no slower.
+        """
+        memory = num_bytes / (self.read_gbytes_per_s * 1e9)
+        tflops = self.gflops.get(dtype, self.gflops["float32"]) * 1e-3
+        compute = flops / (tflops * 1e12)
+        if memory > compute:
+            return memory, "memory", self.read_gbytes_per_s
+        return (compute, "compute", tflops) if dtype in self.gflops else None
 
 
 class Ceilings:
-    """The best of the bursts seen so far.
+    """The bursts of a run, and the best of them.
 
     Bursts are short and many, spread over the whole run: a shared machine slows down for tenths of a second, and the
     ceiling is what it reaches undisturbed.
@@ -19,19 +43,29 @@ class Ceilings:
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self.fma_gflops = 0.0
-        self.read_gbytes_per_s = 0.0
-        self.bursts = 0
+        self.bursts: list[Burst] = []
         self._memory = np.ones(_READ_BYTES // 4, np.float32)
+        self._probes = {dtype: getattr(engine(), name, None) for dtype, name in _PROBES.items()}
 
     def burst(self) -> None:
-        """Probe both ceilings once."""
-        fma = engine().fma_gflops(self.threads, _FMA_ROUNDS)
-        read = engine().read_gbytes_per_s(self.threads, self._memory)
-        self.fma_gflops = max(self.fma_gflops, fma)
-        self.read_gbytes_per_s = max(self.read_gbytes_per_s, read)
-        self.bursts += 1
+        """Probe every ceiling, thrice: the best of them is the round's."""
+        once = [
+            Burst(
+                {dtype: probe(self.threads, _FMA_ROUNDS) for dtype, probe in self._probes.items() if probe},
+                engine().read_gbytes_per_s(self.threads, self._memory),
+            )
+            for _ in range(3)
+        ]
+        self.bursts.append(_best(once))
 
-    def compute_tflops(self, dtype: str) -> float | None:
-        """The ceiling of arithmetic in ``dtype``; None where there is no probe for it."""
-        return self.fma_gflops * 1e-3 if dtype == "float32" else None
+    @property
+    def best(self) -> Burst:
+        """The best of all rounds."""
+        return _best(self.bursts)
+
+
+def _best(bursts: list[Burst]) -> Burst:
+    return Burst(
+        {dtype: max(b.gflops[dtype] for b in bursts) for dtype in bursts[0].gflops},
+        max(b.read_gbytes_per_s for b in bursts),
+    )

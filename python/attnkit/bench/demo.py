@@ -13,8 +13,8 @@ from pathlib import Path
 from rich.console import Console
 
 from attnkit.bench import console, minilm, records, report
+from attnkit.bench.rows import suites
 from attnkit.bench.runner import run, wrong
-from attnkit.bench.workloads import suites
 
 
 def main(argv: Sequence[str] | None = None) -> int:

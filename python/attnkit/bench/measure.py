@@ -14,8 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 # A turn shorter than this is repeated within the round: below it, the clock and cold caches are what is measured.
-_MIN_TURN_S = 2e-3
-_MAX_REPEATS = 200
+_MIN_TURN_S = 5e-3
+_MAX_REPEATS = 2000
+# Before a turn, the threads of the one before go to sleep: they spin for a while, each library's own, and would take
+# the cores of the next.
+_SETTLE_S = 10e-3
 _LONG_S = 0.1
 _MIN_ROUNDS = 5
 _PRECISION = 0.005  # rounds stop early once every median is known this well
@@ -97,10 +100,13 @@ def ratio(times: Rounds, slow: str, fast: str) -> Interval:
 
 
 def _turn(contender: Contender, repeats: int) -> float:
+    time.sleep(_SETTLE_S)
     with contender.context():
         collecting = gc.isenabled()
         gc.disable()
         try:
+            if repeats > 1:
+                contender.run()  # wakes this library's threads; of a long call that is no part worth mentioning
             start = time.perf_counter()
             for _ in range(repeats):
                 contender.run()

@@ -42,11 +42,41 @@ def table(document: Document) -> Table:
     return out
 
 
+def bars_table(document: Document) -> Table:
+    """One row per bar: what was asked, what was measured with its interval, and whether that is enough."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(box=box.SIMPLE, pad_edge=False, caption=caption(document), caption_justify="left")
+    out.add_column("workload", no_wrap=True)
+    out.add_column("against")
+    for heading in ("measured", "95 % interval", "bar", "met", "stretch"):
+        out.add_column(heading, justify="right", no_wrap=True)
+    last = None
+    for bar in document["bars"]:
+        m, relation = bar["measured"], "≤" if bar["least"] is None else "≥"
+        against = f"best: {bar['note']}" if bar["against"] == "best" and m else bar["against"]
+        out.add_row(
+            "" if bar["workload"] == last else bar["workload"],
+            against if m else f"{against}: {bar['note']}",
+            f"{m['median']:.2f}" if m else "-",
+            f"[{m['lo']:.2f}, {m['hi']:.2f}]" if m else "-",
+            f"{relation} {bar['most'] if bar['least'] is None else bar['least']:g}",
+            "yes" if bar["met"] else "NO",
+            "" if bar["stretch"] is None else f"{bar['stretch']:g} {'yes' if bar['stretch_met'] else 'no'}",
+            style="green" if bar["met"] else "red" if m else "dim",
+        )
+        last = bar["workload"]
+    met = sum(bar["met"] for bar in document["bars"])
+    out.title = f"{met} of {len(document['bars'])} bars met"
+    return out
+
+
 def caption(document: Document) -> str:
     """The machine and how the numbers were taken, in a line."""
     m, c = document["machine"], document.get("ceilings")
     parts = [f"{m.get('cpu', '?')}, {m.get('isa', '?')}"]
-    if c:
+    if c and c["fma_gflops"]:
         parts.append(
             f"{c['threads']} threads; ceilings {c['fma_gflops']:.0f} GFLOP/s, {c['read_gbytes_per_s']:.0f} GB/s"
         )

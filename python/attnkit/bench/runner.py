@@ -1,86 +1,85 @@
-"""A benchmark run: every workload, every contender, checked against float64 and timed in interleaved rounds."""
+"""A benchmark run: every row, every contender, checked against float64 and timed in interleaved rounds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
-import numpy as np
-
 from attnkit.bench import machine
+from attnkit.bench.bars import BESIDE, Found, judge
 from attnkit.bench.ceilings import Ceilings
+from attnkit.bench.checks import Check, Error, is_wrong
 from attnkit.bench.measure import Contender, Interval, Rounds, interval, measure, ratio
 from attnkit.bench.memory import peak_bytes
-from attnkit.bench.peers import CPU, PEERS, Peer
+from attnkit.bench.peers import CPU, Call, Peer
 from attnkit.bench.records import SCHEMA_VERSION, Document, Record
+from attnkit.bench.rows import Row
 from attnkit.bench.workloads import Inputs, Workload, make_inputs
-from attnkit.variants import dense
+from attnkit.errors import AttnkitError
 
 Progress = Callable[[str, float], None]  # (what is being measured, fraction of the run that is done)
-_CHECKED_ROWS = 32  # queries per head that are compared with float64
-# A relative error above this is not rounding. (The tests hold kernels to much tighter bounds.)
-_WRONG = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+_CACHES = 4  # KV caches that decoding goes through in turn
 
 
 @dataclass
 class _Measured:
-    """One workload after its rounds, before the ceilings of the whole run are known."""
+    """One row after its rounds, before the ceilings of the whole run are known."""
 
-    workload: Workload
-    times: Rounds
-    versions: dict[str, str]
-    errors: dict[str, dict[str, float | None]]
-    peaks: dict[str, int | None]
-    configs: dict[str, dict[str, int]]
+    row: Row
+    times: Rounds = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, Error] = field(default_factory=dict)
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    shares: dict[str, Interval] = field(default_factory=dict)
+
+    @property
+    def wrong(self) -> frozenset[str]:
+        dtype = self.row.workload.dtype
+        return frozenset(name for name, error in self.errors.items() if is_wrong(error, dtype))
 
 
 def run(
-    workloads: list[Workload],
+    rows: Iterable[Row],
     *,
     threads: int | None = None,
     seconds: float = 24.0,
     rounds: int | None = None,
-    peers: Iterable[Peer] = PEERS,
     progress: Progress = lambda what, fraction: None,
 ) -> Document:
-    """Measure attnkit and its peers on every workload; the result file's content (see `records`).
+    """Measure attnkit and its peers in every row; the result file's content (see `records`).
 
-    ``threads`` defaults to torch's. ``seconds`` is what measuring may take, spread evenly; a workload always gets three
-    rounds. ``rounds`` fixes their number instead. Beside the fields of the schema the document holds ``ceilings`` and
-    ``skipped`` (peers that cannot run a workload, with the reason).
-
-    Raises:
-        AttnkitError: attnkit cannot run a workload.
+    ``threads`` defaults to torch's. ``seconds`` is what measuring may take, spread evenly; a row always gets three
+    rounds. ``rounds`` fixes their number instead. Beside the fields of the schema the document holds ``ceilings``,
+    ``bars`` (see `bars.judge`) and ``skipped``: who cannot run a workload, with the reason. attnkit is among these where
+    it refuses; its row is then not measured.
     """
     import torch
 
+    rows = list(rows)
     with _threads(threads) as used, torch.no_grad():
         ceilings = Ceilings(used)
         measured = []
-        for i, workload in enumerate(workloads):
+        for i, row in enumerate(rows):
 
-            def part_done(fraction: float, i: int = i, workload: Workload = workload) -> None:
-                progress(workload.name, (i + fraction) / len(workloads))
+            def part_done(fraction: float, i: int = i, row: Row = row) -> None:
+                progress(row.name, (i + fraction) / len(rows))
 
-            budget = seconds / len(workloads)
-            measured.append(_measure(workload, (CPU, *peers), budget, rounds, ceilings, part_done))
+            measured.append(_measure(row, seconds / len(rows), rounds, ceilings, part_done))
     commit = machine.commit()
     return {
         "schema_version": SCHEMA_VERSION,
         "machine": machine.describe(),
-        "ceilings": {
-            "threads": used,
-            "fma_gflops": ceilings.fma_gflops,
-            "read_gbytes_per_s": ceilings.read_gbytes_per_s,
-            "bursts": ceilings.bursts,
-        },
+        "ceilings": _ceilings(ceilings),
         "records": [record for m in measured for record in _records(m, ceilings, commit)],
+        "bars": [bar for m in measured for bar in _judged(m)],
         "skipped": [
-            {"workload": m.workload.name, "backend": name, "reason": reason}
+            {"workload": m.row.name, "backend": name, "reason": reason}
             for m in measured
             for name, reason in m.skipped.items()
         ],
@@ -92,70 +91,145 @@ def wrong(document: Document) -> list[str]:
     return [
         f"{r['backend']} computes {r['workload']} wrong: relative error {r['error']['rel_fro']}"
         for r in document["records"]
-        if r["error"]["rel_fro"] is None or r["error"]["rel_fro"] > _WRONG[r["dtype"]]
+        if is_wrong(r["error"], r["dtype"])
     ]
 
 
+# --- one row ------------------------------------------------------------------------------------------------
+
+
 def _measure(
-    workload: Workload,
-    peers: tuple[Peer, ...],
+    row: Row,
     seconds: float,
     rounds: int | None,
     ceilings: Ceilings,
     part_done: Callable[[float], None],
 ) -> _Measured:
     part_done(0.0)
-    inputs = make_inputs(workload)
-    rows, expected = _expected(inputs)
-    found = _Measured(workload, {}, {}, {}, {}, {})
-    contenders: dict[str, Contender] = {}
-    for peer in peers:
+    found, contenders = _Measured(row), {}
+    inputs = make_inputs(row.workload)
+    check = Check(inputs)
+    for peer in (CPU, *row.peers):
         version = peer.installed()
-        reason = "not installed" if version is None else peer.refuses(workload)
-        if version is None or reason is not None:
-            found.skipped[peer.name] = reason or ""
-            continue
-        call = peer.prepare(inputs)
-        found.versions[peer.name] = version
-        found.errors[peer.name] = _error(call(), rows, expected)
-        found.peaks[peer.name] = peak_bytes(call)
-        found.configs[peer.name] = peer.config(call)
-        contenders[peer.name] = Contender(call)
-    start = time.perf_counter()
+        reason = _not_installed(peer) if version is None else peer.refuses(row.workload)
+        if version is not None and reason is None:
+            try:
+                contenders[peer.name] = _admit(peer, inputs, check, found)
+                found.versions[peer.name] = version
+                continue
+            except AttnkitError as exc:
+                reason = f"attnkit refuses: {' '.join(str(exc).split())}"
+            except Exception as exc:  # whatever goes wrong in somebody else's library
+                if peer is CPU:
+                    raise
+                reason = (
+                    f"{type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc).strip() else ''}"
+                )
+        found.skipped[peer.name] = reason or ""
+        if peer is CPU:
+            return found
+    if row.beside is not None:
+        other = make_inputs(row.beside)
+        contenders[BESIDE] = _contender(CPU, other)[0]
+    start, first = time.perf_counter(), len(ceilings.bursts)
 
     def after_round() -> None:
         ceilings.burst()
         part_done(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
 
     found.times = measure(contenders, seconds=seconds, rounds=rounds, after_round=after_round)
+    _take_shares(found, ceilings, first)
     return found
 
 
-def _expected(inputs: Inputs) -> tuple[Any, Any]:
-    """Some query rows, the first and the last among them, and their outputs in float64."""
-    w, s = inputs.workload, inputs.workload.shape
-    rng = np.random.default_rng(w.seed)
-    rows = np.unique(np.r_[0, s.sq - 1, rng.integers(0, s.sq, _CHECKED_ROWS - 2)])
-    q, k, v = (t.double().numpy() for t in (inputs.q, inputs.k, inputs.v))
-    return rows, dense.naive(q, k, v, rows=rows, **w.parameters)[0]
+def _admit(peer: Peer, inputs: Inputs, check: Check, found: _Measured) -> Contender:
+    """Prepare and check a contender, and note what it needs."""
+    contender, call = _contender(peer, inputs)
+    with contender.context():
+        found.errors[peer.name] = _error(call, inputs, check)
+        found.peaks[peer.name] = peak_bytes(contender.run)
+    found.configs[peer.name] = call.config
+    return contender
 
 
-def _error(o: Any, rows: Any, expected: Any) -> dict[str, float | None]:
-    difference = o.double().numpy()[:, :, rows] - expected
-    norm = float(np.linalg.norm(expected)) or 1.0
-    if not np.isfinite(difference).all():
-        return {"max_abs": None, "rel_fro": None, "rows": len(rows)}
+def _contender(peer: Peer, inputs: Inputs) -> tuple[Contender, Call]:
+    """What is timed, and the call it is made of (the first of several)."""
+    import torch
+
+    w = inputs.workload
+    with torch.set_grad_enabled(w.needs_grad):
+        call = peer.prepare(inputs)
+    if w.direction == "fwdbwd":
+        leaves = (inputs.q, inputs.k, inputs.v)
+        return Contender(lambda: torch.autograd.grad(call.run(), leaves, inputs.do), torch.enable_grad), call
+    if w.direction == "decode":
+        others = [
+            peer.prepare(replace(inputs, k=inputs.k.clone(), v=inputs.v.clone())) for _ in range(_CACHES - 1)
+        ]
+        turns = cycle([call.run, *(other.run for other in others)])
+
+        def with_next_cache() -> Any:
+            return next(turns)()
+
+        return Contender(with_next_cache), call
+    return Contender(call.run, torch.enable_grad if w.grad else torch.no_grad), call
+
+
+def _error(call: Call, inputs: Inputs, check: Check) -> Error:
+    import torch
+
+    if inputs.workload.direction != "fwdbwd":
+        return check.output(call.output(call.run()))
+
+    def step(do: Any) -> tuple[Any, ...]:
+        o = call.run()
+        return (o, *torch.autograd.grad(o, (inputs.q, inputs.k, inputs.v), do))
+
+    return check.gradients(step)
+
+
+def _not_installed(peer: Peer) -> str:
+    return "not installed" + (f": pip install 'attnkit[{peer.extra}]'" if peer.extra else "")
+
+
+def _take_shares(m: _Measured, ceilings: Ceilings, first: int) -> None:
+    """The share of the binding ceiling that each reached, round by round as everything else."""
+    w = m.row.workload
+    bursts = ceilings.bursts[first:]
+    least = [b.least_seconds(w.dtype, w.flops, w.min_bytes) for b in bursts]
+    for name, seconds in m.times.items():
+        shares = [x[0] / t for x, t in zip(least, seconds, strict=True) if x is not None]
+        if name != BESIDE and len(shares) == len(seconds):
+            m.shares[name] = interval(shares)
+
+
+# --- the document -------------------------------------------------------------------------------------------
+
+
+def _judged(m: _Measured) -> list[dict[str, Any]]:
+    if not m.times:
+        return judge(m.row, None, m.skipped[CPU.name])
+    return judge(m.row, Found(m.times, m.shares.get(CPU.name), m.wrong))
+
+
+def _ceilings(ceilings: Ceilings) -> dict[str, Any]:
+    """The best of all bursts; null where no row was measured."""
+    found = ceilings.best if ceilings.bursts else None
     return {
-        "max_abs": float(np.abs(difference).max()),
-        "rel_fro": float(np.linalg.norm(difference)) / norm,
-        "rows": len(rows),
+        "threads": ceilings.threads,
+        "fma_gflops": found and found.gflops["float32"],
+        "bf16_gflops": found and found.gflops.get("bfloat16"),
+        "read_gbytes_per_s": found and found.read_gbytes_per_s,
+        "bursts": len(ceilings.bursts),
     }
 
 
 def _records(m: _Measured, ceilings: Ceilings, commit: str | None) -> Iterator[Record]:
-    w = m.workload
-    baseline = next((name for name in m.times if name != CPU.name), None)
+    w = m.row.workload
+    baseline = next((name for name in m.times if name not in (CPU.name, BESIDE)), None)
     for name, seconds in m.times.items():
+        if name == BESIDE:
+            continue
         t = interval(seconds)
         faster = None if baseline in (None, name) else ratio(m.times, str(baseline), name)
         yield {
@@ -172,7 +246,7 @@ def _records(m: _Measured, ceilings: Ceilings, commit: str | None) -> Iterator[R
             "time_ms": asdict(t.scaled(1e3)),
             "tflops": w.flops / t.median * 1e-12,
             "gbytes_per_s": w.min_bytes / t.median * 1e-9,
-            "roofline": _roofline(w, t, ceilings),
+            "roofline": _roofline(w, t, m.shares.get(name), ceilings),
             "baseline": None if faster is None else baseline,
             "speedup": None if faster is None else asdict(faster),
             "error": m.errors[name],
@@ -182,16 +256,18 @@ def _records(m: _Measured, ceilings: Ceilings, commit: str | None) -> Iterator[R
         }
 
 
-def _roofline(w: Workload, t: Interval, ceilings: Ceilings) -> dict[str, Any] | None:
-    """The share of the binding ceiling that is reached: the time the machine must take over the time taken."""
-    tflops, gbytes = ceilings.compute_tflops(w.dtype), ceilings.read_gbytes_per_s
-    if tflops is None:
+def _roofline(w: Workload, t: Interval, share: Interval | None, ceilings: Ceilings) -> dict[str, Any] | None:
+    """The share of the binding ceiling that is reached: the time the machine must take over the time taken.
+
+    ``fraction`` is of the best ceiling of the whole run, ``interleaved`` of the one probed in the same round.
+    """
+    found = ceilings.best.least_seconds(w.dtype, w.flops, w.min_bytes)
+    if found is None:
         return None
-    compute_s, memory_s = w.flops / (tflops * 1e12), w.min_bytes / (gbytes * 1e9)
-    binding, ceiling = ("compute", tflops) if compute_s >= memory_s else ("memory", gbytes)
-    least = max(compute_s, memory_s)
+    least, binding, ceiling = found
     return {
         "fraction": least / t.median, "lo": least / t.hi, "hi": least / t.lo, "binding": binding, "ceiling": ceiling,
+        "interleaved": share and asdict(share),
     }  # fmt: skip
 
 

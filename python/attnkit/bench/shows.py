@@ -18,6 +18,7 @@ from rich.table import Table
 from attnkit.bench import console, masks, minilm, records
 from attnkit.bench.peers import CPU
 from attnkit.bench.records import Document
+from attnkit.bench.rows import Row
 from attnkit.bench.runner import run
 from attnkit.bench.workloads import Shape, Workload
 
@@ -112,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.talk().print(f"The model is not installed: {lacking}", style="red", markup=False)
         return 1
     with console.progress_bar() as on_progress:
-        document = run(list(SPEEDUPS), threads=THREADS, seconds=args.seconds, progress=on_progress)
+        document = run(
+            [Row(w) for w in SPEEDUPS], threads=THREADS, seconds=args.seconds, progress=on_progress
+        )
     with console.talk().status("embedding sentences"):
         model = minilm.compare(minilm.read_sentences())
     with console.talk().status("analysing masks"):

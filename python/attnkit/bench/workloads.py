@@ -1,8 +1,8 @@
-"""What is measured: frozen descriptions of a problem, suites of them, and their inputs."""
+"""What is measured: frozen descriptions of a problem, and their inputs. (`rows` has the suites.)"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import numpy as np
 from attnkit.variants import dense
 
 Direction = Literal["fwd", "bwd", "fwdbwd", "decode"]
-DIRECTIONS: tuple[Direction, ...] = ("fwd",)  # those that can be measured today
+DIRECTIONS: tuple[Direction, ...] = ("fwd",)  # those that the CPU engine has today
 DTYPES = ("float32", "bfloat16", "float16")
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -36,13 +36,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Workload:
-    """One problem to be measured. ``variant`` is a name in `attnkit.variants.dense.CASES`."""
+    """One problem to be measured. ``variant`` is a name in `attnkit.variants.dense.CASES`.
+
+    Direction ``fwdbwd`` is a call and the gradients of q, k and v; ``decode`` reads another KV cache at every call, so
+    that none is warm. ``grad``: forward alone, but of inputs that want gradients.
+    """
 
     variant: str
     shape: Shape
     direction: Direction = "fwd"
     dtype: str = "float32"
     seed: int = 0
+    grad: bool = False
 
     @property
     def name(self) -> str:
@@ -52,7 +57,13 @@ class Workload:
         lengths = f"s{s.sq}" if s.sq == s.skv else f"s{s.sq}x{s.skv}"
         dims = f"d{s.d}" if s.d == s.dv else f"d{s.d}/{s.dv}"
         rest = [x for x, usual in ((self.direction, "fwd"), (self.dtype, "float32")) if x != usual]
+        rest += ["grad"] if self.grad else []
         return " ".join([self.variant, f"b{s.b}", heads, lengths, dims, *rest])
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether q, k and v want gradients."""
+        return self.grad or self.direction == "fwdbwd"
 
     @property
     def mask(self) -> str:
@@ -69,74 +80,60 @@ class Workload:
     def live_pairs(self) -> int:
         """Pairs (query, key) that exist, over batch and query heads."""
         s = self.shape
+        if self.parameters in ({}, {"causal": True}):  # without a look at every pair: these get long
+            seen = np.clip(np.arange(s.sq) + s.skv - s.sq + 1, 0, s.skv) if self.parameters else s.skv
+            return s.b * s.hq * int(np.sum(np.broadcast_to(seen, s.sq)))
         chunks = np.array_split(np.arange(s.sq), max(1, s.sq * s.skv // (1 << 24)))
-        seen = sum(int(dense.visible(s.sq, s.skv, rows, **self.parameters).sum()) for rows in chunks)
-        return s.b * s.hq * seen
+        return (
+            s.b
+            * s.hq
+            * sum(int(dense.visible(s.sq, s.skv, rows, **self.parameters).sum()) for rows in chunks)
+        )
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the two products over live pairs; everything else is overhead."""
-        return 2 * self.live_pairs * (self.shape.d + self.shape.dv)
+        """Multiplications and additions of the products over live pairs; everything else is overhead.
+
+        Two products forward; backward five, one of which the forward had already done.
+        """
+        forward = 2 * self.live_pairs * (self.shape.d + self.shape.dv)
+        return forward * 7 // 2 if self.direction == "fwdbwd" else forward
 
     @property
     def min_bytes(self) -> int:
-        """The least traffic: q, k, v read once, o written once."""
+        """The least traffic: q, k, v read once, o written once; backward these and do are read, dq, dk, dv written."""
         s = self.shape
-        elements = s.b * (s.hq * s.sq * (s.d + s.dv) + s.hkv * s.skv * (s.d + s.dv))
-        return elements * ITEM_BYTES[self.dtype]
+        q, k, v, o = s.hq * s.sq * s.d, s.hkv * s.skv * s.d, s.hkv * s.skv * s.dv, s.hq * s.sq * s.dv
+        elements = q + k + v + o
+        if self.direction == "fwdbwd":
+            elements += (q + k + v + 2 * o) + (q + k + v)
+        return s.b * elements * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of a workload (torch, CPU)."""
+    """The tensors of a workload (torch, CPU); ``do`` is the cotangent of its output."""
 
     workload: Workload
     q: Any
     k: Any
     v: Any
+    do: Any
 
 
 def make_inputs(workload: Workload) -> Inputs:
-    """Standard normal q, k, v from the workload's seed: the same numbers on every machine and thread count."""
+    """Standard normal q, k, v, do from the workload's seed: the same numbers on every machine and thread count."""
     import torch
 
     s = workload.shape
     rng = np.random.default_rng(workload.seed)
-    shapes = ((s.b, s.hq, s.sq, s.d), (s.b, s.hkv, s.skv, s.d), (s.b, s.hkv, s.skv, s.dv))
-    q, k, v = (
+    shapes = (
+        (s.b, s.hq, s.sq, s.d), (s.b, s.hkv, s.skv, s.d), (s.b, s.hkv, s.skv, s.dv), (s.b, s.hq, s.sq, s.dv),
+    )  # fmt: skip
+    q, k, v, do = (
         torch.from_numpy(rng.standard_normal(shape, np.float32)).to(getattr(torch, workload.dtype))
         for shape in shapes
     )
-    return Inputs(workload, q, k, v)
-
-
-suites: dict[str, list[Workload]] = {
-    "quick": [
-        Workload("full", Shape.of(1, 8, 4096, 64)),
-        Workload("full", Shape.of(1, 8, 4096, 128)),
-        Workload("causal", Shape.of(1, 8, 4096, 64)),
-        Workload("causal", Shape.of(1, 8, 4096, 128)),
-        Workload("alibi_softcap", Shape.of(1, 8, 4096, 64)),
-        Workload("window", Shape.of(1, 8, 4096, 64)),
-        Workload("causal", Shape.of(1, 16, 1024, 64, hkv=4)),
-        Workload("full", Shape.of(1, 12, 128, 64)),
-    ],
-    "demo": [
-        Workload("full", Shape.of(1, 8, 4096, 64)),
-        Workload("causal", Shape.of(1, 8, 4096, 64)),
-        Workload("window", Shape.of(1, 8, 4096, 64)),
-        Workload("alibi_softcap", Shape.of(1, 8, 4096, 64)),
-        Workload("causal", Shape.of(1, 16, 1024, 64, hkv=4)),
-        Workload("full", Shape.of(1, 12, 128, 64)),
-    ],
-    # Every named variant on a shape small enough for tests: all paths, no meaningful times.
-    "smoke": [Workload(name, Shape(1, 2, 1, 96, 130, 16, 16)) for name in dense.CASES],
-}
-
-
-def select(
-    suite: str, *, variants: tuple[str, ...] = (), dtype: str | None = None, seed: int | None = None
-) -> list[Workload]:
-    """The workloads of a suite, narrowed to some variants, with another dtype or seed."""
-    changes: dict[str, Any] = {k: v for k, v in (("dtype", dtype), ("seed", seed)) if v is not None}
-    return [replace(w, **changes) for w in suites[suite] if not variants or w.variant in variants]
+    for leaf in (q, k, v):
+        leaf.requires_grad_(workload.needs_grad)
+    return Inputs(workload, q, k, v, do)

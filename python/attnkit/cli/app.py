@@ -59,6 +59,7 @@ def app() -> None:
       attnkit doctor                              is everything in order here?
       attnkit list                                what runs where, in which dtype
       attnkit bench --json out.json               measure beside torch
+      attnkit bench --suite cpu                   beside every CPU library
       attnkit bench --variant window --shape 1,8,8,8192,8192,64
       attnkit explain --variant causal --shape 1,8,8,4096,4096,64
       attnkit dump --variant alibi > alibi.txt    the text of a program
@@ -69,6 +70,7 @@ def app() -> None:
     A program is a FILE with its text (- is stdin), a function path.py:name of
     yours, --mask with an expression, or --variant with one of
       full  causal  window  alibi  softcap  alibi_softcap  prefix  document
+      causal_alibi  causal_softcap  two_way_window  two_way_document
 
     \b
     Exit status: 0 all is well, 1 a problem was found, 2 wrong usage.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +36,20 @@ def _pictures(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...
     help="Only these variants (repeat the option for several).",
 )
 @click.option("--shape", type=ShapeType(), help="Measure the variants on this shape instead of the suite's.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--rows",
+    "patterns",
+    multiple=True,
+    metavar="PATTERN",
+    help="Only rows whose name has this in it; * and ? stand for anything (repeat the option for several).",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of every row.  [default: the suite's; float32]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the inputs.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of every contender.  [default: torch's]")
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, max=86400),
-    default=24.0,
-    show_default=True,
-    help="Time to measure for, spread over the workloads; each gets at least three rounds.",
+    help="Time to measure for, spread over the rows; each gets at least three rounds.  [default: the suite's; 24]",
 )
 @click.option("--rounds", type=click.IntRange(min=1), help="Exactly so many rounds, whatever they take.")
 @click.option(
@@ -63,56 +69,90 @@ def _pictures(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...
     help="Draw ratios and shares of the ceilings: a .png, .svg or .pdf.",
 )
 def bench(
-    suite: str, variants: tuple[str, ...], shape: Shape | None, dtype: str, seed: int, threads: int | None,
-    seconds: float, rounds: int | None, json_path: Path | None, plots: tuple[Path, ...],
+    suite: str, variants: tuple[str, ...], shape: Shape | None, patterns: tuple[str, ...], dtype: str | None, seed: int,
+    threads: int | None, seconds: float | None, rounds: int | None, json_path: Path | None, plots: tuple[Path, ...],
 ) -> None:  # fmt: skip
     """Measure attnkit beside its peers.
 
     Every contender runs in turn within each round, and ratios are formed round by round: what disturbs a round disturbs
     all of them. Each row shows the median time, the share of the binding ceiling (arithmetic or memory, probed between
     the rounds), the speed-up over the baseline with its 95 % interval, and the error of that very output against
-    float64. Exits with 1 if an output is wrong.
+    float64. Exits with 1 if an output is wrong, if attnkit refuses a workload, or if a bar is not met.
+
+    Suite cpu is what is promised of the CPU engine beside every library that computes attention on a CPU: it prints
+    the promises (bars) and whether they are met. pip install 'attnkit[peers]' gets the libraries; those that are
+    not there are left out. Suite scaling is time and memory against length.
 
     \b
     Examples:
       attnkit bench --suite quick --json out.json --plot out.png
       attnkit bench --variant causal --variant window --seconds 60
       attnkit bench --variant alibi --shape 2,16,4,2048,2048,128 --rounds 11 --json -
+      attnkit bench --suite cpu --rounds 11 --json out.json
+      attnkit bench --suite cpu --rows decode --rows "causal*bfloat16"
     """
-    from attnkit.bench import console, records, report, runner, workloads
+    from attnkit.bench import console, records, report, rows, runner, scaling, workloads
 
     if shape is not None:
         chosen = [
-            workloads.Workload(v, shape, dtype=dtype, seed=seed) for v in variants or ("full", "causal")
+            rows.Row(workloads.Workload(v, shape, dtype=dtype or "float32", seed=seed))
+            for v in variants or ("full", "causal")
         ]
     else:
-        chosen = workloads.select(suite, variants=variants, dtype=dtype, seed=seed)
+        chosen = rows.select(suite, variants=variants, patterns=patterns, dtype=dtype, seed=seed)
     if not chosen:
-        raise click.UsageError(f"suite {suite} has no such variant; add --shape to measure it anyway")
+        raise click.UsageError(f"suite {suite} has no such row; add --shape to measure a variant anyway")
+    budget = rows.SECONDS.get(suite, 24.0) if seconds is None else seconds
     with console.progress_bar() as progress:
-        document = runner.run(chosen, threads=threads, seconds=seconds, rounds=rounds, progress=progress)
+        document = runner.run(chosen, threads=threads, seconds=budget, rounds=rounds, progress=progress)
+    scaled = suite == "scaling" and shape is None
+    if scaled:
+        document["bars"] = scaling.judge(document)
     talk = console.talk()
     to_stdout = json_path is not None and str(json_path) == "-"
-    (talk if to_stdout else console.data()).print(report.table(document))
-    _save(document, None if to_stdout else json_path, plots)
+    if document["records"] or document["bars"]:
+        (talk if to_stdout else console.data()).print(_table(document))
+    draw = scaling.plot if scaled else report.plot
+    _save(document, None if to_stdout else json_path, plots if document["records"] else (), draw)
     if to_stdout:
         click.echo(records.dumps(document), nl=False)
-    for skipped in document["skipped"]:
-        talk.print(
-            f"left out: {skipped['backend']} on {skipped['workload']}: {skipped['reason']}", markup=False
-        )
+    refused = False
+    for told, is_ours in _left_out(document):
+        talk.print(told, markup=False)
+        refused = refused or is_ours
     problems = runner.wrong(document)
     for problem in problems:
         talk.print(problem, style="red", markup=False)
-    sys.exit(1 if problems else 0)
+    unmet = any(not bar["met"] for bar in document["bars"])
+    sys.exit(1 if problems or refused or unmet else 0)
 
 
-def _save(document: dict[str, Any], json_path: Path | None, plots: tuple[Path, ...]) -> None:
-    from attnkit.bench import console, records, report
+def _table(document: dict[str, Any]) -> Any:
+    from attnkit.bench import report
+
+    return report.bars_table(document) if document["bars"] else report.table(document)
+
+
+def _left_out(document: dict[str, Any]) -> Iterator[tuple[str, bool]]:
+    """Who did not run and why, a line for each reason; and whether that is attnkit, which should have."""
+    from attnkit.bench.report import OWN
+
+    where: dict[tuple[str, str], list[str]] = {}
+    for skipped in document["skipped"]:
+        where.setdefault((skipped["backend"], skipped["reason"]), []).append(skipped["workload"])
+    for (backend, reason), names in where.items():
+        rows = names[0] if len(names) == 1 else f"{len(names)} rows"
+        yield f"left out: {backend} on {rows}: {reason}", backend == OWN
+
+
+def _save(
+    document: dict[str, Any], json_path: Path | None, plots: tuple[Path, ...], draw: Callable[..., None]
+) -> None:
+    from attnkit.bench import console, records
 
     if json_path is not None:
         records.write(document, json_path)
     if plots:
-        report.plot(document, list(plots))
+        draw(document, list(plots))
     for path in filter(None, (json_path, *plots)):
         console.talk().print(f"wrote {path}", markup=False)

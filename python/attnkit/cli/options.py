@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from attnkit.bench.workloads import Shape
 
 # Names that the library also has; a test keeps them equal. Importing it here would make `--help` slow.
-VARIANTS = ("full", "causal", "window", "alibi", "softcap", "alibi_softcap", "prefix", "document")
-SUITES = ("quick", "demo", "smoke")
+VARIANTS = (
+    "full", "causal", "window", "alibi", "softcap", "alibi_softcap", "prefix", "document", "causal_alibi", "causal_softcap",
+    "two_way_window", "two_way_document",
+)  # fmt: skip
+SUITES = ("quick", "demo", "smoke", "cpu", "scaling")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SHAPE = "1,8,8,4096,4096,64"
 

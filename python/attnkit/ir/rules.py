@@ -57,6 +57,7 @@ class Type:
     prefix: int | None = None  # of a relation
     pooled: bool = False  # straight from a pool
     sinks: int = 0  # of an lse: how many sinks are in it
+    fold: int | None = None  # of an o and its lse, and of what is made of one: which operation gave it
 
 
 Types = Sequence[Type]
@@ -116,7 +117,8 @@ def _map(op: Map, types: Types, all_types: Types) -> tuple[Type, ...]:
         raise error("AK219", where=op.NAME, given="operands of different tokens", allowed=allowed)
     if op.norm != "none" and first.kind != "tokens":
         raise _wrong(op, f"norm = {op.norm} of {first.kind}", "tokens")
-    return (Type(first.kind, first.axis),)
+    folds = {t.fold for t in types if t.fold is not None}
+    return (Type(first.kind, first.axis, fold=folds.pop() if len(folds) == 1 else None),)
 
 
 def _pool(op: Pool, types: Types, all_types: Types) -> tuple[Type, ...]:
@@ -130,7 +132,7 @@ def _encode(op: Encode, types: Types, all_types: Types) -> tuple[Type, ...]:
     if op.codec is None or types[0].codec is not None:
         raise error("AK225", where=op.NAME, given="no codec" if op.codec is None else "tokens encoded before",
                     allowed="plain tokens and a codec")  # fmt: skip
-    return (Type("tokens", axis, op.codec),)
+    return (Type("tokens", axis, op.codec, fold=types[0].fold),)
 
 
 def _select(op: Select, types: Types, all_types: Types) -> tuple[Type, ...]:
@@ -193,11 +195,12 @@ def _attend(op: Attend, types: Types, all_types: Types) -> tuple[Type, ...]:
         raise error(
             "AK221", where="outputs of attend", given=", ".join(op.outputs), allowed="o, beside groups"
         )
-    lse = Type("bhs", q, sinks=int(op.normalizer.sink is not None))
+    fold = len(all_types)  # no other operation's: it is the number of the first result
+    lse = Type("bhs", q, sinks=int(op.normalizer.sink is not None), fold=fold)
     # The keys of several segments are the tokens of no value: such sums can only be returned.
     row, column = Type("bhs", q), Type("bhs", k) if segments == 1 else Type("weights")
     kinds = {
-        "o": Type("tokens", q), "lse": lse, "carry": Type("bs", k), "density": Type("bh"), "weights": Type("weights"),
+        "o": Type("tokens", q, fold=fold), "lse": lse, "carry": Type("bs", k), "density": Type("bh"), "weights": Type("weights"),
         "column_sum": column, "column_max": column, "row_max": row, "entropy": row,
     }  # fmt: skip
     return tuple(kinds[name] for name in op.outputs)
@@ -337,11 +340,15 @@ def _merge(op: Merge, types: Types, all_types: Types) -> tuple[Type, ...]:
         if o.kind != "tokens" or lse.kind != "bhs":
             raise _wrong(op, f"{o.kind}, {lse.kind}", "pairs of o and lse")
     _alike(op, types)
+    for o, lse in zip(types[::2], types[1::2], strict=True):
+        if o.fold != lse.fold:
+            raise error("AK227", where=op.NAME)
     sinks = sum(t.sinks for t in types[1::2])
     if sinks > 1:
         raise error("AK222", where=op.NAME, given=f"{sinks} sinks")
     axis = types[0].axis
-    return Type("tokens", axis), Type("bhs", axis, sinks=sinks)
+    fold = len(all_types)
+    return Type("tokens", axis, fold=fold), Type("bhs", axis, sinks=sinks, fold=fold)
 
 
 RULES: dict[type[Operation], Callable[..., tuple[Type, ...]]] = {

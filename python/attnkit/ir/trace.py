@@ -174,6 +174,9 @@ class Context:
     def operand(self, value: Any) -> tuple[str, DType]:
         """How to write ``value`` in a line, and what kind of number it is."""
         if self.is_traced(value):
+            if value.context is not self:
+                hint = "keep none from one call of the function to the next, nor use one in a function inside"
+                raise error("AK306", where=self.location(), given="a number of another trace", hint=hint)
             return value.text, value.kind
         if isinstance(value, np.generic):
             value = value.item()

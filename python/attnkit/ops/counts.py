@@ -59,8 +59,8 @@ def recorder() -> Recorder | None:
 def recording(record: Recorder) -> Iterator[None]:
     """Inside, attention calls of this thread are described to ``record`` and not run."""
     previous = _local.recorder
-    _local.recorder = record
     try:
+        _local.recorder = record
         yield
     finally:
         _local.recorder = previous

@@ -114,8 +114,8 @@ class _Override:
             if self.installs > 1:
                 self.installs -= 1
                 return False
-            self._unregister()
             self.installs = 0
+            self._unregister()
             return True
 
     def _register(self) -> None:

@@ -6,8 +6,8 @@ a number that changes between calls, which it does for no other object.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from attnkit.ir.optable import DType
 
 if TYPE_CHECKING:
     from attnkit.ops.tracing import TorchContext
+
+_T = TypeVar("_T")
 
 
 class TorchProxy(Tensor):
@@ -155,6 +157,17 @@ class AskedFirst(TorchFunctionMode):
         if _concerns_us(args, dynamo) or _concerns_us(tuple(kwargs.values()), dynamo):
             return self.context.apply(func, args, kwargs)
         return func(*args, **kwargs)
+
+
+def call_in(mode: TorchFunctionMode, function: Callable[..., _T], *args: Any) -> _T:
+    """``function(*args)`` in a mode that is left whatever happens, also if Ctrl-C strikes while it is entered or left."""
+    depth = torch._C._len_torch_function_stack()
+    try:
+        with mode:
+            return function(*args)
+    finally:
+        while torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
 
 
 def _concerns_us(args: Iterable[Any], dynamo: bool) -> bool:

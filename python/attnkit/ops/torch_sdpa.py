@@ -38,8 +38,8 @@ def call(
 ) -> Tensor:
     """``F.scaled_dot_product_attention`` without a mask or dropout, computed by torch even while installed."""
     previous = _local.bypassed
-    _local.bypassed = True
     try:
+        _local.bypassed = True
         return torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from attnkit.errors import error
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
+from attnkit.ops.proxies import call_in
 from attnkit.ops.tracing import TorchParam, trace_mods
 
 _MAX_ENTRIES = 4096
@@ -162,8 +163,8 @@ def bind(what: Traceable, like: Tensor | None = None) -> Bound:
     entry = _cache.get(key)
     if entry is None:
         reads = sum(p.reads for p in prints.params)
-        with _Watch() as watch:
-            bound = _trace(what, like)
+        watch = _Watch()
+        bound = call_in(watch, _trace, what, like)
         watch.read_values |= sum(p.reads for p in prints.params) != reads
         entry = None if watch.read_values else _remember(key, bound, prints)
         if entry is None:

@@ -17,7 +17,7 @@ from attnkit.ir.functions import FUNCTIONS, METHODS, Function
 from attnkit.ir.optable import DType
 from attnkit.ir.trace import NEEDS_VALUE, Context, Param, Traced, needs_value, trace
 from attnkit.ops import rows
-from attnkit.ops.proxies import AskedFirst, TorchProxy, TorchRow, apply, make_proxy, unseen
+from attnkit.ops.proxies import AskedFirst, TorchProxy, TorchRow, apply, call_in, make_proxy, unseen
 
 
 class TorchParam(Param):
@@ -242,9 +242,7 @@ class TorchContext(Context):
 
     def operand(self, value: Any) -> tuple[str, DType]:
         """As in `Context`; under dynamo, what may vary without compiling anew is read from tensors."""
-        if isinstance(value, TorchProxy):
-            return value.text, value.kind
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() and not isinstance(value, TorchProxy):
             value = value.tensor if isinstance(value, TorchParam) else self.settled(value)
         if isinstance(value, TorchRow):
             given, hint = (
@@ -289,5 +287,4 @@ def trace_mods(
         AttnkitError: AK3xx and AK201, as `ir.trace.trace`.
     """
     context = TorchContext() if like is None else TorchContext(like.dtype, like.device)
-    with AskedFirst(context):
-        return trace(score, mask, context)
+    return call_in(AskedFirst(context), trace, score, mask, context)

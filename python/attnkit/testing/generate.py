@@ -1,6 +1,6 @@
-"""Random programs of all operations, and inputs for them, from any `random.Random`: fast, and the same everywhere.
+"""Random programs of all operations, from any `random.Random`: fast, and the same everywhere.
 
-`strategies.any_programs` hands a random that hypothesis shrinks, a soak test a seeded one.
+`arrays.random_inputs` makes inputs for them. `strategies.any_programs` hands a random that hypothesis shrinks, a soak test a seeded one.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-import numpy as np
-
-from attnkit.backends.reference.codec import encode
 from attnkit.errors import AttnkitError
 from attnkit.ir.expr import Expr, const, param, var
 from attnkit.ir.optable import DType
@@ -36,18 +33,17 @@ from attnkit.ir.program import (
     Select,
 )  # fmt: skip
 from attnkit.ir.rules import RULES, Axis, Type
+from attnkit.testing.arrays import HEADS, state_rows
 from attnkit.testing.expressions import Expressions
 
 CODECS = (
     Codec("int8", "tile", 4), Codec("int8", "token", 0), Codec("int8", "channel", 3), Codec("int4", "token", 2),
     Codec("int2", "channel", 2), Codec("fp8", "head", 0), Codec("fp8", "token", 0),
 )  # fmt: skip
-# Shapes of `random_inputs`; no index of three segments leaves a buffer of EXTENT.
-BATCH, HEADS, LENGTH, SHARED, WIDTH, EXTENT = 2, 2, 8, 3, 3, 32
 
 
 class Generator:
-    """Builds one program, an operation at a time, out of values whose shapes fit `random_inputs`."""
+    """Builds one program, an operation at a time, out of values whose shapes fit `arrays.random_inputs`."""
 
     def __init__(self, rng: Random, tame: bool = False) -> None:
         self.rng, self.tame = rng, tame
@@ -55,7 +51,7 @@ class Generator:
         self.captured: list[tuple[int, Buffer]] = []
         self.num_params = rng.randint(0, 2)
         self.ops: list[Operation] = []
-        self.features: dict[int, int] = {}  # of states: their rows
+        self.held: dict[int, Any] = {}  # of states: their rows; of carries: how their keys lie
         self.inputs = self._declare()
         for _ in range(rng.randint(0, 2)):
             dtypes: tuple[BufferDType, ...] = ("f32", "i32", "i64", "bool")
@@ -133,12 +129,14 @@ class Generator:
             )
         )
 
-    def _counted(self, axis: Any) -> int | None:
-        """A number for every one of these tokens."""
+    def _counted(self, axis: Axis, fits: Callable[[Type], bool] = lambda t: True) -> int | None:
+        """A number for every one of these tokens, or of others that lie alike."""
         plain = (
             axis.block == 1 and axis.layout.kind in ("bhsd", "packed") and axis.layout.lengths == self.packed
         )
-        return self._pick(lambda i, t: t.kind == "bhs" and (t.axis == axis or (t.axis is None and plain)))
+        return self._pick(
+            lambda i, t: t.kind == "bhs" and (plain if t.axis is None else t.axis[1:] == axis[1:]) and fits(t)
+        )
 
     def _expr(self, op: type[Operation], dtype: DType, without: str = "", more: int = 3) -> Expr:
         names = sorted(op.VARIABLES - set(without))
@@ -166,10 +164,11 @@ class Generator:
         smaller = {"tokens": ("h", "hd"), "bhs": ("h",), "hd": ("h", "hd"), "h": ("h",)}[held.kind]
         for _ in range(self.rng.randint(0, 3)):
             other = self._pick(
-                lambda i, t: t.kind in smaller or (t.kind == held.kind and t.axis == held.axis)
+                lambda i, t: t.kind in smaller or (t.kind == held.kind and _stands_for(t, held))
             )
-            if held.kind == "tokens" and self.rng.random() < 0.5:
-                other = self._counted(held.axis)
+            if held.kind == "tokens" and held.axis is not None and self.rng.random() < 0.5:
+                pooled = Pool((first,), self.rng.randint(1, 4))
+                other = self._counted(held.axis) if self.rng.random() < 0.6 else self._add(pooled)
             operands += [] if other is None else [other]
         norm = self.rng.choice(("none", "l2", "layer")) if held.kind == "tokens" else "none"
         value = var("x")
@@ -222,11 +221,23 @@ class Generator:
         v = self._pick(lambda i, t: t.axis is not None and t.kind == "tokens" and t.axis[1:] == axis[1:])
         return None if v is None else (k, v)
 
+    def _alike(self, axis: Axis, but: Axis) -> int:
+        """These tokens, or others that a relation may be of instead."""
+        found = self._pick(
+            lambda i, t: (
+                t.kind == "tokens" and t.axis is not None and t.axis.block == 1 and t.axis.matches(axis, but)
+            )
+        )
+        assert found is not None
+        return found
+
     def _related(self, q: int, k: int) -> dict[str, Any]:
-        """Blocks or groups of these tokens."""
+        """Blocks or groups of these tokens, or of others that lie alike."""
         of_q, of_k = self.types[q].axis, self.types[k].axis
         if of_q is None or of_k is None or (of_q.block, of_k.block) != (1, 1) or self.rng.random() < 0.6:
             return {}
+        if self.rng.random() < 0.3:
+            q, k = self._alike(of_q, but=of_k), self._alike(of_k, but=of_q)
         shared = self._tokens("hsd")
         if shared is not None and self.rng.random() < 0.5:
             first, second = self._select(shared, q), self._select(shared, k, groups=True)
@@ -248,19 +259,16 @@ class Generator:
         rules = NORMALIZERS[kind]
         epsilon = self._maybe(0.5 * rules.epsilon, lambda: rng.choice((0.5, 1e-3, 2.0)))
         groups, sink = "groups" in extra, None
+        lies = [None if axis is None else axis[1:] for axis in (self.types[i].axis for i in operands[1::2])]
         if rules.sink and not groups and rng.random() < 0.3:
             sink = self._buffer("f32", 1)
         extra["normalizer"] = Normalizer(kind, sink, epsilon)
         extra["mask"] = self._maybe(0.4, lambda: self._expr(Attend, "bool", "sf"))
         if rules.splits_keys and not groups and rng.random() < 0.25:
             extra |= {"carry": self._expr(Attend, "float", "f"), "head": rng.randint(0, HEADS - 1)}
-            extra |= {
-                "budget": self._maybe(0.4, lambda: rng.randint(2, 5)),
-            }
-            keys = self.types[first[0]].axis
-            if len(operands) == 3 and keys is not None and keys.block == 1 and keys.layout.kind != "hsd":
-                fits = self._pick(lambda i, t: t.kind == "bs" and i < len(self.inputs))
-                extra["initial"] = None if self.packed is not None else fits
+            extra["budget"] = self._maybe(0.4, lambda: rng.randint(2, 5))
+            if all(axis is not None and axis[0] == 1 for axis in lies):
+                extra["initial"] = self._pick(lambda i, t: t.kind == "bs" and self.held.get(i, lies) == lies)
         if rules.splits_keys:
             extra["dropout"] = self._maybe(0.2, lambda: self._number(0, 0.9))
         if rng.random() < 0.1 and not self.tame:
@@ -271,7 +279,27 @@ class Generator:
             no_lse = () if rules.lse else ("lse", "row_max", "entropy")
             possible = [x for x in Attend.OUTPUTS if x not in no_lse and (x != "carry" or "carry" in extra)]
             extra["outputs"] = tuple(rng.sample(possible, rng.randint(1, 3)))
-        self._add(Attend(tuple(operands), self._scale(), **extra))
+        elif "carry" in extra:  # for another attention to go on from
+            extra["outputs"] = ("o", "carry")
+        result = self._add(op := Attend(tuple(operands), self._scale(), **extra))
+        if result is not None and op.carry is not None:
+            carries = [result + i for i, name in enumerate(op.outputs) if name == "carry"]
+            self.held |= dict.fromkeys([*carries, *([] if op.initial is None else [op.initial])], lies)
+
+    def _bounded(self, t: Type) -> bool:
+        """Whether a number is small enough for a state: what is computed, such as an lse, may let it overflow."""
+        return not self.tame or t.axis is None
+
+    def _gate(self, axis: Axis) -> int | None:
+        if self.rng.random() < 0.5:
+            return self._counted(axis, self._bounded)
+        given = len(self.inputs) if self.tame else len(self.types)
+        return self._pick(
+            lambda i, t: (
+                t.kind == "h"
+                or (i < given and t.kind == "tokens" and t.axis is not None and t.axis[1:] == axis[1:])
+            )
+        )
 
     def _recur(self) -> None:
         rng = self.rng
@@ -284,20 +312,10 @@ class Generator:
         if rng.random() < 0.3:
             extra["coefficients"] = tuple(round(rng.uniform(-1, 2), 2) for _ in range(rng.randint(2, 3)))
         elif rng.random() < 0.8:
-            gate = (
-                self._counted(axis)
-                if rng.random() < 0.5
-                else self._pick(
-                    lambda i, t: (
-                        t.kind == "h"
-                        or (t.axis is not None and t.kind == "tokens" and t.axis[1:] == axis[1:])
-                    )
-                )
-            )
-            extra["gate"] = gate
+            extra["gate"] = self._gate(axis)
             name = rng.choice(("beta", "bonus", "none"))
             if name == "beta":
-                extra["beta"] = self._counted(axis)
+                extra["beta"] = self._counted(axis, self._bounded)
             elif name == "bonus":
                 extra["bonus"] = self._pick(lambda i, t: t.kind == "hd")
         if not any(extra.get(name) is not None for name in ("beta", "bonus")):
@@ -308,23 +326,32 @@ class Generator:
         rows = state_rows(extra.get("coefficients"))
         for name, kind in (("initial", "bhdv"), ("initial_norm", "bhd")):
             if rng.random() < 0.4 and (name == "initial" or "normalize" in extra):
-                extra[name] = self._pick(lambda i, t: t.kind == kind and self.features.get(i, rows) == rows)  # noqa: B023
+                extra[name] = self._pick(lambda i, t: t.kind == kind and self.held.get(i, rows) == rows)  # noqa: B023
         op = Recur((q, k[1], v[1]), self._scale(), **extra)
         first = self._add(op)
         if first is not None:
-            self.features |= {
+            self.held |= {
                 i: rows for i in (op.initial, op.initial_norm, first + 1, first + 2) if i is not None
             }
 
     def _merge(self) -> None:
-        o = self._tokens("bhsd", "packed", "hsd")
-        axis = None if o is None else self.types[o].axis
-        operands: list[int] = []
+        like, operands = self._tokens("bhsd", "packed", "hsd"), list[int]()
+        axis = None if like is None else self.types[like].axis
+        if axis is None:
+            return
         for _ in range(self.rng.randint(1, 3)):
-            one = self._pick(lambda i, t: t.kind == "tokens" and t.axis == axis)
-            lse = None if axis is None else self._counted(axis)
-            operands += [] if one is None or lse is None else [one, lse]
+            o = self._pick(lambda i, t: t.kind == "tokens" and t.axis is not None and t.axis[1:] == axis[1:])
+            fold = None if o is None else self.types[o].fold
+            lse = self._counted(axis, lambda t: t.fold == fold)  # noqa: B023
+            operands += [] if o is None or lse is None else [o, lse]
         self._add(Merge(tuple(operands)))
+
+
+def _stands_for(one: Type, other: Type) -> bool:
+    """Whether there is one of these, a token or a number, for each of the others."""
+    if one.axis is None or other.axis is None:
+        return one.axis is other.axis
+    return one.axis.pools(other.axis)
 
 
 def _type(index: int, layout: Layout) -> Type:
@@ -339,50 +366,3 @@ def random_program(rng: Random, max_ops: int = 4, tame: bool = False) -> Program
     ``tame`` leaves out what grows without bound, jumps or is approximate, so that differences can check gradients.
     """
     return Generator(rng, tame).program(max_ops)
-
-
-def state_rows(coefficients: tuple[float, ...] | None) -> int:
-    """How many rows the state of a recurrence has over keys of WIDTH."""
-    return WIDTH if coefficients is None else sum(WIDTH**i for i in range(len(coefficients)))
-
-
-def random_inputs(program: Program, rng: np.random.Generator) -> tuple[list[Any], list[Any], list[float]]:
-    """Inputs, buffers and params that a program of `random_program` runs with, float64."""
-    ends = np.sort(rng.integers(0, LENGTH + 1, BATCH))
-    buffers: list[Any] = [_captured(buffer, rng) for buffer in program.buffers]
-    for layout in program.inputs:
-        if layout.lengths is not None:
-            packed = layout.kind == "packed"
-            buffers[layout.lengths] = np.array([0, *ends] if packed else rng.permutation(ends), np.int32)
-        if layout.table is not None:
-            buffers[layout.table] = rng.permutation(BATCH * LENGTH // 2).reshape(BATCH, -1).astype(np.int32)
-    rows: dict[int, int] = {}
-    for op in program.ops:
-        if isinstance(op, Attend) and op.normalizer.sink is not None:
-            buffers[op.normalizer.sink] = rng.standard_normal(HEADS)
-        if isinstance(op, Recur):
-            rows |= {i: state_rows(op.coefficients) for i in (op.initial, op.initial_norm) if i is not None}
-    is_packed = any(layout.kind == "packed" for layout in program.inputs)
-    inputs: list[Any] = []
-    for i, layout in enumerate(program.inputs):
-        x = rng.standard_normal(_shape(layout.kind, is_packed, rows.get(i, WIDTH)))
-        inputs.append(x if layout.codec is None else encode(x, layout.codec))
-    return inputs, buffers, rng.uniform(0.2, 0.8, program.num_params).tolist()
-
-
-def _captured(buffer: Buffer, rng: np.random.Generator) -> Any:
-    shape = (EXTENT,) * buffer.rank
-    if buffer.dtype == "f32":
-        return rng.standard_normal(shape)
-    return rng.integers(0, 2 if buffer.dtype == "bool" else 9, shape).astype(buffer.dtype.replace("i", "int"))
-
-
-def _shape(kind: LayoutKind, is_packed: bool, rows: int) -> tuple[int, ...]:
-    batch = 1 if is_packed else BATCH
-    shapes: dict[LayoutKind, tuple[int, ...]] = {
-        "bhsd": (BATCH, HEADS, LENGTH, WIDTH), "packed": (1, HEADS, LENGTH, WIDTH),
-        "padded": (BATCH, HEADS, LENGTH, WIDTH), "paged": (BATCH * LENGTH // 2, HEADS, 2, WIDTH),
-        "hsd": (HEADS, SHARED, WIDTH), "bhs": (batch, HEADS, LENGTH), "bs": (BATCH, LENGTH), "h": (HEADS,),
-        "hd": (HEADS, WIDTH), "bhd": (BATCH, HEADS, rows), "bhdv": (BATCH, HEADS, rows, WIDTH),
-    }  # fmt: skip
-    return shapes[kind]

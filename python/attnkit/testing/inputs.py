@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from attnkit.testing.floats import rounded
+
 Array = NDArray[Any]
 Float32 = NDArray[np.float32]
 
@@ -33,15 +35,19 @@ class Dims(NamedTuple):
         )
 
 
-def qkv(distribution: str, rng: np.random.Generator, dims: Dims) -> tuple[Float32, Float32, Float32]:
+def qkv(
+    distribution: str, rng: np.random.Generator, dims: Dims, dtype: str = "float32"
+) -> tuple[Float32, Float32, Float32]:
     """Queries, keys and values of a named distribution, float32; the same for the same state of ``rng``.
+
+    Their values are those that ``dtype`` has.
 
     Raises:
         KeyError: ``distribution`` is not one of `DISTRIBUTIONS`.
     """
     q, k, v = (rng.standard_normal(shape) for shape in dims.shapes)
     q, k, v = DISTRIBUTIONS[distribution](rng, q, k, v)
-    return q.astype(np.float32), k.astype(np.float32), v.astype(np.float32)
+    return tuple(rounded(x.astype(np.float32), dtype) for x in (q, k, v))  # type: ignore[return-value]
 
 
 Maker = Callable[[np.random.Generator, Array, Array, Array], tuple[Array, Array, Array]]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnkit.testing.floats import rounded
+
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
@@ -49,7 +51,8 @@ class Expected:
     ``o [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]`` are float64. ``naive_o`` and ``naive_lse`` have one more dimension
     in front: the same equation in the inputs' dtype, with its sums in several orders, because the errors of a single
     order are a matter of luck. ``o_terms`` and ``lse_terms`` are what the a-priori bound multiplies by the unit
-    roundoff; ``kv_len`` is the most terms that any sum has.
+    roundoff, ``o_weights`` (``P |v| + |o|``) what it multiplies by that of rounded weights; ``kv_len`` is the most
+    terms that any sum has.
     """
 
     o: Float64
@@ -58,7 +61,9 @@ class Expected:
     naive_lse: Array
     o_terms: Float64
     lse_terms: Float64
+    o_weights: Float64
     kv_len: int
+    dtype: str
 
 
 def attention(
@@ -73,13 +78,17 @@ def attention(
     kv_lens: Array | None = None,
     cu_seqlens_q: Array | None = None,
     cu_seqlens_kv: Array | None = None,
+    dtype: str | None = None,
 ) -> Expected:
     """Softmax attention of ``q [B, Hq, Sq, D]`` over ``k [B, Hkv, Skv, D]`` and ``v [B, Hkv, Skv, Dv]``.
 
     A masked pair does not exist: what its key and value hold reaches nothing. A row that sees nothing has ``o`` 0
     and ``lse`` -inf, or the sink's logit where there is a sink (``[Hq]``). ``kv_lens [B]`` and ``cu_seqlens [N + 1]``
-    mean what they mean in `attnkit.attention`.
+    mean what they mean in `attnkit.attention`. ``dtype`` is what the naive computation has, if not that of ``q``:
+    ``"bfloat16"`` or ``"float16"`` for float32 arrays of such values. Its products then round to it, scores, weights
+    and outputs; sums and exponentials are float32, as torch and FlashAttention have them.
     """
+    dtype = dtype or q.dtype.name
     expected = Expected(
         o=np.zeros((*q.shape[:3], v.shape[3])),
         lse=np.full(q.shape[:3], -np.inf),
@@ -87,7 +96,9 @@ def attention(
         naive_lse=np.full((_ORDERS, *q.shape[:3]), -np.inf, q.dtype),
         o_terms=np.zeros((*q.shape[:3], v.shape[3])),
         lse_terms=np.zeros(q.shape[:3]),
+        o_weights=np.zeros((*q.shape[:3], v.shape[3])),
         kv_len=k.shape[2],
+        dtype=dtype,
     )
     scale = q.shape[3] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
@@ -104,8 +115,9 @@ def attention(
                 head = _Head(q64, k64, v64, score, visible, scale, logit, pairs)
                 expected.o[at], expected.lse[at] = head.o, head.lse
                 expected.o_terms[at], expected.lse_terms[at] = head.terms()
+                expected.o_weights[at] = head.p @ head.v_size + abs(head.o)
                 for order in range(_ORDERS):
-                    naive = _Head(*tensors, score, visible, scale, logit, pairs, order)
+                    naive = _Head(*tensors, score, visible, scale, logit, pairs, order, dtype)
                     expected.naive_o[order, *at], expected.naive_lse[order, *at] = naive.o, naive.lse
     return expected
 
@@ -121,18 +133,23 @@ class _Head:
 
     def __init__(
         self, q: Array, k: Array, v: Array, score: Score | None, visible: Array, scale: float, sink: float | None,
-        pairs: Pairs, order: int = 0,
+        pairs: Pairs, order: int = 0, storage: str | None = None,
     ) -> None:  # fmt: skip
         dtype = q.dtype.type
+
+        def stored(x: Array) -> Array:
+            return x if storage in (None, q.dtype.name) else rounded(x, storage)
+
         shuffle = np.random.default_rng(order).permutation if order else np.arange
         channels, keys = shuffle(q.shape[1]), shuffle(k.shape[0])
         # The size of the terms of a score: what its rounding error scales with.
         self.size = dtype(scale) * (abs(q) @ abs(k).T)
         q, k = q[:, channels], k[:, channels]
-        s = (dtype(scale) * q) @ k.T if order % 2 else dtype(scale) * (q @ k.T)
-        z = s if score is None else np.broadcast_to(score(s, pairs), s.shape).astype(dtype)
+        s = stored(stored(dtype(scale) * q) @ k.T) if order % 2 else stored(dtype(scale) * stored(q @ k.T))
+        z = s if score is None else stored(np.broadcast_to(score(s, pairs), s.shape).astype(dtype))
         live = visible & (z != -np.inf)  # a score of -inf has weight 0
-        z, live, visible, self.v, self.sink = z[:, keys], live[:, keys], visible[:, keys], v[keys], sink
+        z, live, visible, v, self.sink = z[:, keys], live[:, keys], visible[:, keys], v[keys], sink
+        self.v_size = abs(np.where(np.isfinite(v), v, 0))
         self.z = np.where(live, z, 0)
         top = np.max(np.where(live, z, -np.inf), axis=1, initial=-np.inf if sink is None else sink)
         pivot = np.where(top == -np.inf, 0, top).astype(dtype)
@@ -143,15 +160,16 @@ class _Head:
         self.lse = pivot + np.log(total)  # log(0) is -inf: nothing was seen
         dead = total == 0
         total = np.where(dead, dtype(1), total)
-        self.p, self.sink_weight = weights / total[:, None], sink_weight / total
-        o = _sum(weights, visible, self.v) / total[:, None] if order % 2 else _sum(self.p, visible, self.v)
-        self.o = np.where(dead[:, None], 0, o)  # also where values that are not numbers have weight 0
+        self.p, self.sink_weight = stored(weights / total[:, None]), sink_weight / total
+        late = order % 2 == 1
+        o = _sum(stored(weights), visible, v) / total[:, None] if late else _sum(self.p, visible, v)
+        self.o = np.where(dead[:, None], 0, stored(o))  # also where values that are not numbers have weight 0
 
     def terms(self) -> tuple[Array, Array]:
         """First-order growth of rounding errors: each weight may be wrong by its share of 1 + |score| + its terms."""
-        wrong = self.p * (1 + self.size + abs(self.z))
+        wrong = np.where(self.p > 0, self.p * (1 + self.size + abs(self.z)), 0)  # what is not seen may be NaN
         row = wrong.sum(axis=1) + (0 if self.sink is None else self.sink_weight * (1 + abs(self.sink)))
-        return wrong @ abs(self.v) + row[:, None] * abs(self.o), row
+        return wrong @ self.v_size + row[:, None] * abs(self.o), row
 
 
 def _sum(weights: Array, visible: Array, v: Array) -> Array:

@@ -108,7 +108,7 @@ def programs(draw: st.DrawFn, max_ops: int = 30) -> Program:
 
 
 def any_programs(max_ops: int = 4, tame: bool = False) -> st.SearchStrategy[Program]:
-    """A verified program of any operations; `generate.random_inputs` makes inputs for it."""
+    """A verified program of any operations; `arrays.random_inputs` makes inputs for it."""
 
     def build(rng: Random) -> Program:
         program = random_program(rng, max_ops, tame)

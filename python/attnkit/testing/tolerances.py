@@ -9,6 +9,10 @@
    ``lse_terms = (P A) 1``. Small where the values are small; ``kappa`` is measured, recorded per kernel, and may
    only go down. (It holds for scores that do not stretch: ``|dz/ds| <= 1``.)
 
+16-bit results (`Expected.dtype`) are computed in float32 and rounded once, so ``u`` stays float32's, and rounding o
+adds its own ``u |o*|``. Where weights are rounded to bfloat16 for the dot-product instructions, after they were summed,
+``rounded_p`` roundings of 2^-8 each may move o by ``P |v| + |o*|``. Scores, sums and lse are float32 everywhere.
+
 Before any tolerance, NaN and infinities must be where the oracle has them, dead rows must be exactly zero, and the
 oracle's result must be worth comparing with: nine tenths zeros, or a constant, would prove nothing.
 """
@@ -20,24 +24,31 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from attnkit.testing.floats import FORMATS
 from attnkit.testing.oracle import Expected
 
 Array = NDArray[Any]
 
 
 class Kappa(NamedTuple):
-    """Constants of the a-priori bound, for o and for lse."""
+    """Constants of the a-priori bound, for o and for lse, and how often weights are rounded to bfloat16."""
 
     o: int
     lse: int
+    rounded_p: float = 0
 
 
-# The largest needed by tests/conformance on every instruction set and ten seeds was 4.4 for o (outliers), 5.9 for lse
+# By kernel, and dtype where it is not float32. The largest needed by tests/conformance on every instruction set and ten seeds was 4.4 for o (outliers), 5.9 for lse
 # (all scores equal: their errors have one sign). A kernel's constants may go down, never up.
-KAPPA: dict[str, Kappa] = {"cpu": Kappa(o=5, lse=6)}
+KAPPA: dict[str, Kappa] = {
+    "cpu": Kappa(o=5, lse=6),
+    "cpu bfloat16": Kappa(o=5, lse=6, rounded_p=1),
+    "cpu float16": Kappa(o=5, lse=6),
+}
 
 FACTOR = 2.0  # of the naive computation's error
 _ULPS = 2.0
+_HALF_ULP = 0.5  # what rounding to 16 bits costs
 _MIN_SIZE = 16  # fewer elements may well be equal
 
 
@@ -66,10 +77,10 @@ def check(
     """Assert that a result passes both gates; returns how close it is.
 
     Args:
-        o: ``[B, Hq, Sq, Dv]``, float32.
+        o: ``[B, Hq, Sq, Dv]``, float32 (also where its values are those of bfloat16 or float16).
         lse: ``[B, Hq, Sq]``, float32.
         expected: what `oracle.attention` gives for the same problem.
-        kernel: whose constants to use, a key of `KAPPA`.
+        kernel: whose constants to use; with the dtype, where it is not float32, a key of `KAPPA`.
         mostly_dead: the problem is about rows that see nothing; do not ask for a rich result.
         what: names the problem in messages.
 
@@ -82,8 +93,8 @@ def check(
         _same_pattern(got, want, f"{what} {name}")
     dead = np.isneginf(expected.lse)
     assert not np.any(o[dead]), f"{what}: o is not exactly 0 in a row that sees nothing"
-    measured = measure(o, lse, expected)
-    kappa = KAPPA[kernel]
+    kappa = KAPPA[kernel if expected.dtype in ("float32", "float64") else f"{kernel} {expected.dtype}"]
+    measured = measure(o, lse, expected, kappa.rounded_p)
     for name, got, want, value, limit in (
         ("o: error over FlashAttention's rule", o, expected.o, measured.o_ratio, 1.0),
         ("lse: error over FlashAttention's rule", lse, expected.lse, measured.lse_ratio, 1.0),
@@ -94,32 +105,37 @@ def check(
     return measured
 
 
-def measure(o: Array, lse: Array, expected: Expected) -> Measured:
-    """How close ``o`` and ``lse`` are to ``expected``; see `check` for shapes."""
-    u = float(np.finfo(o.dtype).eps) / 2
-    # What underflows on the way: every product and every sum may lose half the smallest number.
-    lost = expected.kv_len * float(np.finfo(o.dtype).smallest_subnormal)
+def measure(o: Array, lse: Array, expected: Expected, rounded_p: float = 0) -> Measured:
+    """How close ``o`` and ``lse`` are to ``expected``; see `check` for shapes and `Kappa` for ``rounded_p``."""
+    computed = FORMATS[o.dtype.name]
+    stored = computed if computed.digits > FORMATS["float32"].digits else FORMATS[expected.dtype]
+    # What underflows on the way: every product and every sum may lose half the smallest number. The dot-product
+    # instructions know no subnormal numbers at all.
+    lost = expected.kv_len * (computed.smallest_normal if rounded_p else computed.spacing(0))
     ratios, kappas = [], []
-    for got, naive, want, terms in (
-        (o, expected.naive_o, expected.o, expected.o_terms),
-        (lse, expected.naive_lse, expected.lse, expected.lse_terms),
+    for got, naive, want, terms, weights, to in (
+        (o, expected.naive_o, expected.o, expected.o_terms, expected.o_weights, stored),
+        (lse, expected.naive_lse, expected.lse, expected.lse_terms, np.zeros(()), computed),
     ):
         known = np.isfinite(want)
         error, size = _error(got, want, known), np.abs(np.where(known, want, 0))
-        largest = float(size.max(initial=0)) if np.isfinite(want).any() else 0.0
-        ulp = float(np.spacing(np.asarray(largest, o.dtype)))
-        naive_error = max(float(_error(one, want, known).max(initial=0)) for one in naive)
-        allowed = FACTOR * naive_error + _ULPS * ulp
-        ratios.append(float(error.max(initial=0)) / allowed)
-        beyond = error - 2 * u * size - lost
-        unit = u * np.where(known, terms, 0)
+        # A naive result that overflowed has no error to compare with.
+        naive_error = max(float(_error(one, want, known & np.isfinite(one)).max(initial=0)) for one in naive)
+        ulps = _ULPS if to is computed else _HALF_ULP
+        allowed = FACTOR * naive_error + ulps * to.spacing(float(size.max(initial=0)))
+        ratios.append(float(error.max(initial=0)) / (allowed + (lost if rounded_p else 0)))
+        rounding = 2 * computed.unit_roundoff * size
+        rounding += rounded_p * FORMATS["bfloat16"].unit_roundoff * np.where(known, weights, 0)
+        if to is not computed:
+            rounding += to.unit_roundoff * size + to.spacing(0) / 2
+        beyond = error - rounding - lost
+        unit = computed.unit_roundoff * np.where(known, terms, 0)
         needed = np.divide(beyond, unit, out=np.where(beyond > 0, np.inf, 0), where=unit > 0)
         kappas.append(float(needed.max(initial=0)))
     return Measured(ratios[0], ratios[1], kappas[0], kappas[1])
 
 
 def _error(got: Array, want: Array, known: Array) -> Array:
-    # A naive result that overflowed has no error to compare with.
     difference: Array = np.where(known, got, 0).astype(np.float64) - np.where(known, want, 0)
     return np.abs(difference)
 

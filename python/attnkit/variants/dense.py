@@ -237,4 +237,8 @@ CASES: dict[str, Callable[[int, int, int, np.random.Generator], Parameters]] = {
     "alibi_softcap": lambda h, m, n, rng: {"softcap": 10.0, "alibi_slopes": alibi_slopes(h)},
     "prefix": lambda h, m, n, rng: {"causal": True, "prefix": n // 2},
     "document": lambda h, m, n, rng: {"causal": True, "document": documents(m, n, rng)},
+    "causal_alibi": lambda h, m, n, rng: {"causal": True, "alibi_slopes": alibi_slopes(h)},
+    "causal_softcap": lambda h, m, n, rng: {"causal": True, "softcap": 10.0},
+    "two_way_window": lambda h, m, n, rng: {"window": (min(128, n // 4), min(127, n // 4))},
+    "two_way_document": lambda h, m, n, rng: {"document": documents(m, n, rng)},
 }

@@ -91,7 +91,7 @@ class _Run:
         self.program, self.seed = program, seed
         self.types = infer(program)
         self.scope = Scope(buffers, params)
-        self.batch: Batch = split(program, inputs, self.scope.arrays)
+        self.batch: Batch = split(program, self.types, inputs, self.scope.arrays)
         self.values = [_Value(parts, t) for parts, t in zip(self.batch.values, self.types, strict=False)]
         self.names = [""] * len(self.values)
         with np.errstate(all="ignore"):
@@ -253,6 +253,14 @@ def _attend(run: _Run, op: Attend, b: int) -> list[Any]:
             raise error(
                 "AK403", where="q, k, v", given=given, allowed="q [.., n, D], k [.., m, D], v [.., m, Dv]"
             )
+        if (k.shape[0], v.shape[2]) != (rest[0].shape[0], rest[1].shape[2]):
+            given = " ".join(str(x.shape) for x in rest)
+            raise error(
+                "AK403",
+                where="segments of attend",
+                given=given,
+                allowed="equal heads; values of equal widths",
+            )
         if (q.shape[0] and not k.shape[0]) or q.shape[0] % max(k.shape[0], 1):
             raise error("AK407", where="q, k", given=f"{q.shape[0]} and {k.shape[0]} heads")
     if op.normalizer.sink is not None and run.scope.arrays[op.normalizer.sink].shape != (q.shape[0],):
@@ -272,7 +280,8 @@ def _initial(run: _Run, op: Attend, b: int) -> Any:
     keys = [run.values[i] for i in op.operands[1::2]]
     lengths = [sum(segment.parts[n].shape[1] for segment in keys) for n in range(run.batch.size)]
     kinds = {segment.type.axis.layout.kind for segment in keys if segment.type.axis is not None}
-    return of_keys(run.part(op.initial, b), lengths, b, "packed" in kinds, bool(kinds & {"padded", "paged"}))
+    packed = "packed" in kinds and op.initial < len(run.program.inputs)  # results are sequences already
+    return of_keys(run.part(op.initial, b), lengths, b, packed, bool(kinds & {"padded", "paged"}))
 
 
 def _check_relations(

@@ -15,7 +15,8 @@ import numpy as np
 from attnkit.backends.reference.codec import Encoded, decode
 from attnkit.backends.reference.tape import Array, Node
 from attnkit.errors import error
-from attnkit.ir.program import Layout, Program
+from attnkit.ir.program import Attend, Layout, Map, Merge, Program, Recur
+from attnkit.ir.rules import Type
 
 RANKS = {"bhs": 3, "bs": 2, "h": 1, "hd": 2, "bhd": 3, "bhdv": 4, "hsd": 3}
 
@@ -28,15 +29,38 @@ class Batch(NamedTuple):
     values: list[list[Node]]  # one list per input
 
 
-def split(program: Program, inputs: Sequence[Any], buffers: Sequence[Any]) -> Batch:
-    """The inputs as leaves of the tape, and as sequences.
+def cuts(program: Program, types: Sequence[Type]) -> list[int | None]:
+    """For every value the buffer of offsets that cuts it into sequences, None if it is not packed.
+
+    Numbers per token, and a carry, are packed if the tokens that they go with are.
+    """
+    found = [t.axis.layout.lengths if t.axis and t.axis.layout.kind == "packed" else None for t in types]
+    together, result = list[list[int]](), len(program.inputs)
+    for op in program.ops[:-1]:
+        if isinstance(op, Map | Recur | Merge):
+            used = (*op.uses(), result)
+            together.append([i for i in used if types[i].kind in ("tokens", "bhs")])
+        elif isinstance(op, Attend) and op.initial is not None:
+            together.append([*op.operands[1::2], op.initial])
+        result += len(op.results)
+    for _ in together:  # numbers go with tokens by way of other numbers, too
+        for values in together:
+            known = next((found[i] for i in values if found[i] is not None), None)
+            for i in values:
+                if found[i] is None and types[i].axis is None:
+                    found[i] = known
+    return found
+
+
+def split(program: Program, types: Sequence[Type], inputs: Sequence[Any], buffers: Sequence[Any]) -> Batch:
+    """The inputs as leaves of the tape, and as sequences. ``types`` are those of all values.
 
     Raises:
         AttnkitError: AK401 (number of inputs), AK403 (shapes), AK602 (lengths).
     """
     if len(inputs) != len(program.inputs):
         raise error("AK401", where="inputs", given=str(len(inputs)), allowed=str(len(program.inputs)))
-    leaves, counts = [], set()
+    leaves, counts, cut = [], set(), cuts(program, types)
     for i, (given, layout) in enumerate(zip(inputs, program.inputs, strict=True)):
         if isinstance(given, Encoded) != (layout.codec is not None):
             raise error(
@@ -49,54 +73,46 @@ def split(program: Program, inputs: Sequence[Any], buffers: Sequence[Any]) -> Ba
         if leaf.value.ndim != RANKS.get(layout.kind, 4):
             raise error("AK403", where=f"input {i}", given=str(leaf.shape), allowed=layout.kind)
         leaves.append(leaf)
-        counts.add(_count(leaf, layout, buffers))
+        counts.add(_count(leaf, layout, cut[i], buffers))
     counts.discard(None)
-    lengths = next((layout.lengths for layout in program.inputs if layout.kind == "packed"), None)
-    if lengths is not None:
-        counts.discard(1)
-        counts.add(len(np.asarray(buffers[lengths])) - 1)
     if len(counts) > 1:
-        what = (
-            "cu_seqlens of q and of k differ in length" if lengths is not None else "inputs differ in batch"
-        )
-        code = "AK602" if lengths is not None else "AK403"
+        packed = any(lengths is not None for lengths in cut)
+        what = "cu_seqlens of q and of k differ in length" if packed else "inputs differ in batch"
+        code = "AK602" if packed else "AK403"
         raise error(code, what=what, given=", ".join(map(str, sorted(map(int, counts)))))  # type: ignore[arg-type]
     count = int(counts.pop() or 0) if counts else 1
     values = []
-    for leaf, layout in zip(leaves, program.inputs, strict=True):
-        packed = lengths if layout.kind == "bhs" and leaf.shape[0] != count else layout.lengths
-        if layout.kind == "bs" and lengths is not None:  # packed as the keys that it goes with: see `of_keys`
+    for leaf, layout, offsets in zip(leaves, program.inputs, cut, strict=False):
+        if layout.kind == "bs" and offsets is not None:  # of several segments, perhaps: see `of_keys`
             values.append([leaf[0]] * count)
         else:
-            values.append(_sequences(leaf, layout, packed, count, buffers))
+            values.append(_sequences(leaf, layout, offsets, count, buffers))
     return Batch(count, leaves, values)
 
 
-def _count(leaf: Node, layout: Layout, buffers: Sequence[Any]) -> int | None:
+def _count(leaf: Node, layout: Layout, offsets: int | None, buffers: Sequence[Any]) -> int | None:
     """How many sequences an input holds; None if it says nothing about that."""
     if layout.kind in ("h", "hd", "hsd"):
         return None
-    if layout.kind == "packed" and layout.lengths is not None:
+    if offsets is not None:
         if leaf.shape[0] != 1:
             raise error("AK403", where="batch of a packed input", given=str(leaf.shape), allowed="1")
-        return len(_offsets(buffers[layout.lengths], leaf.shape[2])) - 1
+        return None if layout.kind == "bs" else len(_offsets(buffers[offsets], leaf.shape[2])) - 1
     if layout.kind == "paged" and layout.lengths is not None:
         return len(np.asarray(buffers[layout.lengths]))
     return leaf.shape[0]
 
 
 def _sequences(
-    leaf: Node, layout: Layout, lengths: int | None, count: int, buffers: Sequence[Any]
+    leaf: Node, layout: Layout, offsets: int | None, count: int, buffers: Sequence[Any]
 ) -> list[Node]:
     if layout.kind in ("h", "hd", "hsd"):
         return [leaf] * count
-    if layout.kind == "packed" or (layout.kind == "bhs" and lengths is not None):
-        assert lengths is not None
-        ends = _offsets(buffers[lengths], leaf.shape[2])
-        return [leaf[0, :, a:b] for a, b in pairwise(ends)]
-    if lengths is None:
+    if offsets is not None:
+        return [leaf[0, :, a:b] for a, b in pairwise(_offsets(buffers[offsets], leaf.shape[2]))]
+    if layout.lengths is None:
         return [leaf[b] for b in range(count)]
-    held = np.asarray(buffers[lengths])
+    held = np.asarray(buffers[layout.lengths])
     if layout.kind == "padded":
         _check_lengths(held, leaf.shape[0], leaf.shape[2])
         return [leaf[b, :, : int(n)] for b, n in enumerate(held)]

@@ -1,0 +1,28 @@
+// The kernels for AVX-512 with bfloat16 dot products. Everything lies in an anonymous namespace: no symbol of this file
+// may be shared with code compiled for a lesser machine.
+#include <immintrin.h>
+
+#include "call.h"
+
+// GCC 12 takes the undefined pass-through operand of its own intrinsics for an uninitialised read (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+namespace attnkit::cpu {
+namespace {
+#include "simd_avx512-inl.h"
+#include "math-inl.h"
+#include "storage-inl.h"
+#include "tile_ops-inl.h"
+#include "tile-inl.h"
+#include "products-inl.h"
+#include "decode-inl.h"
+#include "fold-inl.h"
+#include "kernel-inl.h"
+#include "kernel_bf16-inl.h"
+#include "probe-inl.h"
+}  // namespace
+
+const Kernel kAvx512bf16Kernel{"avx512bf16", workspace_bytes, run_by_dtype, merge_parts,
+                               evaluate,     fma_burst,       read_burst};
+
+}  // namespace attnkit::cpu

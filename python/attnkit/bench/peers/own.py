@@ -1,0 +1,47 @@
+"""attnkit's own backend, measured as its peers are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attnkit
+from attnkit.bench.peers.base import Call, Peer
+from attnkit.bench.workloads import Inputs, Workload
+from attnkit.errors import error
+from attnkit.variants import dense
+
+
+def torch_mods(workload: Workload) -> dict[str, Any]:
+    """``score=`` and ``mask=`` of a workload for `attnkit.attention`; arrays are torch tensors."""
+    import torch
+
+    def tensors(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(tensors(x) for x in value)
+        return torch.from_numpy(value) if hasattr(value, "__array__") else value
+
+    parameters: dense.Parameters = {k: tensors(v) for k, v in workload.parameters.items()}  # type: ignore[assignment]
+    score, mask = dense.mods(**parameters)
+    return {"score": score, "mask": mask}
+
+
+def _attnkit(inputs: Inputs) -> Call:
+    """Only its own kernel counts: where torch would stand in for it, that is a refusal.
+
+    Raises:
+        AttnkitError: AK5xx.
+    """
+    from attnkit.ops import report
+
+    mods = torch_mods(inputs.workload)
+
+    def call() -> Any:
+        return attnkit.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **mods)
+
+    runs = report.explain(call).calls[0]
+    if runs.backend != CPU.name:
+        raise error("AK502", where=inputs.workload.name, given=f"{runs.backend}: {'; '.join(runs.notes)}")
+    return Call(call, config=runs.config)
+
+
+CPU = Peer("cpu", lambda: attnkit.__version__, lambda workload: None, _attnkit)
