@@ -116,8 +116,9 @@ class Ahead {
 // K^T of a block of at most kBlockVecs vectors of keys, channels by `ld` keys, in float32. The last key is repeated to
 // a whole vector.
 template <class T>
-void transpose_keys(const T* k, int64_t stride, int32_t count, int32_t channels, float* kt, int32_t ld, Ahead& ahead,
+void transpose_keys(const T* k, int64_t stride, int32_t count, int32_t channels, float* kt, int32_t ld, Ahead& shared,
                     int32_t share) {
+  Ahead ahead = shared;  // kept in registers
   constexpr int kAtOnce = kLanes * kPerUnit<T>;
   for (int32_t n = 0; n < count; n += kLanes)
     for (int32_t d = 0; d < channels; d += kAtOnce) {
@@ -134,12 +135,14 @@ void transpose_keys(const T* k, int64_t stride, int32_t count, int32_t channels,
           store(kt + static_cast<int64_t>(d + i * kPerUnit<T> + u) * ld + n,
                 widen_unit(static_cast<const T*>(nullptr), r[i], u));
     }
+  shared = ahead;
 }
 
 // S^T of kRows queries and kVecs vectors of keys: qk_tile with the roles exchanged.
 template <int kRows, int kVecs>
 __attribute__((noinline)) void few_tile(const float* q, int32_t head_dim, const float* kt, float* st, int32_t st_stride,
-                                        Ahead& ahead, int32_t share) {
+                                        Ahead& shared, int32_t share) {
+  Ahead ahead = shared;  // kept in registers
   for (int32_t d = 0; d < head_dim; d += kChannels) {
     const int32_t end = head_dim - d < kChannels ? head_dim : d + kChannels;
     vf acc[kRows][kVecs] = {};
@@ -163,6 +166,7 @@ __attribute__((noinline)) void few_tile(const float* q, int32_t head_dim, const 
         store(x, d == 0 ? acc[r][v] : load(x) + acc[r][v]);
       }
   }
+  shared = ahead;
 }
 
 // S^T of all queries for one block, which has kBlockVecs vectors of keys or one.
@@ -220,7 +224,8 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
 // As pv, of few queries, on the elements that memory holds.
 template <class T>
 void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t count, const float* alpha, float* o,
-                int32_t o_stride, int32_t lanes, Ahead& ahead) {
+                int32_t o_stride, int32_t lanes, Ahead& shared) {
+  Ahead ahead = shared;  // kept in registers
   const int32_t share =
       ahead.share(int64_t{count} * ((o_stride + kFewVecs * kLanes - 1) / (kFewVecs * kLanes)) * ((lanes + 3) / 4), 1);
   const auto fetch = [&](int32_t) { ahead.fetch(share); };
@@ -239,4 +244,5 @@ void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_
   };
   while (c + kFewVecs * kLanes <= o_stride) columns.template operator()<kFewVecs>();
   while (c < o_stride) columns.template operator()<1>();
+  shared = ahead;
 }
