@@ -30,6 +30,12 @@ def bits(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), torch.full_like(x, float("nan")), x).view(torch.int16)
 
 
+def as_read(x: Tensor, isa: str) -> Tensor:
+    """What the engine computes with: the dot-product instruction takes subnormal numbers for zero."""
+    tiny = (x.dtype == torch.bfloat16) & (isa == "avx512bf16") & (x.abs() < torch.finfo(x.dtype).tiny)
+    return torch.where(tiny, torch.zeros_like(x), x)
+
+
 def numbers(dtype: str) -> Tensor:
     """Every finite value once, in order."""
     patterns = every_pattern(dtype)
@@ -47,7 +53,7 @@ def test_a_single_key_hands_its_value_through(dtype: str, width: int, isa: str) 
     v = torch.nn.functional.pad(patterns, (0, -len(patterns) % width)).view(-1, 1, 1, width)
     q = torch.ones(len(v), 1, 1, 8, dtype=v.dtype)
     o = ak.attention(q, q, v)
-    assert torch.equal(bits(o), bits(v))
+    assert torch.equal(bits(o), bits(as_read(v, isa)))
 
 
 @EVERY
@@ -61,7 +67,7 @@ def test_every_pattern_as_a_query_and_as_a_key(dtype: str, dim: int, isa: str) -
     finite = patterns.isfinite()
     for q, k in ((hot, one), (one, hot)):
         lse = ak.attention(q, k, one, scale=1.0, return_lse=True)[1].flatten()
-        assert torch.equal(lse[finite], patterns[finite].float())
+        assert torch.equal(lse[finite], as_read(patterns, isa)[finite].float())
         # exp(inf - inf); a score of -inf sees nothing
         assert torch.isnan(lse[patterns.isnan() | (patterns == INF)]).all()
         assert torch.isneginf(lse[patterns == -INF]).all()
