@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints-dev.txt
 CSRC := $(shell find csrc -type f)
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test check sanitize fuzz lint docs wheel clean
+.PHONY: help dev demo test check sanitize fuzz lint docs peers wheel clean
 
 help: ## Say what each target does
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,6 +37,9 @@ docs: dev ## Build the documentation into out/site, strictly: a dead link fails
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo out/site/index.html
+
+peers: dev ## Install the libraries that `attnkit bench --suite cpu` measures beside torch
+	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot,peers]'
 
 wheel: dev ## Build a wheel into dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,9 +1,10 @@
-"""Write the tables of README.md and docs/design/cpu-engine.md from the result files they cite."""
+"""Write the measured tables of the documentation from the result files they cite."""
 
 from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,44 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {
-    "README.md": ("results", quick_table),
-    "docs/design/cpu-engine.md": ("expression cost", cost_table),
-}
+def bars_table(suite: str) -> str:
+    """What was promised beside what was measured, of a suite that has bars."""
+    name = f"zen5-2core-{suite}.json"
+    if not (RESULTS / name).is_file():
+        return f"Not measured yet: `attnkit bench --suite {suite} --json bench/results/{name}`."
+    result = _load(name)
+    lines = ["| row | against | measured, 95 % interval | bar | stretch |", "|---|---|---|---|---|"]
+    last = None
+    for bar in result["bars"]:
+        m, sign = bar["measured"], "≤" if bar["least"] is None else "≥"
+        against = f"best: {bar['note']}" if bar["against"] == "best" and m else bar["against"]
+        measured = f"**{m['median']:.2f}** [{m['lo']:.2f}, {m['hi']:.2f}]" if m else bar["note"]
+        asked = (
+            f"{sign} {bar['most'] if bar['least'] is None else bar['least']:g} {'✓' if bar['met'] else '✗'}"
+        )
+        wish = "" if bar["stretch"] is None else f"{bar['stretch']:g} {'✓' if bar['stretch_met'] else '✗'}"
+        row = "" if bar["workload"] == last else bar["workload"]
+        lines.append(f"| {row} | {against} | {measured} | {asked} | {wish} |")
+        last = bar["workload"]
+    m, c = result["machine"], result["ceilings"]
+    versions = dict.fromkeys(
+        f"{r['backend']} {r['backend_version']}" for r in result["records"] if r["backend"] != "cpu"
+    )
+    met = sum(bar["met"] for bar in result["bars"])
+    lines += [
+        "",
+        f"{met} of {len(result['bars'])} bars met. {m['cpu']}, {m['isa']}, {c['threads']} threads, attnkit {m['attnkit']}",
+        f"at {result['records'][0]['commit']}{''.join(f', {v}' for v in versions)}; medians of interleaved rounds in one run (`bench/results/{name}`).",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = [
+    ("README.md", "results", quick_table),
+    ("docs/design/cpu-engine.md", "expression cost", cost_table),
+    ("docs/benchmarks.md", "cpu suite", partial(bars_table, "cpu")),
+    ("docs/benchmarks.md", "scaling suite", partial(bars_table, "scaling")),
+]
 
 
 def updated(text: str, marker: str, table: str) -> str:
@@ -72,8 +107,8 @@ def updated(text: str, marker: str, table: str) -> str:
 
 
 def main() -> None:
-    """Rewrite both pages."""
-    for name, (marker, table) in TABLES.items():
+    """Rewrite the pages."""
+    for name, marker, table in TABLES:
         path = ROOT / name
         path.write_text(updated(path.read_text(), marker, table()))
 

@@ -8,7 +8,7 @@ from typing import Any
 SECTIONS = {
     "": ["index.md", "tutorial.md", "transformers.md"],
     "Variants": ["variants.md", "variants/*.md"],
-    "Reference": ["ir.md", "operators.md", "errors.md", "env.md"],
+    "Reference": ["ir.md", "operators.md", "errors.md", "env.md", "benchmarks.md"],
     "How it works": ["architecture.md", "*.md", "design/*.md"],
 }
 

@@ -15,6 +15,7 @@ namespace {
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"
+#include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
 #include "probe-inl.h"

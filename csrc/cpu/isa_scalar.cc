@@ -49,6 +49,7 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"
+#include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
 #include "probe-inl.h"

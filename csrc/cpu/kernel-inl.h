@@ -12,6 +12,8 @@ struct Layout {
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v;
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
+  size_t q, kt, st;  // of few queries: rows of them, of K^T and of S^T
+  int32_t ld;  // keys in a row of those
 
   Layout(const Call& c, int32_t lanes)
       : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
@@ -25,13 +27,17 @@ struct Layout {
     sum = take(1, bm);
     alpha = take(1, bm);
     largest = take(1, bm);
-    k = take(c.tile_kv, p.head_dim);
+    k = take(c.tile_kv, round_up(p.head_dim, kLanes));
     v = take(c.tile_kv, dv);
     weights = take((c.tile_kv + 1) / 2, bm);
     values = take((c.tile_kv + 1) / 2, dv);
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
+    q = take(kFewLanes, p.head_dim);
+    ld = round_up(c.tile_kv, kLanes);
+    kt = take(round_up(p.head_dim, kLanes), ld);
+    st = take(kFewLanes, ld);
   }
 };
 
@@ -275,8 +281,16 @@ class FloatForward : public Forward {
  public:
   using Forward::Forward;
 
-  // Q^T, scaled; lanes beyond the last query are zero.
+  // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {
+    if (few())
+      return with_elements(p_.dtype, [&](auto* type) {
+        for (int32_t m = 0; m < t_.lanes(); ++m) {
+          const auto* q = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+          float* to = ws_ + at_.q + static_cast<int64_t>(m) * p_.head_dim;
+          for (int32_t d = 0; d < p_.head_dim; ++d) to[d] = widen_one(q[d * p_.q.stride[3]]) * p_.scale;
+        }
+      });
     with_elements(p_.dtype, [&](auto* type) {
       decltype(type) q[kMaxTileQ];
       for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
@@ -288,21 +302,79 @@ class FloatForward : public Forward {
     });
   }
 
-  void keys(int64_t first, int32_t count, bool full) {
-    int64_t k_stride, v_stride;
-    const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, k_stride);
-    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, v_stride);
-    float* s = ws_ + at_.s;
-    qk(ws_ + at_.qt, at_.bm, k, k_stride, count, p_.head_dim, s, start_largest(full));
+  // `next`: where the keys after these begin, or -1.
+  void keys(int64_t first, int32_t count, bool full, int64_t next) {
+    float *s = ws_ + at_.s, *largest = start_largest(full);
+    Ahead ahead =
+        few() && next >= 0 ? Ahead(tile_at(p_.k, p_.head_dim, next), tile_at(p_.v, p_.v_head_dim, next)) : Ahead();
+    if (few()) {
+      few_scores_of(first, count, plain(full), ahead);
+    } else {
+      int64_t stride;
+      const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
+      qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, s, largest);
+    }
     modify(first, count, full);
-    softmax(count, Weights{s, at_.bm});
+    if (!few() || !plain(full)) softmax(count, Weights{s, at_.bm});
+    if (few() && full) return few_values_of(first, count, ahead);
+    int64_t stride;
+    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (!full && has_nonfinite(v, v_stride, count))
-      return pv_guarded(v, v_stride, first, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
-    pv(s, at_.bm, v, v_stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+    if (!full && has_nonfinite(v, stride, count))
+      return pv_guarded(v, stride, first, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
+    pv(s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
  private:
+  // See products-inl.h and decode-inl.h.
+  bool few() const { return t_.lanes() <= kFewLanes; }
+
+  // In a plain tile they become weights on the way.
+  void few_scores_of(int64_t first, int32_t count, bool plain, Ahead& ahead) {
+    float *kt = ws_ + at_.kt, *st = ws_ + at_.st, *s = ws_ + at_.s;
+    const int32_t ld = round_up(count, kLanes), lanes = t_.lanes();
+    with_elements(p_.dtype, [&](auto* type) {
+      using Element = std::remove_pointer_t<decltype(type)>;
+      if (p_.k.stride[3] == 1 && p_.head_dim % (kLanes * kPerUnit<Element>) == 0)
+        return transpose_keys(row<Element*>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], count, p_.head_dim,
+                              kt, ld, ahead);
+      const int32_t width = round_up(p_.head_dim, kLanes);
+      int64_t stride;
+      const float* k = rows(p_.k, first, count, p_.head_dim, width, at_.k, stride);
+      transpose_keys(k, stride, count, width, kt, ld, ahead);
+    });
+    few_scores(ws_ + at_.q, lanes, p_.head_dim, kt, ld, st, ahead);
+    if (!plain) return few_by_key(st, ld, lanes, s, [](int32_t, vf) {});
+    few_weights(st, ld, lanes, ws_ + at_.max, ws_ + at_.alpha, ahead);
+    vf sum[kSums] = {};
+    few_by_key(st, ld, lanes, s, [&](int32_t n, vf w) { sum[n % kSums] += n < count ? w : vf{}; });
+    float* total = ws_ + at_.sum;
+    store(total, fma(load(total), load(ws_ + at_.alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
+  }
+
+  void few_values_of(int64_t first, int32_t count, Ahead& ahead) {
+    const auto from = [&](auto* v, int64_t stride) {
+      few_values(ws_ + at_.s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes(), ahead);
+    };
+    with_elements(p_.dtype, [&](auto* type) {
+      if (p_.v.stride[3] == 1 && p_.v_head_dim == at_.dv)
+        return from(row<decltype(type)>(p_.v, kv_head_, seq_.kv_start + first), p_.v.stride[2]);
+      int64_t stride;
+      const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
+      from(v, stride);
+    });
+  }
+
+  // As much of a tile as there is; rows whose channels lie apart are not worth fetching.
+  Rows tile_at(const View& view, int32_t channels, int64_t first) const {
+    const int64_t size = element_size(p_.dtype), left = seq_.kv_len - first;
+    const char* at =
+        view.data +
+        (seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + first) * view.stride[2]) * size;
+    const auto tile = static_cast<int32_t>(left < c_.tile_kv ? left : c_.tile_kv);
+    return {at, view.stride[2] * size, channels * size, view.stride[3] == 1 ? tile : 0};
+  }
+
   struct Weights {
     float* at;
     int32_t bm;
@@ -342,7 +414,8 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
         forward.start();
         stretch = first / c.split_kv;
       }
-      forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full);
+      const int64_t next = stop < end ? stop : i + 1 < num_ranges ? ranges[i + 1].first : -1;
+      forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full, next);
       first = stop;
     }
   }

@@ -30,7 +30,7 @@ class PairForward : public Forward {
     }
   }
 
-  void keys(int64_t first, int32_t count, bool full) {
+  void keys(int64_t first, int32_t count, bool full, int64_t) {
     const int32_t pairs = (p_.head_dim + 1) / 2;
     qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(first, count), count, pairs, p_.scale, ws_ + at_.s,
                       start_largest(full));
@@ -109,6 +109,9 @@ class PairForward : public Forward {
 
 int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                      float* workspace) {
-  const auto run_it = c.problem->dtype == DType::bf16 ? run<PairForward> : run<FloatForward>;
+  // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
+  const Problem& p = *c.problem;
+  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
+  const auto run_it = p.dtype == DType::bf16 && !few ? run<PairForward> : run<FloatForward>;
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }

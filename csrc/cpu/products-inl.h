@@ -103,19 +103,23 @@ inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, in
 }
 
 // O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide. A tile's keys are
-// summed by themselves first: two short sums lose fewer bits than one long one.
-template <class Dot, int kRows, int kVecs>
-ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count,
-                            const float* alpha, float* o, int32_t o_stride) {
+// summed by themselves first: two short sums lose fewer bits than one long one. `each` is told every key.
+struct Nothing {
+  ATTNKIT_INLINE void operator()(int32_t) const {}
+};
+template <class Dot, int kRows, int kVecs, class T, class Each = Nothing>
+ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t count, const float* alpha,
+                            float* o, int32_t o_stride, Each each = {}) {
   vf acc[kRows][kVecs];
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) acc[r][c] = vf{};
   for (int32_t n = 0; n < count; ++n) {
+    each(n);
     vf value[kVecs];
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) value[c] = load(v + n * v_stride + c * kLanes);
+    for (int c = 0; c < kVecs; ++c) value[c] = widen(v + n * v_stride + c * kLanes);
     const float* weight = p + static_cast<int64_t>(n) * bm;
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {

@@ -45,6 +45,7 @@ def run(*arguments: str, **extra: str) -> Result:
         ("mask", "--mask", "window()"),
         ("bench", "--suite", "nonsense"),
         ("bench", "--suite", "quick", "--variant", "softcap"),
+        ("bench", "--suite", "cpu", "--rows", "no such row"),
         ("bench", "--threads", "0"),
         ("bench", "--rounds", "0"),
         ("bench", "--seconds", "-1"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnkit.bench import bars, checks, peers, records, report, runner
+from attnkit.bench import bars, checks, peers, records, report, runner, scaling
 from attnkit.bench.ceilings import Burst
 from attnkit.bench.measure import Interval
 from attnkit.bench.rows import Bar, Row, select, suites
@@ -336,7 +336,8 @@ def test_run_judges_checks_and_goes_on(tmp_path: Path) -> None:
     assert "best: right" in capture.get()
 
 
-def test_run_takes_gradients_and_rotates_caches() -> None:
+def test_run_takes_gradients_and_rotates_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CPU", fake("cpu"))  # whatever the engine can do
     seen: list[int] = []
 
     def watched(inputs: Inputs) -> Any:
@@ -358,7 +359,23 @@ def test_run_takes_gradients_and_rotates_caches() -> None:
     ]  # fmt: skip
 
 
-def test_grad_rows_want_gradients_and_others_do_not() -> None:
+def test_what_torch_computes_is_not_counted_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnkit.ops import report as ops_report
+
+    real = ops_report.explain
+
+    def standing_in(call: Any) -> Any:
+        told = real(call)
+        return dataclasses.replace(told, calls=(dataclasses.replace(told.calls[0], backend="torch"),))
+
+    monkeypatch.setattr(ops_report, "explain", standing_in)
+    document = runner.run([Row(Workload("full", TINY), bars=(Bar("torch", least=1.0),))], rounds=1)
+    assert document["records"] == []
+    assert "AK502" in document["bars"][0]["note"]
+
+
+def test_grad_rows_want_gradients_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CPU", fake("cpu"))
     for w in (Workload("full", TINY), Workload("full", TINY, grad=True)):
         got: list[bool] = []
 
@@ -367,5 +384,52 @@ def test_grad_rows_want_gradients_and_others_do_not() -> None:
             got.append(o.requires_grad)
             return o
 
-        runner.run([Row(dataclasses.replace(w), (fake("watched", watched),))], rounds=1)
+        runner.run([Row(w, (fake("watched", watched),))], rounds=1)
         assert set(got) == {w.grad}
+
+
+# --- scaling ------------------------------------------------------------------------------------------------
+
+
+def grown(time: Callable[[int], float], memory: Callable[[int], int | None]) -> records.Document:
+    """A result file of suite scaling whose times and memory are these functions of the length."""
+    rows = [
+        {"backend": "cpu", "variant": "causal", "direction": row.workload.direction, "dtype": "float32",
+         "shape": dataclasses.asdict(row.workload.shape), "peak_bytes": memory(row.workload.shape.sq),
+         "time_ms": {"median": time(row.workload.shape.sq)}}
+        for row in suites["scaling"]
+    ]  # fmt: skip
+    return {"machine": {}, "records": rows[::-1]}
+
+
+def test_slopes_of_a_power_law() -> None:
+    for entry in scaling.judge(grown(lambda s: 3e-6 * s**2 + 0.05, lambda s: 5000 + 300 * s)):
+        assert entry["met"], entry
+        expected = {"time slope": 2.0, "memory slope": 1.0}.get(entry["against"], 1.0)
+        assert entry["measured"]["median"] == pytest.approx(expected, abs=0.02)
+        assert entry["measured"]["lo"] <= entry["measured"]["median"] <= entry["measured"]["hi"]
+        assert entry["workload"].endswith("4096 to 65536")
+
+
+def test_a_cliff_and_quadratic_memory_are_not_accepted() -> None:
+    cliff = scaling.judge(grown(lambda s: s**2 * (1 if s < 16384 else 1.6), lambda s: s * s))
+    assert [(e["against"], e["met"]) for e in cliff[:3]] == [
+        ("time slope", False), ("memory slope", False), ("steepest doubling of time over 4", False),
+    ]  # fmt: skip
+    assert cliff[2]["measured"]["median"] == pytest.approx(1.6)
+    unread = scaling.judge(grown(lambda s: s**2, lambda s: None))
+    assert [e["met"] for e in unread[:3]] == [True, False, True]
+
+
+def test_scaling_is_drawn(tmp_path: Path) -> None:
+    document = grown(lambda s: s**2, lambda s: s * 1000)
+    scaling.plot(document, [tmp_path / "a" / "s.svg"])
+    assert "slope 2.00" in (tmp_path / "a" / "s.svg").read_text(encoding="utf-8")
+
+
+def test_scaling_runs_over_growing_lengths_in_both_directions() -> None:
+    lengths = {
+        d: [row.workload.shape.sq for row in suites["scaling"] if row.workload.direction == d]
+        for d in ("fwd", "fwdbwd")
+    }
+    assert lengths["fwd"] == lengths["fwdbwd"] == [1024, 2048, 4096, 8192, 16384, 32768, 65536]

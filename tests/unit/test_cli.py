@@ -15,7 +15,8 @@ import attnkit
 from attnkit import backends
 from attnkit.backends.cpu.engine import engine
 from attnkit.bench import records
-from attnkit.bench.rows import suites
+from attnkit.bench.peers import Peer
+from attnkit.bench.rows import Bar, Row, suites
 from attnkit.bench.workloads import DTYPES, Shape, Workload
 from attnkit.cli import options
 from attnkit.cli.app import app
@@ -103,6 +104,37 @@ def test_bench_json_on_stdout_is_json_and_nothing_else(cli: Cli) -> None:
     assert records.problems(document) == []
     assert document["records"][0]["shape"]["skv"] == 320
     assert "speed-up" in done.stderr
+
+
+def test_bench_says_which_bars_are_met(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    easy, hard = (
+        Row(Workload("full", Shape.of(1, h, 32, 16)), bars=(Bar("torch", least=least),))
+        for h, least in ((1, 1e-9), (2, 1e9))
+    )
+    monkeypatch.setitem(suites, "cpu", [easy, hard])
+    out = tmp_path / "out.json"
+    said = cli("bench", "--suite", "cpu", "--rounds", "1", "--json", str(out), code=1).stdout
+    assert "1 of 2 bars met" in said
+    assert [bar["met"] for bar in records.read(out)["bars"]] == [True, False]
+    said = cli("bench", "--suite", "cpu", "--rounds", "1", "--rows", "h1 s32").stdout
+    assert "1 of 1 bars met" in said
+
+
+def test_bench_names_what_is_not_installed_once(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Peer("absent", lambda: None, lambda w: None, lambda i: pytest.fail("prepared"), extra="peers")
+    both = [Row(Workload("full", Shape.of(1, h, 32, 16)), (absent,)) for h in (1, 2)]
+    monkeypatch.setitem(suites, "cpu", both)
+    said = cli("bench", "--suite", "cpu", "--rounds", "1").stderr
+    assert said.splitlines() == ["left out: absent on 2 rows: not installed: pip install 'attnkit[peers]'"]
+
+
+def test_bench_draws_slopes(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [Row(Workload("causal", Shape.of(1, 1, s, 16)), ()) for s in (64, 128)]
+    monkeypatch.setitem(suites, "scaling", rows)
+    out = tmp_path / "s.svg"
+    said = cli("bench", "--suite", "scaling", "--rounds", "1", "--plot", str(out), code=1).stdout
+    assert "too few lengths" in said  # so that no bar is met
+    assert "slope 2" in out.read_text(encoding="utf-8")
 
 
 # --- explain, dump ------------------------------------------------------------------------------------------

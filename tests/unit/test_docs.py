@@ -27,7 +27,7 @@ def test_generated_pages_are_current(name: str) -> None:
 
 def test_measured_tables_are_those_of_the_result_files() -> None:
     update = runpy.run_path(str(ROOT / "bench" / "update_docs.py"))
-    for name, (marker, table) in update["TABLES"].items():
+    for name, marker, table in update["TABLES"]:
         text = (ROOT / name).read_text()
         assert update["updated"](text, marker, table()) == text, "run: python bench/update_docs.py"
 

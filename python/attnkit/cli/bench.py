@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ def bench(
       attnkit bench --suite cpu --rounds 11 --json out.json
       attnkit bench --suite cpu --rows decode --rows "causal*bfloat16"
     """
-    from attnkit.bench import console, records, rows, runner, workloads
+    from attnkit.bench import console, records, report, rows, runner, scaling, workloads
 
     if shape is not None:
         chosen = [
@@ -105,20 +105,26 @@ def bench(
     budget = rows.SECONDS.get(suite, 24.0) if seconds is None else seconds
     with console.progress_bar() as progress:
         document = runner.run(chosen, threads=threads, seconds=budget, rounds=rounds, progress=progress)
+    scaled = suite == "scaling" and shape is None
+    if scaled:
+        document["bars"] = scaling.judge(document)
     talk = console.talk()
     to_stdout = json_path is not None and str(json_path) == "-"
     if document["records"] or document["bars"]:
         (talk if to_stdout else console.data()).print(_table(document))
-    _save(document, None if to_stdout else json_path, plots if document["records"] else ())
+    draw = scaling.plot if scaled else report.plot
+    _save(document, None if to_stdout else json_path, plots if document["records"] else (), draw)
     if to_stdout:
         click.echo(records.dumps(document), nl=False)
-    problems = runner.wrong(document)
-    for told, is_problem in _left_out(document):
+    refused = False
+    for told, is_ours in _left_out(document):
         talk.print(told, markup=False)
-        problems += [told] if is_problem else []
-    for problem in runner.wrong(document):
+        refused = refused or is_ours
+    problems = runner.wrong(document)
+    for problem in problems:
         talk.print(problem, style="red", markup=False)
-    sys.exit(1 if problems or not all(bar["met"] for bar in document["bars"]) else 0)
+    unmet = any(not bar["met"] for bar in document["bars"])
+    sys.exit(1 if problems or refused or unmet else 0)
 
 
 def _table(document: dict[str, Any]) -> Any:
@@ -128,7 +134,7 @@ def _table(document: dict[str, Any]) -> Any:
 
 
 def _left_out(document: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Who did not run and why, a line for each reason; and whether it is attnkit, which should have."""
+    """Who did not run and why, a line for each reason; and whether that is attnkit, which should have."""
     from attnkit.bench.report import OWN
 
     where: dict[tuple[str, str], list[str]] = {}
@@ -139,12 +145,14 @@ def _left_out(document: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         yield f"left out: {backend} on {rows}: {reason}", backend == OWN
 
 
-def _save(document: dict[str, Any], json_path: Path | None, plots: tuple[Path, ...]) -> None:
-    from attnkit.bench import console, records, report
+def _save(
+    document: dict[str, Any], json_path: Path | None, plots: tuple[Path, ...], draw: Callable[..., None]
+) -> None:
+    from attnkit.bench import console, records
 
     if json_path is not None:
         records.write(document, json_path)
     if plots:
-        report.plot(document, list(plots))
+        draw(document, list(plots))
     for path in filter(None, (json_path, *plots)):
         console.talk().print(f"wrote {path}", markup=False)

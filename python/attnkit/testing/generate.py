@@ -286,6 +286,21 @@ class Generator:
             carries = [result + i for i, name in enumerate(op.outputs) if name == "carry"]
             self.held |= dict.fromkeys([*carries, *([] if op.initial is None else [op.initial])], lies)
 
+    def _bounded(self, t: Type) -> bool:
+        """Whether a number is small enough for a state: what is computed, such as an lse, may let it overflow."""
+        return not self.tame or t.axis is None
+
+    def _gate(self, axis: Axis) -> int | None:
+        if self.rng.random() < 0.5:
+            return self._counted(axis, self._bounded)
+        given = len(self.inputs) if self.tame else len(self.types)
+        return self._pick(
+            lambda i, t: (
+                t.kind == "h"
+                or (i < given and t.kind == "tokens" and t.axis is not None and t.axis[1:] == axis[1:])
+            )
+        )
+
     def _recur(self) -> None:
         rng = self.rng
         q = self._tokens("bhsd", "packed")
@@ -297,20 +312,10 @@ class Generator:
         if rng.random() < 0.3:
             extra["coefficients"] = tuple(round(rng.uniform(-1, 2), 2) for _ in range(rng.randint(2, 3)))
         elif rng.random() < 0.8:
-            gate = (
-                self._counted(axis)
-                if rng.random() < 0.5
-                else self._pick(
-                    lambda i, t: (
-                        t.kind == "h"
-                        or (t.axis is not None and t.kind == "tokens" and t.axis[1:] == axis[1:])
-                    )
-                )
-            )
-            extra["gate"] = gate
+            extra["gate"] = self._gate(axis)
             name = rng.choice(("beta", "bonus", "none"))
             if name == "beta":
-                extra["beta"] = self._counted(axis)
+                extra["beta"] = self._counted(axis, self._bounded)
             elif name == "bonus":
                 extra["bonus"] = self._pick(lambda i, t: t.kind == "hd")
         if not any(extra.get(name) is not None for name in ("beta", "bonus")):

@@ -14,7 +14,8 @@ from attnkit.bench.workloads import Inputs, Workload
 class Call:
     """A prepared call. ``run`` is what is timed; ``output`` makes o ``[B, Hq, Sq, Dv]`` of what it returned, untimed.
 
-    ``config`` is what it runs with, for the record.
+    ``run`` alone outlives its preparation: it holds all memory that it reads and writes. ``config`` is what it runs
+    with, for the record.
     """
 
     run: Callable[[], Any]

@@ -77,7 +77,7 @@ def _head_dim(shape: tuple[int, ...], heads: int) -> int:
 
 
 def _bound(session: Any, given: dict[str, Any], made: dict[str, Any]) -> Any:
-    """torch's memory bound to a session's inputs and outputs: nothing is copied. Keep the tensors alive."""
+    """torch's memory bound to a session's inputs and outputs: nothing is copied. Whoever runs it keeps the tensors alive."""
     binding = session.io_binding()
     for bind, tensors in ((binding.bind_input, given), (binding.bind_output, made)):
         for name, t in tensors.items():
@@ -116,10 +116,11 @@ def _mha_call(inputs: Inputs) -> Call:
     given = {"q": q, "k": k, "v": v}
     binding = _bound(session, given, {"o": o})
 
-    def run(keep: Any = given) -> None:
+    def run(kept_alive: Any = given) -> Any:
         session.run_with_iobinding(binding)
+        return o
 
-    return Call(run, lambda raw: unfolded(_heads_first(o, heads), w))
+    return Call(run, lambda o: unfolded(_heads_first(o, heads), w))
 
 
 def _gqa_refuses(workload: Workload) -> str | None:
@@ -151,10 +152,11 @@ def _gqa_call(inputs: Inputs) -> Call:
     made = {"o": o, "present_k": kept[0], "present_v": kept[1]}
     binding = _bound(session, given, made)
 
-    def run(keep: Any = (given, made)) -> None:
+    def run(kept_alive: Any = (given, made)) -> Any:
         session.run_with_iobinding(binding)
+        return o
 
-    return Call(run, lambda raw: _heads_first(o, s.hq))
+    return Call(run, lambda o: _heads_first(o, s.hq))
 
 
 MHA = Peer("onnxruntime", _installed, _mha_refuses, _mha_call, extra="peers")

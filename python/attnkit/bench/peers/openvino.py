@@ -49,14 +49,19 @@ def _sdpa(inputs: Inputs) -> Call:
         array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return ov.Tensor(array, list(tensor.shape), _element(w.dtype))
 
-    shapes = (tuple(x.shape) for x in (f.q, f.k, f.v))
-    request = _model(
-        *shapes, w.dtype, "causal" in w.parameters, torch.get_num_threads()
-    ).create_infer_request()
-    for i, tensor in enumerate((f.q, f.k, f.v)):
+    given = (f.q, f.k, f.v)
+    shapes = (tuple(x.shape) for x in given)
+    model = _model(*shapes, w.dtype, "causal" in w.parameters, torch.get_num_threads())
+    request = model.create_infer_request()
+    for i, tensor in enumerate(given):
         request.set_input_tensor(i, shared(tensor))
     request.set_output_tensor(0, shared(o))
-    return Call(request.infer, lambda raw: unfolded(o, w))
+
+    def run(kept_alive: Any = given) -> Any:
+        request.infer()
+        return o
+
+    return Call(run, lambda o: unfolded(o, w))
 
 
 OPENVINO = Peer("openvino", lambda: installed_version("openvino"), _refuses, _sdpa, extra="peers")

@@ -7,6 +7,7 @@ from typing import Any
 import attnkit
 from attnkit.bench.peers.base import Call, Peer
 from attnkit.bench.workloads import Inputs, Workload
+from attnkit.errors import error
 from attnkit.variants import dense
 
 
@@ -25,14 +26,22 @@ def torch_mods(workload: Workload) -> dict[str, Any]:
 
 
 def _attnkit(inputs: Inputs) -> Call:
-    from attnkit.ops.report import explain
+    """Only its own kernel counts: where torch would stand in for it, that is a refusal.
+
+    Raises:
+        AttnkitError: AK5xx.
+    """
+    from attnkit.ops import report
 
     mods = torch_mods(inputs.workload)
 
     def call() -> Any:
         return attnkit.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **mods)
 
-    return Call(call, config=explain(call).calls[0].config)
+    runs = report.explain(call).calls[0]
+    if runs.backend != CPU.name:
+        raise error("AK502", where=inputs.workload.name, given=f"{runs.backend}: {'; '.join(runs.notes)}")
+    return Call(call, config=runs.config)
 
 
 CPU = Peer("cpu", lambda: attnkit.__version__, lambda workload: None, _attnkit)
