@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_number, check_tensor
+from attnkit.ops.check import autocast, check_number, check_tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -202,6 +202,7 @@ def scaled_dot_product_attention(
     for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not (t is None and name == "attn_mask"):
             check_tensor(name, t)
+    query, key, value = autocast(query, key, value)
     check_number("dropout_p", dropout_p)
     if scale is not None:
         scale = check_number("scale", scale)
