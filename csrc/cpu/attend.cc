@@ -11,6 +11,7 @@
 #include <new>
 
 #include "blocks.h"
+#include "run.h"
 #include "schedule.h"
 
 namespace attnkit::cpu {
@@ -47,6 +48,13 @@ class Scratch {
 };
 thread_local Scratch t_workspace, t_parts;
 
+// Small calls finish before a second thread has woken up.
+constexpr double kMinFlopsPerThread = 1e6;
+
+}  // namespace
+
+float* workspace(size_t bytes) { return t_workspace.get(bytes); }
+
 CodeView view(const Program& program, const Facts& facts) {
   CodeView v{};
   v.code = program.code.data();
@@ -57,15 +65,19 @@ CodeView view(const Program& program, const Facts& facts) {
   }
   v.score = program.score;
   v.mask = program.mask;
+  v.slope = program.slope;
+  v.loads = program.loads.data();
+  v.num_loads = static_cast<int32_t>(program.loads.size());
   v.load_in_bounds = facts.load_in_bounds.data();
   v.all_loads_in_bounds = facts.all_loads_in_bounds;
   return v;
 }
 
-// Small calls finish before a second thread has woken up.
-constexpr double kMinFlopsPerThread = 1e6;
+int worth(int threads, double flops) {
+  return g_forked ? 1 : static_cast<int>(std::clamp(flops / kMinFlopsPerThread, 1.0, static_cast<double>(threads)));
+}
 
-}  // namespace
+void ran(const Kernel& kernel) { g_last_isa = &kernel; }
 
 Status attend(const Program& program, const Problem& p, const Config& config) {
   if (p.num_heads == 0 || p.num_sequences == 0) return {};
@@ -78,8 +90,7 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
     flops += 2.0 * static_cast<double>(p.sequences[i].q_len) * static_cast<double>(p.sequences[i].kv_len) *
              (p.head_dim + p.v_head_dim) * p.num_heads;
   const Kernel& kernel = current_isa();
-  int threads = static_cast<int>(std::clamp(flops / kMinFlopsPerThread, 1.0, static_cast<double>(config.threads)));
-  if (g_forked) threads = 1;
+  int threads = worth(config.threads, flops);
 
   const int32_t split_kv = (config.split_kv + config.tile_kv - 1) / config.tile_kv * config.tile_kv;
   Call call{view(program, facts), &p, 0, config.tile_kv, program.score >= 0, program.mask >= 0, split_kv};
@@ -131,7 +142,7 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
     guarded();
   }
   if (no_memory) return {Fault::no_memory, -1};
-  if (num_tasks > 0) g_last_isa = &kernel;
+  if (num_tasks > 0) ran(kernel);
   if (bad_load >= 0) return {Fault::index_range, bad_load};
   return {};
 }

@@ -64,8 +64,15 @@ std::string assign_slots(Program& p) {
     const Instruction& in = p.code[static_cast<size_t>(tiles[t])];
     for (int a = 0; a < in.nargs; ++a) last_use[static_cast<size_t>(in.args[a])] = t;
   }
-  for (int root : {p.score, p.mask})
+  const auto keep = [&](int root) {
     if (root >= 0) last_use[static_cast<size_t>(root)] = tiles.size();
+  };
+  for (int root : {p.score, p.mask, p.slope}) keep(root);
+  for (const LoadSlope& load : p.loads) {
+    keep(load.slope);
+    for (int a = 0; a < p.code[static_cast<size_t>(load.load)].nargs; ++a)
+      keep(p.code[static_cast<size_t>(load.load)].args[a]);
+  }
   std::vector<int> free_slots;
   for (size_t t = 0; t < tiles.size(); ++t) {
     Instruction& in = p.code[static_cast<size_t>(tiles[t])];
@@ -92,7 +99,7 @@ std::string assign_slots(Program& p) {
 
 const OpSignature& signature(Op op) { return kSignatures[static_cast<size_t>(op)]; }
 
-std::string compile(std::span<const int32_t> rows, int score, int mask, int num_buffers, int num_params, Program& out) {
+std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_buffers, int num_params, Program& out) {
   Program p;
   p.num_buffers = num_buffers;
   p.num_params = num_params;
@@ -133,12 +140,20 @@ std::string compile(std::span<const int32_t> rows, int score, int mask, int num_
   const auto root_is = [&](int root, char want) {
     return root == -1 || (root >= 0 && static_cast<size_t>(root) < n && type[static_cast<size_t>(root)] == want);
   };
-  if (!root_is(score, 'f')) return "the score is not a float value";
-  if (!root_is(mask, 'b')) return "the mask is not a bool value";
-  p.score = score;
-  p.mask = mask;
-  mark(p, score, &Instruction::for_score);
-  mark(p, mask, &Instruction::for_mask);
+  if (!root_is(roots.score, 'f')) return "the score is not a float value";
+  if (!root_is(roots.mask, 'b')) return "the mask is not a bool value";
+  if (!root_is(roots.slope, 'f')) return "the slope of the score is not a float value";
+  static_cast<Roots&>(p) = roots;
+  mark(p, roots.score, &Instruction::for_score);
+  mark(p, roots.slope, &Instruction::for_score);
+  mark(p, roots.mask, &Instruction::for_mask);
+  for (const LoadSlope& load : roots.loads) {
+    if (load.load < 0 || static_cast<size_t>(load.load) >= n || p.code[static_cast<size_t>(load.load)].op != Op::load_f)
+      return "what has a gradient is not a load of floats";
+    if (load.slope < 0 || !root_is(load.slope, 'f')) return "the slope of a load is not a float value";
+    mark(p, load.load, &Instruction::for_score);
+    mark(p, load.slope, &Instruction::for_score);
+  }
   for (size_t i = 0; i < n; ++i)
     if (p.code[i].for_mask && p.code[i].op == Op::var_s) return at(i, "the mask reads the score");
 
@@ -149,7 +164,7 @@ std::string compile(std::span<const int32_t> rows, int score, int mask, int num_
       if (pass == 0 ? in.for_mask : (in.for_score && !in.for_mask)) p.order[in.rank].push_back(static_cast<int32_t>(i));
     }
   if (std::string bad = assign_slots(p); !bad.empty()) return bad;
-  p.boxes = plan_boxes(p.code, mask);
+  p.boxes = plan_boxes(p.code, roots.mask);
   out = std::move(p);
   return {};
 }

@@ -111,19 +111,30 @@ struct Instruction {
   Op op;
   uint8_t nargs;
   Rank rank;
-  bool for_score;     // needed to compute the score / the mask (both may hold)
+  bool for_score;     // needed to compute the score and its derivatives / the mask (both may hold)
   bool for_mask;
   int32_t attr;       // constant bits, parameter or buffer number
   int32_t args[kMaxArgs];
   int32_t slot;       // where the value lives: number among the values of its rank (tile values share slots)
 };
 
-struct Program {
+// A load that has a gradient: the instruction, and the value d score / d load.
+struct LoadSlope {
+  int32_t load, slope;
+};
+
+// What a program computes, as value numbers.
+struct Roots {
+  int score = -1;  // -1: the score is s itself
+  int mask = -1;   // -1: every pair exists
+  int slope = -1;  // d score / d s, of a program that goes backwards; -1: it is 1
+  std::vector<LoadSlope> loads = {};
+};
+
+struct Program : Roots {
   std::vector<Instruction> code;
   std::vector<int32_t> order[4];  // instructions of each rank, in execution order; for tiles the mask comes first
   int slots[4] = {0, 0, 0, 0};
-  int score = -1;  // value number, -1: the score is s itself
-  int mask = -1;   // value number, -1: every pair exists
   int num_buffers = 0;
   int num_params = 0;
   std::vector<uint8_t> buffer_rank;  // rank required of each buffer, 0xff: not read by the code
@@ -132,6 +143,6 @@ struct Program {
 };
 
 // Rows of 8: opcode, attr, nargs, a0..a4. Returns an empty string and fills `out`, or says what is wrong.
-std::string compile(std::span<const int32_t> rows, int score, int mask, int num_buffers, int num_params, Program& out);
+std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_buffers, int num_params, Program& out);
 
 }  // namespace attnkit::cpu

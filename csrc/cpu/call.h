@@ -18,7 +18,9 @@ struct CodeView {
   const int32_t* order[4];
   int32_t order_size[4];
   int32_t slots[4];
-  int32_t score, mask;
+  int32_t score, mask, slope;
+  const LoadSlope* loads;
+  int32_t num_loads;
   const uint8_t* load_in_bounds;
   bool all_loads_in_bounds;
 };
@@ -60,6 +62,58 @@ inline int64_t padded_channels(const Problem& p) { return (p.v_head_dim + 15) / 
 
 // o not yet divided, a row for each lane; then their maxima; then the sums of their weights.
 inline int64_t part_floats(const Problem& p, int32_t lanes) { return lanes * (padded_channels(p) + 2); }
+// The backward goes through the pairs by blocks of keys: a task is one block of one kv head, and the blocks of queries
+// of its heads that see it, in order.
+struct BackwardCall {
+  CodeView code;
+  const Problem* problem;
+  const Gradients* gradients;
+  int32_t tile_q, tile_kv;
+  bool has_score;  // or derivatives: a program has to run in full tiles too
+};
+
+// What one program load adds to: the gradient of its buffer, or a thread's own part of it.
+struct LoadTarget {
+  float* data;
+  int64_t stride[kMaxArgs];
+  int64_t first, end;  // of the elements that were touched
+};
+
+struct BackwardTask {
+  int32_t sequence, kv_head;
+  int64_t first;  // key
+  int32_t count;
+  LoadTarget* targets;  // one for each of the program's loads
+};
+
+// What is known of a block of queries of one head before the tasks begin.
+struct RowBlock {
+  float* lse;  // tile_q of them; +inf in a row that has no weights
+  float* delta;  // sum_c do[c] o[c] - dlse
+  bool dead;  // some row has no weights
+  bool finite;  // all elements of q and do are
+};
+
+struct BackwardTile {
+  Task queries;  // of one head
+  RowBlock rows;
+  int64_t first;  // key
+  int32_t count;
+  bool full;
+  int64_t block;  // the scheduler's number of the block of queries,
+  int32_t turn;  // and how many tiles come before this one in its row
+};
+
+// How a task gets at its tiles.
+struct Tiles {
+  void* state;
+  bool (*next)(void* state, BackwardTile* tile);
+  // Returns when what the program's loads add may be added,
+  void (*order)(void* state, const BackwardTile& tile);
+  // and when the tiles before this one have been added to the gradient of its queries.
+  void (*wait)(void* state, const BackwardTile& tile);
+  void (*done)(void* state, const BackwardTile& tile);
+};
 
 // What one instruction set provides.
 struct Kernel {
@@ -70,6 +124,10 @@ struct Kernel {
   int32_t (*run)(const Call&, const Task&, const KeyRange*, size_t num_ranges, const Parts* parts, float* workspace);
   // Brings the stretches that several tasks left to the end: `task` is any of them.
   void (*merge)(const Call&, const Task& task, const Parts&, float* workspace);
+  size_t (*backward_bytes)(const BackwardCall&);
+  void (*backward_rows)(const BackwardCall&, const Task&, RowBlock&);
+  // As `run`. The task's rows of dk and dv are written, also where it has no tiles.
+  int32_t (*backward)(const BackwardCall&, const BackwardTask&, const Tiles&, float* workspace);
   // dst[i] = op(a[i], b[i], c[i]) over n lanes, n a multiple of 16: the expression routines by themselves, for tests.
   void (*evaluate)(Op, float* dst, const float* const* args, int32_t n);
   // Fused multiply-adds on registers alone; returns the floating-point operations done. The compute ceiling.

@@ -84,7 +84,7 @@ ATTNKIT_INLINE vf widen_unit(const F16*, vf unit, int channel) {
 // ---- what is needed next ----
 
 // The rows of a tile, in bytes.
-struct Rows {
+struct RowsAhead {
   const char* at;
   int64_t stride, bytes;
   int32_t rows;
@@ -93,7 +93,7 @@ struct Rows {
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const Rows& keys, const Rows& values) : later_(values) {
+  Ahead(const RowsAhead& keys, const RowsAhead& values) : later_(values) {
     lines_ = lines_of(keys) + lines_of(values);
     begin(keys);
   }
@@ -114,9 +114,9 @@ class Ahead {
 
  private:
   static constexpr int64_t kLine = 64;
-  static int64_t lines_of(const Rows& r) { return (r.bytes + kLine - 1) / kLine * r.rows; }
+  static int64_t lines_of(const RowsAhead& r) { return (r.bytes + kLine - 1) / kLine * r.rows; }
 
-  void begin(const Rows& r) {
+  void begin(const RowsAhead& r) {
     now_ = r;
     at_ = r.at;
     row_end_ = r.at + r.bytes;
@@ -128,7 +128,7 @@ class Ahead {
     row_end_ = now_.at + now_.bytes;
   }
 
-  Rows now_{}, later_{};
+  RowsAhead now_{}, later_{};
   int64_t lines_ = 0;
   const char *at_ = nullptr, *row_end_ = nullptr;
 };

@@ -18,9 +18,13 @@ namespace {
 #include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
+#include "backward_products-inl.h"
+#include "backward_loads-inl.h"
+#include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kAvx512Kernel{"avx512", workspace_bytes, run<FloatForward>, merge_parts, evaluate, fma_burst, read_burst};
+const Kernel kAvx512Kernel{"avx512",      workspace_bytes, run<FloatForward>, merge_parts, backward_bytes,
+                           backward_rows, backward,        evaluate,          fma_burst,   read_burst};
 
 }  // namespace attnkit::cpu

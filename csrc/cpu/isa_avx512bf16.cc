@@ -19,10 +19,13 @@ namespace {
 #include "fold-inl.h"
 #include "kernel-inl.h"
 #include "kernel_bf16-inl.h"
+#include "backward_products-inl.h"
+#include "backward_loads-inl.h"
+#include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kAvx512bf16Kernel{"avx512bf16", workspace_bytes, run_by_dtype, merge_parts,
-                               evaluate,     fma_burst,       read_burst};
+const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes, run_by_dtype, merge_parts, backward_bytes,
+                               backward_rows, backward,        evaluate,     fma_burst,   read_burst};
 
 }  // namespace attnkit::cpu

@@ -52,9 +52,13 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
+#include "backward_products-inl.h"
+#include "backward_loads-inl.h"
+#include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace
 
-const Kernel kScalarKernel{"scalar", workspace_bytes, run<FloatForward>, merge_parts, evaluate, fma_burst, read_burst};
+const Kernel kScalarKernel{"scalar",      workspace_bytes, run<FloatForward>, merge_parts, backward_bytes,
+                           backward_rows, backward,        evaluate,          fma_burst,   read_burst};
 
 }  // namespace attnkit::cpu

@@ -51,7 +51,7 @@ class Forward {
         seq_(p_.sequences[t.sequence]),
         at_(c, t.lanes()),
         ws_(workspace),
-        tile_(c, seq_, at_.tile, workspace, workspace + at_.s),
+        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerQuery),
         now_{ws_ + at_.o, ws_ + at_.max, ws_ + at_.sum, at_.dv},
         before_{ws_ + at_.before_o, ws_ + at_.before_max, ws_ + at_.before_sum, at_.dv} {
     kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
@@ -60,7 +60,9 @@ class Forward {
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
     start();
-    if (any_keys && (c_.has_score || c_.has_mask)) tile_.queries(t_);
+    if (!any_keys || (!c_.has_score && !c_.has_mask)) return;
+    tile_.begin();
+    tile_.queries(t_);
   }
 
   // A stretch of keys of which nothing has been seen.
@@ -152,7 +154,7 @@ class Forward {
       float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
       tile_.run_strip(strip, shape.rows, c_.has_score, !full);
       if (c_.has_score) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
-      tile_.check_loads(strip, shape.rows, full);
+      tile_.check_loads(strip, shape.rows, t_.lanes(), full);
       if (!full)
         select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
                     {&minus_infinity, 0, false});
@@ -240,8 +242,7 @@ class Forward {
 
   // The same sums in the same order as pv, but a pair that does not exist is skipped. weight(n, m): of a pair.
   template <class F>
-  void pv_guarded(const float* v, int64_t stride, int64_t first, int32_t count, F weight) {
-    tile_.rows_are(first, count);
+  void pv_guarded(const float* v, int64_t stride, int32_t count, F weight) {
     float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
     clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
     for (int32_t strip = 0; strip < count; strip += kStrip) {
@@ -321,7 +322,7 @@ class FloatForward : public Forward {
     const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && has_nonfinite(v, stride, count))
-      return pv_guarded(v, stride, first, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
+      return pv_guarded(v, stride, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
     pv(s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
@@ -366,7 +367,7 @@ class FloatForward : public Forward {
   }
 
   // As much of a tile as there is; rows whose channels lie apart are not worth fetching.
-  Rows tile_at(const View& view, int32_t channels, int64_t first) const {
+  RowsAhead tile_at(const View& view, int32_t channels, int64_t first) const {
     const int64_t size = element_size(p_.dtype), left = seq_.kv_len - first;
     const char* at =
         view.data +

@@ -40,7 +40,7 @@ class PairForward : public Forward {
       int64_t stride;
       const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
       if (has_nonfinite(v, stride, count))
-        return pv_guarded(v, stride, first, count, [&](int32_t n, int32_t m) { return weight(n, m); });
+        return pv_guarded(v, stride, count, [&](int32_t n, int32_t m) { return weight(n, m); });
     }
     pack_values(first, count);
     pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, (count + 1) / 2, ws_ + at_.alpha, ws_ + at_.o,

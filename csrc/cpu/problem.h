@@ -47,6 +47,17 @@ struct Problem {
   int32_t num_params;
 };
 
+// What the backward of a problem reads and writes besides.
+struct Gradients {
+  View d_o;            // the cotangent of o
+  const float* d_lse;  // the cotangent of lse [batch, head, token] by d_lse_stride, or null: it is zero
+  int64_t d_lse_stride[3];
+  // Written: dq (which must be zero before), and the rows of dk and dv that belong to a sequence.
+  View dq, dk, dv;
+  float* d_sink;                // [num_heads], or null
+  float* const* buffers;        // for each buffer its gradient, contiguous and zero before, or null
+};
+
 enum class Fault : int32_t {
   none = 0,
   int_range,    // an integer of the expression may leave 32 bits; value = instruction

@@ -1,4 +1,4 @@
-// The user's expressions on one tile of pairs: what `code` says, evaluated in strips of kStrip keys by all queries.
+// The user's expressions on one tile of pairs: what the code says, evaluated in strips of kStrip rows by all lanes.
 
 inline int32_t round_up(int32_t n, int32_t to) { return (n + to - 1) / to * to; }
 
@@ -14,7 +14,7 @@ struct Places {
 
 // Where the values of the expressions lie in it.
 struct TileLayout {
-  int32_t bm;  // lanes: the queries of a tile, rounded up to whole vectors
+  int32_t bm;  // the most lanes of a tile, a whole number of vectors
   size_t scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key, bad_strip;
 
   TileLayout(const CodeView& code, int32_t lanes, Places& places) : bm(lanes) {
@@ -31,75 +31,93 @@ struct TileLayout {
 
 class Tile {
  public:
-  // `s`: the scaled logits, a row of `at.bm` lanes for each key of the tile.
-  Tile(const Call& c, const Sequence& sequence, const TileLayout& at, float* workspace, float* s)
-      : c_(c), p_(*c.problem), seq_(sequence), at_(at), ws_(workspace), s_(s) {}
+  // `s`: the scaled logits, a row of lanes for each key (query) of the tile. `lanes`: what its lanes are, kPerQuery or
+  // kPerKey; its rows are the other.
+  Tile(const CodeView& code, const Problem& p, int32_t sequence, const TileLayout& at, float* workspace, float* s,
+       Rank lanes)
+      : code_(code),
+        p_(p),
+        seq_(p.sequences[sequence]),
+        sequence_(sequence),
+        at_(at),
+        ws_(workspace),
+        s_(s),
+        lane_rank_(lanes),
+        lanes_(at.bm) {}
 
-  // The lanes of the tiles to come. Not where nothing is visible: then no index of the sequence was proven.
+  // Once, before anything else. Not where nothing is visible: then no index of the sequence was proven.
+  void begin() {
+    clear(at_.bad_scalar, 16);
+    run_section(kScalar, 16);
+  }
+
+  // The queries of the tiles to come,
   void queries(const Task& t) {
     t_ = &t;
-    clear(at_.bad_scalar, 16);
-    clear(at_.bad_query, kMaxTileQ);
-    run_section(kScalar);
-    run_section(kPerQuery);
+    if (checked()) clear(at_.bad_query, kMaxTileQ);
+    run_section(kPerQuery, round_up(t.lanes(), kLanes));
   }
 
-  // Their rows.
+  // and their keys.
   void keys(int64_t first, int32_t count) {
-    rows_are(first, count);
-    if (checked()) clear(at_.bad_key, kMaxTileKv);
-    run_section(kPerKey);
-  }
-
-  // The same rows as before, whose values by key are there already.
-  void rows_are(int64_t first, int32_t count) {
     first_ = first;
     count_ = count;
+    if (checked()) clear(at_.bad_key, kMaxTileKv);
+    run_section(kPerKey, round_up(count, kLanes));
+  }
+
+  // Only `lanes` lanes, a whole number of vectors, are in the tile, from lane `first` on.
+  void narrow(int32_t first, int32_t lanes) {
+    lane_ = first;
+    lanes_ = lanes;
   }
 
   void run_strip(int32_t strip, int32_t rows, bool score, bool mask) {
-    if (checked()) clear(at_.bad_strip, static_cast<int64_t>(kStrip) * at_.bm);
-    for (int32_t i = 0; i < c_.code.order_size[kTile]; ++i) {
-      const int32_t number = c_.code.order[kTile][i];
-      const Instruction& in = c_.code.code[number];
-      if ((score && in.for_score) || (mask && in.for_mask)) execute(number, {rows, at_.bm}, strip);
+    if (checked()) clear(at_.bad_strip, static_cast<int64_t>(kStrip) * lanes_);
+    for (int32_t i = 0; i < code_.order_size[kTile]; ++i) {
+      const int32_t number = code_.order[kTile][i];
+      const Instruction& in = code_.code[number];
+      if ((score && in.for_score) || (mask && in.for_mask)) execute(number, {rows, lanes_}, strip);
     }
   }
 
-  // How value `number` is read where a result of rank `rank` is computed, from key `strip` of the tile on.
+  // How value `number` is read where a result of rank `rank` is computed, from row `strip` of the tile on.
   Operand operand(int32_t number, Rank rank, int32_t strip) {
-    const Instruction& in = c_.code.code[number];
-    if (in.op == Op::var_s) return {s_ + static_cast<int64_t>(strip) * at_.bm, at_.bm, true};
+    const Instruction& in = code_.code[number];
+    if (in.op == Op::var_s) return {s_ + static_cast<int64_t>(strip) * lanes_, lanes_, true};
     const float* p = value(in);
-    if (in.rank == kTile) return {p, at_.bm, true};
+    if (in.rank == kTile) return {p, lanes_, true};
     if (in.rank == kScalar) return {p, 0, false};
-    if (in.rank == kPerQuery) return {p, 0, true};
-    return rank == kPerKey ? Operand{p, 0, true} : Operand{p + strip, 1, false};
+    if (in.rank == rank) return {p, 0, true};
+    return in.rank == lane_rank_ ? Operand{p + lane_, 0, true} : Operand{p + strip, 1, false};
   }
 
-  bool live(int32_t strip, int32_t r, int32_t m) {
-    const Operand o = operand(c_.code.mask, kTile, strip);
-    return int_at(o.p + static_cast<int64_t>(r) * o.step + (o.vec ? m : 0)) != 0;
+  bool live(int32_t strip, int32_t r, int32_t lane) {
+    const Operand o = operand(code_.mask, kTile, strip);
+    return int_at(o.p + static_cast<int64_t>(r) * o.step + (o.vec ? lane : 0)) != 0;
   }
 
-  // A clamped load matters only where a pair exists.
-  void check_loads(int32_t strip, int32_t rows, bool full) {
+  // A clamped load matters only where a pair exists. `lanes`: without those past the end.
+  void check_loads(int32_t strip, int32_t rows, int32_t lanes, bool full) {
     if (!checked()) return;
+    const bool queries = lane_rank_ == kPerQuery;
+    const size_t of_lane = (queries ? at_.bad_query : at_.bad_key) + static_cast<size_t>(lane_),
+                 of_row = (queries ? at_.bad_key : at_.bad_query) + static_cast<size_t>(strip);
     for (int32_t r = 0; r < rows; ++r)
-      for (int32_t m = 0; m < t_->lanes(); ++m)
+      for (int32_t m = 0; m < lanes; ++m)
         if ((full || live(strip, r, m)) &&
-            (bits(at_.bad_scalar) | bits(at_.bad_strip + static_cast<size_t>(r * at_.bm + m)) |
-             bits(at_.bad_query + static_cast<size_t>(m)) | bits(at_.bad_key + static_cast<size_t>(strip + r))) != 0)
+            (bits(at_.bad_scalar) | bits(at_.bad_strip + static_cast<size_t>(r * lanes_ + m)) |
+             bits(of_lane + static_cast<size_t>(m)) | bits(of_row + static_cast<size_t>(r))) != 0)
           bad_load_ = bad_candidate_;
   }
 
   int32_t bad_load() const { return bad_load_; }  // the instruction of a load outside its buffer, or -1
 
  private:
-  bool checked() const { return !c_.code.all_loads_in_bounds; }
+  bool checked() const { return !code_.all_loads_in_bounds; }
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
   int32_t bits(size_t at) const { return int_at(ws_ + at); }
-  int32_t head_of(int32_t lane) const { return t_->head + lane / t_->q_count; }
+  int32_t head_of(int32_t m) const { return t_->head + m / t_->q_count; }
 
   float* value(const Instruction& in) {
     switch (in.rank) {
@@ -122,13 +140,12 @@ class Tile {
     }
   }
 
-  void run_section(Rank rank) {
-    Shape shape{1, rank == kScalar ? 16 : rank == kPerQuery ? at_.bm : round_up(count_, kLanes)};
-    for (int32_t i = 0; i < c_.code.order_size[rank]; ++i) execute(c_.code.order[rank][i], shape, 0);
+  void run_section(Rank rank, int32_t lanes) {
+    for (int32_t i = 0; i < code_.order_size[rank]; ++i) execute(code_.order[rank][i], {1, lanes}, 0);
   }
 
   void execute(int32_t number, Shape shape, int32_t strip) {
-    const Instruction& in = c_.code.code[number];
+    const Instruction& in = code_.code[number];
     float* dst = in.op == Op::var_s ? nullptr : value(in);
     Operand a[kMaxArgs];
     for (int i = 0; i < in.nargs; ++i) a[i] = operand(in.args[i], in.rank, strip);
@@ -137,7 +154,7 @@ class Tile {
       case Op::const_i: return fill(dst, in.attr);
       case Op::const_b: return fill(dst, in.attr != 0 ? ~0 : 0);
       case Op::param: return fill(dst, __builtin_bit_cast(int32_t, p_.params[in.attr]));
-      case Op::var_b: return fill(dst, t_->sequence);
+      case Op::var_b: return fill(dst, sequence_);
       case Op::var_q_len: return fill(dst, static_cast<int32_t>(seq_.q_len));
       case Op::var_kv_len: return fill(dst, static_cast<int32_t>(seq_.kv_len));
       case Op::var_s: return;
@@ -150,7 +167,7 @@ class Tile {
       case Op::load_i:
       case Op::load_b: {
         float* bad = nullptr;
-        if (!c_.code.load_in_bounds[number]) {
+        if (!code_.load_in_bounds[number]) {
           bad_candidate_ = number;
           const size_t mark[4] = {at_.bad_scalar, at_.bad_query, at_.bad_key, at_.bad_strip};
           bad = ws_ + mark[in.rank];
@@ -161,11 +178,14 @@ class Tile {
     }
   }
 
-  const Call& c_;
+  const CodeView& code_;
   const Problem& p_;
   const Sequence& seq_;
+  const int32_t sequence_;
   const TileLayout at_;
   float *ws_, *s_;
+  const Rank lane_rank_;
+  int32_t lane_ = 0, lanes_;
   const Task* t_ = nullptr;
   int64_t first_ = 0;
   int32_t count_ = 1;

@@ -385,7 +385,7 @@ void run(const Program& program, uint64_t seed) {
 // Returns whether the verifier accepted the program.
 bool run(const Case& c) {
   Program program;
-  const std::string refused = compile(c.words, c.score, c.mask, c.num_buffers, c.num_params, program);
+  const std::string refused = compile(c.words, {c.score, c.mask}, c.num_buffers, c.num_params, program);
   if (refused.empty()) run(program, c.seed);
   return refused.empty();
 }

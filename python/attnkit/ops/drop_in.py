@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 import attnkit
 from attnkit.errors import AttnkitError
 from attnkit.ops import sdpa, torch_sdpa
-from attnkit.ops.check import needs_derivatives
+from attnkit.ops.check import has_tangent
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.registry import is_plain
+from attnkit.ops.registry import is_plain, is_transformed
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def _override(
     if torch_sdpa.bypassed():
         return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if needs_derivatives(tensors):
-        form: sdpa.Form | str = "gradients required"
+    if has_tangent(tensors) or any(map(is_transformed, tensors)):
+        form: sdpa.Form | str = "forward-mode derivatives and function transforms"
     else:
         form = sdpa.express(*args, scale, enable_gqa)
     if not isinstance(form, str):
@@ -145,7 +145,7 @@ _registration = _Override()
 def install() -> None:
     """Let attnkit compute torch's scaled_dot_product_attention in this process, wherever it means exactly the same.
 
-    Calls that attnkit does not take (other dtypes, dropout, gradients) go on to torch and are counted by reason in
+    Calls that attnkit does not take (float64, dropout, forward-mode derivatives) go on to torch and are counted by reason in
     `installed_report`. Installs nest: the last `uninstall` removes the override. Compiled graphs are reset, because
     they keep what they captured.
     """

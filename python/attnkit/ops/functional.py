@@ -27,10 +27,12 @@ from attnkit.ops.check import (
     check_number,
     check_qkv,
     check_tensor,
+    has_tangent,
     needs_derivatives,
     shape_of,
 )
 from attnkit.ops.counts import counts, recorder
+from attnkit.ops.gradients import BackwardCall, Differentiable, Gradients, Saved, has_backward, run_backward
 from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.runtime import prepare
 
@@ -311,19 +313,48 @@ def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
             raise error("AK403", where=name, given=shape_of(lengths), allowed="one dimension")
 
 
+class _OnBackend:
+    """A backend asked for by name, outside the dispatcher: for checking. See `gradients.Way`."""
+
+    def __init__(self, backend: str, text: str, q: Tensor, v: Tensor, params: list[float]) -> None:
+        dtype = str(q.dtype).removeprefix("torch.")
+        self.prepared = prepare(text, dtype, q.shape[3], v.shape[3], q.device.type, backend)
+        self.params = params
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """See `gradients.Way`."""
+        prepared, params = self.prepared, self.params
+        o, lse = registry.allocate(q, v, need_lse=True)
+        if (record := recorder()) is not None:
+            record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
+            return o.zero_(), lse.zero_()
+        prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads())
+        counts.run()
+        return o, lse
+
+    def backward(
+        self,
+        d_o: Tensor,
+        d_lse: Tensor | None,
+        saved: Saved,
+        buffers: list[Tensor],
+        wanted: list[bool],
+    ) -> Gradients:
+        """See `gradients.Way`."""
+        text = self.prepared.spec.program.text
+        q, k, v, o, lse = saved
+        call = BackwardCall(d_o, d_lse, q, k, v, o, lse, text, buffers, self.params, None, wanted)
+        return run_backward(self.prepared, call)
+
+
 def _run_on(
     backend: str, q: Tensor, k: Tensor, v: Tensor, text: str, buffers: list[Tensor], params: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """A backend asked for by name, outside the dispatcher: for checking, not for training."""
-    if needs_derivatives((q, k, v, *buffers)):
+    way = _OnBackend(backend, text, q, v, params)
+    check_bindings(way.prepared.spec.program, q, k, buffers, params)
+    tensors = (q, k, v, *buffers)
+    if not needs_derivatives(tensors):
+        return way.forward(q, k, v, buffers)
+    if has_tangent(tensors) or not has_backward(way.prepared):
         raise error("AK503", where=f"backend {backend!r}", given="tensors that require gradients")
-    dtype = str(q.dtype).removeprefix("torch.")
-    prepared = prepare(text, dtype, q.shape[3], v.shape[3], q.device.type, backend)
-    check_bindings(prepared.spec.program, q, k, buffers, params)
-    o, lse = registry.allocate(q, v, need_lse=True)
-    if (record := recorder()) is not None:
-        record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
-        return o.zero_(), lse.zero_()
-    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads())
-    counts.run()
-    return o, lse
+    return Differentiable.apply(way, *tensors)  # type: ignore[no-any-return, no-untyped-call]

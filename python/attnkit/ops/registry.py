@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import torch_sdpa
@@ -23,6 +23,7 @@ from attnkit.ops.check import (
     needs_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
+from attnkit.ops.gradients import Differentiable, ThroughOps, has_backward
 from attnkit.runtime import prepare
 
 _lib: Any = torch.library.Library("attnkit", "DEF")  # type: ignore[no-untyped-call]
@@ -113,33 +114,50 @@ def _attend_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Ten
 
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
+is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors are what they look like: no subclass, no lazy view, no mode that wants to see the call."""
     return torch._C._len_torch_dispatch_stack() == 0 and all(
         type(t) in (Tensor, Parameter)
-        and not (t.is_neg() or t._is_zerotensor() or _is_transformed(t) or torch._is_functional_tensor(t))
+        and not (t.is_neg() or t._is_zerotensor() or is_transformed(t) or torch._is_functional_tensor(t))
         for t in tensors
     )
 
 
 def _with_gradients(call: Call) -> tuple[Tensor, Tensor]:
-    """There is no backward kernel yet: torch's own op, where it means the same, and a typed error where it does not."""
     q, k, v, program, buffers, params, seed, need_lse = call
     check_qkv(q, k, v)
     _check_seed(seed)
-    parsed = parse(program)
-    check_bindings(parsed, q, k, buffers, params)
-    form = _torch_form(parsed, bool(q.shape[2] == k.shape[2]))
-    if form is None or need_lse or k.shape[2] == 0 or has_tangent((q, k, v, *buffers)):
+    check_bindings(parse(program), q, k, buffers, params)
+    tensors = (q, k, v, *buffers)
+    if has_tangent(tensors) or any(map(is_transformed, tensors)):
+        return _on_torch(call, "forward-mode derivatives and function transforms")
+    dims = [n if type(n) is int else 1 for n in (q.shape[3], v.shape[3])]  # symbolic in a dynamic graph
+    try:
+        prepared = prepare(program, str(q.dtype).removeprefix("torch."), dims[0], dims[1], q.device.type)
+    except AttnkitError as exc:
+        if exc.code != "AK502":
+            raise
+        return _on_torch(call, f"gradients of {q.dtype} tensors")
+    if not has_backward(prepared):
+        return _on_torch(call, f"gradients on backend {prepared.backend!r}")
+    o, lse = Differentiable.apply(ThroughOps(program, params, seed), q, k, v, *buffers)  # type: ignore[no-untyped-call]
+    return o, lse if need_lse else q.new_empty((0,), dtype=torch.float32)
+
+
+def _on_torch(call: Call, reason: str) -> tuple[Tensor, Tensor]:
+    """What attnkit has no derivatives of: torch's own op where it means the same, else a typed error."""
+    q, k, v, program, buffers, _, _, need_lse = call
+    form = _torch_form(parse(program), bool(q.shape[2] == k.shape[2]))
+    if form is None or need_lse or k.shape[2] == 0:
         given = "lse requested" if need_lse else "a program that torch's own attention op cannot express"
         raise error(
             "AK503",
             where="torch.ops.attnkit.attend",
-            what="attnkit has no backward kernel yet",
-            given=f"tensors that require gradients, and {given}",
+            what=f"attnkit has no {reason}",
+            given=given,
             allowed="plain or causal softmax attention, which is then computed by torch",
             hint="call it under torch.no_grad(), or detach its inputs",
         )
@@ -148,7 +166,6 @@ def _with_gradients(call: Call) -> tuple[Tensor, Tensor]:
             if t.numel() > 0 and t.data_ptr() == 0:
                 raise error("AK606", where=name)
     is_causal, scale = form
-    reason = "gradients required"
     if (record := recorder()) is not None:
         record(prepared=None, q=q, k=k, v=v, buffers=buffers, params=[], reason=reason)
         if is_plain((q, k, v)):  # while a graph is captured, it must not capture zeros

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from attnkit.analysis.canonical import fold
+from attnkit.analysis.derivative import gradient
 from attnkit.errors import error
-from attnkit.ir.expr import Expr, topological
+from attnkit.ir.expr import Expr, const, make, topological, var
 from attnkit.ir.optable import OPS
 from attnkit.ir.program import Attend, Program
 
@@ -24,6 +26,9 @@ class Bytecode:
     Row i defines value i; its arguments are values before i. ``attr`` is the bits of a float32 constant, an
     int or bool constant, the index of a param, or the buffer of a load. ``score`` and ``mask`` are values;
     ``score`` is -1 if it is ``s`` itself, ``mask`` is -1 if every pair exists.
+
+    Code that goes backwards also has ``slope``, the value d score / d s (-1: it is 1), and ``loads``: each load that
+    has a gradient, with the value d score / d load.
     """
 
     code: npt.NDArray[np.int32]
@@ -31,10 +36,20 @@ class Bytecode:
     mask: int
     num_buffers: int
     num_params: int
+    slope: int = -1
+    loads: tuple[tuple[int, int], ...] = ()
 
 
-def emit(attend: Attend, program: Program, opcodes: Mapping[str, int]) -> Bytecode:
+def emit(
+    attend: Attend, program: Program, opcodes: Mapping[str, int], gradients: Collection[int] | None = None
+) -> Bytecode:
     """Code for score and mask of ``attend``, with the opcode numbers that the engine gives.
+
+    Args:
+        attend: the operation; its program; the numbers of the opcodes.
+        program: see attend.
+        opcodes: see attend.
+        gradients: the buffers whose loads need derivatives, for code that goes backwards; None for code that does not.
 
     Raises:
         AttnkitNotImplementedError: AK502 if the engine lacks an opcode.
@@ -42,6 +57,8 @@ def emit(attend: Attend, program: Program, opcodes: Mapping[str, int]) -> Byteco
     roots = [] if _is_s(attend.score) else [attend.score]
     if attend.mask is not None:
         roots.append(attend.mask)
+    slope, slopes = (None, {}) if gradients is None else _slopes(attend.score, gradients)
+    roots += [root for root in (slope, *slopes.values()) if root is not None]
     order = topological(roots)
     number = {node: i for i, node in enumerate(order)}
     code = np.zeros((len(order), ROW), dtype=np.int32)
@@ -57,7 +74,18 @@ def emit(attend: Attend, program: Program, opcodes: Mapping[str, int]) -> Byteco
         -1 if attend.mask is None else number[attend.mask],
         len(program.buffers),
         program.num_params,
+        -1 if slope is None else number[slope],
+        tuple((number[load], number[of_load]) for load, of_load in slopes.items()),
     )
+
+
+def _slopes(score: Expr, buffers: Collection[int]) -> tuple[Expr | None, dict[Expr, Expr]]:
+    """d score / d s, None if it is 1, and the derivatives by loads of ``buffers``."""
+    loads = [n for n in topological([score]) if n.op == "load" and n.dtype == "float" and n.attr in buffers]
+    slope, *of_loads = (fold(root) for root in gradient(score, [var("s"), *loads]))
+    # The engine overwrites s with the weights before it uses a derivative: one that is s itself must be a copy.
+    kept = [make("mul", root, const(1.0)) if _is_s(root) else root for root in (slope, *of_loads)]
+    return None if slope is const(1.0) else kept[0], dict(zip(loads, kept[1:], strict=True))
 
 
 def opcode_name(node: Expr) -> str:

@@ -57,3 +57,28 @@ def agree(got: Any, want: Any, tolerance: float = 1e-12, what: str = "") -> None
     finite = np.isfinite(want)
     size = max(1.0, float(np.abs(np.where(finite, want, 0)).max(initial=0)))
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * size, err_msg=what)
+
+
+FACTOR = 3.0  # of the naive computation's error
+_ULPS = 4.0
+
+
+def close(got: Any, naive: Any, want: Any, what: str = "") -> float:
+    """Raise AssertionError unless a gradient is about as close as the naive computation in its dtype comes.
+
+    ``got`` and ``naive`` are in the dtype under test, ``want`` in float64. Returns the error over what is allowed.
+    """
+    got, naive, want = (np.asarray(x) for x in (got, naive, want))
+    assert got.shape == want.shape, f"{what}: shape {got.shape}, expected {want.shape}"
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want), err_msg=f"{what}: where it is finite")
+    finite = np.isfinite(want)
+    error, naive_error = (
+        float(np.abs(np.where(finite, x, 0).astype(np.float64) - np.where(finite, want, 0)).max(initial=0))
+        for x in (got, naive)
+    )
+    largest = float(np.abs(np.where(finite, want, 0)).max(initial=0))
+    allowed = FACTOR * naive_error + _ULPS * float(np.spacing(np.asarray(largest, got.dtype)))
+    assert error <= allowed, (
+        f"{what}: error {error:.3g}, allowed {allowed:.3g}, largest element {largest:.3g}"
+    )
+    return error / allowed

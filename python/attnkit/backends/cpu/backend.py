@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from attnkit.analysis.canonical import canonical
@@ -23,7 +24,9 @@ _BUFFER_DTYPES = {
 # Status codes of csrc/cpu/problem.h.
 _FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607"}
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
-_TENSORS = ("q", "k", "v", "o", "lse", "sink")  # and then the buffers, as csrc/bind/module.cc counts them
+# As csrc/bind counts them: these, the buffers, what the backward has besides, the gradients of buffers.
+_TENSORS = ("q", "k", "v", "o", "lse", "sink")
+_GRADIENTS = ("d_o", "d_lse", "dq", "dk", "dv", "d_sink")
 
 
 class CpuBackend:
@@ -63,6 +66,8 @@ class CpuBackend:
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
             "tile_kv": Field("numeric", 64, (32, 64, 96, 128)),
             "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
+            "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96)),
+            "backward_tile_kv": Field("numeric", 96, (32, 48, 64, 96, 128)),
         }
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
@@ -76,15 +81,9 @@ class CpuKernel:
     def __init__(self, spec: KernelSpec, config: Config) -> None:
         self.spec = spec
         self.config = config
-        program = canonical(spec.program)
-        self.bytecode: Bytecode = emit(program.attend, program, engine().opcodes())
-        code = self.bytecode
-        try:
-            self.program = engine().Program(
-                code.code, code.score, code.mask, code.num_buffers, code.num_params
-            )
-        except ValueError as exc:
-            raise error("AK502", where="backend cpu", given=str(exc)) from exc
+        self._canonical = canonical(spec.program)
+        self.bytecode, self.program = self._compile(None)
+        self._backwards: dict[frozenset[int], tuple[Bytecode, Any]] = {}
         attend = spec.program.attend
         self._scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self._sink = attend.normalizer.sink
@@ -111,25 +110,93 @@ class CpuKernel:
                 AK603, out of memory; AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero;
                 AK606, AK607, a tensor without memory or not aligned.
         """
-        sink = 0 if self._sink is None else buffers[self._sink].data_ptr()
+        arguments = self._arguments(self.program, q, k, v, o, lse, buffers, params)
+        sizes = threads, self.config["tile_q"], self.config["tile_kv"], self.config["split_kv"]
+        self._run(self.bytecode, buffers, self._attend, *arguments, *sizes)
+
+    def backward(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        o: Any,
+        lse: Any,
+        buffers: list[Any],
+        params: list[float],
+        d_o: Any,
+        d_lse: Any | None,
+        dq: Any,
+        dk: Any,
+        dv: Any,
+        d_buffers: list[Any | None],
+        threads: int,
+    ) -> None:
+        """Compute the gradients in place, from the inputs of a call, what it returned, and the cotangents of that.
+
+        ``dq`` (float32), ``d_buffers`` (float32, contiguous, None where no gradient is needed) are zero before; so are
+        the rows of ``dk`` and ``dv`` that belong to no sequence.
+
+        Raises:
+            AttnkitError: as the call; AK502 too where the derivative needs more tiles at once than the engine has.
+        """
+        wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
+        found = self._backwards.get(wanted)
+        if found is None:
+            found = self._backwards.setdefault(wanted, self._compile(wanted))
+        bytecode, program = found
+        d_sink = None if self._sink is None else d_buffers[self._sink]
+        cotangents = [_maybe_tuple(t) for t in (d_o, d_lse, dq, dk, dv, d_sink)]
+        self._run(
+            bytecode, buffers, engine().attend_backward,
+            *self._arguments(program, q, k, v, o, lse, buffers, params),
+            *cotangents, [_maybe_tuple(d) for d in d_buffers],
+            threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
+        )  # fmt: skip
+
+    def _compile(self, gradients: frozenset[int] | None) -> tuple[Bytecode, Any]:
+        """The bytecode, and the engine's program; ``gradients`` as `emit` has it."""
+        code = emit(self._canonical.attend, self._canonical, engine().opcodes(), gradients)
         try:
-            fault, about = self._attend(
-                self.program, self._dtype,
-                q.data_ptr(), q.shape, q.stride(),
-                k.data_ptr(), k.shape, k.stride(),
-                v.data_ptr(), v.shape, v.stride(),
-                o.data_ptr(), o.stride(),
-                0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
-                self._scale, sink, self._sequences(q, k, buffers),
-                [buffer_tuple(b) for b in buffers], params, threads, self.config["tile_q"], self.config["tile_kv"],
-                self.config["split_kv"],
-            )  # fmt: skip
+            program = engine().Program(
+                code.code, code.score, code.mask, code.num_buffers, code.num_params, code.slope, code.loads
+            )
+        except ValueError as exc:
+            raise error("AK502", where="backend cpu", given=str(exc)) from exc
+        return code, program
+
+    def _arguments(
+        self,
+        program: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        o: Any,
+        lse: Any | None,
+        buffers: list[Any],
+        params: list[float],
+    ) -> tuple[Any, ...]:
+        return (
+            program, self._dtype,
+            q.data_ptr(), q.shape, q.stride(),
+            k.data_ptr(), k.shape, k.stride(),
+            v.data_ptr(), v.shape, v.stride(),
+            o.data_ptr(), o.stride(),
+            0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
+            self._scale, 0 if self._sink is None else buffers[self._sink].data_ptr(), self._sequences(q, k, buffers),
+            [buffer_tuple(b) for b in buffers], params,
+        )  # fmt: skip
+
+    def _run(
+        self, bytecode: Bytecode, buffers: list[Any], function: Callable[..., Any], *arguments: Any
+    ) -> None:
+        try:
+            fault, about = function(*arguments)
         except ValueError as exc:
             raise error(
                 "AK502", where="backend cpu", given=str(exc), allowed="sizes that fit 32 bits"
             ) from exc
         if fault:
-            raise self._error(_FAULTS[fault], about)
+            raise self._error(_FAULTS[fault], about, bytecode, len(buffers))
 
     def _sequences(self, q: Any, k: Any, buffers: list[Any]) -> list[tuple[int, int, int, int, int]] | None:
         """(batch, q start, q length, kv start, kv length) of every sequence; None means one per batch entry."""
@@ -150,7 +217,7 @@ class CpuKernel:
         """
         fault, where, batch, heads, offsets, runs = engine().block_runs(self.program, *sizes, buffers, params)
         if fault:
-            raise self._error(_FAULTS[fault], where)
+            raise self._error(_FAULTS[fault], where, self.bytecode, len(buffers))
         return Structure(sizes._replace(batch=batch, heads=heads), offsets, runs)
 
     def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:
@@ -169,14 +236,15 @@ class CpuKernel:
         found = self.structure(sizes, [buffer_tuple(b) for b in buffers], params)
         return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
 
-    def _error(self, code: str, about: int) -> AttnkitError:
+    def _error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
         """The error for a fault of the engine: about an instruction, a tensor, or nothing in particular (-1)."""
+        names = (*_TENSORS, *(f"buffer b{i}" for i in range(num_buffers)), *_GRADIENTS)
         if about < 0:
             where = "backend cpu"
         elif code in _ABOUT_TENSORS:
-            where = _TENSORS[about] if about < len(_TENSORS) else f"buffer b{about - len(_TENSORS)}"
+            where = names[about] if about < len(names) else f"gradient of buffer b{about - len(names)}"
         else:
-            opcode = int(self.bytecode.code[about, 0])
+            opcode = int(bytecode.code[about, 0])
             name = next(name for name, number in engine().opcodes().items() if number == opcode)
             where = f"score or mask, instruction {about} ({name}) of `attnkit dump --stage bytecode`"
         return error(code, where=where)
@@ -185,6 +253,10 @@ class CpuKernel:
 def buffer_tuple(buffer: Any) -> BufferTuple:
     """A captured tensor as the engine takes it: address, dtype, sizes, strides."""
     return buffer.data_ptr(), _BUFFER_DTYPES[str(buffer.dtype)], tuple(buffer.shape), buffer.stride()
+
+
+def _maybe_tuple(tensor: Any | None) -> BufferTuple | None:
+    return None if tensor is None else buffer_tuple(tensor)
 
 
 backend = CpuBackend()

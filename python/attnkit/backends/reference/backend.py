@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnkit.backends import Kernel
-from attnkit.backends.reference.run import run
+from attnkit.backends.reference.run import gradients, run
 from attnkit.errors import error
 from attnkit.ir.program import Program, Return
 from attnkit.plan.spec import Config, KernelSpec, Space
@@ -62,27 +62,70 @@ class ReferenceBackend:
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """A kernel that computes in float64 and rounds once, at the end."""
 
-        def kernel(
-            q: Any,
-            k: Any,
-            v: Any,
-            o: Any,
-            lse: Any | None,
-            buffers: list[Any],
-            params: list[float],
-            threads: int,
-        ) -> None:
-            tensors = {"q": q, "k": k, "v": v, **{f"buffer b{i}": b for i, b in enumerate(buffers)}}
-            q64, k64, v64, *captured = (_array(name, t) for name, t in tensors.items())
-            try:
-                o64, lse64 = attend(spec.program, q64, k64, v64, captured, params)
-            except MemoryError as exc:
-                raise error("AK603", where="backend reference", given=str(exc)) from exc
-            o.copy_(o.new_tensor(o64))
-            if lse is not None:
-                lse.numpy()[...] = lse64
+        return ReferenceKernel(spec.program)
 
-        return kernel
+
+class ReferenceKernel:
+    """One program, materialised, in float64."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def __call__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        o: Any,
+        lse: Any | None,
+        buffers: list[Any],
+        params: list[float],
+        threads: int,
+    ) -> None:
+        """See `attnkit.backends.Kernel`."""
+        (q64, k64, v64), captured = _arrays(q, k, v, buffers)
+        try:
+            o64, lse64 = attend(self.program, q64, k64, v64, captured, params)
+        except MemoryError as exc:
+            raise error("AK603", where="backend reference", given=str(exc)) from exc
+        o.copy_(o.new_tensor(o64))
+        if lse is not None:
+            lse.numpy()[...] = lse64
+
+    def backward(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        o: Any,
+        lse: Any,
+        buffers: list[Any],
+        params: list[float],
+        d_o: Any,
+        d_lse: Any | None,
+        dq: Any,
+        dk: Any,
+        dv: Any,
+        d_buffers: list[Any | None],
+        threads: int,
+    ) -> None:
+        """The gradients, from the inputs and the cotangents of ``o`` and ``lse``; everything is computed again."""
+        inputs, captured = _arrays(q, k, v, buffers)
+        program = _with_all_outputs(self.program)
+        cotangents = [_array(name, t) for name, t in (("d_o", d_o), ("d_lse", d_lse)) if t is not None]
+        cotangents += [None] * (len(program.attend.outputs) - len(cotangents))
+        try:
+            found = gradients(program, inputs, cotangents, captured, params)
+        except MemoryError as exc:
+            raise error("AK603", where="backend reference", given=str(exc)) from exc
+        for to, gradient in zip((dq, dk, dv, *d_buffers), (*found.inputs, *found.buffers), strict=True):
+            if to is not None:
+                to.copy_(to.new_tensor(gradient))
+
+
+def _arrays(q: Any, k: Any, v: Any, buffers: list[Any]) -> tuple[list[Any], list[Any]]:
+    captured = [_array(f"buffer b{i}", b) for i, b in enumerate(buffers)]
+    return [_array(name, t) for name, t in (("q", q), ("k", k), ("v", v))], captured
 
 
 def _array(name: str, t: Any) -> Any:

@@ -1,0 +1,9 @@
+// The parts of the module that have a file of their own.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace attnkit::cpu {
+
+void bind_backward(pybind11::module_& m);
+
+}  // namespace attnkit::cpu

@@ -1,0 +1,166 @@
+// What reaches the engine from Python: tensors as addresses, shapes and strides that the caller has checked.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../cpu/attend.h"
+
+namespace attnkit::cpu {
+
+using Ints = std::vector<int64_t>;
+using BufferTuple = std::tuple<uintptr_t, int, Ints, Ints>;  // address, dtype, sizes, strides
+using SequenceTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t>;  // see Sequence
+inline constexpr int kMaxThreads = 1024;  // OpenMP ends the process where the system has no more to give
+
+inline void need(bool ok, const char* what) {
+  if (!ok) throw pybind11::value_error(what);
+}
+
+inline constexpr int64_t kFarthest = int64_t{1} << 54;  // elements of 8 bytes: no address space is larger
+
+// The memory of a tensor, as far as it can be told: only its owner knows whether it is as large as the sizes say.
+struct Memory {
+  uintptr_t data;
+  const Ints& size;
+  const Ints& stride;  // in elements
+  int element;         // bytes
+};
+inline const Ints kNone{0};
+inline const Memory kAbsent{0, kNone, kNone, 1};  // an optional tensor that is not there
+
+// What keeps a tensor from being used, if its sizes and strides are possible at all.
+inline Fault check_memory(const Memory& m) {
+  need(std::all_of(m.size.begin(), m.size.end(), [](int64_t n) { return n >= 0; }), "a size is negative");
+  if (std::find(m.size.begin(), m.size.end(), 0) != m.size.end()) return Fault::none;
+  if (m.data == 0) return Fault::no_data;
+  for (size_t d = 0; d < m.size.size(); ++d) {
+    int64_t reach = 0;
+    const bool fits = !__builtin_mul_overflow(m.size[d] - 1, m.stride[d], &reach);
+    need(fits && reach <= kFarthest && reach >= -kFarthest, "strides lead out of the address space");
+  }
+  return m.data % static_cast<uintptr_t>(m.element) == 0 ? Fault::none : Fault::misaligned;
+}
+
+inline View make_view(uintptr_t data, const Ints& stride) {
+  need(stride.size() == 4, "a tensor has four strides");
+  View v{reinterpret_cast<char*>(data), {}};
+  std::copy(stride.begin(), stride.end(), v.stride);
+  return v;
+}
+
+// Adds the memory of each to `memory`.
+inline std::vector<Buffer> make_buffers(const Program& program, const std::vector<BufferTuple>& tuples,
+                                        std::vector<Memory>& memory) {
+  need(static_cast<int>(tuples.size()) == program.num_buffers, "wrong number of buffers");
+  std::vector<Buffer> buffers;
+  for (size_t i = 0; i < tuples.size(); ++i) {
+    const auto& [data, dtype, size, stride] = tuples[i];
+    need(size.size() == stride.size() && size.size() <= kMaxArgs, "a buffer has at most five dimensions");
+    need(dtype >= 0 && dtype <= static_cast<int>(DType::f16), "unknown buffer dtype");
+    Buffer b{reinterpret_cast<const void*>(data), static_cast<DType>(dtype), static_cast<int32_t>(size.size()), {}, {}};
+    std::copy(size.begin(), size.end(), b.size);
+    std::copy(stride.begin(), stride.end(), b.stride);
+    if (program.buffer_rank[i] != 0xff) {
+      const char held = b.dtype == DType::u8 ? 'b' : b.dtype == DType::i32 || b.dtype == DType::i64 ? 'i' : 'f';
+      need(program.buffer_rank[i] == b.rank && program.buffer_type[i] == held, "a buffer does not match the program");
+    }
+    memory.push_back({data, size, stride, element_size(b.dtype)});
+    buffers.push_back(b);
+  }
+  return buffers;
+}
+
+inline std::vector<Sequence> make_sequences(const std::optional<std::vector<SequenceTuple>>& given, int64_t batch,
+                                            int64_t q_len, int64_t kv_len) {
+  std::vector<Sequence> sequences;
+  if (!given)
+    for (int64_t b = 0; b < batch; ++b) sequences.push_back({static_cast<int32_t>(b), 0, q_len, 0, kv_len});
+  else
+    for (const auto& [b, q_start, n_q, kv_start, n_kv] : *given) {
+      need(b >= 0 && b < batch && q_start >= 0 && n_q >= 0 && q_start <= q_len && n_q <= q_len - q_start &&
+               kv_start >= 0 && n_kv >= 0 && kv_start <= kv_len && n_kv <= kv_len - kv_start,
+           "a sequence lies outside the tensors");
+      sequences.push_back({b, q_start, n_q, kv_start, n_kv});
+    }
+  need(sequences.size() <= INT32_MAX, "more than 2^31 - 1 sequences");
+  for (const Sequence& s : sequences)
+    need(s.q_len <= INT32_MAX && s.kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
+  return sequences;
+}
+
+// One problem of `attend`, and what its views point to.
+struct Request {
+  Problem problem{};
+  std::vector<Buffer> buffers;
+  std::vector<Sequence> sequences;
+  Ints o_shape, lse_shape;
+  bool empty = false;  // there is nothing to compute
+
+  // A fault is about a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers. Shapes are
+  // [batch, heads, length, head_dim].
+  Status fill(const Program& program, int dtype, uintptr_t q, const Ints& q_shape, const Ints& q_stride, uintptr_t k,
+              const Ints& k_shape, const Ints& k_stride, uintptr_t v, const Ints& v_shape, const Ints& v_stride,
+              uintptr_t o, const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale, uintptr_t sink,
+              const std::optional<std::vector<SequenceTuple>>& given_sequences,
+              const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params) {
+    need(q_shape.size() == 4 && k_shape.size() == 4 && v_shape.size() == 4, "q, k and v have four dimensions");
+    need(q_shape[0] == k_shape[0] && q_shape[0] == v_shape[0], "q, k and v differ in batch");
+    need(k_shape[1] == v_shape[1] && k_shape[2] == v_shape[2], "k and v differ in heads or length");
+    need(k_shape[1] > 0 && q_shape[1] % k_shape[1] == 0, "query heads are not a multiple of kv heads");
+    need(q_shape[3] == k_shape[3], "q and k differ in head_dim");
+    need(q_shape[3] <= 4096 && v_shape[3] <= 4096, "head_dim above 4096");
+    need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
+    need(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16) ||
+             dtype == static_cast<int>(DType::f16),
+         "q, k, v and o are float32, bfloat16 or float16");
+    need(lse == 0 || lse_stride.size() == 3, "lse has three strides");
+    need(q_shape[0] <= INT32_MAX && q_shape[1] <= INT32_MAX, "more than 2^31 - 1 batch entries or heads");
+    problem = Problem{};
+    problem.q = make_view(q, q_stride);
+    problem.k = make_view(k, k_stride);
+    problem.v = make_view(v, v_stride);
+    problem.o = make_view(o, o_stride);
+    problem.dtype = static_cast<DType>(dtype);
+    problem.lse = reinterpret_cast<float*>(lse);
+    if (lse != 0) std::copy(lse_stride.begin(), lse_stride.end(), problem.lse_stride);
+    o_shape = {q_shape[0], q_shape[1], q_shape[2], v_shape[3]};
+    lse_shape.assign(o_shape.begin(), o_shape.end() - 1);
+    const Ints sink_shape{q_shape[1]}, sink_stride{1};
+    constexpr int f32 = element_size(DType::f32);
+    const int element = element_size(problem.dtype);
+    std::vector<Memory> memory{{q, q_shape, q_stride, element},
+                               {k, k_shape, k_stride, element},
+                               {v, v_shape, v_stride, element},
+                               {o, o_shape, o_stride, element}};
+    memory.push_back(lse != 0 ? Memory{lse, lse_shape, lse_stride, f32} : kAbsent);
+    memory.push_back(sink != 0 ? Memory{sink, sink_shape, sink_stride, f32} : kAbsent);
+    buffers = make_buffers(program, buffer_tuples, memory);
+    for (size_t i = 0; i < memory.size(); ++i)
+      if (const Fault fault = check_memory(memory[i]); fault != Fault::none) return {fault, static_cast<int>(i)};
+    if (std::find(o_shape.begin(), o_shape.end(), 0) != o_shape.end()) {
+      empty = true;
+      return {};
+    }
+    sequences = make_sequences(given_sequences, q_shape[0], q_shape[2], k_shape[2]);
+    problem.num_heads = static_cast<int32_t>(q_shape[1]);
+    problem.num_kv_heads = static_cast<int32_t>(k_shape[1]);
+    problem.head_dim = static_cast<int32_t>(q_shape[3]);
+    problem.v_head_dim = static_cast<int32_t>(v_shape[3]);
+    problem.scale = scale;
+    problem.sink = reinterpret_cast<const float*>(sink);
+    problem.sequences = sequences.data();
+    problem.num_sequences = static_cast<int32_t>(sequences.size());
+    problem.buffers = buffers.data();
+    problem.num_buffers = static_cast<int32_t>(buffers.size());
+    problem.params = params.data();
+    problem.num_params = static_cast<int32_t>(params.size());
+    return {};
+  }
+};
+
+}  // namespace attnkit::cpu

@@ -1,0 +1,398 @@
+// The backward kernel, one task: a block of keys of one kv head, against the blocks of queries that see it.
+//
+// With p = exp(score - lse) and delta = sum_c do o - dlse, of each pair
+//   dscore = p (do . v - delta),  ds = dscore * d score / d s,
+//   dv += p do,  dk += scale ds q,  dq += scale ds k
+// (FlashAttention-2, Dao 2023.) Here a tile has one row per query and one lane per key: the keys are transposed, once
+// per task, and queries and cotangents are read as they lie in memory. dk and dv grow in the task's own memory; dq is
+// added to in the order of key blocks, which the scheduler sees to.
+
+struct BackwardLayout {
+  Places places;
+  int32_t bn, dk, dv;  // key lanes; channels rounded up to whole vectors
+  TileLayout tile;
+  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, alive;
+
+  explicit BackwardLayout(const BackwardCall& c)
+      : bn(round_up(c.tile_kv, kLanes)),
+        dk(round_up(c.problem->head_dim, kLanes)),
+        dv(round_up(c.problem->v_head_dim, kLanes)),
+        tile(c.code, bn, places) {
+    const Problem& p = *c.problem;
+    kt = places.take(p.head_dim, bn);
+    vt = places.take(p.v_head_dim, bn);
+    s = places.take(c.tile_q, bn);
+    dp = places.take(c.tile_q, bn);
+    e = places.take(kStrip, bn);
+    d_keys = places.take(bn, dk);
+    d_values = places.take(bn, dv);
+    k = places.take(c.tile_kv, dk);
+    v = places.take(c.tile_kv, dv);
+    q = places.take(c.tile_q, dk);
+    d_o = places.take(c.tile_q, dv);
+    dq = places.take(c.tile_q, dk);
+    alive = places.take(c.tile_q, bn);
+  }
+};
+
+// Rows of channels, adjacent and padded with zeros to whole vectors.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+template <class P>  // a pointer to the elements
+P row_of(const View& view, int32_t batch, int32_t head, int64_t token) {
+  return reinterpret_cast<P>(view.data) + batch * view.stride[0] + head * view.stride[1] + token * view.stride[2];
+}
+
+// Where they lie, if they lie so; else they are packed into `to`.
+inline Rows rows_of(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows,
+                    int32_t width, int32_t padded, float* to) {
+  if (dtype == DType::f32 && view.stride[3] == 1 && width == padded)
+    return {row_of<float*>(view, batch, head, token), view.stride[2]};
+  with_elements(dtype, [&](auto* type) {
+    widen_rows(row_of<decltype(type)>(view, batch, head, token), view.stride[2], view.stride[3], rows, width, padded,
+               to);
+  });
+  return {to, padded};
+}
+
+// Elements d .. d + kLanes - 1 of a row of `width`; zero past its end.
+template <class T>
+vf vector_at(const T* row, int64_t stride, int32_t width, int32_t d) {
+  if (stride == 1 && d + kLanes <= width) return widen(row + d);
+  vf x{};
+  for (int32_t l = 0; l < kLanes && d + l < width; ++l) x[l] = widen_one(row[(d + l) * stride]);
+  return x;
+}
+
+template <class T, class F>
+void each_vector(const T* row, int64_t stride, int32_t width, F f) {
+  for (int32_t d = 0; d < width; d += kLanes) f(vector_at(row, stride, width, d), d);
+}
+
+inline bool is_finite(Rows rows, int32_t count, int32_t width) {
+  vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
+  for (int32_t r = 0; r < count; ++r)
+    for (int32_t d = 0; d < width; d += kLanes) zero = fma(load(rows.data + r * rows.stride + d), vf{}, zero);
+  return !any(zero != vf{});
+}
+
+// ---- what a product's result becomes ----
+
+struct Store {
+  float* c;
+  int64_t stride;
+  ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t) const { return x; }
+};
+
+struct Add {
+  float* c;
+  int64_t stride;
+  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return load(at) + x; }
+};
+
+struct Weigh {  // scores to weights
+  float* c;
+  int64_t stride;
+  const float* lse;
+  ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t row) const { return exp_weight(x - set1(lse[row])); }
+};
+
+struct Slope {  // do . v to scale * ds, over the weights
+  float* c;
+  int64_t stride;
+  const float* delta;
+  float scale;
+  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t row) const {
+    return load(at) * (x - set1(delta[row])) * set1(scale);
+  }
+};
+
+class Backward {
+ public:
+  Backward(const BackwardCall& c, const BackwardTask& t, float* workspace)
+      : c_(c),
+        p_(*c.problem),
+        g_(*c.gradients),
+        t_(t),
+        seq_(p_.sequences[t.sequence]),
+        at_(c),
+        ws_(workspace),
+        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerKey) {}
+
+  int32_t run(const Tiles& tiles) {
+    clear(at_.d_keys, static_cast<int64_t>(at_.bn) * at_.dk);
+    clear(at_.d_values, static_cast<int64_t>(at_.bn) * at_.dv);
+    BackwardTile tile;
+    for (bool begun = false; tiles.next(tiles.state, &tile); begun = true) {
+      if (!begun) begin();
+      visit(tile, tiles);
+      tiles.done(tiles.state, tile);
+    }
+    put(g_.dk, at_.d_keys, at_.dk, p_.head_dim);
+    put(g_.dv, at_.d_values, at_.dv, p_.v_head_dim);
+    return tile_.bad_load();
+  }
+
+ private:
+  void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
+
+  void begin() {
+    const int64_t token = seq_.kv_start + t_.first;
+    k_ = rows_of(p_.k, p_.dtype, seq_.batch, t_.kv_head, token, t_.count, p_.head_dim, at_.dk, ws_ + at_.k);
+    const Rows v = rows_of(p_.v, p_.dtype, seq_.batch, t_.kv_head, token, t_.count, p_.v_head_dim, at_.dv, ws_ + at_.v);
+    transpose(k_, p_.head_dim, p_.scale, ws_ + at_.kt);
+    transpose(v, p_.v_head_dim, 1, ws_ + at_.vt);
+    finite_ = is_finite(k_, t_.count, at_.dk);
+    tile_.begin();
+    tile_.keys(t_.first, t_.count);
+  }
+
+  // [channel][key]; lanes beyond the last key are zero.
+  void transpose(Rows from, int32_t width, float scale, float* to) {
+    const int32_t lanes = round_up(t_.count, kLanes);
+    for (int32_t d = 0; d < width; ++d) {
+      float* row = to + static_cast<int64_t>(d) * at_.bn;
+      for (int32_t n = 0; n < t_.count; ++n) row[n] = from.data[n * from.stride + d] * scale;
+      for (int32_t n = t_.count; n < lanes; ++n) row[n] = 0;
+    }
+  }
+
+  void visit(const BackwardTile& tile, const Tiles& tiles) {
+    const Task& queries = tile.queries;
+    const int64_t token = seq_.q_start + queries.q_first;
+    const int32_t rows = queries.q_count, lane = static_cast<int32_t>(tile.first - t_.first);
+    const int32_t lanes = round_up(tile.count, kLanes);
+    const Rows qs = rows_of(p_.q, p_.dtype, seq_.batch, queries.head, token, rows, p_.head_dim, at_.dk, ws_ + at_.q);
+    const Rows dos =
+        rows_of(g_.d_o, p_.dtype, seq_.batch, queries.head, token, rows, p_.v_head_dim, at_.dv, ws_ + at_.d_o);
+    const float *kt = ws_ + at_.kt + lane, *vt = ws_ + at_.vt + lane;
+    float *s = ws_ + at_.s, *ds = s;
+    float *dk = ws_ + at_.d_keys + static_cast<int64_t>(lane) * at_.dk,
+          *dv = ws_ + at_.d_values + static_cast<int64_t>(lane) * at_.dv;
+    // 0 * NaN is NaN: what a pair that does not exist would read may not be multiplied at all, not even by zero.
+    const bool exists = tile.full && !tile.rows.dead, guarded = !exists && !(finite_ && tile.rows.finite);
+    const auto times = [&](Rows b, int32_t width, const float* a, float* c) {
+      if (guarded) {
+        add_guarded(a, 1, lanes, tile.count, rows, b, width, c, width);
+      } else {
+        columns_times(a, lanes, tile.count, b.data, b.stride, width, rows, c, width);
+      }
+    };
+    if (exists && !c_.has_score && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
+      rows_times(qs.data, qs.stride, rows, kt, at_.bn, lanes, p_.head_dim, Weigh{s, lanes, tile.rows.lse});
+      times(dos, at_.dv, s, dv);
+      rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim,
+                 Slope{s, lanes, tile.rows.delta, p_.scale});
+    } else {
+      ds = ws_ + at_.dp;
+      in_stretches(qs, rows, kt, lanes, p_.head_dim, s);
+      in_stretches(dos, rows, vt, lanes, p_.v_head_dim, ds);
+      if (c_.has_score || !tile.full) {
+        tile_.queries(queries);
+        tile_.narrow(lane, lanes);
+      }
+      if (c_.code.num_loads > 0) tiles.order(tiles.state, tile);
+      modify(tile, rows, lanes);
+      if (guarded) find_alive(tile, rows, lanes);
+      times(dos, at_.dv, s, dv);
+    }
+    times(qs, at_.dk, ds, dk);
+
+    tiles.wait(tiles.state, tile);
+    float* dq = row_of<float*>(g_.dq, seq_.batch, queries.head, token);
+    const bool in_place = g_.dq.stride[3] == 1 && at_.dk == p_.head_dim;
+    float* sum = in_place ? dq : ws_ + at_.dq;
+    const int64_t stride = in_place ? g_.dq.stride[2] : at_.dk;
+    const float* k = k_.data + lane * k_.stride;
+    if (!in_place) clear(at_.dq, static_cast<int64_t>(rows) * at_.dk);
+    if (guarded) {
+      add_guarded(ds, lanes, 1, rows, tile.count, {k, k_.stride}, at_.dk, sum, stride);
+    } else {
+      rows_times(ds, lanes, rows, k, k_.stride, at_.dk, tile.count, Add{sum, stride});
+    }
+    if (in_place) return;
+    for (int32_t m = 0; m < rows; ++m)
+      for (int32_t d = 0; d < p_.head_dim; ++d) dq[m * g_.dq.stride[2] + d * g_.dq.stride[3]] += sum[m * stride + d];
+  }
+
+  // As the forward sums scores.
+  void in_stretches(Rows a, int32_t rows, const float* b, int32_t lanes, int32_t width, float* to) {
+    for (int32_t d = 0; d < width; d += kChannels) {
+      const int32_t depth = width - d < kChannels ? width - d : kChannels;
+      const float* part = b + static_cast<int64_t>(d) * at_.bn;
+      if (d == 0) {
+        rows_times(a.data, a.stride, rows, part, at_.bn, lanes, depth, Store{to, lanes});
+      } else {
+        rows_times(a.data + d, a.stride, rows, part, at_.bn, lanes, depth, Add{to, lanes});
+      }
+    }
+  }
+
+  // s becomes p, and do . v becomes scale * ds.
+  void modify(const BackwardTile& tile, int32_t rows, int32_t lanes) {
+    for (int32_t strip = 0; strip < rows; strip += kStrip) {
+      const Shape shape{rows - strip < kStrip ? rows - strip : kStrip, lanes};
+      if (c_.has_score || !tile.full) {
+        tile_.run_strip(strip, shape.rows, c_.has_score, !tile.full);
+        tile_.check_loads(strip, shape.rows, tile.count, tile.full);
+      }
+      weigh(tile, strip, shape);
+      for (int32_t i = 0; i < c_.code.num_loads; ++i) collect(i, strip, shape, tile.count);
+      follow(strip, shape);
+    }
+  }
+
+  // Adds d score / d load, times dscore, to the gradient of what was loaded.
+  void collect(int32_t which, int32_t strip, Shape shape, int32_t count) {
+    const LoadSlope& of = c_.code.loads[which];
+    const Instruction& in = c_.code.code[of.load];
+    float* e = ws_ + at_.e;
+    map2(e, shape, {ws_ + at_.dp + static_cast<int64_t>(strip) * shape.lanes, shape.lanes, true},
+         tile_.operand(of.slope, kTile, strip), [](vf d, vf slope) { return select(d == vf{}, vf{}, d * slope); });
+    Operand index[kMaxArgs];
+    for (int a = 0; a < in.nargs; ++a) index[a] = tile_.operand(in.args[a], kTile, strip);
+    LoadSums sums(t_.targets[which], p_.buffers[in.attr], c_.code.load_in_bounds[of.load] != 0);
+    sums.add(index, e, shape, count);
+    sums.flush();
+  }
+
+  // s becomes p, and do . v becomes dscore.
+  void weigh(const BackwardTile& tile, int32_t strip, Shape shape) {
+    const int64_t at = static_cast<int64_t>(strip) * shape.lanes;
+    float *s = ws_ + at_.s + at, *dp = ws_ + at_.dp + at;
+    const Operand score =
+        c_.code.score < 0 ? Operand{s, shape.lanes, true} : tile_.operand(c_.code.score, kTile, strip);
+    const float *lse = tile.rows.lse + strip, *delta = tile.rows.delta + strip;
+    const auto weights = [&](const auto& alive) {
+      with(score.vec, [&](auto vec) {
+        for (int32_t r = 0; r < shape.rows; ++r) {
+          const Row<vec.value> x(score, r);
+          const auto exists = alive(r);
+          for (int32_t j = 0; j < shape.lanes; j += kLanes) {
+            const int64_t i = static_cast<int64_t>(r) * shape.lanes + j;
+            const vf w = exp_weight(x.at(j) - set1(lse[r]));
+            store(s + i, exists(w, j));
+            store(dp + i, exists(w * (load(dp + i) - set1(delta[r])), j));
+          }
+        }
+      });
+    };
+    if (tile.full) {
+      weights([](int32_t) { return [](vf x, int32_t) { return x; }; });
+    } else {
+      const Operand mask = tile_.operand(c_.code.mask, kTile, strip);
+      with(mask.vec, [&](auto vec) {
+        weights([&](int32_t r) {
+          return [m = Row<vec.value>(mask, r)](vf x, int32_t j) { return select(as_int(m.at(j)), x, vf{}); };
+        });
+      });
+    }
+    if (tile.rows.dead)
+      for (int32_t r = 0; r < shape.rows; ++r)
+        if (lse[r] == kInfinity)
+          for (float* row : {s, dp})
+            for (int32_t j = 0; j < shape.lanes; ++j) row[static_cast<int64_t>(r) * shape.lanes + j] = 0;
+  }
+
+  // dscore becomes scale * ds. A pair without weight has none, whatever the slope is there.
+  void follow(int32_t strip, Shape shape) {
+    float* dp = ws_ + at_.dp + static_cast<int64_t>(strip) * shape.lanes;
+    const vf scale = set1(p_.scale);
+    const Operand x{dp, shape.lanes, true};
+    if (c_.code.slope < 0) return map1(dp, shape, x, [=](vf d) { return d * scale; });
+    map2(dp, shape, x, tile_.operand(c_.code.slope, kTile, strip),
+         [=](vf d, vf slope) { return select(d == vf{}, vf{}, d * slope * scale); });
+  }
+
+  void put(const View& view, size_t at, int32_t padded, int32_t width) const {
+    with_elements(p_.dtype, [&](auto* type) {
+      const auto to = row_of<decltype(type)>(view, seq_.batch, t_.kv_head, seq_.kv_start + t_.first);
+      for (int32_t n = 0; n < t_.count; ++n)
+        narrow_row(to + n * view.stride[2], view.stride[3], ws_ + at + static_cast<size_t>(n * padded), width, 1);
+    });
+  }
+
+  // ---- values that not every pair may see ----
+
+  // The same sums in the same order as the products, but a pair that does not exist is skipped:
+  // C[i] += sum_j A[i][j] B[j] with A[i][j] at a[i * i_step + j * j_step].
+  void add_guarded(const float* a, int64_t i_step, int64_t j_step, int32_t count_i, int32_t count_j, Rows b,
+                   int32_t width, float* c, int64_t c_stride) {
+    const float* alive = ws_ + at_.alive;
+    for (int32_t i = 0; i < count_i; ++i)
+      for (int32_t d = 0; d < width; d += kLanes) {
+        vf acc{};
+        for (int32_t j = 0; j < count_j; ++j)
+          if (alive[i * i_step + j * j_step] != 0)
+            acc = fma(set1(a[i * i_step + j * j_step]), load(b.data + j * b.stride + d), acc);
+        float* x = c + i * c_stride + d;
+        store(x, load(x) + acc);
+      }
+  }
+
+  void find_alive(const BackwardTile& tile, int32_t rows, int32_t lanes) {
+    for (int32_t strip = 0; strip < rows; strip += kStrip) {
+      const int32_t count = rows - strip < kStrip ? rows - strip : kStrip;
+      if (!tile.full) tile_.run_strip(strip, count, false, true);
+      for (int32_t r = 0; r < count; ++r)
+        for (int32_t n = 0; n < tile.count; ++n)
+          ws_[at_.alive + static_cast<size_t>((strip + r) * lanes + n)] =
+              tile.rows.lse[strip + r] != kInfinity && (tile.full || tile_.live(strip, r, n)) ? 1 : 0;
+    }
+  }
+
+  const BackwardCall& c_;
+  const Problem& p_;
+  const Gradients& g_;
+  const BackwardTask& t_;
+  const Sequence& seq_;
+  const BackwardLayout at_;
+  float* ws_;
+  Tile tile_;
+  Rows k_{};
+  bool finite_ = true;
+};
+
+int32_t backward(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
+  return Backward(c, t, workspace).run(tiles);
+}
+
+size_t backward_bytes(const BackwardCall& c) { return BackwardLayout(c).places.next * sizeof(float); }
+
+// Before the tasks: what they need to know of one block of queries.
+template <class T>
+void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
+  const Problem& p = *c.problem;
+  const Gradients& g = *c.gradients;
+  const Sequence& seq = p.sequences[t.sequence];
+  rows.dead = false;
+  vf zero{};
+  for (int32_t m = 0; m < t.q_count; ++m) {
+    const int64_t token = seq.q_start + t.q_first + m;
+    const T *q = row_of<T*>(p.q, seq.batch, t.head, token), *o = row_of<T*>(p.o, seq.batch, t.head, token),
+            *d_o = row_of<T*>(g.d_o, seq.batch, t.head, token);
+    each_vector(q, p.q.stride[3], p.head_dim, [&](vf x, int32_t) { zero = fma(x, vf{}, zero); });
+    vf sum{};
+    each_vector(d_o, g.d_o.stride[3], p.v_head_dim, [&](vf x, int32_t d) {
+      zero = fma(x, vf{}, zero);
+      sum = fma(x, vector_at(o, p.o.stride[3], p.v_head_dim, d), sum);
+    });
+    const float lse = p.lse[seq.batch * p.lse_stride[0] + t.head * p.lse_stride[1] + token * p.lse_stride[2]];
+    const bool dead = lse == -kInfinity;
+    float delta = 0;
+    for (int l = 0; l < kLanes; ++l) delta += sum[l];
+    if (g.d_lse != nullptr)
+      delta -= g.d_lse[seq.batch * g.d_lse_stride[0] + t.head * g.d_lse_stride[1] + token * g.d_lse_stride[2]];
+    rows.dead |= dead;
+    rows.lse[m] = dead ? kInfinity : lse;
+    rows.delta[m] = dead ? 0 : delta;
+  }
+  rows.finite = !any(zero != vf{});
+}
+
+void backward_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
+  with_elements(c.problem->dtype, [&](auto* type) { look_at_rows<std::remove_pointer_t<decltype(type)>>(c, t, rows); });
+}

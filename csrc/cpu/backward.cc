@@ -1,0 +1,412 @@
+#include "backward.h"
+
+#include <omp.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "blocks.h"
+#include "run.h"
+
+namespace attnkit::cpu {
+namespace {
+
+// A stretch of keys that a row of tiles visits, and how many of the row's tiles come before it.
+struct RowRange {
+  KeyRange keys;
+  int32_t turn;
+};
+
+// The tiles of one sequence and of one head, or of all heads alike.
+struct Structure {
+  int32_t sequence, head, heads;
+  std::vector<std::vector<RowRange>> rows;    // by block of queries
+  std::vector<int32_t> first_row, last_row;  // by block of keys: the rows that may visit it
+};
+
+// Who adds to the gradient of a captured tensor, and when.
+struct BufferPlan {
+  enum Way : uint8_t {
+    none,
+    alone,    // each element belongs to one tile: whenever it likes
+    by_turn,  // to one row of tiles: in their order, as for dq
+    by_pair,  // to the tiles at one place, of several heads or sequences: task after task
+    apart,    // to any: each task by itself, and then all in order
+  };
+  Way way = none;
+  int64_t stride[kMaxArgs];
+  int64_t elements = 1;
+};
+
+int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+class Pass {
+ public:
+  Pass(const Program& program, const Problem& p, const Gradients& g, const Config& config, const Analysis& analysis,
+       const Facts& facts)
+      : program_(program),
+        p_(p),
+        g_(g),
+        analysis_(analysis),
+        facts_(facts),
+        kernel_(current_isa()),
+        planned_{view(program, facts), &p, config.tile_q, config.tile_kv, false, program.mask >= 0},
+        call_{planned_.code,
+              &p,
+              &g,
+              config.tile_q,
+              config.tile_kv,
+              program.score >= 0 || program.slope >= 0 || !program.loads.empty()} {
+    const auto n = static_cast<size_t>(p.num_sequences);
+    first_block_.assign(n + 1, 0);
+    first_task_.assign(n + 1, 0);
+    first_structure_.assign(n + 1, 0);
+    const bool by_head = (program.boxes.mask_reads & kReadsHead) != 0;
+    double flops = 0;
+    for (size_t i = 0; i < n; ++i) {
+      const Sequence& s = p.sequences[i];
+      first_block_[i + 1] = first_block_[i] + q_blocks(s) * p.num_heads;
+      first_task_[i + 1] = first_task_[i] + kv_blocks(s) * p.num_kv_heads;
+      flops += 5.0 * static_cast<double>(s.q_len) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim) *
+               p.num_heads;
+      for (int32_t h = 0; h < (by_head ? p.num_heads : 1); ++h)
+        structures_.push_back({static_cast<int32_t>(i), h, by_head ? 1 : p.num_heads, {}, {}, {}});
+      first_structure_[i + 1] = structures_.size();
+    }
+    plan_buffers();
+    threads_ = static_cast<int>(std::min<int64_t>(worth(config.threads, flops), first_task_.back()));
+    const auto blocks = static_cast<size_t>(first_block_.back());
+    rows_.resize(blocks);
+    turn_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
+    if (by_pair_) progress_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(first_task_.back()));
+    statistics_.reset(new float[2 * blocks * static_cast<size_t>(config.tile_q)]);
+    for (size_t i = 0; i < blocks; ++i) {
+      rows_[i].lse = statistics_.get() + 2 * i * static_cast<size_t>(config.tile_q);
+      rows_[i].delta = rows_[i].lse + config.tile_q;
+    }
+  }
+
+  Status run() {
+    on_threads(&Pass::look_at_rows);
+    if (!no_memory_) on_threads(&Pass::look_at_structures);
+    if (!no_memory_ && g_.d_sink != nullptr) add_sinks();
+    if (!no_memory_) on_threads(&Pass::tasks);
+    if (no_memory_) return {Fault::no_memory, -1};
+    ran(kernel_);
+    if (bad_load_ >= 0) return {Fault::index_range, bad_load_};
+    return {};
+  }
+
+ private:
+  int64_t q_blocks(const Sequence& s) const { return blocks_of(s.q_len, call_.tile_q); }
+  int64_t kv_blocks(const Sequence& s) const { return blocks_of(s.kv_len, call_.tile_kv); }
+
+  void on_threads(void (Pass::*work)()) {
+    next_ = 0;
+    const auto guarded = [&] {  // no exception may leave a parallel region
+      try {
+        (this->*work)();
+      } catch (const std::bad_alloc&) {
+        no_memory_ = true;
+      }
+    };
+    if (threads_ <= 1) return guarded();
+#pragma omp parallel num_threads(threads_)
+    guarded();
+  }
+
+  static size_t owner(const std::vector<int64_t>& first, int64_t i) {
+    return static_cast<size_t>(std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1);
+  }
+
+  Task queries_of(size_t sequence, int32_t head, int64_t row) const {
+    const Sequence& s = p_.sequences[sequence];
+    const int64_t first = row * call_.tile_q;
+    return {static_cast<int32_t>(sequence), head, 1, first,
+            static_cast<int32_t>(std::min<int64_t>(call_.tile_q, s.q_len - first))};
+  }
+
+  void look_at_rows() {
+    const int64_t blocks = first_block_.back();
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+      const size_t sequence = owner(first_block_, i);
+      const int64_t in_sequence = i - first_block_[sequence], per_head = q_blocks(p_.sequences[sequence]);
+      const Task task = queries_of(sequence, static_cast<int32_t>(in_sequence / per_head), in_sequence % per_head);
+      kernel_.backward_rows(call_, task, rows_[static_cast<size_t>(i)]);
+    }
+  }
+
+  void look_at_structures() {
+    RowPlan plan(program_, p_, planned_, analysis_, facts_);
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(structures_.size());) {
+      Structure& structure = structures_[static_cast<size_t>(i)];
+      const auto sequence = static_cast<size_t>(structure.sequence);
+      const Sequence& s = p_.sequences[sequence];
+      structure.rows.resize(static_cast<size_t>(q_blocks(s)));
+      structure.first_row.assign(static_cast<size_t>(kv_blocks(s)), INT32_MAX);
+      structure.last_row.assign(static_cast<size_t>(kv_blocks(s)), -1);
+      for (int32_t row = 0; row < static_cast<int32_t>(structure.rows.size()); ++row) {
+        Task task = queries_of(sequence, structure.head, row);
+        task.heads = structure.heads;
+        int32_t turn = 0;
+        for (const KeyRange& keys : plan.plan(task)) {
+          structure.rows[static_cast<size_t>(row)].push_back({keys, turn});
+          const int64_t end = blocks_of(keys.first + keys.count, call_.tile_kv);
+          for (int64_t column = keys.first / call_.tile_kv; column < end; ++column, ++turn) {
+            int32_t& first = structure.first_row[static_cast<size_t>(column)];
+            first = std::min(first, row);
+            structure.last_row[static_cast<size_t>(column)] = row;
+          }
+        }
+      }
+    }
+  }
+
+  void plan_buffers() {
+    buffers_.resize(static_cast<size_t>(p_.num_buffers));
+    std::vector<int> count(buffers_.size(), 0);
+    for (const LoadSlope& load : program_.loads) {
+      const Instruction& in = program_.code[static_cast<size_t>(load.load)];
+      const auto b = static_cast<size_t>(in.attr);
+      const Buffer& buffer = p_.buffers[b];
+      if (count[b]++ == 0)
+        for (int32_t d = buffer.rank; d-- > 0; buffers_[b].elements *= buffer.size[d])
+          buffers_[b].stride[d] = buffers_[b].elements;
+      const auto has = [&](Op op) {
+        return std::any_of(in.args, in.args + in.nargs,
+                           [&](int32_t a) { return program_.code[static_cast<size_t>(a)].op == op; });
+      };
+      const bool one_head = (has(Op::var_b) || p_.num_sequences == 1) && (has(Op::var_h) || p_.num_heads == 1);
+      const bool query = has(Op::var_q_idx), pair = query && has(Op::var_kv_idx);
+      buffers_[b].way = count[b] > 1        ? BufferPlan::apart
+                        : pair && one_head  ? BufferPlan::alone
+                        : query && one_head ? BufferPlan::by_turn
+                        : pair              ? BufferPlan::by_pair
+                                            : BufferPlan::apart;
+    }
+    for (const BufferPlan& b : buffers_) {
+      by_turn_ |= b.way == BufferPlan::by_turn;
+      by_pair_ |= b.way == BufferPlan::by_pair;
+      apart_ |= b.way == BufferPlan::apart;
+    }
+  }
+
+  void add_sinks() {
+    for (int32_t head = 0; head < p_.num_heads; ++head) {
+      double sum = 0;
+      for (size_t i = 0; i < static_cast<size_t>(p_.num_sequences); ++i) {
+        const Sequence& s = p_.sequences[i];
+        for (int64_t row = 0; row < q_blocks(s); ++row) {
+          const RowBlock& block = rows_[static_cast<size_t>(first_block_[i] + head * q_blocks(s) + row)];
+          for (int32_t m = 0; m < queries_of(i, head, row).q_count; ++m)
+            if (block.lse[m] != kInf)
+              sum -= std::exp(static_cast<double>(p_.sink[head]) - static_cast<double>(block.lse[m])) *
+                     static_cast<double>(block.delta[m]);
+        }
+      }
+      g_.d_sink[head] = static_cast<float>(sum);
+    }
+  }
+
+  // ---- the tasks ----
+
+  // The tiles of one task: head by head of its group, and in each the blocks of queries in order.
+  struct Walk {
+    Pass* pass;
+    const BackwardTask* task;
+    int64_t number;  // the task's
+    int64_t before;  // the number of the last task at the same place among the keys, -1: there is none
+    int32_t head;
+    int32_t row;  // the next to look at, -1: the head's first
+
+    const Structure& structure() const {
+      const size_t first = pass->first_structure_[static_cast<size_t>(task->sequence)],
+                   end = pass->first_structure_[static_cast<size_t>(task->sequence) + 1];
+      return pass->structures_[first + (end - first == 1 ? 0 : static_cast<size_t>(head))];
+    }
+
+    bool next(BackwardTile& tile) {
+      const int32_t group = pass->group(), tile_kv = pass->call_.tile_kv;
+      const auto column = static_cast<size_t>(task->first / tile_kv);
+      for (; head < (task->kv_head + 1) * group; ++head, row = -1) {
+        const Structure& s = structure();
+        if (row < 0) row = s.first_row[column];
+        while (row <= s.last_row[column]) {
+          const int32_t at = row++;
+          if (find(s.rows[static_cast<size_t>(at)], tile)) {
+            const auto sequence = static_cast<size_t>(task->sequence);
+            tile.queries = pass->queries_of(sequence, head, at);
+            tile.block = pass->first_block_[sequence] + head * pass->q_blocks(pass->p_.sequences[sequence]) + at;
+            tile.rows = pass->rows_[static_cast<size_t>(tile.block)];
+            return true;
+          }
+        }
+      }
+      return false;
+    }
+
+    bool find(const std::vector<RowRange>& row_ranges, BackwardTile& tile) const {
+      const int64_t first = task->first, end = first + task->count;
+      auto range = std::lower_bound(row_ranges.begin(), row_ranges.end(), end,
+                                    [](const RowRange& r, int64_t key) { return r.keys.first < key; });
+      if (range == row_ranges.begin()) return false;
+      const auto& [keys, turn] = *--range;
+      tile.first = std::max(first, keys.first);
+      tile.count = static_cast<int32_t>(std::min(end, keys.first + keys.count) - tile.first);
+      tile.full = keys.full;
+      tile.turn = turn + static_cast<int32_t>((tile.first - keys.first) / pass->call_.tile_kv);
+      return tile.count > 0;
+    }
+  };
+
+  static bool next_tile(void* walk, BackwardTile* tile) { return static_cast<Walk*>(walk)->next(*tile); }
+
+  // Tasks are taken in order, so the first one that is not finished never waits: there is no deadlock.
+  template <class Ready>
+  static void until(Ready ready) {
+    for (int spins = 0; !ready(); ++spins)
+      if (spins > 1000) sched_yield();
+  }
+
+  static void wait(void* walk, const BackwardTile& tile) {
+    const std::atomic<int32_t>& turn = static_cast<Walk*>(walk)->pass->turn_[static_cast<size_t>(tile.block)];
+    until([&] { return turn.load(std::memory_order_acquire) == tile.turn; });
+  }
+
+  static void order(void* state, const BackwardTile& tile) {
+    const Walk& walk = *static_cast<Walk*>(state);
+    if (walk.pass->by_turn_) wait(state, tile);
+    if (walk.pass->by_pair_ && walk.before >= 0) {
+      const auto task = static_cast<size_t>(walk.before);
+      const int64_t needed = walk.pass->position(task, walk.pass->group() - 1, tile.queries.q_first);
+      until([&] { return walk.pass->progress_[task].load(std::memory_order_acquire) >= needed; });
+    }
+  }
+
+  static void done(void* state, const BackwardTile& tile) {
+    const Walk& walk = *static_cast<Walk*>(state);
+    Pass& pass = *walk.pass;
+    pass.turn_[static_cast<size_t>(tile.block)].store(tile.turn + 1, std::memory_order_release);
+    if (pass.by_pair_) {
+      const auto task = static_cast<size_t>(walk.number);
+      pass.progress_[task].store(pass.position(task, tile.queries.head % pass.group(), tile.queries.q_first),
+                                 std::memory_order_release);
+    }
+  }
+
+  int32_t group() const { return p_.num_heads / p_.num_kv_heads; }
+
+  // How far a task is when it has done a tile; blocks of queries that it does not have count as its last.
+  int64_t position(size_t task, int32_t head_of_group, int64_t query) const {
+    const int64_t rows = q_blocks(p_.sequences[owner(first_task_, static_cast<int64_t>(task))]);
+    return head_of_group * rows + std::min(query / call_.tile_q + 1, rows);
+  }
+
+  // The task before `i` at the same place among the keys.
+  int64_t task_before(int64_t i, size_t sequence, int64_t column) const {
+    if (i - kv_blocks(p_.sequences[sequence]) >= first_task_[sequence]) return i - kv_blocks(p_.sequences[sequence]);
+    while (sequence-- > 0)
+      if (const int64_t width = kv_blocks(p_.sequences[sequence]); column < width && p_.num_kv_heads > 0)
+        return first_task_[sequence + 1] - width + column;
+    return -1;
+  }
+
+  // This thread's own part of gradients, and where they are added to.
+  struct Parts {
+    std::vector<std::vector<float>> apart;  // of each buffer
+    std::vector<LoadTarget> targets;        // of each load
+  };
+
+  Parts make_parts() const {
+    Parts parts;
+    parts.apart.resize(buffers_.size());
+    for (const LoadSlope& load : program_.loads) {
+      const auto b = static_cast<size_t>(program_.code[static_cast<size_t>(load.load)].attr);
+      LoadTarget target{g_.buffers[b], {}, INT64_MAX, 0};
+      std::copy(buffers_[b].stride, buffers_[b].stride + kMaxArgs, target.stride);
+      if (buffers_[b].way == BufferPlan::apart) {
+        parts.apart[b].resize(static_cast<size_t>(buffers_[b].elements));
+        target.data = parts.apart[b].data();
+      }
+      parts.targets.push_back(target);
+    }
+    return parts;
+  }
+
+  // Adds what a task has collected apart, after all tasks before it.
+  void merge(Parts& parts, int64_t task) {
+    until([&] { return merged_.load(std::memory_order_acquire) == task; });
+    for (size_t i = 0; i < parts.targets.size(); ++i) {
+      LoadTarget& target = parts.targets[i];
+      const auto b = static_cast<size_t>(program_.code[static_cast<size_t>(program_.loads[i].load)].attr);
+      if (buffers_[b].way == BufferPlan::apart)
+        for (int64_t e = target.first; e < target.end; ++e) {
+          g_.buffers[b][e] += target.data[e];
+          target.data[e] = 0;
+        }
+      target.first = INT64_MAX;
+      target.end = 0;
+    }
+    merged_.store(task + 1, std::memory_order_release);
+  }
+
+  void tasks() {
+    float* memory = workspace(kernel_.backward_bytes(call_));
+    if (memory == nullptr) throw std::bad_alloc();
+    Parts parts = make_parts();
+    // Nothing below allocates: a task that stopped half-way would be waited for.
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < first_task_.back();) {
+      const size_t sequence = owner(first_task_, i);
+      const Sequence& s = p_.sequences[sequence];
+      const int64_t in_sequence = i - first_task_[sequence], column = in_sequence % kv_blocks(s);
+      const int64_t first = column * call_.tile_kv;
+      const BackwardTask task{static_cast<int32_t>(sequence), static_cast<int32_t>(in_sequence / kv_blocks(s)), first,
+                              static_cast<int32_t>(std::min<int64_t>(call_.tile_kv, s.kv_len - first)),
+                              parts.targets.data()};
+      Walk walk{this, &task, i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(), -1};
+      const int32_t bad = kernel_.backward(call_, task, {&walk, next_tile, order, wait, done}, memory);
+      if (bad >= 0) bad_load_ = bad;
+      if (by_pair_) progress_[static_cast<size_t>(i)].store(INT64_MAX, std::memory_order_release);
+      if (apart_) merge(parts, i);
+    }
+  }
+
+  const Program& program_;
+  const Problem& p_;
+  const Gradients& g_;
+  const Analysis& analysis_;
+  const Facts& facts_;
+  const Kernel& kernel_;
+  const Call planned_;
+  const BackwardCall call_;
+  int threads_ = 1;
+  std::vector<int64_t> first_block_, first_task_;  // of each sequence: blocks of queries by head, tasks
+  std::vector<size_t> first_structure_;
+  std::vector<Structure> structures_;
+  std::vector<RowBlock> rows_;
+  std::unique_ptr<float[]> statistics_;
+  std::unique_ptr<std::atomic<int32_t>[]> turn_;  // of each block of queries: tiles that are done
+  std::unique_ptr<std::atomic<int64_t>[]> progress_;  // of each task: the position of its last tile
+  std::vector<BufferPlan> buffers_;
+  bool by_turn_ = false, by_pair_ = false, apart_ = false;  // whether some buffer is
+  std::atomic<int64_t> next_{0}, merged_{0};
+  std::atomic<int32_t> bad_load_{-1};
+  std::atomic<bool> no_memory_{false};
+};
+
+}  // namespace
+
+Status attend_backward(const Program& program, const Problem& p, const Gradients& gradients, const Config& config) {
+  if (p.num_heads == 0 || p.num_sequences == 0) return {};
+  Analysis analysis(program, p);
+  const Facts facts = analysis.prove();
+  if (facts.status.fault != Fault::none) return facts.status;
+  return Pass(program, p, gradients, config, analysis, facts).run();
+}
+
+}  // namespace attnkit::cpu

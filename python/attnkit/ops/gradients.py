@@ -1,0 +1,218 @@
+"""``torch.ops.attnkit.attend_backward``, and how a call of attention enters torch's autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attnkit.errors import error
+from attnkit.ir.program import Program
+from attnkit.ops.check import check_bindings, check_qkv, needs_derivatives, shape_of
+from attnkit.ops.counts import counts, recorder
+from attnkit.runtime import Prepared, prepare
+
+_lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_lib.define(
+    "attend_backward(Tensor d_o, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, str program,"
+    " Tensor[] buffers, float[] params, Tensor? seed, bool[] wanted)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] d_buffers)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class Saved(NamedTuple):
+    """What the backward of a call needs of it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of ``attend_backward``, in the order of its schema.
+
+    ``d_o`` and ``d_lse`` are the cotangents of what the call returned, ``o`` and ``lse``; ``wanted`` says for each
+    buffer whether its gradient is computed.
+    """
+
+    d_o: Tensor
+    d_lse: Tensor | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
+    program: str
+    buffers: list[Tensor]
+    params: list[float]
+    seed: Tensor | None
+    wanted: list[bool]
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+
+
+def run_backward(prepared: Prepared, call: BackwardCall) -> Gradients:
+    """The gradients of q, k, v and of the wanted buffers, in the dtypes of these, by a kernel that has a backward.
+
+    Raises:
+        AttnkitError: AK4xx, the tensors do not go together; AK603, out of memory; as the kernel.
+    """
+    d_o, d_lse, q, k, v, o, lse, _, buffers, params, _, wanted = call
+    _check(call, prepared.spec.program)
+    attend = prepared.spec.program.attend
+    ragged = prepared.spec.program.inputs[attend.k].lengths is not None
+    new = torch.zeros_like if ragged or o.numel() == 0 else torch.empty_like
+    try:
+        dq = torch.zeros_like(q, dtype=_accumulated(q))
+        dk, dv = new(k), new(v)
+        sums = [
+            torch.zeros(b.shape, dtype=_accumulated(b)) if w else None
+            for b, w in zip(buffers, wanted, strict=True)
+        ]
+    except RuntimeError as exc:  # torch has no narrower one on the CPU
+        raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
+    if recorder() is None:
+        kernel: Any = prepared.kernel
+        kernel.backward(
+            q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads()
+        )
+        counts.run()
+    d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
+    return dq.to(q.dtype), dk, dv, d_buffers
+
+
+def _accumulated(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+def _check(call: BackwardCall, program: Program) -> None:
+    check_qkv(call.q, call.k, call.v)
+    check_bindings(program, call.q, call.k, call.buffers, call.params)
+    shape = (*call.q.shape[:3], call.v.shape[3])
+    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
+        ("d_o", call.d_o, shape, call.q.dtype), ("o", call.o, shape, call.q.dtype),
+        ("d_lse", call.d_lse, shape[:3], torch.float32), ("lse", call.lse, shape[:3], torch.float32),
+    ]  # fmt: skip
+    for name, t, size, dtype in expected:
+        if t is None:
+            continue
+        if tuple(t.shape) != size:
+            raise error("AK403", where=name, given=shape_of(t), allowed=str(list(size)))
+        if t.dtype != dtype:
+            raise error("AK404", where=name, given=str(t.dtype), allowed=str(dtype))
+    if len(call.wanted) != len(call.buffers):
+        given = f"{len(call.wanted)} for {len(call.buffers)} buffers"
+        raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
+
+
+def _fake(*args: Any) -> Gradients:
+    call = BackwardCall(*args)
+    d_buffers = [b.new_empty(b.shape) for b, wanted in zip(call.buffers, call.wanted, strict=True) if wanted]
+    return torch.empty_like(call.q), torch.empty_like(call.k), torch.empty_like(call.v), d_buffers
+
+
+def _kernel(*args: Any) -> Gradients:
+    call = BackwardCall(*args)
+    dtype = str(call.q.dtype).removeprefix("torch.")
+    prepared = prepare(call.program, dtype, call.q.shape[3], call.v.shape[3], call.q.device.type)
+    if not has_backward(prepared):
+        raise error("AK503", where="torch.ops.attnkit.attend_backward", given=f"backend {prepared.backend!r}")
+    return run_backward(prepared, call)
+
+
+def _autograd(*args: Any) -> Gradients:
+    call = BackwardCall(*args)
+    tensors = [t for t in (*call[:7], *call.buffers) if isinstance(t, Tensor)]
+    if needs_derivatives(tensors):
+        raise error(
+            "AK503", where="torch.ops.attnkit.attend_backward", what="attention has no second derivatives"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attnkit.attend_backward.default(*args)  # type: ignore[no-any-return]
+
+
+def has_backward(prepared: Prepared) -> bool:
+    """Whether a kernel can go backwards."""
+    return hasattr(prepared.kernel, "backward")
+
+
+class Way(Protocol):
+    """How a call is computed, in both directions."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """``o`` and ``lse``."""
+
+    def backward(
+        self,
+        d_o: Tensor,
+        d_lse: Tensor | None,
+        saved: Saved,
+        buffers: list[Tensor],
+        wanted: list[bool],
+    ) -> Gradients:
+        """The gradients by everything that `forward` was given."""
+
+
+class ThroughOps:
+    """The way of `attend`: both directions are ops, which graphs can hold."""
+
+    def __init__(self, program: str, params: list[float], seed: Tensor | None) -> None:
+        self.program, self.params, self.seed = program, params, seed
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """See `Way`."""
+        o, lse = torch.ops.attnkit.attend(q, k, v, self.program, buffers, self.params, self.seed, True)
+        return o, lse
+
+    def backward(
+        self,
+        d_o: Tensor,
+        d_lse: Tensor | None,
+        saved: Saved,
+        buffers: list[Tensor],
+        wanted: list[bool],
+    ) -> Gradients:
+        """See `Way`."""
+        others = self.program, buffers, self.params, self.seed, wanted
+        return torch.ops.attnkit.attend_backward(d_o, d_lse, *saved, *others)  # type: ignore[no-any-return]
+
+
+class Differentiable(torch.autograd.Function):
+    """Attention with gradients: ``apply(way, q, k, v, *buffers)`` gives ``o`` and ``lse``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, way: Way, q: Tensor, k: Tensor, v: Tensor, *buffers: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `torch.autograd.Function`."""
+        o, lse = way.forward(q, k, v, list(buffers))
+        ctx.way = way
+        ctx.save_for_backward(q, k, v, o, lse, *buffers)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """See `torch.autograd.Function`."""
+        q, k, v, o, lse, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
+        saved = Saved(q, k, v, o, lse)
+        if d_o is None:
+            d_o = torch.zeros_like(saved.o)
+        needed = ctx.needs_input_grad
+        wanted = list(needed[4:])
+        *inputs, d_buffers = ctx.way.backward(d_o, d_lse, saved, buffers, wanted)
+        found = iter(d_buffers)
+        of_buffers = [next(found) if w else None for w in wanted]
+        return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), *of_buffers
+
+
+_lib.impl("attend_backward", _kernel, "CPU")
+_lib.impl("attend_backward", _autograd, "AutogradCPU")
+torch.library.register_fake("attnkit::attend_backward", _fake, lib=_lib)
