@@ -78,6 +78,9 @@ std::pair<int, int> call_backward(const Program& program, int dtype, uintptr_t q
     for (auto d = static_cast<size_t>(b.rank); d-- > 0; contiguous *= b.size[d])
       need(std::get<3>(*d_buffers[i])[d] == contiguous || b.size[d] <= 1, "the gradient of a buffer is not contiguous");
   }
+  for (const LoadSlope& load : program.loads)
+    need(d_buffer_data[static_cast<size_t>(program.code[static_cast<size_t>(load.load)].attr)] != nullptr,
+         "the gradient of a buffer is not there");
   g.buffers = d_buffer_data.data();
   for (size_t i = 0; i < memory.size(); ++i)
     if (const Fault fault = check_memory(memory[i]); fault != Fault::none)
