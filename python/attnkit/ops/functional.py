@@ -86,8 +86,8 @@ def attention(
         ``o [B, Hq, Sq, Dv]`` in q's dtype, or ``(o, lse)``. A row that sees nothing is 0.
 
     Raises:
-        AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong; AK5xx, not built, or gradients
-            are required and torch's op cannot stand in; AK6xx, an index or a length is wrong.
+        AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong; AK5xx, not built, or derivatives
+            in forward mode are required and torch's op cannot stand in; AK6xx, an index or a length is wrong.
     """
     if v is None:
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")

@@ -196,8 +196,8 @@ def scaled_dot_product_attention(
     Causal is top-left aligned, as torch's is. A row that sees nothing gives 0.
 
     Raises:
-        AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, gradients are required and
-            torch's op cannot stand in.
+        AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
+            required and torch's op cannot stand in.
     """
     for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not (t is None and name == "attn_mask"):
