@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit.backends.cpu.engine import engine
 from attnkit.bench import bars, checks, peers, records, report, runner, scaling
-from attnkit.bench.ceilings import Burst
+from attnkit.bench.ceilings import Burst, Ceilings
 from attnkit.bench.measure import Interval
 from attnkit.bench.rows import Bar, Row, select, suites
 from attnkit.bench.workloads import Inputs, Shape, Workload, make_inputs
@@ -155,6 +156,19 @@ def test_ceilings_that_were_not_probed_bind_only_where_memory_surely_does() -> N
     assert burst.least_seconds("bfloat16", 1, 40 * 10**9) == (1.0, "memory", 40.0)
     both = Burst({"float32": 400.0, "bfloat16": 800.0}, 40.0)
     assert both.least_seconds("bfloat16", 400 * 10**9, 1) == (0.5, "compute", 0.8)
+
+
+def test_dot_products_are_probed_where_there_are_any(isa_name: str) -> None:
+    before = engine().current_isa()
+    engine().set_isa(isa_name)
+    try:
+        assert engine().fma_gflops(1, 10_000) > 0
+        dot = engine().bf16_gflops(1, 10_000)
+        ceilings = Ceilings(1)
+        ceilings.burst()
+    finally:
+        engine().set_isa(before)
+    assert (dot is not None) == ("bfloat16" in ceilings.best.gflops) == ("bf16" in isa_name)
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
