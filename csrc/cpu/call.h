@@ -137,6 +137,8 @@ struct Kernel {
   double (*fma_burst)(int64_t rounds);
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.
   float (*read_burst)(const float* p, int64_t n);
+  // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
+  double (*dot_burst)(int64_t rounds) = nullptr;
 };
 
 extern const Kernel kScalarKernel;
