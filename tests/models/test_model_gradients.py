@@ -92,7 +92,7 @@ def whole(found: dict[str, Tensor]) -> Tensor:
     return torch.stack([g.norm().double() for g in found.values()]).norm()
 
 
-@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "t5"])
+@pytest.mark.parametrize("name", ["mistral", "gpt_oss", "gemma2"])
 def test_checkpointed_layers_and_repeats_give_the_same(name: str, make: Any, tokens: Any) -> None:
     inputs, targets = inputs_and_targets(ARCHITECTURES[name], tokens, (37, 7, 20))
     model = copy.deepcopy(make(name))
@@ -101,9 +101,6 @@ def test_checkpointed_layers_and_repeats_give_the_same(name: str, make: Any, tok
     again = gradients(model, weights, inputs, targets)
     model.activation_checkpointing_enable()
     model.train()  # layers are recomputed in training alone
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
     runs = ak.installed_report().kernel_runs
     recomputed = gradients(model, weights, inputs, targets)
     assert ak.installed_report().kernel_runs - runs == 3 * ARCHITECTURES[name].calls

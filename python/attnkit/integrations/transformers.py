@@ -196,7 +196,7 @@ def attention_forward(
 
     Raises:
         AttnkitError: AK504, something is asked for that is not built; AK401, AK403, AK404 for masks that do not fit;
-            AK503, gradients are required and torch's op cannot stand in; whatever `dense_attention` raises.
+            AK503, derivatives in forward mode are required; whatever `dense_attention` raises.
     """
     _refuse_unsupported(kwargs)
     if query.shape[0] == 1:

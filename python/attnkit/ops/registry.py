@@ -14,7 +14,14 @@ from attnkit.errors import AttnkitError, error
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import torch_sdpa
-from attnkit.ops.check import check_bindings, check_qkv, check_tensor, has_tangent, needs_derivatives
+from attnkit.ops.check import (
+    autocast,
+    check_bindings,
+    check_qkv,
+    check_tensor,
+    has_tangent,
+    needs_derivatives,
+)
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import Differentiable, ThroughOps, has_backward
 from attnkit.runtime import prepare
@@ -100,6 +107,13 @@ def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.attnkit.attend.default(*args)  # type: ignore[no-any-return]
 
 
+def _attend_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    tensors = autocast(q, k, v)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return torch.ops.attnkit.attend.default(*tensors, *others)  # type: ignore[no-any-return]
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
@@ -193,4 +207,5 @@ def _torch_form(program: Program, square: bool) -> tuple[bool, float | None] | N
 
 _lib.impl("attend", _attend_kernel, "CPU")
 _lib.impl("attend", _attend_autograd, "AutogradCPU")
+_lib.impl("attend", _attend_autocast, "AutocastCPU")
 torch.library.register_fake("attnkit::attend", _attend_fake, lib=_lib)
