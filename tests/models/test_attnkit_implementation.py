@@ -229,6 +229,29 @@ def test_attention_weights_are_refused(name: str, make: Make, tokens: Any) -> No
     make(name)(**inputs)  # nothing stays behind
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen3", "gpt2", "bert", "t5", "vit"])
+def test_16_bit_models(name: str, dtype: torch.dtype, make: Make, tokens: Any, exact: Any) -> None:
+    """Against the same rounded weights in float64, the error is at most twice that of eager in the same dtype."""
+    inputs, live = tokens(33, 20), tokens(33, 20)["attention_mask"].bool()
+    if name == "vit":
+        pixels = torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(2))
+        inputs, live = {"pixel_values": pixels.to(dtype)}, torch.ones(3, dtype=torch.bool)
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+
+    def logits(implementation: str) -> Tensor:
+        out: Tensor = copy.deepcopy(make(name, implementation)).to(dtype)(**inputs).logits
+        assert out.dtype == dtype
+        return out[live].double()
+
+    with kernels(ARCHITECTURES[name].calls):
+        ours = logits("attnkit")
+    want = exact(name, stored=dtype, **inputs).logits[live]
+    assert (ours - want).norm() <= 2 * (logits("eager") - want).norm()
+    assert 0 < (ours - want).norm() <= 0.2 * want.norm()
+
+
 def test_other_dtypes_are_refused(make: Make, tokens: Any) -> None:
     with pytest.raises(ak.AttnkitNotImplementedError, match="AK502"):
         copy.deepcopy(make("llama")).double()(**tokens(7, 5))
