@@ -229,6 +229,19 @@ def test_attention_weights_are_refused(name: str, make: Make, tokens: Any) -> No
     make(name)(**inputs)  # nothing stays behind
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "t5"])
+def test_half_precision(name: str, dtype: torch.dtype, make: Make, tokens: Any, exact: Any) -> None:
+    """Sinks, softcaps and biases of positions are in the model's dtype too. Torch's own error is the measure."""
+    inputs = tokens(17, 17)
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    truth = exact(name, **inputs).logits
+    ours, torchs = (copy.deepcopy(make(name, i)).to(dtype)(**inputs).logits for i in ("attnkit", "eager"))
+    assert ours.dtype == dtype
+    assert (ours - truth).norm() <= 2 * (torchs - truth).norm()
+
+
 def test_other_dtypes_are_refused(make: Make, tokens: Any) -> None:
     with pytest.raises(ak.AttnkitNotImplementedError, match="AK502"):
         copy.deepcopy(make("llama")).double()(**tokens(7, 5))
