@@ -216,7 +216,7 @@ def attention_forward(
     o = dense_attention(
         query, key, value,
         mask=mask, softcap=softcap, score=None if additive is None else bias(additive),
-        sink=s_aux, scale=scaling, dropout_p=dropout,
+        sink=None if s_aux is None else s_aux.float(), scale=scaling, dropout_p=dropout,
     )  # fmt: skip
     assert isinstance(o, Tensor)  # lse was not asked for
     return o.transpose(1, 2).contiguous(), None
