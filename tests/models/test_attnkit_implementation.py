@@ -230,7 +230,9 @@ def test_attention_weights_are_refused(name: str, make: Make, tokens: Any) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "qwen3", "gpt2", "bert", "t5", "vit"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "gemma2", "gpt_oss", "qwen3", "gpt2", "bert", "t5", "vit"]
+)
 def test_16_bit_models(name: str, dtype: torch.dtype, make: Make, tokens: Any, exact: Any) -> None:
     """Against the same rounded weights in float64, the error is at most twice that of eager in the same dtype."""
     inputs, live = tokens(33, 20), tokens(33, 20)["attention_mask"].bool()
