@@ -18,6 +18,7 @@ namespace {
 #include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
+#include "kernel_float-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward-inl.h"
