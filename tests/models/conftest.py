@@ -83,14 +83,17 @@ def make() -> Make:
 
 @pytest.fixture
 def exact(make: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """``exact(name)``: the model with eager attention in float64, all of it; ``exact(name, **inputs)``: what it gives."""
+    """``exact(name)``: the model with eager attention in float64, all of it; ``exact(name, **inputs)``: what it gives.
+
+    ``stored`` is the dtype its weights are rounded to first.
+    """
     softmax = torch.nn.functional.softmax
 
     def in_its_own_dtype(x: Tensor, dim: int = -1, dtype: Any = None) -> Tensor:
         return softmax(x, dim=dim)  # models ask for float32 here
 
-    def run(name: str, **inputs: Any) -> Any:
-        wide = copy.deepcopy(make(name, "eager")).double()
+    def run(name: str, stored: torch.dtype = torch.float32, **inputs: Any) -> Any:
+        wide = copy.deepcopy(make(name, "eager")).to(stored).double()
         if hasattr(wide.config, "num_experts_per_tok"):
             wide.set_experts_implementation("eager")  # the faster one knows no float64
 

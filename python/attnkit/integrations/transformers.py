@@ -288,7 +288,7 @@ def _checked(name: str, mask: Tensor, full: Shape) -> Tensor:
         allowed = f"what broadcasts to {list(full)}"
         raise error("AK403", where=name, given=str(list(mask.shape)), allowed=allowed)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise error("AK404", where=name, given=str(mask.dtype), allowed="torch.bool, torch.float32")
+        raise error("AK404", where=name, given=str(mask.dtype), allowed="torch.bool or a float dtype")
     return mask
 
 
