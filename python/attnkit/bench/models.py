@@ -196,7 +196,6 @@ def run(
     }  # fmt: skip
     with use_threads(threads) as used:
         document["threads"] = used
-        import_module("attnkit.integrations.transformers")  # registers "attnkit"
         for i, job in enumerate(chosen):
             progress(job.title, i / len(chosen))
             try:
