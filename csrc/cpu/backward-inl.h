@@ -152,12 +152,9 @@ class Backward {
 
   // [channel][key]; lanes beyond the last key are zero.
   void transpose(Rows from, int32_t width, float scale, float* to) {
-    const int32_t lanes = round_up(t_.count, kLanes);
-    for (int32_t d = 0; d < width; ++d) {
-      float* row = to + static_cast<int64_t>(d) * at_.bn;
-      for (int32_t n = 0; n < t_.count; ++n) row[n] = from.data[n * from.stride + d] * scale;
-      for (int32_t n = t_.count; n < lanes; ++n) row[n] = 0;
-    }
+    const float* rows[kMaxTileKv];
+    for (int32_t n = 0; n < t_.count; ++n) rows[n] = from.data + n * from.stride;
+    transpose_rows(rows, t_.count, width, scale, to, at_.bn);
   }
 
   void visit(const BackwardTile& tile, const Tiles& tiles) {
