@@ -47,12 +47,12 @@ std::pair<int, int> call_backward(const Program& program, int dtype, uintptr_t q
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
-  need(lse != 0, "the backward needs lse");
   Request r;
   Status status = r.fill(program, dtype, q, q_shape, q_stride, k, k_shape, k_stride, v, v_shape, v_stride, o, o_stride,
                          lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params);
   if (status.fault != Fault::none) return {static_cast<int>(status.fault), status.value};
 
+  need(lse != 0 || r.empty, "the backward needs lse");
   std::vector<Memory> memory;
   const DType element = r.problem.dtype;
   Gradients g{};
@@ -78,11 +78,14 @@ std::pair<int, int> call_backward(const Program& program, int dtype, uintptr_t q
     for (auto d = static_cast<size_t>(b.rank); d-- > 0; contiguous *= b.size[d])
       need(std::get<3>(*d_buffers[i])[d] == contiguous || b.size[d] <= 1, "the gradient of a buffer is not contiguous");
   }
+  for (const LoadSlope& load : program.loads)
+    need(d_buffer_data[static_cast<size_t>(program.code[static_cast<size_t>(load.load)].attr)] != nullptr,
+         "the gradient of a buffer is not there");
   g.buffers = d_buffer_data.data();
   for (size_t i = 0; i < memory.size(); ++i)
     if (const Fault fault = check_memory(memory[i]); fault != Fault::none)
       return {static_cast<int>(fault), static_cast<int>(6 + r.buffers.size() + i)};
-  if (!r.empty || k_shape[2] > 0) {
+  if (!r.empty) {
     pybind11::gil_scoped_release release;
     status = attend_backward(program, r.problem, g, {tile_q, tile_kv, tile_kv, std::min(threads, kMaxThreads)});
   }

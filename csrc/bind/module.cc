@@ -96,11 +96,12 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
                         found.per_head ? heads : 1, offsets, runs);
 }
 
-// The routine behind one opcode, on whole arrays; any of the arguments an opcode has must be there.
+// The routine behind one opcode, or "exp_weight", on whole arrays; any of the arguments an opcode has must be there.
 py::array_t<float> call_evaluate(const std::string& opcode,
                                  const std::vector<py::array_t<float, py::array::c_style>>& args) {
-  for (int i = 0; i < static_cast<int>(Op::count); ++i) {
-    const OpSignature& sig = signature(static_cast<Op>(i));
+  for (int i = 0; i <= static_cast<int>(kWeightOp); ++i) {
+    const Op op = static_cast<Op>(i);
+    const OpSignature sig = op == kWeightOp ? OpSignature{"exp_weight", 'f', "f"} : signature(op);
     if (opcode != sig.name) continue;
     const size_t n_args = std::strlen(sig.args);
     need(n_args > 0 && sig.args[0] != '*' && args.size() == n_args, "not an opcode of that many arguments");
@@ -116,7 +117,7 @@ py::array_t<float> call_evaluate(const std::string& opcode,
       pointers[a] = in[a].data();
     }
     std::vector<float> out(padded);
-    evaluate(static_cast<Op>(i), out.data(), pointers, static_cast<int32_t>(padded));
+    evaluate(op, out.data(), pointers, static_cast<int32_t>(padded));
     py::array_t<float> result(static_cast<py::ssize_t>(n));
     std::copy_n(out.begin(), n, result.mutable_data());
     return result;
@@ -128,15 +129,22 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-double fma_gflops(int threads, int64_t rounds) {
+double gflops(double (*burst)(int64_t), int threads, int64_t rounds) {
   need(threads > 0, "threads are at least 1");
   need(rounds >= 0 && rounds <= 1'000'000'000, "rounds are 0 to 10^9");
   py::gil_scoped_release release;
   const auto start = std::chrono::steady_clock::now();
   double flops = 0;
 #pragma omp parallel num_threads(std::min(threads, kMaxThreads)) reduction(+ : flops)
-  flops += current_isa().fma_burst(rounds);
+  flops += burst(rounds);
   return flops / seconds_since(start) * 1e-9;
+}
+
+double fma_gflops(int threads, int64_t rounds) { return gflops(current_isa().fma_burst, threads, rounds); }
+
+std::optional<double> bf16_gflops(int threads, int64_t rounds) {
+  if (!current_isa().dot_burst) return std::nullopt;
+  return gflops(current_isa().dot_burst, threads, rounds);
 }
 
 double read_gbytes_per_s(int threads, const py::array_t<float, py::array::c_style>& memory) {
@@ -189,6 +197,7 @@ PYBIND11_MODULE(_engine, m) {
   m.def("last_isa", [] { return std::string(last_isa()); });
   m.def("set_poison", &set_poison);
   m.def("fma_gflops", &fma_gflops, py::arg("threads"), py::arg("rounds") = 2'000'000);
+  m.def("bf16_gflops", &bf16_gflops, py::arg("threads"), py::arg("rounds") = 2'000'000);
   m.def("read_gbytes_per_s", &read_gbytes_per_s, py::arg("threads"), py::arg("memory"));
   m.attr("compiler") = __VERSION__;
 }

@@ -152,9 +152,17 @@ class Backward {
 
   // [channel][key]; lanes beyond the last key are zero.
   void transpose(Rows from, int32_t width, float scale, float* to) {
-    const float* rows[kMaxTileKv];
-    for (int32_t n = 0; n < t_.count; ++n) rows[n] = from.data + n * from.stride;
-    transpose_rows(rows, t_.count, width, scale, to, at_.bn);
+    for (int32_t n = 0; n < t_.count; n += kLanes)
+      for (int32_t d = 0; d < width; d += kLanes) {
+        vf square[kLanes];
+#pragma GCC unroll 16
+        for (int32_t r = 0; r < kLanes; ++r)
+          square[r] = n + r < t_.count ? load(from.data + (n + r) * from.stride + d) * set1(scale) : vf{};
+        transpose_square(square);
+#pragma GCC unroll 16
+        for (int32_t r = 0; r < kLanes; ++r)
+          if (d + r < width) store(to + static_cast<int64_t>(d + r) * at_.bn + n, square[r]);
+      }
   }
 
   void visit(const BackwardTile& tile, const Tiles& tiles) {

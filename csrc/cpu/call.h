@@ -115,6 +115,9 @@ struct Tiles {
   void (*done)(void* state, const BackwardTile& tile);
 };
 
+// No opcode of programs: the exponential that makes weights, for tests.
+inline constexpr Op kWeightOp = Op::count;
+
 // What one instruction set provides.
 struct Kernel {
   const char* name;
@@ -134,6 +137,8 @@ struct Kernel {
   double (*fma_burst)(int64_t rounds);
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.
   float (*read_burst)(const float* p, int64_t n);
+  // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
+  double (*dot_burst)(int64_t rounds) = nullptr;
 };
 
 extern const Kernel kScalarKernel;

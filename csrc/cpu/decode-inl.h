@@ -1,12 +1,14 @@
 // The products of a tile with few queries: its lanes would mostly be empty, and memory is what limits.
 //
-// Keys become the lanes of the scores instead: a tile of them is transposed in registers, from the elements that memory
-// holds, and the queries are its rows. Every sum has the order that it has in products-inl.h, so that which of the two
-// is taken changes no bit. All the while the next tile's keys and values are fetched into the cache, a few lines at
-// each step, so that memory never waits for arithmetic: in one burst they would make arithmetic wait for memory.
+// Keys become the lanes of the scores instead: a block of them is transposed in registers, from the elements that
+// memory holds, and the queries are its rows. Every sum has the order that it has in products-inl.h, so that which of
+// the two is taken changes no bit. All the while what is needed next is fetched into the cache, a few lines at each
+// step: in one burst they would make arithmetic wait for memory. A tile's values are fetched while its scores are
+// computed, the next tile's keys while its values are used; farther ahead they would push each other out of the cache.
 
-inline constexpr int kFewLanes = kLanes * 3 / 4;  // where both ways to the scores cost the same
-inline constexpr int kFewVecs = kAccumulators / 6;  // vectors of keys at once, for up to four queries
+inline constexpr int kFewLanes = kLanes;            // beyond, lanes are full enough
+inline constexpr int kBlockVecs = 2;  // vectors of keys in a block: small, it shares the cache with a tile
+inline constexpr int kFewVecs = kAccumulators / 6;  // vectors of value channels at once, for up to four queries
 
 // ---- transposition ----
 
@@ -101,63 +103,41 @@ ATTNKIT_INLINE vf widen_unit(const F16*, vf unit, int channel) {
 
 // ---- what is needed next ----
 
-// The rows of a tile, in bytes.
-struct RowsAhead {
-  const char* at;
-  int64_t stride, bytes;
-  int32_t rows;
-};
-
+// Fetches rows of a tile, line by line.
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const RowsAhead& keys, const RowsAhead& values) : later_(values) {
-    lines_ = lines_of(keys) + lines_of(values);
-    begin(keys);
-  }
+  Ahead(const char* rows, int64_t stride, int64_t bytes, int32_t count)
+      : at_(rows), row_(rows), stride_(stride), bytes_(bytes), lines_((bytes + kLine - 1) / kLine * count) {}
 
-  // Lines to fetch at each of so many steps, if `phases` phases of them are left.
+  // Lines to fetch at each of so many steps, which are one of the `phases` phases that are left.
   int32_t share(int64_t steps, int32_t phases) const {
     return static_cast<int32_t>((lines_ + steps * phases - 1) / (steps * phases));
   }
 
   ATTNKIT_INLINE void fetch(int32_t lines) {
-    for (; lines > 0 && lines_ > 0; --lines) {
+    for (; lines > 0 && lines_ > 0; --lines, --lines_) {
       __builtin_prefetch(at_);
       at_ += kLine;
-      --lines_;
-      if (at_ >= row_end_) next_row();
+      if (at_ >= row_ + bytes_) at_ = row_ += stride_;
     }
   }
 
  private:
   static constexpr int64_t kLine = 64;
-  static int64_t lines_of(const RowsAhead& r) { return (r.bytes + kLine - 1) / kLine * r.rows; }
-
-  void begin(const RowsAhead& r) {
-    now_ = r;
-    at_ = r.at;
-    row_end_ = r.at + r.bytes;
-  }
-  void next_row() {
-    if (--now_.rows <= 0) return begin(later_);
-    now_.at += now_.stride;
-    at_ = now_.at;
-    row_end_ = now_.at + now_.bytes;
-  }
-
-  RowsAhead now_{}, later_{};
-  int64_t lines_ = 0;
-  const char *at_ = nullptr, *row_end_ = nullptr;
+  const char *at_ = nullptr, *row_ = nullptr;
+  int64_t stride_ = 0, bytes_ = 0, lines_ = 0;
 };
 
 // ---- scores ----
 
-// K^T of `count` keys, channels by `ld` keys, in float32. The last key is repeated to a whole vector.
+// K^T of a block of at most kBlockVecs vectors of keys, channels by `ld` keys, in float32. The last key is repeated to
+// a whole vector.
 template <class T>
-void transpose_keys(const T* k, int64_t stride, int32_t count, int32_t channels, float* kt, int32_t ld, Ahead& ahead) {
+void transpose_keys(const T* k, int64_t stride, int32_t count, int32_t channels, float* kt, int32_t ld, Ahead& shared,
+                    int32_t share) {
+  Ahead ahead = shared;  // kept in registers
   constexpr int kAtOnce = kLanes * kPerUnit<T>;
-  const int32_t share = ahead.share(int64_t{ld / kLanes} * (channels / kAtOnce), 4);
   for (int32_t n = 0; n < count; n += kLanes)
     for (int32_t d = 0; d < channels; d += kAtOnce) {
       vf r[kLanes];
@@ -173,12 +153,14 @@ void transpose_keys(const T* k, int64_t stride, int32_t count, int32_t channels,
           store(kt + static_cast<int64_t>(d + i * kPerUnit<T> + u) * ld + n,
                 widen_unit(static_cast<const T*>(nullptr), r[i], u));
     }
+  shared = ahead;
 }
 
 // S^T of kRows queries and kVecs vectors of keys: qk_tile with the roles exchanged.
 template <int kRows, int kVecs>
-ATTNKIT_INLINE void few_tile(const float* q, int32_t head_dim, const float* kt, int32_t ld, float* st, Ahead& ahead,
-                             int32_t share) {
+__attribute__((noinline)) void few_tile(const float* q, int32_t head_dim, const float* kt, float* st, int32_t st_stride,
+                                        Ahead& shared, int32_t share) {
+  Ahead ahead = shared;  // kept in registers
   for (int32_t d = 0; d < head_dim; d += kChannels) {
     const int32_t end = head_dim - d < kChannels ? head_dim : d + kChannels;
     vf acc[kRows][kVecs] = {};
@@ -186,7 +168,7 @@ ATTNKIT_INLINE void few_tile(const float* q, int32_t head_dim, const float* kt, 
       ahead.fetch(share);
       vf key[kVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) key[v] = load(kt + static_cast<int64_t>(c) * ld + v * kLanes);
+      for (int v = 0; v < kVecs; ++v) key[v] = load(kt + static_cast<int64_t>(c) * kVecs * kLanes + v * kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         const vf x = set1(q[static_cast<int64_t>(r) * head_dim + c]);
@@ -198,28 +180,20 @@ ATTNKIT_INLINE void few_tile(const float* q, int32_t head_dim, const float* kt, 
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        float* x = st + r * ld + v * kLanes;
+        float* x = st + r * st_stride + v * kLanes;
         store(x, d == 0 ? acc[r][v] : load(x) + acc[r][v]);
       }
   }
+  shared = ahead;
 }
 
-template <int kRows>
-__attribute__((noinline)) void few_rows(const float* q, int32_t head_dim, const float* kt, int32_t ld, float* st,
-                                        Ahead& ahead, int32_t share) {
-  int32_t n = 0;
-  for (; n + kFewVecs * kLanes <= ld; n += kFewVecs * kLanes)
-    few_tile<kRows, kFewVecs>(q, head_dim, kt + n, ld, st + n, ahead, share);
-  for (; n < ld; n += kLanes) few_tile<kRows, 1>(q, head_dim, kt + n, ld, st + n, ahead, share);
-}
-
+// S^T of all queries for one block, which has kBlockVecs vectors of keys or one.
 inline void few_scores(const float* q, int32_t lanes, int32_t head_dim, const float* kt, int32_t ld, float* st,
-                       Ahead& ahead) {
-  const int32_t share =
-      ahead.share(int64_t{head_dim} * ((ld + kFewVecs * kLanes - 1) / (kFewVecs * kLanes)) * ((lanes + 3) / 4), 3);
+                       int32_t st_stride, Ahead& ahead, int32_t share) {
   int32_t m = 0;
   const auto rows = [&]<int kRows>() {
-    few_rows<kRows>(q + static_cast<int64_t>(m) * head_dim, head_dim, kt, ld, st + m * ld, ahead, share);
+    const auto tile = ld == kLanes ? few_tile<kRows, 1> : few_tile<kRows, kBlockVecs>;
+    tile(q + static_cast<int64_t>(m) * head_dim, head_dim, kt, st + m * st_stride, st_stride, ahead, share);
     m += kRows;
   };
   while (lanes - m >= 4) rows.template operator()<4>();
@@ -230,17 +204,17 @@ inline void few_scores(const float* q, int32_t lanes, int32_t head_dim, const fl
 // ---- weights ----
 
 // The weights of plain scores, elementwise as softmax has them; the maxima and the factors of what was before.
-inline void few_weights(float* st, int32_t ld, int32_t lanes, float* max, float* alpha, Ahead& ahead) {
-  const int32_t share = ahead.share(int64_t{lanes} * (ld / kLanes), 2);
+inline void few_weights(float* st, int32_t ld, int32_t count, int32_t lanes, float* max, float* alpha, Ahead& ahead) {
+  const int32_t share = ahead.share(int64_t{lanes} * ((count + kLanes - 1) / kLanes), 2);
   for (int32_t m = 0; m < lanes; ++m, st += ld) {
     vf largest = set1(-kInfinity);
-    for (int32_t n = 0; n < ld; n += kLanes) largest = max_or_second(load(st + n), largest);
+    for (int32_t n = 0; n < count; n += kLanes) largest = max_or_second(load(st + n), largest);
     float top = max[m];
     for (int i = 0; i < kLanes; ++i) top = largest[i] > top ? largest[i] : top;
     const vf pivot = set1(top == -kInfinity ? 0 : top);
     alpha[m] = exp_weight(set1(max[m]) - pivot)[0];
     max[m] = top;
-    for (int32_t n = 0; n < ld; n += kLanes) {
+    for (int32_t n = 0; n < count; n += kLanes) {
       ahead.fetch(share);
       store(st + n, exp_weight(load(st + n) - pivot));
     }
@@ -249,8 +223,8 @@ inline void few_weights(float* st, int32_t ld, int32_t lanes, float* max, float*
 
 // A row of kLanes queries for each key, from S^T. Told every row.
 template <class F>
-ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t lanes, float* s, F each) {
-  for (int32_t n = 0; n < ld; n += kLanes) {
+ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32_t lanes, float* s, F each) {
+  for (int32_t n = 0; n < count; n += kLanes) {
     vf r[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) r[i] = i < lanes ? load(st + i * ld + n) : vf{};
@@ -268,7 +242,8 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t lanes, float
 // As pv, of few queries, on the elements that memory holds.
 template <class T>
 void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t count, const float* alpha, float* o,
-                int32_t o_stride, int32_t lanes, Ahead& ahead) {
+                int32_t o_stride, int32_t lanes, Ahead& shared) {
+  Ahead ahead = shared;  // kept in registers
   const int32_t share =
       ahead.share(int64_t{count} * ((o_stride + kFewVecs * kLanes - 1) / (kFewVecs * kLanes)) * ((lanes + 3) / 4), 1);
   const auto fetch = [&](int32_t) { ahead.fetch(share); };
@@ -287,4 +262,5 @@ void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_
   };
   while (c + kFewVecs * kLanes <= o_stride) columns.template operator()<kFewVecs>();
   while (c < o_stride) columns.template operator()<1>();
+  shared = ahead;
 }

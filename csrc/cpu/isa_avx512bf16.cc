@@ -23,9 +23,26 @@ namespace {
 #include "backward_loads-inl.h"
 #include "backward-inl.h"
 #include "probe-inl.h"
+
+double dot_burst(int64_t rounds) {
+  constexpr int kChains = kAccumulators;
+  __m512 acc[kChains];
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_set1_ps(static_cast<float>(i));
+  const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00), b = (__m512bh)_mm512_set1_epi16(0x3c00);  // 0.5, 0.0078125
+  for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], a, b);
+  }
+  __m512 sum = acc[0];
+#pragma GCC unroll 32
+  for (int i = 1; i < kChains; ++i) sum += acc[i];
+  asm volatile("" : : "m"(sum));  // or the loop could be dropped
+  return 4.0 * kLanes * kChains * static_cast<double>(rounds);
+}
 }  // namespace
 
-const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes, run_by_dtype, merge_parts, backward_bytes,
-                               backward_rows, backward,        evaluate,     fma_burst,   read_burst};
+const Kernel kAvx512bf16Kernel{"avx512bf16", workspace_bytes, run_by_dtype, merge_parts, backward_bytes, backward_rows,
+                               backward,     evaluate,        fma_burst,    read_burst,  dot_burst};
 
 }  // namespace attnkit::cpu

@@ -13,7 +13,7 @@ struct Layout {
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t q, kt, st;  // of few queries: rows of them, of K^T and of S^T
-  int32_t ld;  // keys in a row of those
+  int32_t ld;  // keys in a row of S^T
 
   Layout(const Call& c, int32_t lanes)
       : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
@@ -35,8 +35,8 @@ struct Layout {
     before_max = take(1, bm);
     before_sum = take(1, bm);
     q = take(kFewLanes, p.head_dim);
-    ld = round_up(c.tile_kv, kLanes);
-    kt = take(round_up(p.head_dim, kLanes), ld);
+    ld = round_up(c.tile_kv, kBlockVecs * kLanes);
+    kt = take(round_up(p.head_dim, kLanes), kBlockVecs * kLanes);
     st = take(kFewLanes, ld);
   }
 };
@@ -307,17 +307,21 @@ class FloatForward : public Forward {
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
     float *s = ws_ + at_.s, *largest = start_largest(full);
-    Ahead ahead =
-        few() && next >= 0 ? Ahead(tile_at(p_.k, p_.head_dim, next), tile_at(p_.v, p_.v_head_dim, next)) : Ahead();
     if (few()) {
-      few_scores_of(first, count, plain(full), ahead);
+      few_scores_of(first, count);
     } else {
       int64_t stride;
       const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
       qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, s, largest);
     }
-    modify(first, count, full);
-    if (!few() || !plain(full)) softmax(count, Weights{s, at_.bm});
+    Ahead ahead = few() && next >= 0 ? tile_at(p_.k, p_.head_dim, next) : Ahead();
+    if (few() && plain(full)) {
+      few_softmax(count, ahead);
+    } else {
+      if (few()) few_by_key(ws_ + at_.st, at_.ld, count, t_.lanes(), s, [](int32_t, vf) {});
+      modify(first, count, full);
+      softmax(count, Weights{s, at_.bm});
+    }
     if (few() && full) return few_values_of(first, count, ahead);
     int64_t stride;
     const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
@@ -331,25 +335,37 @@ class FloatForward : public Forward {
   // See products-inl.h and decode-inl.h.
   bool few() const { return t_.lanes() <= kFewLanes; }
 
-  // In a plain tile they become weights on the way.
-  void few_scores_of(int64_t first, int32_t count, bool plain, Ahead& ahead) {
-    float *kt = ws_ + at_.kt, *st = ws_ + at_.st, *s = ws_ + at_.s;
-    const int32_t ld = round_up(count, kLanes), lanes = t_.lanes();
+  void few_scores_of(int64_t first, int32_t count) {
+    Ahead ahead = tile_at(p_.v, p_.v_head_dim, first);
+    constexpr int32_t kBlock = kBlockVecs * kLanes;
+    const int32_t lanes = t_.lanes(), blocks = (count + kBlock - 1) / kBlock;
+    const auto from = [&](const auto* k, int64_t stride, int32_t channels) {
+      const int32_t across = channels / (kLanes * kPerUnit<std::remove_cvref_t<decltype(*k)>>);
+      const int32_t in_keys = ahead.share(int64_t{blocks} * kBlockVecs * across, 2);
+      const int32_t in_scores = ahead.share(int64_t{blocks} * p_.head_dim * ((lanes + 3) / 4), 2);
+      for (int32_t n = 0; n < count; n += kBlock) {
+        const int32_t keys = count - n < kBlock ? count - n : kBlock, ld = keys <= kLanes ? kLanes : kBlock;
+        transpose_keys(k + n * stride, stride, keys, channels, ws_ + at_.kt, ld, ahead, in_keys);
+        few_scores(ws_ + at_.q, lanes, p_.head_dim, ws_ + at_.kt, ld, ws_ + at_.st + n, at_.ld, ahead, in_scores);
+      }
+    };
     with_elements(p_.dtype, [&](auto* type) {
       using Element = std::remove_pointer_t<decltype(type)>;
       if (p_.k.stride[3] == 1 && p_.head_dim % (kLanes * kPerUnit<Element>) == 0)
-        return transpose_keys(row<Element*>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], count, p_.head_dim,
-                              kt, ld, ahead);
+        return from(row<Element*>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], p_.head_dim);
       const int32_t width = round_up(p_.head_dim, kLanes);
       int64_t stride;
       const float* k = rows(p_.k, first, count, p_.head_dim, width, at_.k, stride);
-      transpose_keys(k, stride, count, width, kt, ld, ahead);
+      from(k, stride, width);
     });
-    few_scores(ws_ + at_.q, lanes, p_.head_dim, kt, ld, st, ahead);
-    if (!plain) return few_by_key(st, ld, lanes, s, [](int32_t, vf) {});
-    few_weights(st, ld, lanes, ws_ + at_.max, ws_ + at_.alpha, ahead);
+  }
+
+  // softmax of plain scores, which are still at hand by key: as many weights at once as a vector has.
+  void few_softmax(int32_t count, Ahead& ahead) {
+    few_weights(ws_ + at_.st, at_.ld, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha, ahead);
     vf sum[kSums] = {};
-    few_by_key(st, ld, lanes, s, [&](int32_t n, vf w) { sum[n % kSums] += n < count ? w : vf{}; });
+    few_by_key(ws_ + at_.st, at_.ld, count, t_.lanes(), ws_ + at_.s,
+               [&](int32_t n, vf w) { sum[n % kSums] += n < count ? w : vf{}; });
     float* total = ws_ + at_.sum;
     store(total, fma(load(total), load(ws_ + at_.alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
@@ -368,13 +384,13 @@ class FloatForward : public Forward {
   }
 
   // As much of a tile as there is; rows whose channels lie apart are not worth fetching.
-  RowsAhead tile_at(const View& view, int32_t channels, int64_t first) const {
+  Ahead tile_at(const View& view, int32_t channels, int64_t first) const {
+    if (view.stride[3] != 1) return {};
     const int64_t size = element_size(p_.dtype), left = seq_.kv_len - first;
-    const char* at =
-        view.data +
-        (seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + first) * view.stride[2]) * size;
-    const auto tile = static_cast<int32_t>(left < c_.tile_kv ? left : c_.tile_kv);
-    return {at, view.stride[2] * size, channels * size, view.stride[3] == 1 ? tile : 0};
+    const int64_t at =
+        seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + first) * view.stride[2];
+    return {view.data + at * size, view.stride[2] * size, channels * size,
+            static_cast<int32_t>(left < c_.tile_kv ? left : c_.tile_kv)};
   }
 
   struct Weights {

@@ -4,6 +4,7 @@
 void evaluate(Op op, float* dst, const float* const* args, int32_t n) {
   Operand a[kMaxArgs];
   for (int i = 0; i < 3; ++i) a[i] = {args[i], 0, true};
+  if (op == kWeightOp) return map1(dst, {1, n}, a[0], [](vf x) { return exp_weight(x); });
   compute(op, dst, {1, n}, a);
 }
 

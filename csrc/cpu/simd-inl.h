@@ -46,3 +46,23 @@ ATTNKIT_INLINE vf scale_in_two_steps(vf p, vi k) {
   const vi half = k >> 1;
   return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
 }
+
+// kLanes vectors as the rows of a square matrix become its columns: blocks of half the size change places, stage by
+// stage.
+ATTNKIT_INLINE void transpose_square(vf* rows) {
+#pragma GCC unroll 8
+  for (int half = 1; half < kLanes; half *= 2) {
+    vi low{}, high{};
+    for (int j = 0; j < kLanes; ++j) {
+      low[j] = (j & half) == 0 ? j : kLanes + j - half;
+      high[j] = (j & half) == 0 ? j + half : kLanes + j;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & half) != 0) continue;
+      const vf a = rows[i], b = rows[i + half];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+}

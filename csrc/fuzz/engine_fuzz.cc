@@ -27,6 +27,7 @@
 #include <vector>
 
 #include "../cpu/attend.h"
+#include "../cpu/backward.h"
 #include "../cpu/blocks.h"
 
 namespace {
@@ -310,12 +311,47 @@ class BufferMemory {
 };
 
 View view(const Tensor<float>& t) {
-  View v{t.data, {}};
+  View v{reinterpret_cast<char*>(t.data), {}};
   std::copy(t.stride.begin(), t.stride.end(), v.stride);
   return v;
 }
 
 bool written(float x) { return __builtin_bit_cast(uint32_t, x) != kUnwritten; }
+
+// After a forward that went well.
+void run_backward(const Program& program, const Problem& p, const Sizes& s, const Config& config, uint64_t seed) {
+  Random r{seed};
+  Tensor<float> d_o(r, {s.batch, s.heads, s.q_len, s.v_head_dim}, true);
+  Tensor<float> dq(r, {s.batch, s.heads, s.q_len, s.head_dim}, true);
+  Tensor<float> dk(r, {s.batch, s.kv_heads, s.kv_len, s.head_dim}, true);
+  Tensor<float> dv(r, {s.batch, s.kv_heads, s.kv_len, s.v_head_dim}, true);
+  Tensor<float> d_lse(r, {s.batch, s.heads, s.q_len}, false);
+  for (Tensor<float>* t : {&d_o, &d_lse}) t->fill([&] { return r.real(); });
+  dq.fill([] { return 0.0f; });
+  std::vector<float> d_sink(static_cast<size_t>(s.heads));
+  std::vector<std::vector<float>> d_buffers;
+  std::vector<float*> data;
+  for (int32_t b = 0; b < p.num_buffers; ++b) {
+    size_t size = 1;
+    for (int32_t d = 0; d < p.buffers[b].rank; ++d) size *= static_cast<size_t>(p.buffers[b].size[d]);
+    d_buffers.emplace_back(size + 1);  // so that there is an address
+    data.push_back(d_buffers.back().data());
+  }
+  Gradients g{view(d_o), r.one_in(2) ? d_lse.data : nullptr,          {},         view(dq), view(dk),
+              view(dv),  p.sink != nullptr ? d_sink.data() : nullptr, data.data()};
+  std::copy(d_lse.stride.begin(), d_lse.stride.end(), g.d_lse_stride);
+  const bool starve = r.one_in(16);
+  Status status{Fault::no_memory, -1};
+  g_allocations_left = r.below(30);
+  g_starving = starve;
+  try {
+    status = attend_backward(program, p, g, config);
+  } catch (const std::bad_alloc&) {
+  }
+  g_starving = false;
+  require(status.fault != Fault::no_memory || starve, "out of memory by itself");
+  require(status.fault == Fault::none || starve, "the backward refuses what the forward takes");
+}
 
 void run(const Program& program, uint64_t seed) {
   Random r{seed};
@@ -374,6 +410,7 @@ void run(const Program& program, uint64_t seed) {
           const int64_t at = seq.batch * p.lse_stride[0] + h * p.lse_stride[1] + m * p.lse_stride[2];
           require(written(lse.data[at]) == with_lse, "lse has holes, or was written unasked");
         }
+    if (with_lse) run_backward(program, p, s, {config.tile_q, config.tile_kv, config.split_kv, config.threads}, seed);
   }
   if (p.num_sequences == 0 || p.sequences[0].q_len == 0 || p.sequences[0].kv_len == 0) return;
   const std::vector<Sequence> alike(static_cast<size_t>(p.num_sequences), p.sequences[0]);
@@ -386,8 +423,14 @@ void run(const Program& program, uint64_t seed) {
 bool run(const Case& c) {
   Program program;
   const std::string refused = compile(c.words, {c.score, c.mask}, c.num_buffers, c.num_params, program);
-  if (refused.empty()) run(program, c.seed);
-  return refused.empty();
+  if (!refused.empty()) return false;
+  run(program, c.seed);
+  Roots roots{c.score, c.mask, c.score, {}};  // any float value may stand for a slope
+  for (size_t i = 0; c.score >= 0 && i < program.code.size(); ++i)
+    if (program.code[i].op == Op::load_f) roots.loads.push_back({static_cast<int32_t>(i), c.score});
+  if (!roots.loads.empty() && compile(c.words, roots, c.num_buffers, c.num_params, program).empty())
+    run(program, c.seed);
+  return true;
 }
 
 // ---- cases as text, in a child process ----

@@ -53,6 +53,12 @@ def without_memory(t: Tensor) -> Tensor:
     return t
 
 
+def backward(**other: Any) -> Any:
+    arguments = {"d_o": Q, "d_lse": None, "q": Q, "k": K, "v": V, "o": Q, "lse": torch.zeros(B, H, S), "program": PLAIN, "buffers": [],
+                 "params": [], "seed": None, "wanted": [], **other}  # fmt: skip
+    return torch.ops.attnkit.attend_backward(*arguments.values())
+
+
 Q, K, V = rand(B, H, S, D), rand(B, HKV, S, D), rand(B, HKV, S, D)
 SINK = torch.zeros(H)
 BLOCKS = torch.ones(2, 2, dtype=torch.bool)
@@ -231,11 +237,18 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "backend None": ("AK501|AK402", "backend", lambda: attention(backend=None)),
     "backend list": ("AK501|AK402", "backend", lambda: attention(backend=[])),
     "float64": ("AK502", "backend", lambda: attention(Q.double(), K.double(), V.double())),
-    "reference in bfloat16": ("AK502", "backend", lambda: attention(Q.bfloat16(), K.bfloat16(), V.bfloat16(), backend="reference")),
     "scale beyond float32": ("AK502", "backend", lambda: attention(scale=1e300)),
     "head_dim too large": ("AK502", "backend", lambda: attention(rand(1, 1, 1, 4097), rand(1, 1, 1, 4097), rand(1, 1, 1, 1))),
-    "gradients": ("AK503", "attend", lambda: ak.dense_attention(Q.clone().requires_grad_(), K, V, softcap=3.0)),
-    "gradients of a bias": ("AK503", "attend", lambda: attention(score=ak.bias(rand(S, S).requires_grad_()))),
+    "gradients by a transform": (
+        "AK503", "attend", lambda: torch.func.grad(lambda q: ak.dense_attention(q, K, V, softcap=3.0).sum())(Q),
+    ),
+    "d_o of another shape": ("AK403", "d_o", lambda: backward(d_o=rand(1, 1, 1, 1))),
+    "d_o of another dtype": ("AK404", "d_o", lambda: backward(d_o=Q.double())),
+    "d_lse of another shape": ("AK403", "d_lse", lambda: backward(d_lse=rand(1))),
+    "o of another shape": ("AK403", "o", lambda: backward(o=rand(1, 1, 1, 1))),
+    "lse of another shape": ("AK403", "lse", lambda: backward(lse=rand(1))),
+    "lse of another dtype": ("AK404", "lse", lambda: backward(lse=rand(*Q.shape[:3]).double())),
+    "gradients of no buffer": ("AK401", "wanted", lambda: backward(wanted=[True])),
     "select": ("AK504", "select", lambda: attention(select=object())),
     "dropout": ("AK504", "dropout_p", lambda: attention(dropout_p=0.5)),
     "seed": ("AK504", "seed", lambda: op(seed=torch.tensor(1))),

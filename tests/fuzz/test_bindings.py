@@ -5,6 +5,7 @@ therefore small enough for the tensors that are there, or so large that no tenso
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,55 @@ def attend(rng: Rng) -> str:
     return f"fault {fault}"
 
 
+# (program of a backward, its buffers' dtype numbers and shapes): nothing; a bias with a gradient.
+BACKWARDS: list[tuple[Any, list[tuple[int, tuple[int, ...]]]]] = [
+    PROGRAMS[0],
+    (
+        _engine.Program(
+            rows(S, ("var_q_idx", 0), KEY, ("load_f", 0, 1, 2), ("mul_f", 0, 0, 3)), 4, -1, 1, 0, 3, [(3, 0)]
+        ),
+        [(0, (8, 8))],
+    ),
+]  # fmt: skip
+
+
+def attend_backward(rng: Rng) -> str:
+    program, declared = of(rng, BACKWARDS)
+    batch, heads, kv_heads, q_len, kv_len = (int(n) for n in rng.integers(1, 3, 5))
+    shapes = (batch, heads * kv_heads, q_len, 4), (batch, kv_heads, kv_len, 4), (batch, kv_heads, kv_len, 3)
+    o_shape = (*shapes[0][:3], 3)
+    tensors = [
+        (MIDDLE + 8192 * i, shape, contiguous(shape))
+        for i, shape in enumerate((*shapes, o_shape, o_shape[:3]))
+    ]
+    arguments: list[Any] = [x for tensor in tensors[:3] for x in tensor]
+    arguments += [x for tensor in tensors[3:] for x in (tensor[0], tensor[2])]
+    arguments += [0.5, 0, None, [buffer_tuple(rng, *d) for d in declared], []]
+    wanted = (o_shape, o_shape[:3], *shapes)
+    arguments += [(MIDDLE + 8192 * (5 + i), 0, shape, contiguous(shape)) for i, shape in enumerate(wanted)]
+    arguments += [None, [buffer_tuple(rng, 0, shape) for _, shape in declared]]
+    arguments += [int(rng.integers(1, 4)), 96, 96]
+    replace: dict[int, Callable[[], Any]] = {
+        **{at: lambda i=i: of(rng, [None, buffer_tuple(rng, int(rng.integers(-1, 6)), wanted[i])])
+           for i, at in enumerate(range(18, 23))},
+        15: lambda: sequences(rng),
+        23: lambda: buffer_tuple(rng, 0, (int(rng.integers(0, 5)),)),
+        24: lambda: of(rng, [None, [], [None], [buffer_tuple(rng, int(rng.integers(-1, 6)), (8, 8))], 3]),
+        25: lambda: integer(rng, [64, 10**6, 2**31]),
+        26: lambda: integer(rng),
+        27: lambda: integer(rng),
+    }  # fmt: skip
+    for at in rng.choice(list(replace), rng.integers(0, 4), replace=False):
+        arguments[at] = replace[at]()
+    fault, about = _engine.attend_backward(program if rng.integers(50) else None, 0, *arguments)
+    if fault == 0:
+        assert about == -1
+        return "computed"
+    assert fault in FAULTS
+    assert -1 <= about < 12 + 2 * len(declared)
+    return f"fault {fault}"
+
+
 # --- the others ------------------------------------------------------------------------------------------
 
 
@@ -249,9 +299,10 @@ def set_poison(rng: Rng) -> str:
     return "set"
 
 
-def fma_gflops(rng: Rng) -> str:
+def gflops(probe: Callable[..., float | None], rng: Rng) -> str:
     threads = of(rng, [1, 2, 3, 0, -1, -(2**31), *NOT_INTS])
-    assert _engine.fma_gflops(threads, of(rng, [0, 1, 1000, -1, 2**40, *NOT_INTS])) >= 0
+    found = probe(threads, of(rng, [0, 1, 1000, -1, 2**40, *NOT_INTS]))
+    assert found is None or found >= 0
     return "measured"
 
 
@@ -268,8 +319,9 @@ def no_arguments(rng: Rng) -> str:
 
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
-    "attend": attend, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
-    "set_poison": set_poison, "fma_gflops": fma_gflops, "read_gbytes_per_s": read_gbytes_per_s,
+    "attend": attend, "attend_backward": attend_backward, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
+    "set_poison": set_poison, "read_gbytes_per_s": read_gbytes_per_s,
+    "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
     **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),
 }  # fmt: skip
 
@@ -294,9 +346,10 @@ def test_wrong_arguments(seed: int, effort: int) -> None:
     tally = isolated.run(__file__, seed=seed, count=count)
     for name in FUZZERS:
         assert tally[f"{name}: TypeError"] > 0, tally
-    for name in ("attend", "Program", "block_runs", "evaluate", "set_isa", "fma_gflops"):
+    for name in ("attend", "attend_backward", "Program", "block_runs", "evaluate", "set_isa", "fma_gflops"):
         assert tally[f"{name}: ValueError"] > 0, tally
     assert tally["attend: computed"] > count / 20, tally
+    assert tally["attend_backward: computed"] > count / 200, tally
     assert tally["attend: fault 5"] > 0, tally  # no memory behind it
     assert tally["attend: fault 6"] > 0, tally  # misaligned
 

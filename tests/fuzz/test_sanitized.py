@@ -25,7 +25,7 @@ TESTS = {
     "robust": ["tests/robust"],
     "laws": ["tests/laws"],
     "errors": ["tests/error/test_ops_errors.py", "--deselect", "tests/error/test_ops_errors.py::test_out_of_memory"],
-    "ops": ["tests/ops/test_attend_op.py", "tests/ops/test_functional.py"],
+    "ops": ["tests/ops/test_attend_op.py", "tests/ops/test_functional.py", "tests/ops/test_gradients.py"],
     "engine": [
         "tests/unit/test_bytecode.py", "tests/unit/test_bytecode_verifier.py", "tests/unit/test_block_map.py",
         "tests/unit/test_engine_ops.py", "tests/fuzz/test_bindings.py", "tests/fuzz/test_hostile.py",

@@ -1,11 +1,16 @@
 """Shared by the tests of whole models: quiet, without gradients, padded batches, and one way to judge a run."""
 
+import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from attnkit.bench.architectures import TINY, architectures
+
+Make = Callable[..., Any]
 Tokens = Callable[..., dict[str, Tensor]]
 Judge = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -54,3 +59,55 @@ def judge() -> Judge:
         assert (ours - exact).norm() <= 1e-5 * exact.norm()
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def make() -> Make:
+    """``make(name, implementation)``: random weights, the same each time for every implementation."""
+    made: dict[tuple[str, str], Any] = {}
+
+    def make(name: str, implementation: str = "attnkit") -> Any:
+        key = name, implementation
+        if key in made:
+            return made[key]
+        if implementation == "attnkit":
+            made[key] = architectures(TINY)[name].make("attnkit")
+        else:
+            model = made[key] = copy.deepcopy(make(name))
+            model.set_attn_implementation(implementation)
+        assert made[key].config._attn_implementation == implementation
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def exact(make: Make, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """``exact(name)``: the model with eager attention in float64, all of it; ``exact(name, **inputs)``: what it gives.
+
+    ``stored`` is the dtype its weights are rounded to first.
+    """
+    softmax = torch.nn.functional.softmax
+
+    def in_its_own_dtype(x: Tensor, dim: int = -1, dtype: Any = None) -> Tensor:
+        return softmax(x, dim=dim)  # models ask for float32 here
+
+    def run(name: str, stored: torch.dtype = torch.float32, **inputs: Any) -> Any:
+        wide = copy.deepcopy(make(name, "eager")).to(stored).double()
+        if hasattr(wide.config, "num_experts_per_tok"):
+            wide.set_experts_implementation("eager")  # the faster one knows no float64
+
+        def call(**inputs: Any) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.functional, "softmax", in_its_own_dtype)
+                return wide(
+                    **{
+                        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+                        for k, v in inputs.items()
+                    }
+                )
+
+        call.parameters = wide.named_parameters
+        return call(**inputs) if inputs else call
+
+    return run

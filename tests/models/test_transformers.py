@@ -101,6 +101,29 @@ def test_language_models(name: str, model: Any, tokens: Any, compare: Any) -> No
     compare(model(name), {"input_ids": inputs["input_ids"]})
 
 
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_16_bit_models(name: str, dtype: torch.dtype, how: str, model: Any, tokens: Any) -> None:
+    """The drop-in's error against float64 is at most twice that of torch's op in the same dtype."""
+    inputs = tokens(33, 20, left=True)
+    live = inputs["attention_mask"].bool()
+    one = copy.deepcopy(model(name))
+    if how == "weights":
+        one = one.to(dtype)
+
+    def logits() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=how == "autocast"):
+            return one(**inputs).logits[live].double()
+
+    torchs = logits()
+    with all_by_attnkit(LAYERS):
+        ours = logits()
+    exact = one.double()(**inputs).logits[live]
+    assert (ours - exact).norm() <= 2 * (torchs - exact).norm()
+    assert 0 < (ours - exact).norm() <= 0.2 * exact.norm()
+
+
 def test_vision_model(model: Any, compare: Any) -> None:
     compare(
         model("vit"), {"pixel_values": torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(2))}

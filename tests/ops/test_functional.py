@@ -559,7 +559,7 @@ def gradients(function: Callable[..., Any], tensors: tuple[Tensor, ...]) -> list
 
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)
-def test_gradients_are_torchs_and_counted(name: str, qkv: Any) -> None:
+def test_gradients_are_torchs(name: str, qkv: Any) -> None:
     ours, torchs = EXPRESSIBLE[name]
     tensors = qkv(heads=8, kv_heads=2)
     before = ak.installed_report()
@@ -569,9 +569,10 @@ def test_gradients_are_torchs_and_counted(name: str, qkv: Any) -> None:
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **torchs), tensors
     )
     assert len(actual) == 3
-    assert all(map(torch.equal, actual, expected))
-    assert after.torch.get("gradients required", 0) == before.torch.get("gradients required", 0) + 1
-    assert after.kernel_runs == before.kernel_runs
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert after.torch == before.torch
+    assert after.kernel_runs == before.kernel_runs + 2
 
 
 @pytest.mark.parametrize(
@@ -582,40 +583,43 @@ def test_gradients_are_torchs_and_counted(name: str, qkv: Any) -> None:
     ],
     ids=lambda k: next(iter(k)),
 )  # fmt: skip
-def test_other_gradients_are_refused_and_not_needed_without_grad(keywords: Any, qkv: Any) -> None:
+def test_a_call_with_gradients_gives_the_same_bits(keywords: Any, qkv: Any) -> None:
     q, k, v = qkv()
     expected = ak.dense_attention(q, k, v, **keywords)
     for wanting in range(3):
         tensors = [t.clone().requires_grad_(i == wanting) for i, t in enumerate((q, k, v))]
-        with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
-            ak.dense_attention(*tensors, **keywords)
-        for mode in (torch.no_grad, torch.inference_mode):
+        for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             with mode():
                 torch.testing.assert_close(ak.dense_attention(*tensors, **keywords), expected, rtol=0, atol=0)
+        o = ak.dense_attention(*tensors, **keywords)
+        loss = o[0].sum() if isinstance(o, tuple) else o.sum()
+        assert torch.autograd.grad(loss, tensors[wanting])[0].isfinite().all()
 
 
 def test_gradients_of_causal_where_it_is_not_torchs(qkv: Any) -> None:
     """Bottom-right and top-left causal part where the lengths differ."""
     q, k, v = qkv(length=5, kv_len=9)
+    mask = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    for ours, torchs in (
+        (ak.causal(), {"attn_mask": mask}), (ak.causal("top_left"), {"is_causal": True})
+    ):  # fmt: skip
+        pair = [
+            gradients(lambda q, k, v, m=ours: ak.attention(q, k, v, mask=m), (q, k, v)),
+            gradients(lambda q, k, v, m=torchs: F.scaled_dot_product_attention(q, k, v, **m), (q, k, v)),
+        ]
+        for a, b in zip(*pair, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_are_refused(qkv: Any) -> None:
+    q, k, v = (t.requires_grad_() for t in qkv())
+    (first,) = torch.autograd.grad(ak.attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+    o, lse = ak.attention(q, k, v, return_lse=True)
+    text = ak.trace(causal).text
     with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
-        gradients(lambda q, k, v: ak.dense_attention(q, k, v, causal=True), (q, k, v))
-    ours = gradients(lambda q, k, v: ak.attention(q, k, v, mask=ak.causal("top_left")), (q, k, v))
-    torchs = gradients(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v))
-    assert all(map(torch.equal, ours, torchs))
-
-
-def test_gradients_for_captured_tensors_are_refused(qkv: Any) -> None:
-    q, k, v = qkv()
-    slopes = SLOPES.clone().requires_grad_()
-    for keywords in (
-        {"alibi_slopes": slopes},
-        {"sink": slopes},
-        {"score": lambda s, b, h, i, j: s + slopes[h]},
-    ):
-        with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
-            ak.dense_attention(q, k, v, **keywords)
-        with torch.no_grad():
-            ak.dense_attention(q, k, v, **keywords)
+        torch.ops.attnkit.attend_backward(o, None, q, k, v, o, lse, text, [], [], None, [])
 
 
 def test_gradients_check_what_the_kernel_would_check(qkv: Any) -> None:
@@ -630,7 +634,10 @@ def test_gradients_check_what_the_kernel_would_check(qkv: Any) -> None:
             attend(q, k, v, program, buffers, params, seed, False)
 
 
-def test_gradients_on_a_backend_by_name_are_refused(qkv: Any) -> None:
-    q, k, v = qkv()
-    with pytest.raises(ak.AttnkitNotImplementedError, match="AK503"):
-        ak.attention(q.requires_grad_(), k, v, backend="reference")
+def test_gradients_on_the_reference_pass_gradcheck(qkv: Any) -> None:
+    q, k, v = (t[:, :, :5, :3].double().requires_grad_() for t in qkv())
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return ak.attention(q, k, v, mask=ak.causal(), score=ak.softcap(2.0), backend="reference")
+
+    assert torch.autograd.gradcheck(attention, (q, k, v))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import attnkit as ak
-from attnkit.testing.gradients import close
+from attnkit.testing.gradients import FACTOR, close
 
 S = 150  # two blocks of queries and of keys, the second one not full
 
@@ -118,7 +118,7 @@ def equation(case: Case, p: Problem) -> tuple[Tensor, Tensor]:
     b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (*p.q.shape[:3], k.shape[2])), indexing="ij")
     s = (p.q @ k.mT) * case.dim**-0.5
     if case.score is not None:
-        s = case.score(s, b, h, i, j, *p.captured)
+        s = case.score(s, b, h, i, j, *p.captured).to(p.q.dtype)
     if case.mask is not None:
         s = torch.where(case.mask(b, h, i, j), s, -math.inf)
     if p.sink is not None:
@@ -199,3 +199,33 @@ def test_the_same_bits_on_any_number_of_threads(name: str, randn: Any, isa: str)
         results.append(of_attnkit(case, p))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "grouped", "widths differ", "softcap", "sink of dead rows", "lse", "bias of all", "slopes"],
+)
+def test_16_bit_floats(name: str, dtype: torch.dtype, randn: Any, isa: str) -> None:
+    """Everything is summed in float32: closer than the equation in the dtype itself comes."""
+    case = CASES[name]
+    p = problem(case, randn, dtype)
+    want, naive = of_equation(case, p.to(torch.float64, torch.float64)), of_equation(case, p.to(dtype))
+    got = of_attnkit(case, p.to(dtype))
+    for what, *three in zip(names(p), got, naive, want, strict=False):
+        assert three[0].dtype == three[1].dtype
+        g, n, w = (t.detach().double().numpy() for t in three)
+        size = float(abs(w).max())
+        error, allowed = float(abs(g - w).max()), FACTOR * float(abs(n - w).max())
+        assert error <= allowed + size * torch.finfo(dtype).eps, f"{name}, {what}: {error} of {allowed}"
+
+
+def test_gradients_of_16_bit_captured_tensors(randn: Any) -> None:
+    case = CASES["bias of all"]
+    p = problem(case, randn)
+    halved = p.to(torch.float32)._replace(captured=(p.captured[0].bfloat16().requires_grad_(),))
+    same = p.to(torch.float32)._replace(captured=(p.captured[0].bfloat16().float().requires_grad_(),))
+    *got, bias = of_attnkit(case, halved)
+    *want, expected = of_attnkit(case, same)
+    assert all(map(torch.equal, got, want))
+    assert torch.equal(bias, expected.bfloat16())

@@ -39,7 +39,7 @@ Fill = Callable[[tuple[int, ...]], Tensor]
 
 def attend(text: str, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, buffers: list[Tensor]) -> None:
     """Run the kernel of a program on memory of our own, outputs among it."""
-    prepared = prepare(text, "float32", q.shape[3], v.shape[3], backend="cpu")
+    prepared = prepare(text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], backend="cpu")
     prepared.kernel(q, k, v, o, lse, buffers, [], 2)
 
 
@@ -122,13 +122,18 @@ def guarded_calls() -> Iterator[tuple[str, tuple[Tensor, ...], list[Tensor]]]:
         if dim == 1:
             dtype = list(checked)[(q_len + kv_len) % 4]
             yield checked[dtype], qkv, [fill((kv_len,)).to(dtype)]
+    # Few queries of 16 bits: keys and values are read as they lie, two channels at once.
+    for q_len, kv_len, dim in itertools.product((1, 2, 9), LENGTHS, (31, 32, 64)):
+        shapes = (HEADS, q_len, dim), (KV_HEADS, kv_len, dim), (KV_HEADS, kv_len, dim)
+        q, k, v = (fill((1, *shape)).half() for shape in shapes)
+        yield causal, (q, k, v), []
 
 
 def sweep_between_guards() -> None:
     memory = [Guarded(4 * HEADS * max(LENGTHS) * max(LENGTHS)) for _ in range(9)]
     for text, qkv, captured in guarded_calls():
         q, _, v = qkv
-        free = torch.empty(1, HEADS, q.shape[2], v.shape[3]), torch.empty(1, HEADS, q.shape[2])
+        free = torch.empty(1, HEADS, q.shape[2], v.shape[3], dtype=q.dtype), torch.empty(1, HEADS, q.shape[2])
         attend(text, *qkv, *free, captured)
         assert torch.isfinite(free[0]).all()
         for side in ("left", "right"):
@@ -214,11 +219,15 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["batch", "head", "token", "channel"])
-def test_offsets_of_64_bits(dim: int, vast: Tensor, isa: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("q_len", "width"), [(19, 20), (2, 32)])
+def test_offsets_of_64_bits(
+    q_len: int, width: int, dim: int, vast: Tensor, isa: str, rng: np.random.Generator
+) -> None:
     before = resident_bytes()
-    q, k, v = (torch.from_numpy(rng.standard_normal((2, 2, n, 20), dtype=np.float32)) for n in (19, 35, 35))
+    shapes = [(2, 2, n, width) for n in (q_len, 35, 35)]
+    q, k, v = (torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)) for shape in shapes)
     text = text_of(None, ak.causal(), [])
-    near, far = [torch.zeros(2, 2, 19, 20), torch.zeros(2, 2, 19)], []
+    near, far = [torch.zeros(shapes[0]), torch.zeros(shapes[0][:3])], []
     attend(text, q, k, v, near[0], near[1], [])
     for i, x in enumerate((q, k, v, *map(torch.zeros_like, near))):
         far.append(spread(vast, x, min(dim, x.dim() - 1), i * 2**20))

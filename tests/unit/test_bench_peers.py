@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from attnkit.backends.cpu.engine import engine
 from attnkit.bench import bars, checks, peers, records, report, runner, scaling
-from attnkit.bench.ceilings import Burst
+from attnkit.bench.ceilings import Burst, Ceilings
 from attnkit.bench.measure import Interval
 from attnkit.bench.rows import Bar, Row, select, suites
 from attnkit.bench.workloads import Inputs, Shape, Workload, make_inputs
+from attnkit.errors import error
 from attnkit.variants import dense
 
 TINY = Shape(1, 4, 2, 24, 24, 16, 16)
@@ -157,6 +159,19 @@ def test_ceilings_that_were_not_probed_bind_only_where_memory_surely_does() -> N
     assert both.least_seconds("bfloat16", 400 * 10**9, 1) == (0.5, "compute", 0.8)
 
 
+def test_dot_products_are_probed_where_there_are_any(isa_name: str) -> None:
+    before = engine().current_isa()
+    engine().set_isa(isa_name)
+    try:
+        assert engine().fma_gflops(1, 10_000) > 0
+        dot = engine().bf16_gflops(1, 10_000)
+        ceilings = Ceilings(1)
+        ceilings.burst()
+    finally:
+        engine().set_isa(before)
+    assert (dot is not None) == ("bfloat16" in ceilings.best.gflops) == ("bf16" in isa_name)
+
+
 # --- gradients ----------------------------------------------------------------------------------------------
 
 
@@ -176,9 +191,9 @@ def step_of(inputs: Inputs, spoil: Callable[[list[Any]], None] = lambda grads: N
 @pytest.mark.parametrize("variant", ["full", "causal", "window", "causal_alibi", "document"])
 def test_gradients_are_compared_with_the_equation(variant: str) -> None:
     inputs = make_inputs(Workload(variant, Shape(2, 4, 2, 70, 70, 16, 16), direction="fwdbwd"))
-    error = checks.Check(inputs).gradients(step_of(inputs))
-    assert error["rows"] < 70
-    assert error["rel_fro"] < 1e-6
+    found_error = checks.Check(inputs).gradients(step_of(inputs))
+    assert found_error["rows"] < 70
+    assert found_error["rel_fro"] < 1e-6
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["dq", "dk", "dv"])
@@ -222,8 +237,8 @@ def test_softcap_is_in_the_expected_gradients() -> None:
 def test_folding_heads_is_the_same_problem() -> None:
     inputs = make_inputs(Workload("full", Shape(2, 6, 2, 5, 33, 16, 8), direction="decode"))
     call = peers.FOLDED.prepare(inputs)
-    error = checks.Check(inputs).output(call.output(call.run()))
-    assert error["rel_fro"] < 1e-6
+    found_error = checks.Check(inputs).output(call.output(call.run()))
+    assert found_error["rel_fro"] < 1e-6
     assert peers.FOLDED.refuses(Workload("causal", TINY))
 
 
@@ -302,7 +317,14 @@ def test_outside_peers_refuse_what_they_cannot_express(peer: peers.Peer) -> None
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-def test_run_judges_checks_and_goes_on(tmp_path: Path) -> None:
+def test_run_judges_checks_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(inputs: Inputs) -> peers.Call:
+        if inputs.workload.dtype == "float16":
+            raise error("AK502", where="dtype")
+        return peers.CPU.prepare(inputs)
+
+    monkeypatch.setattr(runner, "CPU", dataclasses.replace(peers.CPU, prepare=prepare))
+
     def breaks(inputs: Inputs) -> Any:
         raise RuntimeError("no such kernel\nand more")
 

@@ -62,6 +62,9 @@ REFUSED: dict[str, tuple[np.ndarray, int, int, int, int]] = {
     "the score is not a float value": (rows(KEY), 0, -1, 0, 0),
     "the mask is not a bool value": (rows(KEY), -1, 0, 0, 0),
     "instruction 0: the mask reads the score": (rows(S, ZERO, ("lt_f", 0, 0, 1)), -1, 2, 0, 0),
+    "the slope of the score is not a float value": (rows(KEY), -1, -1, 0, 0, 0),
+    "what has a gradient is not a load of floats": (rows(KEY, ("load_i", 0, 0)), -1, -1, 1, 0, -1, [(1, 1)]),
+    "the slope of a load is not a float value": (rows(KEY, ("load_f", 0, 0)), 1, -1, 1, 0, -1, [(1, 0)]),
     "the expression keeps 17 tiles alive at once, at most 16 fit": (many_tiles(16), 31, -1, 0, 0),
 }  # fmt: skip
 
@@ -87,6 +90,13 @@ ALSO_REFUSED = {
         "read with two ranks or types", (rows(KEY, ("load_f", 0, 0), ("load_i", 0, 0)), 1, -1, 1, 0),
     ),
     "score past the end": ("the score is not a float value", (rows(S), 1, -1, 0, 0)),
+    "slope below -1": ("the slope of the score is not", (rows(S), -1, -1, 0, 0, -2)),
+    "gradient of a load past the end": ("is not a load of floats", (rows(S), -1, -1, 0, 0, -1, [(1, 0)])),
+    "gradient of a load below zero": ("is not a load of floats", (rows(S), -1, -1, 0, 0, -1, [(-1, 0)])),
+    "slope of a load past the end": (
+        "the slope of a load is not", (rows(KEY, ("load_f", 0, 0)), 1, -1, 1, 0, -1, [(1, 2)]),
+    ),
+    "no slope of a load": ("the slope of a load is not", (rows(KEY, ("load_f", 0, 0)), 1, -1, 1, 0, -1, [(1, -1)])),
     "score below -1": ("the score is not a float value", (rows(S), -2, -1, 0, 0)),
     "mask past the end": ("the mask is not a bool value", (rows(TRUE), -1, 1, 0, 0)),
     "mask below -1": ("the mask is not a bool value", (rows(TRUE), -1, -2, 0, 0)),

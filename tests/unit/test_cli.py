@@ -315,7 +315,11 @@ def test_list_is_complete_and_gives_reasons(cli: Cli) -> None:
     assert {r["backend"] for r in rows} == set(backends.names())
     assert all(r["supported"] == (not r["reasons"]) for r in rows)
     supported = {(r["backend"], r["direction"], r["dtype"]) for r in rows if r["supported"]}
-    assert ("cpu", "fwd", "float32") in supported
+    assert {
+        ("cpu", way, dtype) for way in ("fwd", "bwd") for dtype in ("float32", "bfloat16", "float16")
+    } < supported
+    assert ("cpu", "fwd", "float64") not in supported
+    assert ("reference", "bwd", "float64") in supported
     table = cli("list").stdout
     assert all(name in table for name in (*dense.CASES, "cpu fwd", "float32"))
 

@@ -188,3 +188,28 @@ def test_signs_and_nan_pass_through(isa: str) -> None:
     patterns = np.array([0x7F800001, 0x7FA00000, -1, INT_MIN], np.int64).astype(np.int32)
     chosen: Any = evaluate("where_i", [np.array([True, False] * 2), patterns, patterns[::-1].copy()], "i")
     assert chosen.tolist() == [patterns[0], patterns[2], patterns[2], patterns[0]]
+
+
+def weights(bits: np.ndarray) -> tuple[float, str]:
+    """The worst error of e^x, the softmax weight, over the floats of these bit patterns."""
+    x = bits.astype(np.uint32).view(np.float32)
+    return worst(_engine.evaluate("exp_weight", [x]), np.exp(x.astype(np.float64)), [x])
+
+
+# Every float from -0 to -104, past which e^x rounds to 0.
+MINUS_ZERO, LAST_WEIGHT = 0x80000000, int(np.float32(-104).view(np.uint32))
+
+
+def test_exponential_of_weights(isa: str, rng: np.random.Generator) -> None:
+    error, where = weights(rng.integers(MINUS_ZERO, LAST_WEIGHT, 200_000))
+    assert error <= 1.5, where
+    ends = np.array([0.0, -0.0, -104, -1e30, -np.inf, np.nan], np.float32)
+    np.testing.assert_array_equal(_engine.evaluate("exp_weight", [ends]), np.float32([1, 1, 0, 0, 0, np.nan]))
+
+
+@pytest.mark.slow
+@pytest.mark.shows
+def test_exponential_of_weights_over_all_floats(isa: str) -> None:
+    for first in range(MINUS_ZERO, LAST_WEIGHT, 1 << 24):
+        error, where = weights(np.arange(first, min(first + (1 << 24), LAST_WEIGHT + 1)))
+        assert error <= 1.5, where

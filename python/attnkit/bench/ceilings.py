@@ -10,7 +10,7 @@ from attnkit.backends.cpu.engine import engine
 
 _FMA_ROUNDS = 1_000_000  # about 5 ms a burst
 _READ_BYTES = 256 << 20  # far beyond any cache
-# The engine's probes of arithmetic, each ``(threads, rounds) -> GFLOP/s``; one that it does not have is no ceiling.
+# The engine's probes of arithmetic, each ``(threads, rounds) -> GFLOP/s`` or None: no ceiling at this level.
 _PROBES = {"float32": "fma_gflops", "bfloat16": "bf16_gflops"}
 
 
@@ -45,18 +45,17 @@ class Ceilings:
         self.threads = threads
         self.bursts: list[Burst] = []
         self._memory = np.ones(_READ_BYTES // 4, np.float32)
-        self._probes = {dtype: getattr(engine(), name, None) for dtype, name in _PROBES.items()}
 
     def burst(self) -> None:
         """Probe every ceiling, thrice: the best of them is the round's."""
         once = [
-            Burst(
-                {dtype: probe(self.threads, _FMA_ROUNDS) for dtype, probe in self._probes.items() if probe},
-                engine().read_gbytes_per_s(self.threads, self._memory),
-            )
-            for _ in range(3)
+            Burst(self._gflops(), engine().read_gbytes_per_s(self.threads, self._memory)) for _ in range(3)
         ]
         self.bursts.append(_best(once))
+
+    def _gflops(self) -> dict[str, float]:
+        probed = {d: getattr(engine(), name)(self.threads, _FMA_ROUNDS) for d, name in _PROBES.items()}
+        return {dtype: gflops for dtype, gflops in probed.items() if gflops is not None}
 
     @property
     def best(self) -> Burst:

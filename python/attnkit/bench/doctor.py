@@ -111,14 +111,24 @@ def _package_problems(packages: dict[str, str | None]) -> list[str]:
 
 
 def _self_test() -> list[str]:
-    """Compute a small causal attention on the engine and compare it with float64."""
+    """Compute a small causal attention on the engine, in each of its dtypes, and compare it with float64."""
     import torch
 
     q, k, v = (np.random.default_rng(i).standard_normal((1, 2, 33, 16), np.float32) for i in range(3))
-    try:
-        with torch.no_grad():
-            o: Any = attnkit.dense_attention(*map(torch.from_numpy, (q, k, v)), causal=True)
-    except AttnkitError as exc:
-        return [f"a small attention fails: {exc.code}: {exc.what}"]
-    error = float(np.abs(o.numpy() - dense.naive(q, k, v, causal=True)[0]).max())
-    return [] if error < 1e-5 else [f"a small attention is wrong by {error:.1e}"]
+    problems = []
+    for dtype, allowed in (
+        ("float32", 1e-5),
+        ("bfloat16", 5e-2),
+        ("float16", 5e-3),
+    ):  # with what rounds the inputs
+        stored = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in (q, k, v)]
+        try:
+            with torch.no_grad():
+                o: Any = attnkit.dense_attention(*stored, causal=True)
+        except AttnkitError as exc:
+            problems.append(f"a small attention in {dtype} fails: {exc.code}: {exc.what}")
+            continue
+        error = float(np.abs(o.double().numpy() - dense.naive(q, k, v, causal=True)[0]).max())
+        if not error < allowed:
+            problems.append(f"a small attention in {dtype} is wrong by {error:.1e}")
+    return problems

@@ -80,7 +80,9 @@ def caption(document: Document) -> str:
         parts.append(
             f"{c['threads']} threads; ceilings {c['fma_gflops']:.0f} GFLOP/s, {c['read_gbytes_per_s']:.0f} GB/s"
         )
-    return "; ".join([*parts, "medians of interleaved rounds"])
+    elif "threads" in document:
+        parts.append(f"{document['threads']} threads")
+    return "; ".join([*parts, document.get("how", "medians of interleaved rounds")])
 
 
 def plot(document: Document, paths: list[Path]) -> None:

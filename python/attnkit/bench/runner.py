@@ -62,7 +62,7 @@ def run(
     import torch
 
     rows = list(rows)
-    with _threads(threads) as used, torch.no_grad():
+    with use_threads(threads) as used, torch.no_grad():
         ceilings = Ceilings(used)
         measured = []
         for i, row in enumerate(rows):
@@ -272,7 +272,7 @@ def _roofline(w: Workload, t: Interval, share: Interval | None, ceilings: Ceilin
 
 
 @contextmanager
-def _threads(wanted: int | None) -> Iterator[int]:
+def use_threads(wanted: int | None) -> Iterator[int]:
     """torch's thread count, which attnkit takes over at each call, set for a while."""
     import torch
 

@@ -115,12 +115,11 @@ def plot(document: Document, paths: list[Path]) -> None:
         FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         for curve in curves(document):
-            time = slope(curve.lengths, curve.ms)
             read = [(s, b / 2**20) for s, b in zip(curve.lengths, curve.peak_bytes, strict=True) if b]
-            left.plot(curve.lengths, curve.ms, "o-", label=_label(curve.name, time))
+            left.plot(curve.lengths, curve.ms, "o-", label=_label(curve.name, curve.lengths, curve.ms))
             if read:
                 lengths, mib = [s for s, _ in read], [m for _, m in read]
-                right.plot(lengths, mib, "o-", label=_label(curve.name, slope(lengths, mib)))
+                right.plot(lengths, mib, "o-", label=_label(curve.name, lengths, mib))
         for axes, power, what in ((left, 2, "ms"), (right, 1, "peak MiB of a call")):
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
@@ -135,7 +134,10 @@ def plot(document: Document, paths: list[Path]) -> None:
             figure.savefig(path)
 
 
-def _label(name: str, fit: Fit | None) -> str:
+def _label(name: str, lengths: list[int], values: list[float]) -> str:
+    """With the slope that is judged, where there are enough lengths for one."""
+    long = [(s, x) for s, x in zip(lengths, values, strict=True) if s >= _FIT_FROM]
+    fit = slope([s for s, _ in long], [x for _, x in long])
     return name if fit is None else f"{name}: slope {fit.median:.2f} ± {(fit.hi - fit.lo) / 2:.2f}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -66,7 +66,7 @@ def _pictures(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     callback=_pictures,
-    help="Draw ratios and shares of the ceilings: a .png, .svg or .pdf.",
+    help="Draw what was measured: a .png, .svg or .pdf.",
 )
 def bench(
     suite: str, variants: tuple[str, ...], shape: Shape | None, patterns: tuple[str, ...], dtype: str | None, seed: int,
@@ -81,7 +81,8 @@ def bench(
 
     Suite cpu is what is promised of the CPU engine beside every library that computes attention on a CPU: it prints
     the promises (bars) and whether they are met. pip install 'attnkit[peers]' gets the libraries; those that are
-    not there are left out. Suite scaling is time and memory against length.
+    not there are left out. Suite scaling is time and memory against length. Suite models times architectures of
+    transformers beside its "sdpa"; suite training trains a small model on torch and on attnkit and compares the losses.
 
     \b
     Examples:
@@ -90,30 +91,23 @@ def bench(
       attnkit bench --variant alibi --shape 2,16,4,2048,2048,128 --rounds 11 --json -
       attnkit bench --suite cpu --rounds 11 --json out.json
       attnkit bench --suite cpu --rows decode --rows "causal*bfloat16"
+      attnkit bench --suite models --rows llama --json out.json
+      attnkit bench --suite training --json out.json --plot out.svg
     """
-    from attnkit.bench import console, records, report, rows, runner, scaling, workloads
+    from attnkit.bench import console, records, runner
 
-    if shape is not None:
-        chosen = [
-            rows.Row(workloads.Workload(v, shape, dtype=dtype or "float32", seed=seed))
-            for v in variants or ("full", "causal")
-        ]
-    else:
-        chosen = rows.select(suite, variants=variants, patterns=patterns, dtype=dtype, seed=seed)
-    if not chosen:
-        raise click.UsageError(f"suite {suite} has no such row; add --shape to measure a variant anyway")
-    budget = rows.SECONDS.get(suite, 24.0) if seconds is None else seconds
+    asked = Asked(suite, variants, shape, patterns, dtype, seed, threads, seconds, rounds)
+    if suite in _WHOLE_MODELS and (variants or shape):
+        raise click.UsageError(f"suite {suite} measures whole models: it has no --variant and no --shape")
+    measure = _WHOLE_MODELS.get(suite, _attention)
     with console.progress_bar() as progress:
-        document = runner.run(chosen, threads=threads, seconds=budget, rounds=rounds, progress=progress)
-    scaled = suite == "scaling" and shape is None
-    if scaled:
-        document["bars"] = scaling.judge(document)
+        document, draw = measure(asked, progress)
     talk = console.talk()
     to_stdout = json_path is not None and str(json_path) == "-"
     if document["records"] or document["bars"]:
         (talk if to_stdout else console.data()).print(_table(document))
-    draw = scaling.plot if scaled else report.plot
-    _save(document, None if to_stdout else json_path, plots if document["records"] else (), draw)
+    measured = document["records"] or document.get("runs")
+    _save(document, None if to_stdout else json_path, plots if measured else (), draw)
     if to_stdout:
         click.echo(records.dumps(document), nl=False)
     refused = False
@@ -125,6 +119,82 @@ def bench(
         talk.print(problem, style="red", markup=False)
     unmet = any(not bar["met"] for bar in document["bars"])
     sys.exit(1 if problems or refused or unmet else 0)
+
+
+class Asked(NamedTuple):
+    """The options that say what to measure and how."""
+
+    suite: str
+    variants: tuple[str, ...]
+    shape: Shape | None
+    patterns: tuple[str, ...]
+    dtype: str | None
+    seed: int
+    threads: int | None
+    seconds: float | None
+    rounds: int | None
+
+
+Progress = Callable[[str, float], None]
+Measured = tuple[dict[str, Any], Callable[..., None]]  # the document, and what draws it
+
+
+def _attention(asked: Asked, progress: Progress) -> Measured:
+    """Attention alone, on rows of a suite or on a shape."""
+    from attnkit.bench import report, rows, runner, scaling, workloads
+
+    if asked.shape is not None:
+        chosen = [
+            rows.Row(workloads.Workload(v, asked.shape, dtype=asked.dtype or "float32", seed=asked.seed))
+            for v in asked.variants or ("full", "causal")
+        ]
+    else:
+        chosen = rows.select(
+            asked.suite, variants=asked.variants, patterns=asked.patterns, dtype=asked.dtype, seed=asked.seed
+        )
+    if not chosen:
+        raise click.UsageError(
+            f"suite {asked.suite} has no such row; add --shape to measure a variant anyway"
+        )
+    budget = rows.SECONDS.get(asked.suite, 24.0) if asked.seconds is None else asked.seconds
+    document = runner.run(
+        chosen, threads=asked.threads, seconds=budget, rounds=asked.rounds, progress=progress
+    )
+    if asked.suite != "scaling" or asked.shape is not None:
+        return document, report.plot
+    document["bars"] = scaling.judge(document)
+    return document, scaling.plot
+
+
+def _models(asked: Asked, progress: Progress) -> Measured:
+    from attnkit.bench import models
+
+    chosen = models.jobs(asked.patterns)
+    if not chosen:
+        raise click.UsageError("suite models has no such row")
+    plan = models.Plan(dtype=asked.dtype or "float32")
+    seconds = models.SECONDS if asked.seconds is None else asked.seconds
+    found = models.run(
+        chosen, plan, threads=asked.threads, seconds=seconds, rounds=asked.rounds, progress=progress
+    )
+    return found, models.plot
+
+
+def _training(asked: Asked, progress: Progress) -> Measured:
+    """A round is a step of all models; how many there are decides how long it takes."""
+    from attnkit.bench import training
+
+    if asked.patterns or asked.seconds is not None:
+        raise click.UsageError(
+            "suite training has no --rows and no --seconds; --rounds is its number of steps"
+        )
+    recipe = training.Recipe() if asked.rounds is None else training.Recipe(steps=asked.rounds)
+    dtypes = training.DTYPES if asked.dtype is None else (asked.dtype,)
+    found = training.run(recipe, dtypes=dtypes, seed=asked.seed, threads=asked.threads, progress=progress)
+    return found, training.plot
+
+
+_WHOLE_MODELS = {"models": _models, "training": _training}
 
 
 def _table(document: dict[str, Any]) -> Any:

@@ -36,9 +36,10 @@ def list_(as_json: bool) -> None:
 def _rows() -> list[dict[str, Any]]:
     """One row per variant, backend, direction and dtype; ``reasons`` is empty where it is supported."""
     from attnkit import backends
-    from attnkit.bench.workloads import DIRECTIONS, Shape, Workload
+    from attnkit.bench.workloads import Shape, Workload
     from attnkit.ir.text import parse
     from attnkit.plan.spec import KernelSpec
+    from attnkit.tune import default_config
     from attnkit.variants import dense
 
     rows = []
@@ -51,10 +52,12 @@ def _rows() -> list[dict[str, Any]]:
                 for dtype in (*DTYPES, "float64"):
                     if missing:
                         reasons = [f"not available: {missing}"]
-                    elif direction not in DIRECTIONS:
-                        reasons = ["not built"]
                     else:
-                        reasons = list(backend.supports(KernelSpec(program, dtype, 64, 64)))
+                        spec = KernelSpec(program, dtype, 64, 64)
+                        reasons = list(backend.supports(spec))
+                        if direction == "bwd" and not reasons:
+                            kernel = backend.build(spec, default_config(backend.space(spec)))
+                            reasons = [] if hasattr(kernel, "backward") else ["not built"]
                     rows.append(
                         {"variant": variant, "backend": name, "direction": direction, "dtype": dtype,
                          "supported": not reasons, "reasons": reasons}

@@ -196,7 +196,7 @@ def attention_forward(
 
     Raises:
         AttnkitError: AK504, something is asked for that is not built; AK401, AK403, AK404 for masks that do not fit;
-            AK503, gradients are required and torch's op cannot stand in; whatever `dense_attention` raises.
+            AK503, derivatives in forward mode are required; whatever `dense_attention` raises.
     """
     _refuse_unsupported(kwargs)
     if query.shape[0] == 1:
@@ -216,7 +216,7 @@ def attention_forward(
     o = dense_attention(
         query, key, value,
         mask=mask, softcap=softcap, score=None if additive is None else bias(additive),
-        sink=s_aux, scale=scaling, dropout_p=dropout,
+        sink=None if s_aux is None else s_aux.float(), scale=scaling, dropout_p=dropout,
     )  # fmt: skip
     assert isinstance(o, Tensor)  # lse was not asked for
     return o.transpose(1, 2).contiguous(), None
@@ -288,7 +288,7 @@ def _checked(name: str, mask: Tensor, full: Shape) -> Tensor:
         allowed = f"what broadcasts to {list(full)}"
         raise error("AK403", where=name, given=str(list(mask.shape)), allowed=allowed)
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise error("AK404", where=name, given=str(mask.dtype), allowed="torch.bool, torch.float32")
+        raise error("AK404", where=name, given=str(mask.dtype), allowed="torch.bool or a float dtype")
     return mask
 
 

@@ -42,6 +42,22 @@ def check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:
         raise error("AK405", where=name, given=str(t.device), allowed=f"the device of q, {device}")
 
 
+def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    """q, k, v as torch's own attention takes them: under ``torch.autocast("cpu")`` in its dtype, float64 apart.
+
+    Biases and what else functions capture stay as they are, as in torch's FlexAttention.
+    """
+    if not torch.is_autocast_enabled("cpu"):
+        return q, k, v
+    dtype = torch.get_autocast_dtype("cpu")
+
+    def cast(t: Any) -> Any:
+        eligible = isinstance(t, Tensor) and t.is_cpu and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible else t
+
+    return cast(q), cast(k), cast(v)
+
+
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float. AK402 if it is no number, AK401 if it does not fit."""
     if not isinstance(value, (int, float, np.number)):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_number, check_qkv, shape_of
+from attnkit.ops.check import autocast, check_number, check_qkv, shape_of
 from attnkit.ops.functional import Mod, attention
 
 
@@ -50,6 +50,7 @@ def flex_attention(
             without ``enable_gqa``; AK504, ``max_scores``; and as `attnkit.attention`.
     """
     key, value = _batches(query, key, value, block_mask)
+    query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)
     if not enable_gqa and query.shape[1] != key.shape[1]:
         given = f"{query.shape[1]} query heads and {key.shape[1]} key heads"

@@ -21,6 +21,7 @@ from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
+    autocast,
     check_bindings,
     check_number,
     check_qkv,
@@ -61,7 +62,8 @@ def attention(
     ``o[b, h, i] = sum_j softmax_j(score(scale * q_i . k_j)) v_j`` over the keys j that ``mask`` lets i see.
 
     Args:
-        q: ``[B, Hq, Sq, D]``, float32 on the CPU (float64 too with ``backend="reference"``), any strides.
+        q: ``[B, Hq, Sq, D]``, float32, bfloat16 or float16 on the CPU (float64 too with ``backend="reference"``), any
+            strides. Under ``torch.autocast`` q, k and v are cast to its dtype.
         k: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv, consecutive query heads share a kv head.
         v: ``[B, Hkv, Skv, Dv]``.
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
@@ -83,11 +85,12 @@ def attention(
         ``o [B, Hq, Sq, Dv]`` in q's dtype, or ``(o, lse)``. A row that sees nothing is 0.
 
     Raises:
-        AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong; AK5xx, not built, or gradients
-            are required and torch's op cannot stand in; AK6xx, an index or a length is wrong.
+        AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong; AK5xx, not built, or derivatives
+            in forward mode are required and torch's op cannot stand in; AK6xx, an index or a length is wrong.
     """
     if v is None:
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
+    q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     _check_not_built(select, dropout_p, normalizer)
     _check_function("score", score)
@@ -183,7 +186,7 @@ def dense_attention(
     if alibi_slopes is not None:
         scores.append(alibi_score(alibi_slopes))
         check_tensor("alibi_slopes", alibi_slopes)
-        check_qkv(q, k, v)
+        check_qkv(*autocast(q, k, v))
         if alibi_slopes.shape[-1] not in (1, q.shape[1]):
             raise error(
                 "AK403", where="alibi_slopes", given=shape_of(alibi_slopes), allowed="[Hq] or [B, Hq]"

@@ -12,7 +12,14 @@ from attnkit.errors import AttnkitError, error
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import torch_sdpa
-from attnkit.ops.check import check_bindings, check_qkv, check_tensor, has_tangent, needs_derivatives
+from attnkit.ops.check import (
+    autocast,
+    check_bindings,
+    check_qkv,
+    check_tensor,
+    has_tangent,
+    needs_derivatives,
+)
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import Differentiable, Direct, ThroughOps, Way, has_backward
 from attnkit.ops.warm import is_below_autograd, is_plain, is_unwatched, layout_of_output, ready, run
@@ -86,7 +93,10 @@ def attend(
     need_lse: bool,
     unwatched: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``torch.ops.attnkit.attend``, and no trip through the dispatcher where nobody could tell (`is_unwatched`)."""
+    """``torch.ops.attnkit.attend``, and no trip through the dispatcher where nobody could tell (`is_unwatched`).
+
+    q, k and v are what `autocast` makes of them.
+    """
     if unwatched is None:
         unwatched = not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
     if unwatched:
@@ -97,6 +107,13 @@ def attend(
     return torch.ops.attnkit.attend(q, k, v, program, buffers, params, None, need_lse)  # type: ignore[no-any-return]
 
 
+def _attend_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    tensors = autocast(q, k, v)
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        return torch.ops.attnkit.attend.default(*tensors, *others)  # type: ignore[no-any-return]
+
+
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
@@ -191,4 +208,5 @@ def _torch_form(program: Program, square: bool) -> tuple[bool, float | None] | N
 
 _lib.impl("attend", _attend_kernel, "CPU")
 _lib.impl("attend", _attend_autograd, "AutogradCPU")
+_lib.impl("attend", _attend_autocast, "AutocastCPU")
 torch.library.register_fake("attnkit::attend", _attend_fake, lib=_lib)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_number, check_tensor
+from attnkit.ops.check import autocast, check_number, check_tensor
 from attnkit.ops.registry import attend
 from attnkit.ops.warm import is_unwatched
 
@@ -211,12 +211,13 @@ def scaled_dot_product_attention(
     Causal is top-left aligned, as torch's is. A row that sees nothing gives 0.
 
     Raises:
-        AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, gradients are required and
-            torch's op cannot stand in.
+        AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
+            required and torch's op cannot stand in.
     """
     for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
         if not (t is None and name == "attn_mask"):
             check_tensor(name, t)
+    query, key, value = autocast(query, key, value)
     check_number("dropout_p", dropout_p)
     if scale is not None:
         scale = check_number("scale", scale)

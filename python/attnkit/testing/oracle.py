@@ -51,7 +51,7 @@ class Expected:
     ``o [B, Hq, Sq, Dv]`` and ``lse [B, Hq, Sq]`` are float64. ``naive_o`` and ``naive_lse`` have one more dimension
     in front: the same equation in the inputs' dtype, with its sums in several orders, because the errors of a single
     order are a matter of luck. ``o_terms`` and ``lse_terms`` are what the a-priori bound multiplies by the unit
-    roundoff, ``o_weights`` (``P |v| + |o|``) what it multiplies by that of rounded weights; ``kv_len`` is the most
+    roundoff, ``o_weights`` (``P |v|``) what it multiplies by that of rounded weights; ``kv_len`` is the most
     terms that any sum has.
     """
 
@@ -115,7 +115,7 @@ def attention(
                 head = _Head(q64, k64, v64, score, visible, scale, logit, pairs)
                 expected.o[at], expected.lse[at] = head.o, head.lse
                 expected.o_terms[at], expected.lse_terms[at] = head.terms()
-                expected.o_weights[at] = head.p @ head.v_size + abs(head.o)
+                expected.o_weights[at] = head.p @ head.v_size
                 for order in range(_ORDERS):
                     naive = _Head(*tensors, score, visible, scale, logit, pairs, order, dtype)
                     expected.naive_o[order, *at], expected.naive_lse[order, *at] = naive.o, naive.lse

@@ -34,6 +34,9 @@ def attend(
     return o, lse[0] if lse else np.full(o.shape[:3], np.nan)
 
 
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
 class ReferenceBackend:
     """See `attnkit.backends.Backend`."""
 
@@ -44,12 +47,12 @@ class ReferenceBackend:
         return None
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
-        """Float32 and float64 tensors in the CPU's memory."""
+        """Float tensors in the CPU's memory."""
         reasons = []
         if spec.device != "cpu":
             reasons.append(f"tensors are on {spec.device}, not on the CPU")
-        if spec.dtype not in ("float32", "float64"):
-            reasons.append(f"dtype is {spec.dtype}, not float32 or float64")
+        if spec.dtype not in _DTYPES:
+            reasons.append(f"dtype is {spec.dtype}, not {', '.join(_DTYPES)}")
         return tuple(reasons)
 
     def space(self, spec: KernelSpec) -> Space:
@@ -85,7 +88,7 @@ class ReferenceKernel:
             o64, lse64 = attend(self.program, q64, k64, v64, captured, params)
         except MemoryError as exc:
             raise error("AK603", where="backend reference", given=str(exc)) from exc
-        o.numpy()[...] = o64
+        o.copy_(o.new_tensor(o64))
         if lse is not None:
             lse.numpy()[...] = lse64
 
@@ -117,7 +120,7 @@ class ReferenceKernel:
             raise error("AK603", where="backend reference", given=str(exc)) from exc
         for to, gradient in zip((dq, dk, dv, *d_buffers), (*found.inputs, *found.buffers), strict=True):
             if to is not None:
-                to.numpy()[...] = gradient
+                to.copy_(to.new_tensor(gradient))
 
 
 def _arrays(q: Any, k: Any, v: Any, buffers: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -129,6 +132,8 @@ def _array(name: str, t: Any) -> Any:
     """The tensor as numpy has it: lazy views resolved, gradients left behind."""
     if t.numel() > 0 and not t._is_zerotensor() and t.data_ptr() == 0:
         raise error("AK606", where=name)  # numpy would take memory of its own, with anything in it
+    if str(t.dtype) == "torch.bfloat16":  # numpy has none
+        t = t.float()
     return t.numpy(force=True)
 
 

@@ -40,7 +40,7 @@ def _attnkit(inputs: Inputs) -> Call:
 
     runs = report.explain(call).calls[0]
     if runs.backend != CPU.name:
-        raise error("AK502", where=inputs.workload.name, given=f"{runs.backend}: {'; '.join(runs.notes)}")
+        raise error("AK502", given=f"{runs.backend}: {'; '.join(runs.notes)}")
     return Call(call, config=runs.config)
 
 

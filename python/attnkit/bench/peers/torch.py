@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from attnkit.bench.peers.base import Call, Peer, folded, installed_version, unfolded
 from attnkit.bench.workloads import Inputs, Workload
 from attnkit.variants import dense
@@ -22,13 +24,21 @@ def _sdpa(inputs: Inputs) -> Call:
     if w.parameters == {"causal": True} and s.sq == s.skv:
         arguments["is_causal"] = True
     elif "alibi_slopes" in w.parameters:
-        bias = torch.from_numpy(dense.added_bias(s.sq, s.skv, **w.parameters)).to(inputs.q.dtype)
-        seen = torch.from_numpy(dense.visible(s.sq, s.skv, **w.parameters))
-        arguments["attn_mask"] = bias.masked_fill(~seen, float("-inf"))[None]
+        rows = np.array_split(np.arange(s.sq), -(-s.sq // 256))
+        arguments["attn_mask"] = torch.cat([_bias(w, r).to(inputs.q.dtype) for r in rows], 1)[None]
     elif w.parameters:
         arguments["attn_mask"] = torch.from_numpy(dense.visible(s.sq, s.skv, **w.parameters))
     sdpa = torch.nn.functional.scaled_dot_product_attention
     return Call(lambda: sdpa(inputs.q, inputs.k, inputs.v, **arguments))
+
+
+def _bias(workload: Workload, rows: Any) -> Any:
+    """What is added to the scores of some query rows, ``[Hq, rows, Skv]``: -inf where a pair does not exist."""
+    import torch
+
+    s, p = workload.shape, workload.parameters
+    seen = dense.visible(s.sq, s.skv, rows, **p)
+    return torch.from_numpy(np.where(seen, dense.added_bias(s.sq, s.skv, rows, **p), -np.inf))
 
 
 def _folded_refuses(workload: Workload) -> str | None:
