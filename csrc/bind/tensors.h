@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -12,7 +13,32 @@
 
 namespace attnkit::cpu {
 
-using Ints = std::vector<int64_t>;
+// Sizes or strides, held in place: a call makes a dozen of them.
+class Ints {
+ public:
+  static constexpr size_t kMost = 8;
+
+  Ints() = default;
+  Ints(std::initializer_list<int64_t> values) : Ints(values.begin(), values.end()) {}
+  Ints(const int64_t* first, const int64_t* last) {
+    for (; first != last; ++first) push_back(*first);
+  }
+
+  void push_back(int64_t value) {
+    if (size_ == kMost) throw pybind11::value_error("a tensor has at most eight dimensions");
+    at_[size_++] = value;
+  }
+  size_t size() const { return size_; }
+  const int64_t* begin() const { return at_; }
+  const int64_t* end() const { return at_ + size_; }
+  int64_t operator[](size_t i) const { return at_[i]; }
+  bool operator==(const Ints& other) const { return std::equal(begin(), end(), other.begin(), other.end()); }
+
+ private:
+  int64_t at_[kMost]{};
+  size_t size_ = 0;
+};
+
 using BufferTuple = std::tuple<uintptr_t, int, Ints, Ints>;  // address, dtype, sizes, strides
 using SequenceTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t>;  // see Sequence
 inline constexpr int kMaxThreads = 1024;  // OpenMP ends the process where the system has no more to give
@@ -129,7 +155,7 @@ struct Request {
     problem.lse = reinterpret_cast<float*>(lse);
     if (lse != 0) std::copy(lse_stride.begin(), lse_stride.end(), problem.lse_stride);
     o_shape = {q_shape[0], q_shape[1], q_shape[2], v_shape[3]};
-    lse_shape.assign(o_shape.begin(), o_shape.end() - 1);
+    lse_shape = {o_shape.begin(), o_shape.end() - 1};
     const Ints sink_shape{q_shape[1]}, sink_stride{1};
     constexpr int f32 = element_size(DType::f32);
     const int element = element_size(problem.dtype);
@@ -164,3 +190,24 @@ struct Request {
 };
 
 }  // namespace attnkit::cpu
+
+// A tuple, or anything else that holds integers in a row.
+template <>
+struct pybind11::detail::type_caster<attnkit::cpu::Ints> {
+  PYBIND11_TYPE_CASTER(attnkit::cpu::Ints, const_name("Sequence[int]"));
+
+  bool load(handle source, bool) {
+    const auto items = reinterpret_steal<object>(PySequence_Fast(source.ptr(), ""));
+    value = {};
+    if (!items) PyErr_Clear();
+    for (Py_ssize_t i = 0; items && i < PySequence_Fast_GET_SIZE(items.ptr()); ++i) {
+      const int64_t n = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items.ptr(), i));
+      if (n == -1 && PyErr_Occurred() != nullptr) {
+        PyErr_Clear();
+        return false;
+      }
+      value.push_back(n);
+    }
+    return static_cast<bool>(items);
+  }
+};

@@ -48,8 +48,8 @@ class Scratch {
 };
 thread_local Scratch t_workspace, t_parts;
 
-// Small calls finish before a second thread has woken up.
-constexpr double kMinFlopsPerThread = 1e6;
+// Small calls finish before a second thread has woken up: so much takes a few microseconds.
+constexpr double kMinFlopsPerThread = 3e5;
 
 }  // namespace
 

@@ -92,10 +92,10 @@ class Pass {
   }
 
   Status run() {
-    on_threads(&Pass::look_at_rows);
-    if (!no_memory_) on_threads(&Pass::look_at_structures);
+    on_threads(&Pass::look_at_rows, worth(threads_, row_flops()));
+    if (!no_memory_) on_threads(&Pass::look_at_structures, program_.mask < 0 ? 1 : threads_);
     if (!no_memory_ && g_.d_sink != nullptr) add_sinks();
-    if (!no_memory_) on_threads(&Pass::tasks);
+    if (!no_memory_) on_threads(&Pass::tasks, threads_);
     if (no_memory_) return {Fault::no_memory, -1};
     ran(kernel_);
     if (bad_load_ >= 0) return {Fault::index_range, bad_load_};
@@ -106,7 +106,11 @@ class Pass {
   int64_t q_blocks(const Sequence& s) const { return blocks_of(s.q_len, call_.tile_q); }
   int64_t kv_blocks(const Sequence& s) const { return blocks_of(s.kv_len, call_.tile_kv); }
 
-  void on_threads(void (Pass::*work)()) {
+  double row_flops() const {
+    return 4.0 * (p_.head_dim + p_.v_head_dim) * static_cast<double>(first_block_.back()) * call_.tile_q;
+  }
+
+  void on_threads(void (Pass::*work)(), int threads) {
     next_ = 0;
     const auto guarded = [&] {  // no exception may leave a parallel region
       try {
@@ -115,8 +119,8 @@ class Pass {
         no_memory_ = true;
       }
     };
-    if (threads_ <= 1) return guarded();
-#pragma omp parallel num_threads(threads_)
+    if (threads <= 1) return guarded();
+#pragma omp parallel num_threads(threads)
     guarded();
   }
 
@@ -406,7 +410,16 @@ Status attend_backward(const Program& program, const Problem& p, const Gradients
   Analysis analysis(program, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
-  return Pass(program, p, gradients, config, analysis, facts).run();
+  // Tiles no larger than what there is: what they leave empty would be cleared and stored all the same.
+  int64_t queries = 1, keys = 1;
+  for (int32_t i = 0; i < p.num_sequences; ++i) {
+    queries = std::max(queries, p.sequences[i].q_len);
+    keys = std::max(keys, p.sequences[i].kv_len);
+  }
+  Config fitting = config;
+  fitting.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, queries));
+  fitting.tile_kv = static_cast<int32_t>(std::min<int64_t>(config.tile_kv, keys));
+  return Pass(program, p, gradients, fitting, analysis, facts).run();
 }
 
 }  // namespace attnkit::cpu

@@ -16,6 +16,7 @@ class FloatForward : public Forward {
     with_elements(p_.dtype, [&](auto* type) {
       decltype(type) q[kMaxTileQ];
       for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
+      if (p_.q.stride[3] == 1) return transpose_rows(q, t_.lanes(), p_.head_dim, p_.scale, ws_ + at_.qt, at_.bm);
       for (int32_t d = 0; d < p_.head_dim; ++d) {
         float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
         for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;

@@ -72,8 +72,10 @@ def check_number(name: str, value: Any) -> float:
 
 def needs_derivatives(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd follows any of these tensors, backward or forward."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t.requires_grad:
+                return True
     return has_tangent(tensors)
 
 

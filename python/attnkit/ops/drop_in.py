@@ -17,7 +17,8 @@ from attnkit.errors import AttnkitError
 from attnkit.ops import sdpa, torch_sdpa
 from attnkit.ops.check import has_tangent
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.registry import is_plain, is_transformed
+from attnkit.ops.registry import is_transformed
+from attnkit.ops.warm import is_plain, is_unwatched
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ def _override(
     if torch_sdpa.bypassed():
         return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    if has_tangent(tensors) or any(map(is_transformed, tensors)):
+    unwatched = is_unwatched(tensors)
+    if has_tangent(tensors) or (not unwatched and any(map(is_transformed, tensors))):
         form: sdpa.Form | str = "forward-mode derivatives and function transforms"
     else:
-        form = sdpa.express(*args, scale, enable_gqa)
+        form = sdpa.express(*args, scale, enable_gqa, unwatched)
     if not isinstance(form, str):
         try:
-            o = sdpa.run(form, query)
+            o = sdpa.run(form, query, unwatched)
         except AttnkitError as exc:
             if exc.code != "AK607":
                 raise

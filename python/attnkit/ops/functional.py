@@ -19,7 +19,6 @@ from attnkit.ir.mods import (
 )
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
-from attnkit.ops import registry  # defines torch.ops.attnkit
 from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     autocast,
@@ -31,10 +30,10 @@ from attnkit.ops.check import (
     needs_derivatives,
     shape_of,
 )
-from attnkit.ops.counts import counts, recorder
-from attnkit.ops.gradients import BackwardCall, Differentiable, Gradients, Saved, has_backward, run_backward
+from attnkit.ops.gradients import Differentiable, Direct, has_backward
+from attnkit.ops.registry import attend
 from attnkit.ops.traced import Traceable, bind, bind_function
-from attnkit.runtime import prepare
+from attnkit.ops.warm import ready
 
 Mod = Callable[..., Any]
 Output = Tensor | tuple[Tensor, Tensor]
@@ -121,10 +120,10 @@ def attention(
     if not isinstance(backend, str):
         raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
     if backend in ("auto", q.device.type):
-        o, lse = torch.ops.attnkit.attend(q, k, v, text, buffers, values, None, return_lse)
+        o, lse = attend(q, k, v, text, buffers, values, return_lse)
     else:
         o, lse = _run_on(backend, q, k, v, text, buffers, values)
-    return (o, lse) if return_lse else o
+    return o if lse is None or not return_lse else (o, lse)
 
 
 def dense_attention(
@@ -313,48 +312,16 @@ def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
             raise error("AK403", where=name, given=shape_of(lengths), allowed="one dimension")
 
 
-class _OnBackend:
-    """A backend asked for by name, outside the dispatcher: for checking. See `gradients.Way`."""
-
-    def __init__(self, backend: str, text: str, q: Tensor, v: Tensor, params: list[float]) -> None:
-        dtype = str(q.dtype).removeprefix("torch.")
-        self.prepared = prepare(text, dtype, q.shape[3], v.shape[3], q.device.type, backend)
-        self.params = params
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """See `gradients.Way`."""
-        prepared, params = self.prepared, self.params
-        o, lse = registry.allocate(q, v, need_lse=True)
-        if (record := recorder()) is not None:
-            record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
-            return o.zero_(), lse.zero_()
-        prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads())
-        counts.run()
-        return o, lse
-
-    def backward(
-        self,
-        d_o: Tensor,
-        d_lse: Tensor | None,
-        saved: Saved,
-        buffers: list[Tensor],
-        wanted: list[bool],
-    ) -> Gradients:
-        """See `gradients.Way`."""
-        text = self.prepared.spec.program.text
-        q, k, v, o, lse = saved
-        call = BackwardCall(d_o, d_lse, q, k, v, o, lse, text, buffers, self.params, None, wanted)
-        return run_backward(self.prepared, call)
-
-
 def _run_on(
     backend: str, q: Tensor, k: Tensor, v: Tensor, text: str, buffers: list[Tensor], params: list[float]
 ) -> tuple[Tensor, Tensor]:
-    way = _OnBackend(backend, text, q, v, params)
-    check_bindings(way.prepared.spec.program, q, k, buffers, params)
+    """A backend asked for by name, outside the dispatcher: for checking."""
+    found = ready(text, q, k, v, backend)
+    way = Direct(found, params)
+    check_bindings(found.prepared.spec.program, q, k, buffers, params)
     tensors = (q, k, v, *buffers)
     if not needs_derivatives(tensors):
         return way.forward(q, k, v, buffers)
-    if has_tangent(tensors) or not has_backward(way.prepared):
+    if has_tangent(tensors) or not has_backward(found.prepared):
         raise error("AK503", where=f"backend {backend!r}", given="tensors that require gradients")
     return Differentiable.apply(way, *tensors)  # type: ignore[no-any-return, no-untyped-call]

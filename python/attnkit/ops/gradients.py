@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnkit.errors import error
-from attnkit.ir.program import Program
-from attnkit.ops.check import check_bindings, check_qkv, needs_derivatives, shape_of
+from attnkit.ops.check import check_bindings, needs_derivatives, shape_of
 from attnkit.ops.counts import counts, recorder
-from attnkit.runtime import Prepared, prepare
+from attnkit.ops.warm import Ready, is_unwatched, ready, run
+from attnkit.runtime import Prepared
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -57,17 +57,33 @@ class BackwardCall(NamedTuple):
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 
 
-def run_backward(prepared: Prepared, call: BackwardCall) -> Gradients:
+def run_backward(
+    ready: Ready,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    saved: Saved,
+    buffers: list[Tensor],
+    params: list[float],
+    wanted: list[bool],
+) -> Gradients:
     """The gradients of q, k, v and of the wanted buffers, in the dtypes of these, by a kernel that has a backward.
 
     Raises:
         AttnkitError: AK4xx, the tensors do not go together; AK603, out of memory; as the kernel.
     """
-    d_o, d_lse, q, k, v, o, lse, _, buffers, params, _, wanted = call
-    _check(call, prepared.spec.program)
-    attend = prepared.spec.program.attend
-    ragged = prepared.spec.program.inputs[attend.k].lengths is not None
-    new = torch.zeros_like if ragged or o.numel() == 0 else torch.empty_like
+    q, k, v, o, lse = saved
+    if ready.bound or buffers or params:
+        check_bindings(ready.prepared.spec.program, q, k, buffers, params)
+    if len(wanted) != len(buffers):
+        given = f"{len(wanted)} for {len(buffers)} buffers"
+        raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
+    shape = ready.shape
+    _check("d_o", d_o, shape, q.dtype)
+    _check("o", o, shape, q.dtype)
+    _check("lse", lse, shape[:3], torch.float32)
+    if d_lse is not None:
+        _check("d_lse", d_lse, shape[:3], torch.float32)
+    new = torch.zeros_like if ready.ragged or o.numel() == 0 else torch.empty_like
     try:
         dq = torch.zeros_like(q, dtype=_accumulated(q))
         dk, dv = new(k), new(v)
@@ -78,37 +94,24 @@ def run_backward(prepared: Prepared, call: BackwardCall) -> Gradients:
     except RuntimeError as exc:  # torch has no narrower one on the CPU
         raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
     if recorder() is None:
-        kernel: Any = prepared.kernel
+        kernel: Any = ready.prepared.kernel
         kernel.backward(
             q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads()
         )
         counts.run()
     d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
-    return dq.to(q.dtype), dk, dv, d_buffers
+    return dq if dq.dtype == q.dtype else dq.to(q.dtype), dk, dv, d_buffers
 
 
 def _accumulated(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def _check(call: BackwardCall, program: Program) -> None:
-    check_qkv(call.q, call.k, call.v)
-    check_bindings(program, call.q, call.k, call.buffers, call.params)
-    shape = (*call.q.shape[:3], call.v.shape[3])
-    expected: list[tuple[str, Tensor | None, tuple[int, ...], torch.dtype]] = [
-        ("d_o", call.d_o, shape, call.q.dtype), ("o", call.o, shape, call.q.dtype),
-        ("d_lse", call.d_lse, shape[:3], torch.float32), ("lse", call.lse, shape[:3], torch.float32),
-    ]  # fmt: skip
-    for name, t, size, dtype in expected:
-        if t is None:
-            continue
-        if tuple(t.shape) != size:
-            raise error("AK403", where=name, given=shape_of(t), allowed=str(list(size)))
-        if t.dtype != dtype:
-            raise error("AK404", where=name, given=str(t.dtype), allowed=str(dtype))
-    if len(call.wanted) != len(call.buffers):
-        given = f"{len(call.wanted)} for {len(call.buffers)} buffers"
-        raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
+def _check(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t.shape != shape:
+        raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
+    if t.dtype != dtype:
+        raise error("AK404", where=name, given=str(t.dtype), allowed=str(dtype))
 
 
 def _fake(*args: Any) -> Gradients:
@@ -118,12 +121,12 @@ def _fake(*args: Any) -> Gradients:
 
 
 def _kernel(*args: Any) -> Gradients:
-    call = BackwardCall(*args)
-    dtype = str(call.q.dtype).removeprefix("torch.")
-    prepared = prepare(call.program, dtype, call.q.shape[3], call.v.shape[3], call.q.device.type)
-    if not has_backward(prepared):
-        raise error("AK503", where="torch.ops.attnkit.attend_backward", given=f"backend {prepared.backend!r}")
-    return run_backward(prepared, call)
+    d_o, d_lse, q, k, v, o, lse, program, buffers, params, _, wanted = BackwardCall(*args)
+    found = ready(program, q, k, v)
+    if not has_backward(found.prepared):
+        given = f"backend {found.prepared.backend!r}"
+        raise error("AK503", where="torch.ops.attnkit.attend_backward", given=given)
+    return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, wanted)
 
 
 def _autograd(*args: Any) -> Gradients:
@@ -183,6 +186,33 @@ class ThroughOps:
         return torch.ops.attnkit.attend_backward(d_o, d_lse, *saved, *others)  # type: ignore[no-any-return]
 
 
+class Direct:
+    """The way past the dispatcher, while nobody watches."""
+
+    def __init__(self, ready: Ready, params: list[float]) -> None:
+        self.ready, self.params = ready, params
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """See `Way`."""
+        return run(self.ready, q, k, v, buffers, self.params, need_lse=True)  # type: ignore[return-value]
+
+    def backward(
+        self,
+        d_o: Tensor,
+        d_lse: Tensor | None,
+        saved: Saved,
+        buffers: list[Tensor],
+        wanted: list[bool],
+    ) -> Gradients:
+        """See `Way`."""
+        if self.ready.automatic:  # by vmap, for one; no op knows a backend that was asked for
+            tensors = (d_o, *saved, *buffers) if d_lse is None else (d_o, d_lse, *saved, *buffers)
+            if not is_unwatched(tensors):
+                way = ThroughOps(self.ready.prepared.spec.program.text, self.params, None)
+                return way.backward(d_o, d_lse, saved, buffers, wanted)
+        return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, wanted)
+
+
 class Differentiable(torch.autograd.Function):
     """Attention with gradients: ``apply(way, q, k, v, *buffers)`` gives ``o`` and ``lse``."""
 
@@ -198,19 +228,27 @@ class Differentiable(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        q, k, v, o, lse, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
-        saved = Saved(q, k, v, o, lse)
-        if d_o is None:
-            d_o = torch.zeros_like(saved.o)
-        needed = ctx.needs_input_grad
-        wanted = list(needed[4:])
-        *inputs, d_buffers = ctx.way.backward(d_o, d_lse, saved, buffers, wanted)
-        found = iter(d_buffers)
-        of_buffers = [next(found) if w else None for w in wanted]
-        return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), *of_buffers
+        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, d_o, d_lse)
+
+
+def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
+    saved = Saved(q, k, v, o, lse)
+    if d_o is None:
+        d_o = torch.zeros_like(saved.o)
+    needed = ctx.needs_input_grad
+    wanted = list(needed[4:])
+    *inputs, d_buffers = ctx.way.backward(d_o, d_lse, saved, buffers, wanted)
+    found = iter(d_buffers)
+    of_buffers = [next(found) if w else None for w in wanted]
+    return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), *of_buffers
+
+
+_backward_once = once_differentiable(
+    _backward
+)  # of a graph of the backward: it says that it has no derivatives
 
 
 _lib.impl("attend_backward", _kernel, "CPU")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.program import Program
@@ -23,7 +21,8 @@ from attnkit.ops.check import (
     needs_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.gradients import Differentiable, ThroughOps, has_backward
+from attnkit.ops.gradients import Differentiable, Direct, ThroughOps, Way, has_backward
+from attnkit.ops.warm import is_below_autograd, is_plain, is_unwatched, layout_of_output, ready, run
 from attnkit.runtime import prepare
 
 _lib: Any = torch.library.Library("attnkit", "DEF")  # type: ignore[no-untyped-call]
@@ -48,26 +47,10 @@ class Call(NamedTuple):
 
 
 def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """``o [B, Hq, Sq, Dv]``, laid out as [B, Sq, Hq, Dv] because that is what models merge heads from, and lse."""
-    batch, heads, length, _ = q.shape
-    width = v.shape[3]
-    stride = (length * heads * width, width, heads * width, 1)
-    o = torch.empty_strided((batch, heads, length, width), stride, dtype=q.dtype, device=q.device)
-    shape = (batch, heads, length) if need_lse else (0,)
-    return o, torch.empty(shape, dtype=torch.float32, device=q.device)
-
-
-def allocate(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
-    """`outputs` in real memory.
-
-    Raises:
-        AttnkitValueError: AK603, there is not that much.
-    """
-    try:
-        return outputs(q, v, need_lse)
-    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
-        given = f"o {[*q.shape[:3], v.shape[3]]}: {str(exc).splitlines()[0]}"
-        raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc
+    """``o [B, Hq, Sq, Dv]`` and lse, unset."""
+    shape, stride = layout_of_output(q, v)
+    o = torch.empty_strided(shape, stride, dtype=q.dtype, device=q.device)
+    return o, torch.empty(shape[:3] if need_lse else (0,), dtype=torch.float32, device=q.device)
 
 
 def _attend_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -80,18 +63,9 @@ def _attend_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _attend_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     q, k, v, program, buffers, params, seed, need_lse = Call(*args)
-    check_qkv(q, k, v)
     _check_seed(seed)
-    prepared = prepare(program, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type)
-    check_bindings(prepared.spec.program, q, k, buffers, params)
-    o, lse = allocate(q, v, need_lse)
-    record = recorder()
-    if record is not None:
-        record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
-        return o.zero_(), lse.zero_()
-    prepared.kernel(q, k, v, o, lse if need_lse else None, buffers, params, torch.get_num_threads())
-    counts.run()
-    return o, lse
+    o, lse = run(ready(program, q, k, v), q, k, v, buffers, params, need_lse)
+    return o, torch.empty((0,)) if lse is None else lse
 
 
 def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:
@@ -99,12 +73,38 @@ def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     tensors = (call.q, call.k, call.v, *call.buffers)
     if not all(isinstance(t, Tensor) for t in tensors):
         check_qkv(call.q, call.k, call.v)
+    plain = is_plain(tensors)
     if needs_derivatives(tensors):
-        return _with_gradients(call)
-    if is_plain(tensors):
+        o, lse = _with_gradients(call, plain)
+        return o, call.q.new_empty((0,), dtype=torch.float32) if lse is None else lse
+    if plain:
         return _attend_kernel(*args)  # nobody is watching: spare the second trip through the dispatcher
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.attnkit.attend.default(*args)  # type: ignore[no-any-return]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    program: str,
+    buffers: list[Tensor],
+    params: list[float],
+    need_lse: bool,
+    unwatched: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``torch.ops.attnkit.attend``, and no trip through the dispatcher where nobody could tell (`is_unwatched`).
+
+    q, k and v are what `autocast` makes of them.
+    """
+    if unwatched is None:
+        unwatched = not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
+    if unwatched:
+        if not needs_derivatives((q, k, v, *buffers)):
+            return run(ready(program, q, k, v), q, k, v, buffers, params, need_lse)
+        if not is_below_autograd():
+            return _with_gradients(Call(q, k, v, program, buffers, params, None, need_lse), plain=True)
+    return torch.ops.attnkit.attend(q, k, v, program, buffers, params, None, need_lse)  # type: ignore[no-any-return]
 
 
 def _attend_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -117,34 +117,35 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
-def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors are what they look like: no subclass, no lazy view, no mode that wants to see the call."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(t) in (Tensor, Parameter)
-        and not (t.is_neg() or t._is_zerotensor() or is_transformed(t) or torch._is_functional_tensor(t))
-        for t in tensors
-    )
-
-
-def _with_gradients(call: Call) -> tuple[Tensor, Tensor]:
+def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
     q, k, v, program, buffers, params, seed, need_lse = call
-    check_qkv(q, k, v)
     _check_seed(seed)
-    check_bindings(parse(program), q, k, buffers, params)
     tensors = (q, k, v, *buffers)
-    if has_tangent(tensors) or any(map(is_transformed, tensors)):
+    if not plain:
+        check_qkv(q, k, v)
+        check_bindings(parse(program), q, k, buffers, params)
+    if has_tangent(tensors) or (not plain and any(map(is_transformed, tensors))):
         return _on_torch(call, "forward-mode derivatives and function transforms")
-    dims = [n if type(n) is int else 1 for n in (q.shape[3], v.shape[3])]  # symbolic in a dynamic graph
+    found = None
     try:
-        prepared = prepare(program, str(q.dtype).removeprefix("torch."), dims[0], dims[1], q.device.type)
+        if plain:
+            found = ready(program, q, k, v)
+            prepared = found.prepared
+        else:
+            dims = [
+                n if type(n) is int else 1 for n in (q.shape[3], v.shape[3])
+            ]  # symbolic in a dynamic graph
+            dtype = str(q.dtype).removeprefix("torch.")
+            prepared = prepare(program, dtype, dims[0], dims[1], q.device.type)
     except AttnkitError as exc:
         if exc.code != "AK502":
             raise
         return _on_torch(call, f"gradients of {q.dtype} tensors")
     if not has_backward(prepared):
         return _on_torch(call, f"gradients on backend {prepared.backend!r}")
-    o, lse = Differentiable.apply(ThroughOps(program, params, seed), q, k, v, *buffers)  # type: ignore[no-untyped-call]
-    return o, lse if need_lse else q.new_empty((0,), dtype=torch.float32)
+    way: Way = ThroughOps(program, params, seed) if found is None else Direct(found, params)
+    o, lse = Differentiable.apply(way, *tensors)  # type: ignore[no-untyped-call]
+    return o, lse if need_lse else None
 
 
 def _on_torch(call: Call, reason: str) -> tuple[Tensor, Tensor]:

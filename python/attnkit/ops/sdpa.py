@@ -9,6 +9,8 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ops.check import autocast, check_number, check_tensor
+from attnkit.ops.registry import attend
+from attnkit.ops.warm import is_unwatched
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -34,8 +36,16 @@ def express(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    plain: bool,
 ) -> Form | str:
-    """The program of a call, or why attnkit does not take it."""
+    """The program of a call, or why attnkit does not take it. ``plain``: the tensors are, as `is_plain` has it."""
+    known: Any = None
+    if plain and attn_mask is None and dropout_p == 0.0:
+        shapes = query.shape, key.shape, value.shape
+        known = (*shapes, query.dtype, key.dtype, value.dtype, is_causal, scale, enable_gqa)
+        text = _taken.get(known)
+        if text is not None:
+            return Form(_four_dimensional(query), _four_dimensional(key), _four_dimensional(value), text, [])
     reason = _declined(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         return reason
@@ -47,6 +57,10 @@ def express(
         attn_mask, index = broadcast
     kind = None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "f32"
     text = _cached_text(is_causal, scale, kind, index)
+    if known is not None:
+        if len(_taken) >= _MAX_TEXTS:
+            _taken.clear()
+        _taken[known] = text
     q, k, v = (_four_dimensional(t) for t in (query, key, value))
     return Form(q, k, v, text, [] if attn_mask is None else [attn_mask])
 
@@ -134,6 +148,7 @@ def _four_dimensional(t: Tensor) -> Tensor:
 
 _MAX_TEXTS = 1024  # a model has a handful; the bound only stops a leak
 _texts: dict[Any, str] = {}
+_taken: dict[Any, str] = {}  # by what calls without a mask are known to be taken
 
 
 def _cached_text(*key: Any) -> str:
@@ -172,9 +187,9 @@ def _text(is_causal: bool, scale: float | None, mask: str | None, index: tuple[s
     )
 
 
-def run(form: Form, query: Tensor) -> Tensor:
-    """Compute a form; the result has the query's leading dimensions."""
-    o: Tensor = torch.ops.attnkit.attend(form.q, form.k, form.v, form.text, form.buffers, [], None, False)[0]
+def run(form: Form, query: Tensor, unwatched: bool) -> Tensor:
+    """Compute a form; the result has the query's leading dimensions. ``unwatched``: see `attend`."""
+    o, _ = attend(form.q, form.k, form.v, form.text, form.buffers, [], False, unwatched)
     return o if query.dim() == 4 else o.reshape(*query.shape[:-1], form.v.shape[-1])
 
 
@@ -206,7 +221,9 @@ def scaled_dot_product_attention(
     check_number("dropout_p", dropout_p)
     if scale is not None:
         scale = check_number("scale", scale)
-    form = express(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    unwatched = not torch.compiler.is_compiling() and is_unwatched(tensors)
+    form = express(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, unwatched)
     if isinstance(form, str):
         raise error(
             "AK504",
@@ -216,4 +233,4 @@ def scaled_dot_product_attention(
             allowed="float32, bfloat16 or float16 CPU tensors of 3 to 5 dimensions, no dropout",
             hint="torch.nn.functional.scaled_dot_product_attention computes it; attnkit.install() goes there and counts it",
         )
-    return run(form, query)
+    return run(form, query, unwatched)

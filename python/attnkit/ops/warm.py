@@ -1,0 +1,138 @@
+"""The warm call: what tensors of known shapes need is found once, and the dispatcher is spared where nobody watches it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from attnkit.errors import error
+from attnkit.ops.check import check_bindings, check_qkv
+from attnkit.ops.counts import counts, recorder
+from attnkit.runtime import Prepared, prepare
+
+_C: Any = torch._C
+_Key = _C.DispatchKey
+
+
+def _bits(*keys: Any) -> int:
+    found = 0
+    for key in keys:
+        found |= _C.DispatchKeySet(key).raw_repr()
+    return found
+
+
+# What torch's dispatcher looks at: a tensor's keys, and those that modes and transforms have added in this thread.
+_NOT_OF_TENSORS = ~_bits(_Key.CPU, _Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutocastCPU)
+_NOT_OF_THREADS = ~_bits(_Key.BackendSelect, _Key.ADInplaceOrView)
+_AUTOGRAD = _bits(_Key.AutogradCPU) & ~_bits(_Key.CPU)
+
+
+def is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors are dense memory on the CPU and nothing else, and no mode or transform wants to see the call.
+
+    Not so: subclasses, lazy views, functional, sparse and nested tensors, tensors of other devices, functorch's.
+    """
+    if _C._dispatch_tls_local_include_set().raw_repr() & _NOT_OF_THREADS:
+        return False
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not Parameter:
+            return False
+        if _C._dispatch_keys(t).raw_repr() & _NOT_OF_TENSORS:
+            return False
+    return True
+
+
+def is_unwatched(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing could tell a call of the op from a call of what the op does. To be asked outside dynamo."""
+    return _C._len_torch_function_stack() == 0 and not _C._autograd._profiler_enabled() and is_plain(tensors)
+
+
+def is_below_autograd() -> bool:
+    """Whether this thread is inside an op whose derivatives are somebody else's."""
+    return bool(_C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD)
+
+
+class Ready(NamedTuple):
+    """A kernel, and what is known of every call with the same program, shapes and dtypes, which have been checked."""
+
+    prepared: Prepared
+    shape: tuple[int, ...]  # of o,
+    stride: tuple[int, ...]  # laid out as [B, Sq, Hq, Dv]
+    bound: bool  # the program has buffers or params
+    ragged: bool
+    automatic: bool  # nobody asked for this backend by name
+
+
+# A decoder meets new lengths at every step; the bound only stops a leak.
+_MAX_ENTRIES = 4096
+_ready: dict[Any, Ready] = {}
+
+
+def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Ready:
+    """The kernel for dense tensors of one device. One dictionary lookup, the first call of such tensors apart.
+
+    Raises:
+        AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
+    """
+    key = (text, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, backend)
+    found = _ready.get(key)
+    if found is not None:
+        return found
+    check_qkv(q, k, v)
+    prepared = prepare(
+        text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend
+    )
+    program = prepared.spec.program
+    new = Ready(
+        prepared,
+        *layout_of_output(q, v),
+        bound=bool(program.buffers) or program.num_params > 0,
+        ragged=program.inputs[program.attend.k].lengths is not None,
+        automatic=backend == "auto",
+    )
+    if len(_ready) >= _MAX_ENTRIES:
+        _ready.clear()
+    return _ready.setdefault(key, new)
+
+
+def layout_of_output(q: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape ``[B, Hq, Sq, Dv]`` and strides of o, laid out as [B, Sq, Hq, Dv]: models merge heads from that."""
+    batch, heads, length, _ = q.shape
+    width = v.shape[3]
+    return (batch, heads, length, width), (length * heads * width, width, heads * width, 1)
+
+
+def run(
+    ready: Ready,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    need_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute o and lse, or describe the call to who is recording.
+
+    Raises:
+        AttnkitError: as `check_bindings`; AK603, out of memory; as the kernel.
+    """
+    prepared = ready.prepared
+    if ready.bound or buffers or params:
+        check_bindings(prepared.spec.program, q, k, buffers, params)
+    try:
+        o = q.new_empty_strided(ready.shape, ready.stride)
+        lse = q.new_empty(ready.shape[:3], dtype=torch.float32) if need_lse else None
+    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
+        given = f"o {list(ready.shape)}: {str(exc).splitlines()[0]}"
+        raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc
+    record = recorder()
+    if record is not None:
+        record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
+        return o.zero_(), None if lse is None else lse.zero_()
+    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads())
+    counts.run()
+    return o, lse
