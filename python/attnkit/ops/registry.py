@@ -65,7 +65,7 @@ def _attend_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     q, k, v, program, buffers, params, seed, need_lse = Call(*args)
     _check_seed(seed)
     o, lse = run(ready(program, q, k, v), q, k, v, buffers, params, need_lse)
-    return o, torch.empty((0,)) if lse is None else lse
+    return o, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
 
 def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,169 @@
+"""The short way of a call: who watches the dispatcher still sees it, and what is kept is kept for what it was found for."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnkit as ak
+from attnkit.ops import warm
+from attnkit.ops.warm import is_plain, is_unwatched
+
+
+def _qkv(*, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(5)
+    return tuple(torch.randn(2, 4, 9, 16, generator=gen).requires_grad_(grad) for _ in range(3))  # type: ignore[return-value]
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.mT * q.shape[3] ** -0.5, -1) @ v
+
+
+def test_plain_tensors() -> None:
+    x = torch.randn(3)
+    assert is_plain((x, torch.nn.Parameter(x), x.bfloat16(), x[::2]))
+    with torch.inference_mode():
+        assert is_plain((torch.randn(3), x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(3, dtype=torch.complex64).conj().imag,
+        lambda: torch._efficientzerotensor((3,)),
+        lambda: torch.zeros(3, device="meta"),
+        lambda: torch.zeros(3).to_sparse(),
+        lambda: torch.nested.nested_tensor([torch.zeros(3)], layout=torch.jagged),
+        lambda: torch.zeros(3).as_subclass(type("Sub", (Tensor,), {})),
+        lambda: torch.quantize_per_tensor(torch.zeros(3), 1.0, 0, torch.qint8),
+        lambda: torch._to_functional_tensor(torch.zeros(3)),
+    ],
+    ids=["negated", "zero", "meta", "sparse", "nested", "subclass", "quantized", "functional"],
+)
+def test_tensors_that_are_not_plain(make: Callable[[], Tensor]) -> None:
+    assert not is_plain((torch.zeros(3), make()))
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= "attnkit" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def _watchers() -> Iterator[tuple[str, Callable[[Callable[[], Tensor]], bool]]]:
+    def dispatch_mode(call: Callable[[], Tensor]) -> bool:
+        with _Ops() as ops:
+            call()
+        return "attnkit.attend.default" in ops.seen
+
+    def function_mode(call: Callable[[], Tensor]) -> bool:
+        with _Functions() as functions:
+            call()
+        return functions.seen
+
+    def profiler(call: Callable[[], Tensor]) -> bool:
+        with torch.autograd.profiler.profile() as profile:
+            call()
+        return any(event.name == "attnkit::attend" for event in profile.function_events)
+
+    yield "dispatch mode", dispatch_mode
+    yield "function mode", function_mode
+    yield "profiler", profiler
+
+
+@pytest.mark.parametrize(("name", "sees"), _watchers(), ids=[name for name, _ in _watchers()])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_watchers_see_the_op(name: str, sees: Callable[[Callable[[], Tensor]], bool], grad: bool) -> None:
+    q, k, v = _qkv(grad=grad)
+    assert is_unwatched((q, k, v))
+    assert sees(lambda: ak.attention(q, k, v))  # type: ignore[arg-type, return-value]
+    assert sees(lambda: ak.scaled_dot_product_attention(q, k, v))
+
+
+def test_below_autograd_nothing_is_recorded() -> None:
+    q, k, v = _qkv(grad=True)
+    with torch._C._AutoDispatchBelowAutograd():
+        o = ak.scaled_dot_product_attention(q, k, v)
+    assert not o.requires_grad
+
+
+def test_batched_gradients() -> None:
+    """vmap over the cotangent meets a call that was made without it."""
+    q, k, v = _qkv(grad=True)
+    d_o = torch.randn(3, 2, 4, 9, 16, generator=torch.Generator().manual_seed(6))
+    o = ak.scaled_dot_product_attention(q, k, v)
+    found = torch.autograd.grad(o, (q, k, v), d_o, is_grads_batched=True)
+    expected = torch.autograd.grad(_eager(q, k, v), (q, k, v), d_o, is_grads_batched=True)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_saved_tensors_of_another_shape_are_refused() -> None:
+    q, k, v = _qkv(grad=True)
+    with saved_tensors_hooks(lambda t: t, lambda t: t[:1]):
+        o = ak.scaled_dot_product_attention(q, k, v)
+        with pytest.raises(ak.AttnkitError, match="AK403"):
+            o.sum().backward()
+
+
+def test_second_derivatives_are_refused() -> None:
+    q, k, v = _qkv(grad=True)
+    (dq,) = torch.autograd.grad(ak.scaled_dot_product_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def test_default_dtype_does_not_matter() -> None:
+    q, k, v = _qkv()
+    torch.set_default_dtype(torch.float64)
+    try:
+        o, lse = ak.attention(q, k, v, return_lse=True)
+        assert (o.dtype, lse.dtype) == (torch.float32, torch.float32)
+        assert torch.ops.attnkit.attend(q, k, v, _TEXT, [], [], None, False)[1].dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+_TEXT = (
+    "attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd) {\n  o, lse = attend(q, k, v, scale = default) {\n"
+    "    normalizer = softmax\n  }\n  return o, lse\n}\n"
+)
+
+
+def test_one_entry_for_all_calls_alike() -> None:
+    q, k, v = _qkv()
+    warm._ready.clear()
+    first = warm.ready(_TEXT, q, k, v)
+    assert warm.ready(_TEXT, q + 1, k.mT.contiguous().mT, v) is first
+    assert warm.ready(_TEXT, q.bfloat16(), k.bfloat16(), v.bfloat16()) is not first
+    assert warm.ready(_TEXT, q[:, :, :1], k, v).shape == (2, 4, 1, 16)
+    with pytest.raises(ak.AttnkitError, match="AK404"):
+        warm.ready(_TEXT, q, k.bfloat16(), v)
+    assert len(warm._ready) == 3
+
+
+def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "_MAX_ENTRIES", 8)
+    q, k, v = _qkv()
+    for n in range(1, 10):
+        for m in range(1, 4):
+            o = ak.scaled_dot_product_attention(q[:, :, :m], k[:, :, :n], v[:, :, :n])
+            assert torch.allclose(o, _eager(q[:, :, :m], k[:, :, :n], v[:, :, :n]), atol=1e-5)
+            assert len(warm._ready) <= 8
