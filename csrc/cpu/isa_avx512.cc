@@ -21,6 +21,7 @@ namespace {
 #include "kernel_float-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
+#include "backward_rows-inl.h"
 #include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace

@@ -22,6 +22,7 @@ namespace {
 #include "kernel_bf16-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
+#include "backward_rows-inl.h"
 #include "backward-inl.h"
 #include "backward_bf16-inl.h"
 #include "probe-inl.h"

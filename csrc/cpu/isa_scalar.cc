@@ -55,6 +55,7 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "kernel_float-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
+#include "backward_rows-inl.h"
 #include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace
