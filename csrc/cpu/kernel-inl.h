@@ -333,7 +333,8 @@ class FloatForward : public Forward {
 
  private:
   // See products-inl.h and decode-inl.h.
-  bool few() const { return t_.lanes() <= kFewLanes; }
+  // Keys that fit the cache need not be fetched: fewer queries then.
+  bool few() const { return t_.lanes() <= (seq_.kv_len > c_.tile_kv ? kFewLanes : kFewLanes * 3 / 4); }
 
   void few_scores_of(int64_t first, int32_t count) {
     Ahead ahead = tile_at(p_.v, p_.v_head_dim, first);
