@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from attnkit.bench.training import distances, plot
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -90,11 +92,65 @@ def bars_table(suite: str) -> str:
     return "\n".join(lines)
 
 
+def training_table() -> str:
+    """How far the losses of the models of suite training are apart, and what a step takes."""
+    name = "zen5-2core-training.json"
+    if not (RESULTS / name).is_file():
+        return f"Not measured yet: `attnkit bench --suite training --threads 2 --json bench/results/{name}`."
+    result = _load(name)
+    lines = [
+        "| | attnkit and torch, one seed | torch, two seeds | last loss: torch, torch, attnkit | ms a step: torch, attnkit | ratio, 95 % interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for dtype, s in result["speedups"].items():
+        first, second, ours = (r for r in result["runs"] if r["dtype"] == dtype)
+        mine, noise = (distances(r["losses"], first["losses"]) for r in (ours, second))
+        apart = " | ".join(f"mean {sum(d) / len(d):.2g}, at most {max(d):.2g}" for d in (mine, noise))
+        last = ", ".join(f"{r['losses'][-1]:.3f}" for r in (first, second, ours))
+        ms = ", ".join(f"{1e3 * r['seconds_per_step']['median']:.0f}" for r in (first, ours))
+        lines.append(f"| {dtype} | {apart} | {last} | {ms} | {_ratio(s)} |")
+    return "\n".join([*lines, "", *_source(result, name), "", "![losses and their distances](training.svg)"])
+
+
+def models_table() -> str:
+    """Time of whole models on torch over that on attnkit, a line for each model."""
+    name = "zen5-2core-models.json"
+    if not (RESULTS / name).is_file():
+        return f"Not measured yet: `attnkit bench --suite models --threads 2 --rounds 11 --json bench/results/{name}`."
+    result = _load(name)
+    stages = list(dict.fromkeys(r["stage"] for r in result["runs"]))
+    lines = [f"| | beside | {' | '.join(stages)} |", "|---" * (len(stages) + 2) + "|"]
+    bars = {bar["workload"]: bar for bar in result["bars"]}
+    models = dict.fromkeys((r["model"], r["baseline"]) for r in result["runs"])
+    for model, beside in [*models, ("geometric mean,", "")]:
+        cells = [bars.get(f"{model} {stage}") for stage in stages]
+        told = ["" if c is None else _ratio(c["measured"]) if c["measured"] else c["note"] for c in cells]
+        lines.append(f"| {model.rstrip(',')} | {beside} | {' | '.join(told)} |")
+    slower = sum(not bar["met"] for bar in result["bars"] if "mean" not in bar["workload"])
+    total = bars["geometric mean, all stages"]["measured"]["median"]
+    summary = f"Geometric mean of all {total:.2f}×; {slower} of {len(result['runs']) + len(result['skipped'])} slower, wrong or refused."
+    return "\n".join([*lines, "", summary, *_source(result, name)])
+
+
+def _ratio(s: dict[str, float]) -> str:
+    return f"**{s['median']:.2f}×** [{s['lo']:.2f}, {s['hi']:.2f}]"
+
+
+def _source(result: Any, name: str) -> list[str]:
+    m = result["machine"]
+    return [
+        f"{m['cpu']}, {m['isa']}, {result['threads']} threads, torch {m['torch']}, attnkit {m['attnkit']} at {result['commit']}",
+        f"(`bench/results/{name}`).",
+    ]
+
+
 TABLES = [
     ("README.md", "results", quick_table),
     ("docs/design/cpu-engine.md", "expression cost", cost_table),
     ("docs/benchmarks.md", "cpu suite", partial(bars_table, "cpu")),
     ("docs/benchmarks.md", "scaling suite", partial(bars_table, "scaling")),
+    ("docs/training.md", "training suite", training_table),
+    ("docs/training.md", "models suite", models_table),
 ]
 
 
@@ -107,10 +163,13 @@ def updated(text: str, marker: str, table: str) -> str:
 
 
 def main() -> None:
-    """Rewrite the pages."""
+    """Rewrite the pages, and draw their plots."""
     for name, marker, table in TABLES:
         path = ROOT / name
         path.write_text(updated(path.read_text(), marker, table()))
+    training = RESULTS / "zen5-2core-training.json"
+    if training.is_file():
+        plot(_load(training.name), [ROOT / "docs" / "training.svg"])
 
 
 if __name__ == "__main__":

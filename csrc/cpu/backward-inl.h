@@ -35,65 +35,24 @@ struct BackwardLayout {
   }
 };
 
-// Rows of channels, adjacent and padded with zeros to whole vectors.
-struct Rows {
-  const float* data;
-  int64_t stride;
-};
-
-template <class P>  // a pointer to the elements
-P row_of(const View& view, int32_t batch, int32_t head, int64_t token) {
-  return reinterpret_cast<P>(view.data) + batch * view.stride[0] + head * view.stride[1] + token * view.stride[2];
-}
-
-// Where they lie, if they lie so; else they are packed into `to`.
-inline Rows rows_of(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows,
-                    int32_t width, int32_t padded, float* to) {
-  if (dtype == DType::f32 && view.stride[3] == 1 && width == padded)
-    return {row_of<float*>(view, batch, head, token), view.stride[2]};
-  with_elements(dtype, [&](auto* type) {
-    widen_rows(row_of<decltype(type)>(view, batch, head, token), view.stride[2], view.stride[3], rows, width, padded,
-               to);
-  });
-  return {to, padded};
-}
-
-// Elements d .. d + kLanes - 1 of a row of `width`; zero past its end.
-template <class T>
-vf vector_at(const T* row, int64_t stride, int32_t width, int32_t d) {
-  if (stride == 1 && d + kLanes <= width) return widen(row + d);
-  vf x{};
-  for (int32_t l = 0; l < kLanes && d + l < width; ++l) x[l] = widen_one(row[(d + l) * stride]);
-  return x;
-}
-
-template <class T, class F>
-void each_vector(const T* row, int64_t stride, int32_t width, F f) {
-  for (int32_t d = 0; d < width; d += kLanes) f(vector_at(row, stride, width, d), d);
-}
-
-inline bool is_finite(Rows rows, int32_t count, int32_t width) {
-  vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
-  for (int32_t r = 0; r < count; ++r)
-    for (int32_t d = 0; d < width; d += kLanes) zero = fma(load(rows.data + r * rows.stride + d), vf{}, zero);
-  return !any(zero != vf{});
-}
-
 // ---- what a product's result becomes ----
 
 struct Store {
+  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t) const { return x; }
 };
 
 struct Add {
+  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return load(at) + x; }
 };
 
 struct Weigh {  // scores to weights
+  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   const float* lse;
@@ -101,6 +60,7 @@ struct Weigh {  // scores to weights
 };
 
 struct Slope {  // do . v to scale * ds, over the weights
+  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   const float* delta;
@@ -122,42 +82,95 @@ class Backward {
         ws_(workspace),
         tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerKey) {}
 
-  int32_t run(const Tiles& tiles) {
+  void start() {
     clear(at_.d_keys, static_cast<int64_t>(at_.bn) * at_.dk);
     clear(at_.d_values, static_cast<int64_t>(at_.bn) * at_.dv);
-    BackwardTile tile;
-    for (bool begun = false; tiles.next(tiles.state, &tile); begun = true) {
-      if (!begun) begin();
-      visit(tile, tiles);
-      tiles.done(tiles.state, tile);
+  }
+
+  // Before the first tile, if there is one.
+  void begin() {
+    take_keys();
+    const Rows v = rows_of(p_.v, p_.dtype, seq_.batch, t_.kv_head, seq_.kv_start + t_.first, t_.count, p_.v_head_dim,
+                           at_.dv, ws_ + at_.v);
+    const vf scale = set1(p_.scale);
+    transpose(k_, p_.head_dim, ws_ + at_.kt, [=](vf x) { return x * scale; });
+    transpose(v, p_.v_head_dim, ws_ + at_.vt, [](vf x) { return x; });
+  }
+
+  void visit(const BackwardTile& tile, const Tiles& tiles) {
+    const Extent of = extent(tile);
+    const int32_t rows = of.rows, lanes = of.lanes;
+    const Rows qs = queries(tile), dos = cotangents(tile);
+    const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
+    float *s = ws_ + at_.s, *ds = s;
+    if (exists(tile) && !c_.has_score && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
+      rows_times(qs.data, qs.stride, rows, kt, at_.bn, lanes, p_.head_dim, Weigh{s, lanes, tile.rows.lse});
+      add_to_values(tile, s, dos);
+      rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim,
+                 Slope{s, lanes, tile.rows.delta, p_.scale});
+    } else {
+      ds = ws_ + at_.dp;
+      in_stretches<FloatDot>(qs, rows, kt, p_.head_dim, lanes, Store{s, lanes}, Add{s, lanes});
+      in_stretches<FloatDot>(dos, rows, vt, p_.v_head_dim, lanes, Store{ds, lanes}, Add{ds, lanes});
+      modify(tile, tiles);
+      if (guarded(tile)) return add_guarded_products(tile, tiles, qs, dos);
+      add_to_values(tile, s, dos);
     }
+    columns_times(ds, lanes, tile.count, qs.data, qs.stride, at_.dk, rows, d_keys(of), at_.dk);
+    add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
+      rows_times(ds, lanes, rows, k_.data + of.lane * k_.stride, k_.stride, at_.dk, tile.count, Add{sum, stride});
+    });
+  }
+
+  int32_t finish() {
     put(g_.dk, at_.d_keys, at_.dk, p_.head_dim);
     put(g_.dv, at_.d_values, at_.dv, p_.v_head_dim);
     return tile_.bad_load();
   }
 
- private:
+ protected:
+  // Where a tile lies among the task's keys.
+  struct Extent {
+    int32_t rows, lane, lanes;
+  };
+  Extent extent(const BackwardTile& tile) const {
+    return {tile.queries.q_count, static_cast<int32_t>(tile.first - t_.first), round_up(tile.count, kLanes)};
+  }
+  int64_t token(const BackwardTile& tile) const { return seq_.q_start + tile.queries.q_first; }
+  bool exists(const BackwardTile& tile) const { return tile.full && !tile.rows.dead; }
+  // 0 * NaN is NaN: what a pair that does not exist would read may not be multiplied at all, not even by zero.
+  bool guarded(const BackwardTile& tile) const { return !exists(tile) && !(finite_ && tile.rows.finite); }
+  float* d_keys(const Extent& of) const { return ws_ + at_.d_keys + static_cast<int64_t>(of.lane) * at_.dk; }
+  float* d_values(const Extent& of) const { return ws_ + at_.d_values + static_cast<int64_t>(of.lane) * at_.dv; }
+
+  Rows queries(const BackwardTile& tile) const {
+    return rows_of(p_.q, p_.dtype, seq_.batch, tile.queries.head, token(tile), tile.queries.q_count, p_.head_dim,
+                   at_.dk, ws_ + at_.q);
+  }
+  Rows cotangents(const BackwardTile& tile) const {
+    return rows_of(g_.d_o, p_.dtype, seq_.batch, tile.queries.head, token(tile), tile.queries.q_count, p_.v_head_dim,
+                   at_.dv, ws_ + at_.d_o);
+  }
+
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-  void begin() {
-    const int64_t token = seq_.kv_start + t_.first;
-    k_ = rows_of(p_.k, p_.dtype, seq_.batch, t_.kv_head, token, t_.count, p_.head_dim, at_.dk, ws_ + at_.k);
-    const Rows v = rows_of(p_.v, p_.dtype, seq_.batch, t_.kv_head, token, t_.count, p_.v_head_dim, at_.dv, ws_ + at_.v);
-    transpose(k_, p_.head_dim, p_.scale, ws_ + at_.kt);
-    transpose(v, p_.v_head_dim, 1, ws_ + at_.vt);
+  void take_keys() {
+    k_ = rows_of(p_.k, p_.dtype, seq_.batch, t_.kv_head, seq_.kv_start + t_.first, t_.count, p_.head_dim, at_.dk,
+                 ws_ + at_.k);
     finite_ = is_finite(k_, t_.count, at_.dk);
     tile_.begin();
     tile_.keys(t_.first, t_.count);
   }
 
-  // [channel][key]; lanes beyond the last key are zero.
-  void transpose(Rows from, int32_t width, float scale, float* to) {
+  // [unit][key]; lanes beyond the last key are zero.
+  template <class F>
+  void transpose(Rows from, int32_t width, float* to, F f) {
     for (int32_t n = 0; n < t_.count; n += kLanes)
       for (int32_t d = 0; d < width; d += kLanes) {
         vf square[kLanes];
 #pragma GCC unroll 16
         for (int32_t r = 0; r < kLanes; ++r)
-          square[r] = n + r < t_.count ? load(from.data + (n + r) * from.stride + d) * set1(scale) : vf{};
+          square[r] = n + r < t_.count ? f(load(from.data + (n + r) * from.stride + d)) : vf{};
         transpose_square(square);
 #pragma GCC unroll 16
         for (int32_t r = 0; r < kLanes; ++r)
@@ -165,79 +178,49 @@ class Backward {
       }
   }
 
-  void visit(const BackwardTile& tile, const Tiles& tiles) {
-    const Task& queries = tile.queries;
-    const int64_t token = seq_.q_start + queries.q_first;
-    const int32_t rows = queries.q_count, lane = static_cast<int32_t>(tile.first - t_.first);
-    const int32_t lanes = round_up(tile.count, kLanes);
-    const Rows qs = rows_of(p_.q, p_.dtype, seq_.batch, queries.head, token, rows, p_.head_dim, at_.dk, ws_ + at_.q);
-    const Rows dos =
-        rows_of(g_.d_o, p_.dtype, seq_.batch, queries.head, token, rows, p_.v_head_dim, at_.dv, ws_ + at_.d_o);
-    const float *kt = ws_ + at_.kt + lane, *vt = ws_ + at_.vt + lane;
-    float *s = ws_ + at_.s, *ds = s;
-    float *dk = ws_ + at_.d_keys + static_cast<int64_t>(lane) * at_.dk,
-          *dv = ws_ + at_.d_values + static_cast<int64_t>(lane) * at_.dv;
-    // 0 * NaN is NaN: what a pair that does not exist would read may not be multiplied at all, not even by zero.
-    const bool exists = tile.full && !tile.rows.dead, guarded = !exists && !(finite_ && tile.rows.finite);
-    const auto times = [&](Rows b, int32_t width, const float* a, float* c) {
-      if (guarded) {
-        add_guarded(a, 1, lanes, tile.count, rows, b, width, c, width);
-      } else {
-        columns_times(a, lanes, tile.count, b.data, b.stride, width, rows, c, width);
-      }
-    };
-    if (exists && !c_.has_score && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
-      rows_times(qs.data, qs.stride, rows, kt, at_.bn, lanes, p_.head_dim, Weigh{s, lanes, tile.rows.lse});
-      times(dos, at_.dv, s, dv);
-      rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim,
-                 Slope{s, lanes, tile.rows.delta, p_.scale});
-    } else {
-      ds = ws_ + at_.dp;
-      in_stretches(qs, rows, kt, lanes, p_.head_dim, s);
-      in_stretches(dos, rows, vt, lanes, p_.v_head_dim, ds);
-      if (c_.has_score || !tile.full) {
-        tile_.queries(queries);
-        tile_.narrow(lane, lanes);
-      }
-      if (c_.code.num_loads > 0) tiles.order(tiles.state, tile);
-      modify(tile, rows, lanes);
-      if (guarded) find_alive(tile, rows, lanes);
-      times(dos, at_.dv, s, dv);
-    }
-    times(qs, at_.dk, ds, dk);
+  void add_to_values(const BackwardTile& tile, const float* p, Rows dos) {
+    const Extent of = extent(tile);
+    columns_times(p, of.lanes, tile.count, dos.data, dos.stride, at_.dv, of.rows, d_values(of), at_.dv);
+  }
 
+  // `add(sum, stride)` adds to rows of whole vectors.
+  template <class F>
+  void add_to_queries(const BackwardTile& tile, const Tiles& tiles, F add) {
     tiles.wait(tiles.state, tile);
-    float* dq = row_of<float*>(g_.dq, seq_.batch, queries.head, token);
-    const bool in_place = g_.dq.stride[3] == 1 && at_.dk == p_.head_dim;
-    float* sum = in_place ? dq : ws_ + at_.dq;
-    const int64_t stride = in_place ? g_.dq.stride[2] : at_.dk;
-    const float* k = k_.data + lane * k_.stride;
-    if (!in_place) clear(at_.dq, static_cast<int64_t>(rows) * at_.dk);
-    if (guarded) {
-      add_guarded(ds, lanes, 1, rows, tile.count, {k, k_.stride}, at_.dk, sum, stride);
-    } else {
-      rows_times(ds, lanes, rows, k, k_.stride, at_.dk, tile.count, Add{sum, stride});
-    }
-    if (in_place) return;
+    const View& view = g_.dq;
+    float* dq = row_of<float*>(view, seq_.batch, tile.queries.head, token(tile));
+    if (view.stride[3] == 1 && at_.dk == p_.head_dim) return add(dq, view.stride[2]);
+    const int32_t rows = tile.queries.q_count;
+    float* sum = ws_ + at_.dq;
+    clear(at_.dq, static_cast<int64_t>(rows) * at_.dk);
+    add(sum, at_.dk);
     for (int32_t m = 0; m < rows; ++m)
-      for (int32_t d = 0; d < p_.head_dim; ++d) dq[m * g_.dq.stride[2] + d * g_.dq.stride[3]] += sum[m * stride + d];
+      for (int32_t d = 0; d < p_.head_dim; ++d) dq[m * view.stride[2] + d * view.stride[3]] += sum[m * at_.dk + d];
   }
 
   // As the forward sums scores.
-  void in_stretches(Rows a, int32_t rows, const float* b, int32_t lanes, int32_t width, float* to) {
-    for (int32_t d = 0; d < width; d += kChannels) {
-      const int32_t depth = width - d < kChannels ? width - d : kChannels;
+  template <class Dot>
+  void in_stretches(Rows a, int32_t rows, const float* b, int32_t units, int32_t lanes, const auto& first,
+                    const auto& rest) {
+    for (int32_t d = 0; d < units; d += kChannels) {
+      const int32_t depth = units - d < kChannels ? units - d : kChannels;
       const float* part = b + static_cast<int64_t>(d) * at_.bn;
       if (d == 0) {
-        rows_times(a.data, a.stride, rows, part, at_.bn, lanes, depth, Store{to, lanes});
+        rows_times<Dot>(a.data, a.stride, rows, part, at_.bn, lanes, depth, first);
       } else {
-        rows_times(a.data + d, a.stride, rows, part, at_.bn, lanes, depth, Add{to, lanes});
+        rows_times<Dot>(a.data + d, a.stride, rows, part, at_.bn, lanes, depth, rest);
       }
     }
   }
 
   // s becomes p, and do . v becomes scale * ds.
-  void modify(const BackwardTile& tile, int32_t rows, int32_t lanes) {
+  void modify(const BackwardTile& tile, const Tiles& tiles) {
+    const auto [rows, lane, lanes] = extent(tile);
+    if (c_.has_score || !tile.full) {
+      tile_.queries(tile.queries);
+      tile_.narrow(lane, lanes);
+    }
+    if (c_.code.num_loads > 0) tiles.order(tiles.state, tile);
     for (int32_t strip = 0; strip < rows; strip += kStrip) {
       const Shape shape{rows - strip < kStrip ? rows - strip : kStrip, lanes};
       if (c_.has_score || !tile.full) {
@@ -338,6 +321,18 @@ class Backward {
       }
   }
 
+  void add_guarded_products(const BackwardTile& tile, const Tiles& tiles, Rows qs, Rows dos) {
+    const Extent of = extent(tile);
+    const float *s = ws_ + at_.s, *ds = ws_ + at_.dp;
+    find_alive(tile, of.rows, of.lanes);
+    add_guarded(s, 1, of.lanes, tile.count, of.rows, dos, at_.dv, d_values(of), at_.dv);
+    add_guarded(ds, 1, of.lanes, tile.count, of.rows, qs, at_.dk, d_keys(of), at_.dk);
+    add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
+      const Rows k{k_.data + of.lane * k_.stride, k_.stride};
+      add_guarded(ds, of.lanes, 1, of.rows, tile.count, k, at_.dk, sum, stride);
+    });
+  }
+
   void find_alive(const BackwardTile& tile, int32_t rows, int32_t lanes) {
     for (int32_t strip = 0; strip < rows; strip += kStrip) {
       const int32_t count = rows - strip < kStrip ? rows - strip : kStrip;
@@ -361,43 +356,21 @@ class Backward {
   bool finite_ = true;
 };
 
+template <class Kind>
+int32_t backward_as(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
+  Kind task(c, t, workspace);
+  task.start();
+  BackwardTile tile;
+  for (bool begun = false; tiles.next(tiles.state, &tile); begun = true) {
+    if (!begun) task.begin();
+    task.visit(tile, tiles);
+    tiles.done(tiles.state, tile);
+  }
+  return task.finish();
+}
+
 int32_t backward(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
-  return Backward(c, t, workspace).run(tiles);
+  return backward_as<Backward>(c, t, tiles, workspace);
 }
 
 size_t backward_bytes(const BackwardCall& c) { return BackwardLayout(c).places.next * sizeof(float); }
-
-// Before the tasks: what they need to know of one block of queries.
-template <class T>
-void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
-  const Problem& p = *c.problem;
-  const Gradients& g = *c.gradients;
-  const Sequence& seq = p.sequences[t.sequence];
-  rows.dead = false;
-  vf zero{};
-  for (int32_t m = 0; m < t.q_count; ++m) {
-    const int64_t token = seq.q_start + t.q_first + m;
-    const T *q = row_of<T*>(p.q, seq.batch, t.head, token), *o = row_of<T*>(p.o, seq.batch, t.head, token),
-            *d_o = row_of<T*>(g.d_o, seq.batch, t.head, token);
-    each_vector(q, p.q.stride[3], p.head_dim, [&](vf x, int32_t) { zero = fma(x, vf{}, zero); });
-    vf sum{};
-    each_vector(d_o, g.d_o.stride[3], p.v_head_dim, [&](vf x, int32_t d) {
-      zero = fma(x, vf{}, zero);
-      sum = fma(x, vector_at(o, p.o.stride[3], p.v_head_dim, d), sum);
-    });
-    const float lse = p.lse[seq.batch * p.lse_stride[0] + t.head * p.lse_stride[1] + token * p.lse_stride[2]];
-    const bool dead = lse == -kInfinity;
-    float delta = 0;
-    for (int l = 0; l < kLanes; ++l) delta += sum[l];
-    if (g.d_lse != nullptr)
-      delta -= g.d_lse[seq.batch * g.d_lse_stride[0] + t.head * g.d_lse_stride[1] + token * g.d_lse_stride[2]];
-    rows.dead |= dead;
-    rows.lse[m] = dead ? kInfinity : lse;
-    rows.delta[m] = dead ? 0 : delta;
-  }
-  rows.finite = !any(zero != vf{});
-}
-
-void backward_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
-  with_elements(c.problem->dtype, [&](auto* type) { look_at_rows<std::remove_pointer_t<decltype(type)>>(c, t, rows); });
-}

@@ -1,4 +1,5 @@
 // The matrix products of the backward, in registers. Micro-tiles have kAccumulators sums; their shapes order no sum.
+// A, B and depths are in units, as products-inl.h has them.
 
 // How many vectors of a row of `left` vectors the next micro-tile takes.
 inline constexpr int kMostVecs = kQueryVecs > kOutVecs ? kQueryVecs : kOutVecs;
@@ -24,7 +25,7 @@ ATTNKIT_INLINE void in_columns(int32_t width, F columns) {
   }
 }
 
-template <int kRows, int kVecs, class Out>
+template <class Dot, int kRows, int kVecs, class Out>
 __attribute__((noinline)) void rows_times_columns(const float* a, int64_t a_stride, int32_t rows, const float* b,
                                                   int64_t b_stride, int32_t depth, int32_t column, const Out& out) {
   b += column;
@@ -42,9 +43,9 @@ __attribute__((noinline)) void rows_times_columns(const float* a, int64_t a_stri
       for (int v = 0; v < kVecs; ++v) x[v] = load(b + d * b_stride + v * kLanes);
 #pragma GCC unroll 32
       for (int r = 0; r < kRows; ++r) {
-        const vf y = set1(row[r][d]);
+        const vf y = set1_bits(row[r] + d);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(y, x[v], acc[r][v]);
+        for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot::run(y, x[v], acc[r][v]);
       }
     }
 #pragma GCC unroll 32
@@ -52,24 +53,31 @@ __attribute__((noinline)) void rows_times_columns(const float* a, int64_t a_stri
       if (m + r >= rows) break;
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        float* x = out.c + (m + r) * out.stride + column + v * kLanes;
-        store(x, out(acc[r][v], x, m + r));
+        const int32_t at = column + v * kLanes;
+        if constexpr (Out::kPairs) {
+          static_assert(kRows % 2 == 0);
+          if (r % 2 == 0) out.put(acc[r][v], acc[r + 1][v], m + r, m + r + 1 < rows, at);
+        } else {
+          float* x = out.c + (m + r) * out.stride + at;
+          store(x, out(acc[r][v], x, m + r));
+        }
       }
     }
   }
 }
 
-// C[m][c] = out(sum_d A[m][d] B[d][c], C[m][c], m) for `width` columns, a whole number of vectors.
-template <class Out>
+// C[m][c] = out(sum_d A[m][d] B[d][c], C[m][c], m) for `width` columns, a whole number of vectors. Where it says
+// kPairs, `out` takes the sums of two rows together and puts them where it likes.
+template <class Dot = FloatDot, class Out>
 void rows_times(const float* a, int64_t a_stride, int32_t rows, const float* b, int64_t b_stride, int32_t width,
                 int32_t depth, const Out& out) {
   in_columns(width, [&]<int kVecs>(int32_t c) {
     constexpr int kRows = kAccumulators / kVecs < kMaxKeyRows ? kAccumulators / kVecs : kMaxKeyRows;
-    rows_times_columns<kRows, kVecs>(a, a_stride, rows, b, b_stride, depth, c, out);
+    rows_times_columns<Dot, kRows, kVecs>(a, a_stride, rows, b, b_stride, depth, c, out);
   });
 }
 
-template <int kRows, int kVecs>
+template <class Dot, int kRows, int kVecs>
 ATTNKIT_INLINE void columns_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t depth,
                                  float* c, int64_t c_stride) {
   vf acc[kRows][kVecs];
@@ -84,9 +92,9 @@ ATTNKIT_INLINE void columns_tile(const float* a, int64_t a_stride, const float* 
     const float* weight = a + m * a_stride;
 #pragma GCC unroll 32
     for (int r = 0; r < kRows; ++r) {
-      const vf w = set1(weight[r]);
+      const vf w = set1_bits(weight + r);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(w, x[v], acc[r][v]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot::run(w, x[v], acc[r][v]);
     }
   }
 #pragma GCC unroll 32
@@ -98,13 +106,13 @@ ATTNKIT_INLINE void columns_tile(const float* a, int64_t a_stride, const float* 
     }
 }
 
-template <int kVecs>
+template <class Dot, int kVecs>
 __attribute__((noinline)) void columns_times_vecs(const float* a, int64_t a_stride, int32_t columns, const float* b,
                                                   int64_t b_stride, int32_t depth, float* c, int64_t c_stride) {
   constexpr int kRows = kAccumulators / kVecs < kMaxKeyRows ? kAccumulators / kVecs : kMaxKeyRows;
   int32_t n = 0;
   const auto group = [&]<int kCount>() {
-    columns_tile<kCount, kVecs>(a + n, a_stride, b, b_stride, depth, c + n * c_stride, c_stride);
+    columns_tile<Dot, kCount, kVecs>(a + n, a_stride, b, b_stride, depth, c + n * c_stride, c_stride);
     n += kCount;
   };
   while (columns - n >= kRows) group.template operator()<kRows>();
@@ -113,9 +121,10 @@ __attribute__((noinline)) void columns_times_vecs(const float* a, int64_t a_stri
 }
 
 // C[n][c] += sum_m A[m][n] B[m][c] for `columns` columns of A and `width` columns of B, a whole number of vectors.
-inline void columns_times(const float* a, int64_t a_stride, int32_t columns, const float* b, int64_t b_stride,
-                          int32_t width, int32_t depth, float* c, int64_t c_stride) {
+template <class Dot = FloatDot>
+void columns_times(const float* a, int64_t a_stride, int32_t columns, const float* b, int64_t b_stride, int32_t width,
+                   int32_t depth, float* c, int64_t c_stride) {
   in_columns(width, [&]<int kVecs>(int32_t at) {
-    columns_times_vecs<kVecs>(a, a_stride, columns, b + at, b_stride, depth, c + at, c_stride);
+    columns_times_vecs<Dot, kVecs>(a, a_stride, columns, b + at, b_stride, depth, c + at, c_stride);
   });
 }

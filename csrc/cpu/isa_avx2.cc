@@ -38,8 +38,10 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
+#include "kernel_float-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
+#include "backward_rows-inl.h"
 #include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace

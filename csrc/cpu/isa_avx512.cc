@@ -18,8 +18,10 @@ namespace {
 #include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
+#include "kernel_float-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
+#include "backward_rows-inl.h"
 #include "backward-inl.h"
 #include "probe-inl.h"
 }  // namespace

@@ -18,10 +18,13 @@ namespace {
 #include "decode-inl.h"
 #include "fold-inl.h"
 #include "kernel-inl.h"
+#include "kernel_float-inl.h"
 #include "kernel_bf16-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
+#include "backward_rows-inl.h"
 #include "backward-inl.h"
+#include "backward_bf16-inl.h"
 #include "probe-inl.h"
 
 double dot_burst(int64_t rounds) {
@@ -42,7 +45,8 @@ double dot_burst(int64_t rounds) {
 }
 }  // namespace
 
-const Kernel kAvx512bf16Kernel{"avx512bf16", workspace_bytes, run_by_dtype, merge_parts, backward_bytes, backward_rows,
-                               backward,     evaluate,        fma_burst,    read_burst,  dot_burst};
+const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes,   run_by_dtype, merge_parts, backward_bytes_by_dtype,
+                               backward_rows, backward_by_dtype, evaluate,     fma_burst,   read_burst,
+                               dot_burst};
 
 }  // namespace attnkit::cpu

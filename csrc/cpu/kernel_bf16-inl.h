@@ -12,6 +12,23 @@ ATTNKIT_INLINE uint32_t pair_of(Bf16 first, Bf16 second) {
   return first.bits | static_cast<uint32_t>(second.bits) << 16;
 }
 
+// Rounds to nearest; the conversion puts one vector after the other, and pairs want them shuffled together.
+ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
+  alignas(64) static constexpr int16_t kShuffle[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(kShuffle), both);
+}
+
+// exp_weight for what is rounded to 8 bits next: a polynomial of second degree is exact enough.
+ATTNKIT_INLINE vf exp_rough(vf x) {
+  const vf magic = set1(786432.0f);
+  x = max_or_second(set1(-115.0f), x);
+  const vf t = fma(x, set1(kLog2e), magic), n = t - magic, r = fma(n, set1(-0.693147182464599609375f), x);
+  const vf power = look_up(kSixteenths, as_int(t));
+  return scale_by_power(fma(power, fma(set1(0.5f), r, set1(1.0f)) * r, power), n);
+}
+
 class PairForward : public Forward {
  public:
   using Forward::Forward;
@@ -52,21 +69,9 @@ class PairForward : public Forward {
     float* at;
     int32_t bm;
 
-    // Rounded to 8 bits next: a polynomial of second degree is exact enough. See exp_weight.
-    static ATTNKIT_INLINE vf exp(vf x) {
-      const vf magic = set1(786432.0f);
-      x = max_or_second(set1(-115.0f), x);
-      const vf t = fma(x, set1(kLog2e), magic), n = t - magic, r = fma(n, set1(-0.693147182464599609375f), x);
-      const vf power = look_up(kSixteenths, as_int(t));
-      return scale_by_power(fma(power, fma(set1(0.5f), r, set1(1.0f)) * r, power), n);
-    }
+    static ATTNKIT_INLINE vf exp(vf x) { return exp_rough(x); }
     ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
-      // The conversion puts one vector after the other; pairs want them shuffled together.
-      alignas(64) static constexpr int16_t kShuffle[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-      const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)after, (__m512)w);
-      store(at + n / 2 * bm + lane, (vf)_mm512_permutexvar_epi16(_mm512_load_si512(kShuffle), both));
+      store(at + n / 2 * bm + lane, pairs_of(w, after));
     }
   };
 

@@ -34,7 +34,11 @@ def problems(draw: st.DrawFn) -> tuple[Program, int, int, int, dict[str, int]]:
     )
     verify(program)
     q_len, kv_len = draw(st.sampled_from([(1, 70), (17, 40), (100, 33), (40, 150), (3, 16)]))
-    tiles = {"tile_q": draw(st.sampled_from([16, 48, 96])), "tile_kv": draw(st.sampled_from([32, 64, 128]))}
+    tiles = {
+        "tile_q": draw(st.sampled_from([16, 48, 96])),
+        "tile_kv": draw(st.sampled_from([32, 64, 128])),
+        "split_kv": draw(st.sampled_from([512, 4096])),
+    }
     return program, q_len, kv_len, draw(st.integers(0, 2**32 - 1)), tiles
 
 

@@ -189,10 +189,11 @@ def test_the_reference_agrees(name: str, randn: Any) -> None:
         assert error <= (1e-12 if g.dtype == torch.float64 else 1e-7), (what, error)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["grouped", "bias of all", "table", "a table twice", "temperature", "far"])
-def test_the_same_bits_on_any_number_of_threads(name: str, randn: Any, isa: str) -> None:
+def test_the_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype, randn: Any, isa: str) -> None:
     case = CASES[name]
-    p = problem(case, randn).to(torch.float32)
+    p = problem(case, randn).to(dtype)
     results = []
     for n in (1, 2, 3, 7):
         torch.set_num_threads(n)  # the tests' own number is put back after each
@@ -204,10 +205,25 @@ def test_the_same_bits_on_any_number_of_threads(name: str, randn: Any, isa: str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "name",
-    ["plain", "grouped", "widths differ", "softcap", "sink of dead rows", "lse", "bias of all", "slopes"],
+    [
+        "plain",
+        "grouped",
+        "widths differ",
+        "softcap",
+        "sink of dead rows",
+        "lse",
+        "bias of all",
+        "slopes",
+        "causal",
+        "lengths differ",
+        "more queries",
+        "one query",
+        "wide",
+        "dead keys",
+    ],
 )
 def test_16_bit_floats(name: str, dtype: torch.dtype, randn: Any, isa: str) -> None:
-    """Everything is summed in float32: closer than the equation in the dtype itself comes."""
+    """All sums are float32, and what they multiply is rounded at most once: closer than the equation in the dtype itself comes."""
     case = CASES[name]
     p = problem(case, randn, dtype)
     want, naive = of_equation(case, p.to(torch.float64, torch.float64)), of_equation(case, p.to(dtype))

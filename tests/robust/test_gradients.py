@@ -43,6 +43,9 @@ def gradients(
     return list(torch.autograd.grad(o, (q, k, v, *others), d_o))
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
 # --- what is not seen ---------------------------------------------------------------------------------------
 
 MASKS: dict[str, Callable[..., Any]] = {
@@ -58,12 +61,15 @@ SCORES: dict[str, Callable[..., Any] | None] = {
 }
 
 
+@DTYPES
 @pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("mask", MASKS)
-def test_what_no_pair_reads_reaches_no_gradient(mask: str, poison: str, score: str, isa: str) -> None:
+def test_what_no_pair_reads_reaches_no_gradient(
+    mask: str, poison: str, score: str, dtype: torch.dtype, isa: str
+) -> None:
     q_len, kv_len = 107, 131
-    clean = tensors(q_len, kv_len)
+    clean = [t.to(dtype) for t in tensors(q_len, kv_len)]
     b, h, i, j = torch.meshgrid(*(torch.arange(n) for n in (2, HEADS, q_len, kv_len)), indexing="ij")
     visible = MASKS[mask](b, h, i, j).expand(2, HEADS, q_len, kv_len)
     dead_q = ~visible.any(3)
@@ -74,7 +80,10 @@ def test_what_no_pair_reads_reaches_no_gradient(mask: str, poison: str, score: s
         t[dead] = POISONS[poison]
     how = {"mask": MASKS[mask], "score": SCORES[score]}
     want, got = gradients(*clean, **how), gradients(*dirty, **how)
-    assert all(map(torch.equal, got, want))
+    if dtype == torch.float32:
+        assert all(map(torch.equal, got, want))
+    for g, w in zip(got, want, strict=True):  # such tiles may be computed in float32
+        assert (g - w).abs().max() <= 2**-6 * w.abs().max()
     for g, dead in zip(got, (dead_q, dead_kv, dead_kv), strict=True):
         assert not g[dead].any()
         assert g[~dead].any()
@@ -116,8 +125,9 @@ def test_packed_sequences_are_what_they_are_alone(score: str, isa: str) -> None:
             assert torch.equal(part, want), (q_len, kv_len)
 
 
-def test_padded_batches_are_what_they_are_alone(isa: str) -> None:
-    q, k, v, d_o = tensors(50, 150, batch=4)
+@DTYPES
+def test_padded_batches_are_what_they_are_alone(dtype: torch.dtype, isa: str) -> None:
+    q, k, v, d_o = (t.to(dtype) for t in tensors(50, 150, batch=4))
     lens = [150, 1, 0, 97]
     for b, n in enumerate(lens):
         k[b, :, n:] = v[b, :, n:] = float("nan")
@@ -133,12 +143,18 @@ def test_padded_batches_are_what_they_are_alone(isa: str) -> None:
         assert not found[2][one, :, n:].any()
 
 
-def test_strides_change_no_bit(isa: str) -> None:
-    plain = tensors(70, 70)
+@DTYPES
+def test_strides_change_no_bit(dtype: torch.dtype, isa: str) -> None:
+    plain = [
+        torch.cat([t, t, t, t], -1)[..., :64].to(dtype) for t in tensors(70, 70)
+    ]  # whole vectors of any kind
     want = gradients(*plain, mask=MASKS["stripes"])
     turned = [t.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0) for t in plain]
     merged = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in plain]
-    for form in (turned, merged):
+    odd = [
+        torch.nn.functional.pad(t, (1, 0))[..., 1:] for t in plain
+    ]  # pairs of channels are aligned in no row
+    for form in (turned, merged, odd):
         q, k, v = (t.detach().requires_grad_() for t in form[:3])
         o = ak.attention(q, k, v, mask=MASKS["stripes"])
         assert all(map(torch.equal, torch.autograd.grad(o, (q, k, v), form[3]), want))
@@ -179,7 +195,7 @@ def test_nothing_outside_the_tensors_is_touched(level: str) -> None:
         timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == f"{level} {len(SIZES) ** 2 * 3 * 2}\n"
+    assert done.stdout == f"{level} {len(SIZES) ** 2 * 4 * 2 * 2}\n"
 
 
 def sweep() -> None:
@@ -188,15 +204,16 @@ def sweep() -> None:
     _engine.set_poison(True)
     places = [Guarded(2 * HEADS * max(SIZES) * 64 * 4) for _ in range(10)]
     count = 0
-    for q_len, kv_len, dim, side in itertools.product(SIZES, SIZES, (7, 16, 33), ("left", "right")):
+    cases = itertools.product(SIZES, SIZES, (7, 16, 33, 64), ("left", "right"), ("float32", "bfloat16"))
+    for q_len, kv_len, dim, side, dtype in cases:
         q, k, v, d_o = (
-            normal(s, 1, h, n, dim)
+            normal(s, 1, h, n, dim).to(getattr(torch, dtype))
             for s, h, n in ((1, 2, q_len), (2, 1, kv_len), (3, 1, kv_len), (4, 2, q_len))
         )
         bias, lse, o = normal(5, kv_len), torch.empty(1, 2, q_len), torch.empty_like(d_o)
-        kernel: Any = prepare(TEXT, "float32", dim, dim, backend="cpu").kernel
+        kernel: Any = prepare(TEXT, dtype, dim, dim, backend="cpu").kernel
         kernel(q, k, v, o, lse, [bias], [], 2)
-        zeros = [torch.zeros_like(t) for t in (q, k, v, bias)]
+        zeros = [torch.zeros_like(t) for t in (q.float(), k, v, bias)]
         everything = (q, k, v, o, lse, bias, d_o, *zeros)
         held = [place.hold(t, side) for place, t in zip(places, everything[:10], strict=True)]
         q, k, v, o, lse, bias, d_o, dq, dk, dv = held

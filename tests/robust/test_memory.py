@@ -67,13 +67,13 @@ class Guarded:
 
     def hold(self, x: Tensor, side: str) -> Tensor:
         """A copy of ``x`` at the left or right end; the rest is filled with canaries."""
-        flat = x.contiguous().numpy()
+        flat = x.contiguous().flatten().view(torch.uint8).numpy()
         self._bytes[:] = CANARY
         at = 0 if side == "left" else len(self._bytes) - flat.nbytes
         self._span = (at, at + flat.nbytes)
-        held = self._bytes[at : at + flat.nbytes].view(flat.dtype).reshape(flat.shape)
+        held = self._bytes[at : at + flat.nbytes]
         held[...] = flat
-        return torch.from_numpy(held)
+        return torch.from_numpy(held).view(x.dtype).reshape(x.shape)
 
     def intact(self) -> bool:
         first, end = self._span

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from click.testing import CliRunner, Result
 import attnkit
 from attnkit import backends
 from attnkit.backends.cpu.engine import engine
-from attnkit.bench import records
+from attnkit.bench import models, records, training
+from attnkit.bench.architectures import TINY
 from attnkit.bench.peers import Peer
 from attnkit.bench.rows import Bar, Row, suites
 from attnkit.bench.workloads import DTYPES, Shape, Workload
@@ -28,9 +31,9 @@ SHAPE = ("--shape", "1,2,1,256,320,16")
 
 @pytest.fixture
 def cli() -> Cli:
-    def invoke(*arguments: str, code: int = 0, **extra: Any) -> Result:
+    def invoke(*arguments: str, code: int | None = 0, **extra: Any) -> Result:
         result = CliRunner().invoke(app, arguments, catch_exceptions=False, **extra)
-        assert result.exit_code == code, result.output
+        assert code in (None, result.exit_code), result.output
         return result
 
     return invoke
@@ -77,7 +80,7 @@ def test_version(cli: Cli) -> None:
 def test_names_are_the_librarys() -> None:
     """They are written down twice, so that `--help` need not import the library."""
     assert tuple(dense.CASES) == options.VARIANTS
-    assert tuple(suites) == options.SUITES
+    assert (*suites, "models", "training") == options.SUITES
     assert options.DTYPES == DTYPES
 
 
@@ -96,6 +99,37 @@ def test_bench_writes_records_and_a_plot(cli: Cli, tmp_path: Path) -> None:
     assert "window b1" in done.stdout
     assert "wrote" in done.stderr
     assert "left out: torch on softcap" in done.stderr
+
+
+def test_bench_trains_a_model_and_times_others(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    small = training.Recipe(batch=1, context=16, width=16, layers=1)
+    monkeypatch.setattr(training, "Recipe", partial(replace, small))
+    monkeypatch.setattr(models, "Plan", partial(models.Plan, TINY, models.Lengths(9, 2, (1, 9), 1)))
+    for suite, rows in (("training", ("--dtype", "float32")), ("models", ("--rows", "vit pre"))):
+        out, plot = tmp_path / f"{suite}.json", tmp_path / f"{suite}.svg"
+        options = ("--rounds", "1", "--threads", "1", "--json", str(out), "--plot", str(plot))
+        said = cli("bench", "--suite", suite, *rows, *options, code=None).stdout
+        document = records.read(out)
+        assert all(bar["workload"] in said for bar in document["bars"])
+        assert document["bars"]
+        assert plot.is_file()
+    assert [r["workload"] for r in document["runs"]] == ["vit prefill"]
+
+
+@pytest.mark.parametrize(
+    ("suite", "options"),
+    [
+        ("training", ("--variant", "causal")), ("training", ("--rows", "x")), ("training", ("--seconds", "1")),
+        ("models", SHAPE), ("models", ("--rows", "no such model")),
+    ],
+)  # fmt: skip
+def test_suites_of_models_refuse_what_they_do_not_have(
+    cli: Cli, suite: str, options: tuple[str, ...]
+) -> None:
+    assert f"suite {suite} has no" in cli("bench", "--suite", suite, *options, code=2).stderr
 
 
 def test_bench_json_on_stdout_is_json_and_nothing_else(cli: Cli) -> None:

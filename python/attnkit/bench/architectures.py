@@ -51,6 +51,7 @@ class Architecture:
         import torch
 
         transformers: Any = import_module("transformers")
+        import_module("attnkit.integrations.transformers")  # registers "attnkit"
         torch.manual_seed(seed)
         config = getattr(transformers, self.config)(**self.settings)
         model = getattr(transformers, self.model)._from_config(config, attn_implementation=implementation)

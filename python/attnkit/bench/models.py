@@ -32,7 +32,7 @@ from attnkit.errors import AttnkitError
 
 STAGES = ("prefill", "decode", "training")
 SIZE = Size(
-    hidden=512, layers=4, heads=8, kv_heads=2, encoder_heads=8, head_dim=64, mlp=1408, vocab=1024, positions=2048,
+    hidden=512, layers=4, heads=8, kv_heads=2, encoder_heads=8, head_dim=64, mlp=1536, vocab=1024, positions=2048,
     window=256, image=224, patch=16,
 )  # fmt: skip
 SECONDS = 300.0  # what measuring takes if nobody says, beside making the models
@@ -196,7 +196,6 @@ def run(
     }  # fmt: skip
     with use_threads(threads) as used:
         document["threads"] = used
-        import_module("attnkit.integrations.transformers")  # registers "attnkit"
         for i, job in enumerate(chosen):
             progress(job.title, i / len(chosen))
             try:

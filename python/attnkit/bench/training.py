@@ -29,6 +29,7 @@ TEXT = Path(__file__).parent / "data" / "opticks.txt"
 DTYPES = ("float32", "bfloat16")
 BYTES = 256
 _DATA_SEED = 0  # of the batches: the same for every model, whatever its own seed
+_LAST = 20  # steps at whose end the model has learnt what it has
 _WARM_STEPS = 5  # left out of the times: the first ones pay for what is only done once
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,8 +45,11 @@ class Recipe:
     width: int = 128
     heads: int = 2
     layers: int = 5
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     warmup: int = 30  # steps in which the learning rate rises to that
+    slowest: float = (
+        1e-3  # of the angles by which positions turn queries and keys, those of the last dimensions
+    )
 
 
 def on_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,7 +65,10 @@ def on_attnkit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class _Block(nn.Module):
-    """Attention and a multilayer perceptron, each on normalised inputs and added to them."""
+    """Attention of rotated queries and keys, and a multilayer perceptron; each on normalised inputs, and added to them."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, recipe: Recipe, attend: Attend) -> None:
         super().__init__()
@@ -71,11 +78,21 @@ class _Block(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.merge = nn.Linear(width, width, bias=False)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        half = width // recipe.heads // 2
+        angles = torch.arange(recipe.context)[:, None] * recipe.slowest ** (torch.arange(half) / half)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """Rotary positions: pairs of dimensions turned by an angle that grows with the position."""
+        a, b = x.chunk(2, dim=-1)
+        cos, sin = self.cos[: x.shape[2]], self.sin[: x.shape[2]]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        qkv = self.qkv(self.norms[0](x)).view(batch, length, 3, self.heads, -1)
-        o = self.attend(*qkv.permute(2, 0, 3, 1, 4))
+        q, k, v = self.qkv(self.norms[0](x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        o = self.attend(self._rotated(q), self._rotated(k), v)
         x = x + self.merge(o.transpose(1, 2).reshape(batch, length, -1))
         more: Tensor = self.mlp(self.norms[1](x))
         return x + more
@@ -87,18 +104,13 @@ class Model(nn.Module):
     def __init__(self, recipe: Recipe, attend: Attend) -> None:
         super().__init__()
         self.bytes = nn.Embedding(BYTES, recipe.width)
-        self.positions = nn.Embedding(recipe.context, recipe.width)
         self.blocks = nn.Sequential(*(_Block(recipe, attend) for _ in range(recipe.layers)))
         self.norm = nn.LayerNorm(recipe.width)
         self.out = nn.Linear(recipe.width, BYTES, bias=False)
-        for weight in self.parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
-        x = self.bytes(ids) + self.positions(torch.arange(ids.shape[1]))
-        out: Tensor = self.out(self.norm(self.blocks(x)))
+        out: Tensor = self.out(self.norm(self.blocks(self.bytes(ids))))
         return out
 
 
@@ -174,21 +186,40 @@ def train(
     return runs
 
 
+def entropy_after_one(text: bytes) -> float:
+    """Nats a byte that stay unknown to whoever knows the byte before alone: to a model that does not attend, in short."""
+    data = np.frombuffer(text, np.uint8).astype(np.int64)
+    pairs = np.bincount(BYTES * data[:-1] + data[1:], minlength=BYTES * BYTES).reshape(BYTES, BYTES)
+    ones = np.broadcast_to(pairs.sum(1, keepdims=True), pairs.shape)
+    seen = pairs > 0
+    return float(-(pairs[seen] * np.log(pairs[seen] / ones[seen])).sum() / pairs.sum())
+
+
 def distances(ours: Sequence[float], torchs: Sequence[float]) -> list[float]:
     """How far two curves of losses are apart at each step."""
     return [abs(a - b) for a, b in zip(ours, torchs, strict=True)]
 
 
 def judge(recipe: Recipe, runs: tuple[Run, Run, Run]) -> list[dict[str, Any]]:
-    """Entries like those of `bars.judge`: attnkit's distance from torch against that of two seeds, and whose kernels ran."""
+    """Entries like those of `bars.judge`: attnkit's distance from torch against that of two seeds, and whose kernels ran.
+
+    And whether attention is of use to the model at all: its last losses against those of a table of pairs of bytes.
+    """
     first, second, ours = runs
     mine, noise = distances(ours.losses, first.losses), distances(second.losses, first.losses)
+    last = float(np.mean(ours.losses[-_LAST:]))
     calls = 2 * recipe.layers * recipe.steps  # a forward and a backward each
     return [
         _bar(
             ours.dtype, "two seeds of torch: mean distance of losses", mine, noise, lambda x: sum(x) / len(x)
         ),
         _bar(ours.dtype, "two seeds of torch: greatest distance", mine, noise, max),
+        _entry(
+            ours.dtype,
+            "the entropy of a byte after one: last losses",
+            last / entropy_after_one(TEXT.read_bytes()),
+            most=1.0,
+        ),
         _entry(ours.dtype, "attnkit's kernels: share of the calls", ours.kernel_runs / calls, least=1.0),
     ]
 
@@ -287,7 +318,7 @@ def plot(document: Document, paths: list[Path]) -> None:
 
     dtypes = list(dict.fromkeys(r["dtype"] for r in document["runs"]))
     with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(4.5 * len(dtypes), 5.4), layout="constrained")
+        figure = Figure(figsize=(max(8.0, 4.5 * len(dtypes)), 5.4), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(2, len(dtypes), sharex=True, sharey="row", squeeze=False)
         for (above, below), dtype in zip(grid.T, dtypes, strict=True):

@@ -98,7 +98,7 @@ def bench(
 
     asked = Asked(suite, variants, shape, patterns, dtype, seed, threads, seconds, rounds)
     if suite in _WHOLE_MODELS and (variants or shape):
-        raise click.UsageError(f"suite {suite} measures whole models: it has no --variant and no --shape")
+        raise click.UsageError(f"suite {suite} has no --variant and no --shape: it measures whole models")
     measure = _WHOLE_MODELS.get(suite, _attention)
     with console.progress_bar() as progress:
         document, draw = measure(asked, progress)

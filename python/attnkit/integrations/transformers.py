@@ -143,6 +143,8 @@ def create_mask(
     from_end = (
         not isinstance(q_offset, Tensor) and q_offset != 0 and q_offset - kv_offset == kv_length - q_length
     )
+    if from_end and q_length == 1 and padding is None and mask_function is causal_mask_function:
+        return None  # the last query sees every key: decoding traces nothing
     q_shift = kv_shift if from_end else _offset(q_offset, device)
 
     def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

@@ -1,0 +1,214 @@
+// The backward on the bfloat16 dot-product instruction: queries, cotangents, keys and values as pairs of channels where
+// scores are computed; weights and slopes as pairs of queries for dv and dk, and as pairs of keys for dq. Weights and
+// slopes are rounded to bfloat16 once, after float32 has made them; all sums are float32. The scale is a factor of
+// sums.
+
+struct PairLayout : BackwardLayout {
+  int32_t units_k, units_v;  // of a row of channels, a whole number of vectors
+  size_t q_units, do_units;  // rows of units, where memory has them otherwise; before the tiles, of k and v
+  size_t q_pairs, do_pairs, k_pairs;  // [pair of rows][channel]
+  size_t weights, slopes, slope_rows;  // [pair of queries][key]; [query][pair of keys]
+
+  explicit PairLayout(const BackwardCall& c)
+      : BackwardLayout(c),
+        units_k(round_up(c.problem->head_dim, 2 * kLanes) / 2),
+        units_v(round_up(c.problem->v_head_dim, 2 * kLanes) / 2) {
+    const int32_t most = c.tile_q > c.tile_kv ? c.tile_q : c.tile_kv, q_rows = (c.tile_q + 1) / 2;
+    q_units = places.take(most, units_k);
+    do_units = places.take(most, units_v);
+    q_pairs = places.take(q_rows, 2 * units_k);
+    do_pairs = places.take(q_rows, 2 * units_v);
+    k_pairs = places.take((c.tile_kv + 1) / 2, 2 * units_k);
+    weights = places.take(q_rows, bn);
+    slopes = places.take(q_rows, bn);
+    slope_rows = places.take(c.tile_q, bn / 2);
+  }
+};
+
+// ---- what a product's result becomes ----
+
+struct StoreScaled {
+  static constexpr bool kPairs = false;
+  float* c;
+  int64_t stride;
+  float scale;
+  ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t) const { return x * set1(scale); }
+};
+
+struct AddScaled {
+  static constexpr bool kPairs = false;
+  float* c;
+  int64_t stride;
+  float scale;
+  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return fma(x, set1(scale), load(at)); }
+};
+
+struct WeighPairs {  // sums to weights
+  static constexpr bool kPairs = true;
+  float *p, *pairs;
+  int64_t stride;
+  const float* lse;
+  float scale;
+
+  ATTNKIT_INLINE vf weight(vf x, int32_t row) const { return exp_rough(fma(x, set1(scale), set1(-lse[row]))); }
+  ATTNKIT_INLINE void put(vf x, vf next, int32_t row, bool two, int32_t lane) const {
+    const vf first = weight(x, row), second = two ? weight(next, row + 1) : vf{};
+    float* at = p + row * stride + lane;
+    store(at, first);
+    if (two) store(at + stride, second);
+    store(pairs + row / 2 * stride + lane, pairs_of(first, second));
+  }
+};
+
+struct Slopes {  // the same pairs, twice
+  float *pairs, *rows;
+  int64_t stride;
+
+  ATTNKIT_INLINE void put(vf first, vf second, int32_t row, bool two, int32_t lane) const {
+    store(pairs + row / 2 * stride + lane, pairs_of(first, second));
+    float* at = rows + (row * stride + lane) / 2;
+    put_row(at, first);
+    if (two) put_row(at + stride / 2, second);
+  }
+  static ATTNKIT_INLINE void put_row(float* at, vf x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  }
+};
+
+struct SlopePairs {  // do . v to scale * ds
+  static constexpr bool kPairs = true;
+  const float* p;
+  Slopes to;
+  const float* delta;
+  float scale;
+
+  ATTNKIT_INLINE vf slope(vf x, int32_t row, int32_t lane) const {
+    return load(p + row * to.stride + lane) * ((x - set1(delta[row])) * set1(scale));
+  }
+  ATTNKIT_INLINE void put(vf x, vf next, int32_t row, bool two, int32_t lane) const {
+    to.put(slope(x, row, lane), two ? slope(next, row + 1, lane) : vf{}, row, two, lane);
+  }
+};
+
+class PairBackward : public Backward {
+ public:
+  PairBackward(const BackwardCall& c, const BackwardTask& t, float* workspace)
+      : Backward(c, t, workspace), pairs_(c), slopes_{ws_ + pairs_.slopes, ws_ + pairs_.slope_rows, 0} {}
+
+  void begin() {
+    take_keys();
+    const int64_t token = seq_.kv_start + t_.first;
+    const Rows k = units_of(p_.k, t_.kv_head, token, t_.count, p_.head_dim, pairs_.q_units),
+               v = units_of(p_.v, t_.kv_head, token, t_.count, p_.v_head_dim, pairs_.do_units);
+    const auto same = [](vf x) { return x; };
+    transpose(k, (p_.head_dim + 1) / 2, ws_ + at_.kt, same);
+    transpose(v, (p_.v_head_dim + 1) / 2, ws_ + at_.vt, same);
+    pair_rows(k, t_.count, pairs_.units_k, ws_ + pairs_.k_pairs);
+  }
+
+  void visit(const BackwardTile& tile, const Tiles& tiles) {
+    const Extent of = extent(tile);
+    const int32_t rows = of.rows, lanes = of.lanes, depth_k = (p_.head_dim + 1) / 2, depth_v = (p_.v_head_dim + 1) / 2;
+    const int32_t head = tile.queries.head;
+    const Rows qs = units_of(p_.q, head, token(tile), rows, p_.head_dim, pairs_.q_units),
+               dos = units_of(g_.d_o, head, token(tile), rows, p_.v_head_dim, pairs_.do_units);
+    const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
+    float *s = ws_ + at_.s, *dp = ws_ + at_.dp, *weights = ws_ + pairs_.weights;
+    slopes_.stride = lanes;
+    if (exists(tile) && !c_.has_score && depth_k <= kChannels && depth_v <= kChannels) {
+      rows_times<PairDot>(qs.data, qs.stride, rows, kt, at_.bn, lanes, depth_k,
+                          WeighPairs{s, weights, lanes, tile.rows.lse, p_.scale});
+      rows_times<PairDot>(dos.data, dos.stride, rows, vt, at_.bn, lanes, depth_v,
+                          SlopePairs{s, slopes_, tile.rows.delta, p_.scale});
+    } else {
+      in_stretches<PairDot>(qs, rows, kt, depth_k, lanes, StoreScaled{s, lanes, p_.scale},
+                            AddScaled{s, lanes, p_.scale});
+      in_stretches<PairDot>(dos, rows, vt, depth_v, lanes, Store{dp, lanes}, Add{dp, lanes});
+      modify(tile, tiles);
+      if (guarded(tile)) return add_guarded_products(tile, tiles, queries(tile), cotangents(tile));
+      round_tile(rows, lanes);
+    }
+    const int32_t deep = (rows + 1) / 2;
+    float *q_pairs = ws_ + pairs_.q_pairs, *do_pairs = ws_ + pairs_.do_pairs;
+    pair_rows(dos, rows, pairs_.units_v, do_pairs);
+    columns_times<PairDot>(weights, lanes, tile.count, do_pairs, 2 * pairs_.units_v, at_.dv, deep, d_values(of),
+                           at_.dv);
+    pair_rows(qs, rows, pairs_.units_k, q_pairs);
+    columns_times<PairDot>(slopes_.pairs, lanes, tile.count, q_pairs, 2 * pairs_.units_k, at_.dk, deep, d_keys(of),
+                           at_.dk);
+    end_rows(tile.count, rows, lanes);
+    add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
+      const float* k = ws_ + pairs_.k_pairs + static_cast<int64_t>(of.lane) * pairs_.units_k;
+      rows_times<PairDot>(slopes_.rows, lanes / 2, rows, k, 2 * pairs_.units_k, at_.dk, (tile.count + 1) / 2,
+                          Add{sum, stride});
+    });
+  }
+
+ private:
+  // Pairs of channels, padded with zeros to whole vectors; where they lie, if they lie so.
+  Rows units_of(const View& view, int32_t head, int64_t token, int32_t rows, int32_t width, size_t at) const {
+    const Bf16* from = row_of<const Bf16*>(view, seq_.batch, head, token);
+    const int64_t stride = view.stride[2], channel = view.stride[3];
+    if (channel == 1 && width % (2 * kLanes) == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0)
+      return {reinterpret_cast<const float*>(from), stride / 2};
+    const int32_t padded = round_up(width, 2 * kLanes);
+    Bf16* to = reinterpret_cast<Bf16*>(ws_ + at);
+    for (int32_t r = 0; r < rows; ++r, from += stride, to += padded) {
+      __builtin_memset(to + width, 0, static_cast<size_t>(padded - width) * sizeof(Bf16));
+      if (channel == 1) {
+        __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(Bf16));
+      } else {
+        for (int32_t d = 0; d < width; ++d) to[d] = from[d * channel];
+      }
+    }
+    return {ws_ + at, padded / 2};
+  }
+
+  // Two rows at a time, shuffled together; the last may be alone.
+  static void pair_rows(Rows from, int32_t rows, int32_t units, float* to) {
+    alignas(64) static constexpr int16_t kShuffle[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                         8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(kShuffle), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int32_t r = 0; r < rows; r += 2) {
+      const float *first = from.data + r * from.stride, *second = first + from.stride;
+      for (int32_t u = 0; u < units; u += kLanes, to += 2 * kLanes) {
+        const auto a = (__m512i)load_int(first + u), b = (__m512i)(r + 1 < rows ? load_int(second + u) : vi{});
+        store_int(to, (vi)_mm512_permutex2var_epi16(a, low, b));
+        store_int(to + kLanes, (vi)_mm512_permutex2var_epi16(a, high, b));
+      }
+    }
+  }
+
+  // What float32 has made of the tile, for the products.
+  void round_tile(int32_t rows, int32_t lanes) {
+    const float *s = ws_ + at_.s, *dp = ws_ + at_.dp;
+    float* weights = ws_ + pairs_.weights;
+    for (int32_t r = 0; r < rows; r += 2) {
+      const bool two = r + 1 < rows;
+      for (int32_t j = 0; j < lanes; j += kLanes) {
+        const int64_t at = static_cast<int64_t>(r) * lanes + j;
+        const auto next = [&](const float* x) { return two ? load(x + at + lanes) : vf{}; };
+        store(weights + r / 2 * lanes + j, pairs_of(load(s + at), next(s)));
+        slopes_.put(load(dp + at), next(dp), r, two, j);
+      }
+    }
+  }
+
+  // A last key that is alone has a neighbour in its pair that does not exist.
+  void end_rows(int32_t count, int32_t rows, int32_t lanes) {
+    if (count % 2 == 0) return;
+    Bf16* slope = reinterpret_cast<Bf16*>(slopes_.rows) + count;
+    for (int32_t r = 0; r < rows; ++r, slope += lanes) *slope = {0};
+  }
+
+  const PairLayout pairs_;
+  Slopes slopes_;
+};
+
+int32_t backward_by_dtype(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
+  return (c.problem->dtype == DType::bf16 ? backward_as<PairBackward> : backward)(c, t, tiles, workspace);
+}
+
+size_t backward_bytes_by_dtype(const BackwardCall& c) {
+  return c.problem->dtype == DType::bf16 ? PairLayout(c).places.next * sizeof(float) : backward_bytes(c);
+}

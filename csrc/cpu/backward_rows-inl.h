@@ -1,0 +1,80 @@
+// Rows of the backward's tensors, and what its tasks need to know of them.
+
+// Rows of channels, adjacent and padded with zeros to whole vectors.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+template <class P>  // a pointer to the elements
+P row_of(const View& view, int32_t batch, int32_t head, int64_t token) {
+  return reinterpret_cast<P>(view.data) + batch * view.stride[0] + head * view.stride[1] + token * view.stride[2];
+}
+
+// Where they lie, if they lie so; else they are packed into `to`.
+inline Rows rows_of(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows,
+                    int32_t width, int32_t padded, float* to) {
+  if (dtype == DType::f32 && view.stride[3] == 1 && width == padded)
+    return {row_of<float*>(view, batch, head, token), view.stride[2]};
+  with_elements(dtype, [&](auto* type) {
+    widen_rows(row_of<decltype(type)>(view, batch, head, token), view.stride[2], view.stride[3], rows, width, padded,
+               to);
+  });
+  return {to, padded};
+}
+
+// Elements d .. d + kLanes - 1 of a row of `width`; zero past its end.
+template <class T>
+vf vector_at(const T* row, int64_t stride, int32_t width, int32_t d) {
+  if (stride == 1 && d + kLanes <= width) return widen(row + d);
+  vf x{};
+  for (int32_t l = 0; l < kLanes && d + l < width; ++l) x[l] = widen_one(row[(d + l) * stride]);
+  return x;
+}
+
+template <class T, class F>
+void each_vector(const T* row, int64_t stride, int32_t width, F f) {
+  for (int32_t d = 0; d < width; d += kLanes) f(vector_at(row, stride, width, d), d);
+}
+
+inline bool is_finite(Rows rows, int32_t count, int32_t width) {
+  vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
+  for (int32_t r = 0; r < count; ++r)
+    for (int32_t d = 0; d < width; d += kLanes) zero = fma(load(rows.data + r * rows.stride + d), vf{}, zero);
+  return !any(zero != vf{});
+}
+
+// Before the tasks: what they need to know of one block of queries.
+template <class T>
+void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
+  const Problem& p = *c.problem;
+  const Gradients& g = *c.gradients;
+  const Sequence& seq = p.sequences[t.sequence];
+  rows.dead = false;
+  vf zero{};
+  for (int32_t m = 0; m < t.q_count; ++m) {
+    const int64_t token = seq.q_start + t.q_first + m;
+    const T *q = row_of<T*>(p.q, seq.batch, t.head, token), *o = row_of<T*>(p.o, seq.batch, t.head, token),
+            *d_o = row_of<T*>(g.d_o, seq.batch, t.head, token);
+    each_vector(q, p.q.stride[3], p.head_dim, [&](vf x, int32_t) { zero = fma(x, vf{}, zero); });
+    vf sum{};
+    each_vector(d_o, g.d_o.stride[3], p.v_head_dim, [&](vf x, int32_t d) {
+      zero = fma(x, vf{}, zero);
+      sum = fma(x, vector_at(o, p.o.stride[3], p.v_head_dim, d), sum);
+    });
+    const float lse = p.lse[seq.batch * p.lse_stride[0] + t.head * p.lse_stride[1] + token * p.lse_stride[2]];
+    const bool dead = lse == -kInfinity;
+    float delta = 0;
+    for (int l = 0; l < kLanes; ++l) delta += sum[l];
+    if (g.d_lse != nullptr)
+      delta -= g.d_lse[seq.batch * g.d_lse_stride[0] + t.head * g.d_lse_stride[1] + token * g.d_lse_stride[2]];
+    rows.dead |= dead;
+    rows.lse[m] = dead ? kInfinity : lse;
+    rows.delta[m] = dead ? 0 : delta;
+  }
+  rows.finite = !any(zero != vf{});
+}
+
+void backward_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
+  with_elements(c.problem->dtype, [&](auto* type) { look_at_rows<std::remove_pointer_t<decltype(type)>>(c, t, rows); });
+}
