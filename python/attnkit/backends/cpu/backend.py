@@ -91,8 +91,6 @@ class CpuKernel:
         self._kv_layout: Layout = spec.program.inputs[attend.k]
         self._attend = engine().attend
         self._dtype = _DTYPES[spec.dtype]
-        self._sizes = tuple(config[name] for name in ("tile_q", "tile_kv", "split_kv"))
-        self._backward_sizes = config["backward_tile_q"], config["backward_tile_kv"]
 
     def __call__(
         self,
@@ -113,7 +111,8 @@ class CpuKernel:
                 AK606, AK607, a tensor without memory or not aligned.
         """
         arguments = self._arguments(self.program, q, k, v, o, lse, buffers, params)
-        self._run(self.bytecode, buffers, self._attend, *arguments, threads, *self._sizes)
+        sizes = threads, self.config["tile_q"], self.config["tile_kv"], self.config["split_kv"]
+        self._run(self.bytecode, buffers, self._attend, *arguments, *sizes)
 
     def backward(
         self,
@@ -151,7 +150,7 @@ class CpuKernel:
             bytecode, buffers, engine().attend_backward,
             *self._arguments(program, q, k, v, o, lse, buffers, params),
             *cotangents, [_maybe_tuple(d) for d in d_buffers],
-            threads, *self._backward_sizes,
+            threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
         )  # fmt: skip
 
     def _compile(self, gradients: frozenset[int] | None) -> tuple[Bytecode, Any]:
