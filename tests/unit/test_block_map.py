@@ -256,7 +256,7 @@ def engine_pairs(
     v = torch.eye(KV_LEN).expand(b + 1, h + 1, -1, -1)
     o = torch.empty(b + 1, h + 1, Q_LEN, KV_LEN)
     try:
-        kernel = backend.build(spec, {"tile_q": 1, "tile_kv": 1})
+        kernel = backend.build(spec, {"tile_q": 1, "tile_kv": 1, "split_kv": 1})
         kernel(q, k, v, o, None, [torch.from_numpy(x) for x in held], params, 1)
     except AttnkitError as refused:
         if refused.code not in ("AK502", "AK601", "AK604", "AK605"):
