@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from attnkit.errors import error
 from attnkit.ops.check import check_bindings, needs_derivatives, shape_of
@@ -230,7 +229,15 @@ class Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, d_o, d_lse)
+        if not torch.is_grad_enabled():
+            return _backward(ctx, d_o, d_lse)
+        # A graph of the backward. torch's once_differentiable would give constants unless d_o itself is followed.
+        with torch.no_grad():
+            found = _backward(ctx, d_o, d_lse)
+        refuse: Any = torch._C._functions.DelayedError(
+            b"attention has no second derivatives (AK503)", len(found)
+        )
+        return refuse(*(d if d is None else d.detach().requires_grad_() for d in found))  # type: ignore[no-any-return]
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -244,11 +251,6 @@ def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tenso
     found = iter(d_buffers)
     of_buffers = [next(found) if w else None for w in wanted]
     return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), *of_buffers
-
-
-_backward_once = once_differentiable(
-    _backward
-)  # of a graph of the backward: it says that it has no derivatives
 
 
 _lib.impl("attend_backward", _kernel, "CPU")
