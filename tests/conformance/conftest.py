@@ -30,11 +30,22 @@ def compare(dtype: str) -> Compare:
     ) -> testing.Measured:  # fmt: skip
         arrays = [rounded(x, dtype) for x in (q, k, v)] if dtype != "float32" else [q, k, v]
         stored = getattr(torch, dtype)
-        expected = testing.attention(*arrays, dtype=dtype, **(oracle or {}))
         o, lse = function(*(torch.from_numpy(x).to(stored) for x in arrays), return_lse=True, **call)
         assert o.dtype == stored
         assert lse.dtype == torch.float32
-        return testing.check(o.float().numpy(), lse.numpy(), expected, what=what, mostly_dead=mostly_dead)
+        for orders in (
+            8,
+            32,
+        ):  # what exceeds the largest error of few naive orders is held against more of them
+            expected = testing.attention(*arrays, dtype=dtype, orders=orders, **(oracle or {}))
+            try:
+                return testing.check(
+                    o.float().numpy(), lse.numpy(), expected, what=what, mostly_dead=mostly_dead
+                )
+            except AssertionError:
+                if orders == 32:
+                    raise
+        raise AssertionError("unreachable")
 
     return run
 

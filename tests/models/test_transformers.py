@@ -186,7 +186,8 @@ def test_compiled_model(model: Any, tokens: Any) -> None:
     assert (report.kernel_runs, report.torch) == (2 * LAYERS, {})
 
 
-def test_training_goes_to_torch(model: Any, tokens: Any) -> None:
+def test_training(model: Any, tokens: Any) -> None:
+    """Gradients are attnkit's own; how near they are to float64 is test_model_gradients' matter."""
     twin = copy.deepcopy(model("llama")).train()
     inputs = tokens(17, 9)
 
@@ -200,8 +201,12 @@ def test_training_goes_to_torch(model: Any, tokens: Any) -> None:
         with ak.installed():
             actual = gradients()
             report = ak.installed_report()
-    assert all(map(torch.equal, actual, expected))
-    assert report.torch == {"gradients required": LAYERS}
+    distance, size = (
+        sum(float(t.double().square().sum()) for t in tensors) ** 0.5
+        for tensors in ([a - b for a, b in zip(actual, expected, strict=True)], expected)
+    )
+    assert distance <= 1e-4 * size
+    assert report.torch == {}
 
 
 def test_minilm_embeds_sentences_as_torch_does() -> None:

@@ -286,6 +286,7 @@ FEATURES: dict[str, set[str]] = {
     "scalar": set(),
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"},
+    "avx512bf16": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "avx512_bf16"},
 }
 
 

@@ -79,6 +79,7 @@ def attention(
     cu_seqlens_q: Array | None = None,
     cu_seqlens_kv: Array | None = None,
     dtype: str | None = None,
+    orders: int = 8,
 ) -> Expected:
     """Softmax attention of ``q [B, Hq, Sq, D]`` over ``k [B, Hkv, Skv, D]`` and ``v [B, Hkv, Skv, Dv]``.
 
@@ -86,14 +87,15 @@ def attention(
     and ``lse`` -inf, or the sink's logit where there is a sink (``[Hq]``). ``kv_lens [B]`` and ``cu_seqlens [N + 1]``
     mean what they mean in `attnkit.attention`. ``dtype`` is what the naive computation has, if not that of ``q``:
     ``"bfloat16"`` or ``"float16"`` for float32 arrays of such values. Its products then round to it, scores, weights
-    and outputs; sums and exponentials are float32, as torch and FlashAttention have them.
+    and outputs; sums and exponentials are float32, as torch and FlashAttention have them. ``orders`` is how many orders of
+    its sums are tried: where two huge scores nearly tie, the largest error of few says little about chance.
     """
     dtype = dtype or q.dtype.name
     expected = Expected(
         o=np.zeros((*q.shape[:3], v.shape[3])),
         lse=np.full(q.shape[:3], -np.inf),
-        naive_o=np.zeros((_ORDERS, *q.shape[:3], v.shape[3]), q.dtype),
-        naive_lse=np.full((_ORDERS, *q.shape[:3]), -np.inf, q.dtype),
+        naive_o=np.zeros((orders, *q.shape[:3], v.shape[3]), q.dtype),
+        naive_lse=np.full((orders, *q.shape[:3]), -np.inf, q.dtype),
         o_terms=np.zeros((*q.shape[:3], v.shape[3])),
         lse_terms=np.zeros(q.shape[:3]),
         o_weights=np.zeros((*q.shape[:3], v.shape[3])),
@@ -116,13 +118,10 @@ def attention(
                 expected.o[at], expected.lse[at] = head.o, head.lse
                 expected.o_terms[at], expected.lse_terms[at] = head.terms()
                 expected.o_weights[at] = head.p @ head.v_size
-                for order in range(_ORDERS):
+                for order in range(orders):
                     naive = _Head(*tensors, score, visible, scale, logit, pairs, order, dtype)
                     expected.naive_o[order, *at], expected.naive_lse[order, *at] = naive.o, naive.lse
     return expected
-
-
-_ORDERS = 8
 
 
 class _Head:

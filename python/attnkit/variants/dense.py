@@ -221,10 +221,10 @@ def alibi_slopes(num_heads: int) -> Array:
 
 def documents(q_len: int, kv_len: int, rng: np.random.Generator) -> tuple[Array, Array]:
     """Ids of eight documents over the keys; the queries are the last ``q_len`` positions. int32."""
-    cuts = np.sort(rng.choice(np.arange(1, kv_len), size=min(7, kv_len - 1), replace=False))
+    cuts = np.sort(rng.choice(np.arange(1, kv_len), size=max(min(7, kv_len - 1), 0), replace=False))
     kv_ids = np.searchsorted(cuts, np.arange(kv_len), side="right").astype(np.int32)
     position = np.arange(q_len) + kv_len - q_len
-    return np.where(position < 0, -1, kv_ids[np.maximum(position, 0)]).astype(np.int32), kv_ids
+    return np.where(position < 0, -1, np.append(kv_ids, -1)[np.maximum(position, 0)]).astype(np.int32), kv_ids
 
 
 # Named members: name -> parameters for (num_heads, q_len, kv_len, rng).
