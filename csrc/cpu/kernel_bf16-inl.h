@@ -22,12 +22,21 @@ ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
 }
 
 // exp_weight for what is rounded to 8 bits next: a polynomial of second degree is exact enough.
-ATTNKIT_INLINE vf exp_rough(vf x) {
+template <int kCount>
+ATTNKIT_INLINE void exp_rough(vf* x) {
   const vf magic = set1(786432.0f);
-  x = max_or_second(set1(-115.0f), x);
-  const vf t = fma(x, set1(kLog2e), magic), n = t - magic, r = fma(n, set1(-0.693147182464599609375f), x);
-  const vf power = look_up(kSixteenths, as_int(t));
-  return scale_by_power(fma(power, fma(set1(0.5f), r, set1(1.0f)) * r, power), n);
+  vf t[kCount], n[kCount], r[kCount], power[kCount];
+  ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
+  ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
+  ATTNKIT_EACH n[i] = t[i] - magic;
+  ATTNKIT_EACH r[i] = fma(n[i], set1(-0.693147182464599609375f), x[i]);
+  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  ATTNKIT_EACH r[i] = fma(set1(0.5f), r[i], set1(1.0f)) * r[i];
+  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], r[i], power[i]), n[i]);
+}
+ATTNKIT_INLINE vf exp_rough(vf x) {
+  exp_rough<1>(&x);
+  return x;
 }
 
 class PairForward : public Forward {
@@ -60,13 +69,13 @@ class PairForward : public Forward {
                       ws_ + at_.s, start_largest(full));
     modify(first, count, full);
     softmax(count, full, Weights{ws_ + at_.weights, at_.bm});
+    pack_values(first, count);
     if (!full) {
       int64_t stride;
       const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
       if (has_nonfinite(v, stride, count))
-        return pv_guarded(v, stride, count, [&](int32_t n, int32_t m) { return weight(n, m); });
+        return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
     }
-    pack_values(first, count);
     pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(full), ws_ + at_.alpha, ws_ + at_.o,
                 at_.dv, t_.lanes());
   }
@@ -76,17 +85,15 @@ class PairForward : public Forward {
     float* at;
     int32_t bm;
 
-    static ATTNKIT_INLINE vf exp(vf x) { return exp_rough(x); }
+    static constexpr int kVecs = 3, kKeys = 2;
+    template <int kCount>
+    static ATTNKIT_INLINE void exp(vf* x) {
+      exp_rough<kCount>(x);
+    }
     ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
       store(at + n / 2 * bm + lane, pairs_of(w, after));
     }
   };
-
-  float weight(int32_t n, int32_t m) const {
-    uint32_t pair;
-    __builtin_memcpy(&pair, ws_ + at_.weights + n / 2 * at_.bm + m, 4);
-    return widen_one(Bf16{static_cast<uint16_t>(n % 2 ? pair >> 16 : pair)});
-  }
 
   // Where they lie, if their channels are adjacent and even in number.
   KeyRows keys_as_pairs(int64_t first, int32_t count) {

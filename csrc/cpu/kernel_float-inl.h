@@ -51,7 +51,7 @@ class FloatForward : public Forward {
     const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && has_nonfinite(v, stride, count))
-      return pv_guarded(v, stride, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
+      return pv_guarded<FloatDot>(s, v, stride, count);
     pv<FloatDot>(s, at_.bm, v, stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
@@ -120,7 +120,11 @@ class FloatForward : public Forward {
   struct Weights {
     float* at;
     int32_t bm;
-    static ATTNKIT_INLINE vf exp(vf x) { return exp_weight(x); }
+    static constexpr int kVecs = kSoftmaxVecs, kKeys = kSoftmaxKeys;
+    template <int kCount>
+    static ATTNKIT_INLINE void exp(vf* x) {
+      exp_weights<kCount>(x);
+    }
     ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
       store(at + n * bm + lane, w);
       store(at + (n + 1) * bm + lane, after);

@@ -35,14 +35,27 @@ ATTNKIT_INLINE vf subtract_ln2(vf x, vf n) {
 // e^x for x <= 0: a softmax weight, right to 1.5 units in the last place however small it is. x is split into
 // sixteenths of ln 2 and a remainder, whose short polynomial is half the work of a long one (Tang 1989). Exactly 1 at
 // 0: rescaling by an unchanged maximum changes no bit.
-ATTNKIT_INLINE vf exp_weight(vf x) {
+//
+// Several vectors go in step, operation by operation: one after the other, the operations that wait for the one before
+// them would fill the scheduler.
+#define ATTNKIT_EACH _Pragma("GCC unroll 16") for (int i = 0; i < kCount; ++i)
+template <int kCount>
+ATTNKIT_INLINE void exp_weights(vf* x) {
   const vf magic = set1(786432.0f);  // 1.5 * 2^19: adding it leaves four bits of the fraction
-  x = max_or_second(set1(-115.0f), x);
-  const vf t = fma(x, set1(kLog2e), magic), n = t - magic, r = subtract_ln2(x, n);
+  vf t[kCount], n[kCount], r[kCount], p[kCount], power[kCount];
+  ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
+  ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
+  ATTNKIT_EACH n[i] = t[i] - magic;
+  ATTNKIT_EACH r[i] = subtract_ln2(x[i], n[i]);
   // Minimax of (e^r - 1)/r for |r| <= ln(2)/32, error 4e-9.
-  const vf p = fma(fma(set1(0.16666960716247559f), r, set1(0.5000147223472595f)), r, set1(1.0f));
-  const vf power = look_up(kSixteenths, as_int(t));
-  return scale_by_power(fma(power, p * r, power), n);
+  ATTNKIT_EACH p[i] = fma(set1(0.16666960716247559f), r[i], set1(0.5000147223472595f));
+  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  ATTNKIT_EACH p[i] = fma(p[i], r[i], set1(1.0f)) * r[i];
+  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], p[i], power[i]), n[i]);
+}
+ATTNKIT_INLINE vf exp_weight(vf x) {
+  exp_weights<1>(&x);
+  return x;
 }
 
 // r = x - n ln 2 and e^r - 1, |r| <= ln(2)/2. Coefficients: minimax of (e^r - 1 - r)/r^2, error 2.4e-10.

@@ -61,10 +61,14 @@ class CpuBackend:
         return tuple(reasons)
 
     def space(self, spec: KernelSpec) -> Space:
-        """Tile sizes, and how many keys are summed before they are merged. Weights and values are summed tile by tile: a shorter kv tile loses fewer bits."""
+        """Tile sizes, and how many keys are summed before they are merged.
+
+        Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
+        """
+        tile_kv = 128 if spec.dtype == "bfloat16" else 64
         return {
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
-            "tile_kv": Field("numeric", 64, (32, 64, 96, 128)),
+            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128)),
             "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
             "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96)),
             "backward_tile_kv": Field("numeric", 96, (32, 48, 64, 96, 128)),
