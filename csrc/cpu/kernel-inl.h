@@ -154,7 +154,8 @@ class Forward {
       const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
       float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
       tile_.run_strip(strip, shape.rows, c_.has_score, !full);
-      if (c_.has_score) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+      if (c_.has_score && c_.code.in_place < 0)
+        map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
       tile_.check_loads(strip, shape.rows, t_.lanes(), full);
       if (!full)
         select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},

@@ -84,7 +84,7 @@ class Tile {
   // How value `number` is read where a result of rank `rank` is computed, from row `strip` of the tile on.
   Operand operand(int32_t number, Rank rank, int32_t strip) {
     const Instruction& in = code_.code[number];
-    if (in.op == Op::var_s) return {s_ + static_cast<int64_t>(strip) * lanes_, lanes_, true};
+    if (in.op == Op::var_s || number == code_.in_place) return {scores(strip), lanes_, true};
     const float* p = value(in);
     if (in.rank == kTile) return {p, lanes_, true};
     if (in.rank == kScalar) return {p, 0, false};
@@ -119,6 +119,8 @@ class Tile {
   int32_t bits(size_t at) const { return int_at(ws_ + at); }
   int32_t head_of(int32_t m) const { return t_->head + m / t_->q_count; }
 
+  float* scores(int32_t strip) { return s_ + static_cast<int64_t>(strip) * lanes_; }
+
   float* value(const Instruction& in) {
     switch (in.rank) {
       case kScalar: return ws_ + at_.scalars + static_cast<size_t>(in.slot) * 16;
@@ -146,7 +148,7 @@ class Tile {
 
   void execute(int32_t number, Shape shape, int32_t strip) {
     const Instruction& in = code_.code[number];
-    float* dst = in.op == Op::var_s ? nullptr : value(in);
+    float* dst = in.op == Op::var_s ? nullptr : number == code_.in_place ? scores(strip) : value(in);
     Operand a[kMaxArgs];
     for (int i = 0; i < in.nargs; ++i) a[i] = operand(in.args[i], in.rank, strip);
     switch (in.op) {
