@@ -170,12 +170,18 @@ class Forward {
   // start at multiples of kStrip, so the turns do not depend on what was trimmed.
   static constexpr int kSums = 4;
 
+  // Every other score by itself: a maximum takes longer than a load.
   void find_largest(int32_t count) {
     for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
-      vf most = load(ws_ + at_.largest + lane);
-      for (int32_t n = 0; n < count; ++n)
-        most = max_or_second(load(ws_ + at_.s + static_cast<size_t>(lane + n * at_.bm)), most);
-      store(ws_ + at_.largest + lane, most);
+      const float* s = ws_ + at_.s + lane;
+      vf even = load(ws_ + at_.largest + lane), odd = even;
+      int32_t n = 0;
+      for (; n + 2 <= count; n += 2, s += 2 * at_.bm) {
+        even = max_or_second(load(s), even);
+        odd = max_or_second(load(s + at_.bm), odd);
+      }
+      if (n < count) even = max_or_second(load(s), even);
+      store(ws_ + at_.largest + lane, max_or_second(even, odd));
     }
   }
 

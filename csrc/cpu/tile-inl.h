@@ -142,6 +142,14 @@ class Tile {
     }
   }
 
+  // The same where index(i) = first + i: once for every tile.
+  void count_up(float* dst, int32_t lanes, int32_t count, int32_t first) {
+    vi index{};
+    for (int32_t i = 0; i < kLanes; ++i) index[i] = i;
+    for (int32_t i = 0; i < lanes; i += kLanes, index += kLanes)
+      store_int(dst + i, (index < count ? index : set1_int(count - 1)) + first);
+  }
+
   void run_section(Rank rank, int32_t lanes) {
     for (int32_t i = 0; i < code_.order_size[rank]; ++i) execute(code_.order[rank][i], {1, lanes}, 0);
   }
@@ -164,7 +172,7 @@ class Tile {
       case Op::var_h: return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return head_of(m); });
       case Op::var_q_idx:
         return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return t_->q_first + m % t_->q_count; });
-      case Op::var_kv_idx: return fill_lanes(dst, shape.lanes, count_, [&](int32_t n) { return first_ + n; });
+      case Op::var_kv_idx: return count_up(dst, shape.lanes, count_, static_cast<int32_t>(first_));
       case Op::load_f:
       case Op::load_i:
       case Op::load_b: {

@@ -39,7 +39,8 @@ ATTNKIT_INLINE void with(bool flag, F f) {
 }
 
 template <bool... kVec, class F, int... kArg>
-ATTNKIT_INLINE void map_rows(float* dst, Shape s, const Operand* a, F f, std::integer_sequence<int, kArg...>) {
+ATTNKIT_INLINE void map_rows(float* dst, Shape s, const Operand* operands, F f, std::integer_sequence<int, kArg...>) {
+  const Operand a[] = {operands[kArg]...};  // or the compiler would think that dst may be where they are
   for (int32_t r = 0; r < s.rows; ++r)
     [&](const Row<kVec>&... row) {
       for (int32_t j = 0; j < s.lanes; j += kLanes) store(dst + r * s.lanes + j, f(row.at(j)...));
@@ -233,8 +234,7 @@ inline void softcap(float* dst, Shape s, const Operand* a) {
 template <class F>
 void from_gap(float* dst, Shape s, const Operand* a, F f) {
   const auto gap = [](vf i, vf j) { return to_float(vi(vu(as_int(i)) - vu(as_int(j)))); };
-  const Operand &x = a[0], &y = a[1], &i = a[2], &j = a[3];
-  const Operand &lane = i.vec ? i : j, &row = i.vec ? j : i;
+  const Operand x = a[0], y = a[1], i = a[2], j = a[3], lane = i.vec ? i : j, row = i.vec ? j : i;
   if (!x.vec || y.step != 0 || i.vec == j.vec || lane.step != 0)
     return map<4>(dst, s, a, [=](vf x, vf y, vf i, vf j) { return f(x, y, gap(i, j)); });
   with(i.vec, [&](auto lane_first) {
