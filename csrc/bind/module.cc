@@ -178,10 +178,21 @@ PYBIND11_MODULE(_engine, m) {
       .def(py::init(&make_program), py::arg("code"), py::arg("score"), py::arg("mask"), py::arg("num_buffers"),
            py::arg("num_params"), py::arg("slope") = -1, py::arg("loads") = std::vector<std::pair<int, int>>{})
       .def_property_readonly("num_instructions", [](const Program& p) { return p.code.size(); })
-      .def_property_readonly("ranks", [](const Program& p) {
-        std::vector<int> ranks;
-        for (const Instruction& in : p.code) ranks.push_back(in.rank);
-        return ranks;
+      .def_property_readonly("ranks",
+                             [](const Program& p) {
+                               std::vector<int> ranks;
+                               for (const Instruction& in : p.code) ranks.push_back(in.rank);
+                               return ranks;
+                             })
+      // What runs on a strip of a tile, in order: (the value, its operator, its arguments).
+      .def_property_readonly("passes", [](const Program& p) {
+        std::vector<std::tuple<int, std::string, std::vector<int>>> passes;
+        for (int32_t i : p.order[kTile]) {
+          const Instruction& in = p.run[static_cast<size_t>(i)];
+          if (in.op == Op::var_s) continue;
+          passes.emplace_back(i, signature(in.op).name, std::vector<int>(in.args, in.args + in.nargs));
+        }
+        return passes;
       });
   m.def("opcodes", [] {
     py::dict d;

@@ -188,8 +188,7 @@ class Forward {
         const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
         float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
         tile_.run_strip(strip, shape.rows, true, !full && tile_.checked());
-        if (c_.code.in_place < 0)
-          map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+        if (c_.code.in_place < 0) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
         tile_.check_loads(strip, shape.rows, t_.lanes(), full);
       }
     }
