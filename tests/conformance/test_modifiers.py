@@ -87,11 +87,11 @@ def slope_with_sign(rng: np.random.Generator, n: Dims) -> Variant:
 
     def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         x = (kv_idx - q_idx) * slope[h] + (s * gain[h] + 1.0)
-        return (1.0 - gain[h] * x) - 0.01 * (kv_idx - 2 * q_idx)
+        return (1.0 - gain[h] * x) - 0.0078125 * (kv_idx - 2 * q_idx)
 
     def oracle(s: Any, p: Pairs) -> Any:
         x = slopes[p.h] * (p.kv_idx - p.q_idx) + s * gains[p.h] + 1
-        return 1 - gains[p.h] * x - np.float32(0.01) * (p.kv_idx - 2 * p.q_idx)
+        return 1 - gains[p.h] * x - 0.0078125 * (p.kv_idx - 2 * p.q_idx)
 
     return Variant({"score": oracle}, {"score": score})
 
