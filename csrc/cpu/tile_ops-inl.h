@@ -229,24 +229,10 @@ inline void softcap(float* dst, Shape s, const Operand* a) {
   map2(dst, s, x, c, [](vf v, vf w) { return w * tanh(v / w); });
 }
 
-// dst = f(x, y, i - j) with the difference as a float. Mostly the rows of a tile have one of i and j, its lanes the
-// other, and each lane (or all of them) a y: then lane by lane, so that each is read once.
+// dst = f(x, y, i - j), the difference as a float.
 template <class F>
 void from_gap(float* dst, Shape s, const Operand* a, F f) {
-  const auto gap = [](vf i, vf j) { return to_float(vi(vu(as_int(i)) - vu(as_int(j)))); };
-  const Operand x = a[0], y = a[1], i = a[2], j = a[3], lane = i.vec ? i : j, row = i.vec ? j : i;
-  if (!x.vec || y.step != 0 || i.vec == j.vec || lane.step != 0)
-    return map<4>(dst, s, a, [=](vf x, vf y, vf i, vf j) { return f(x, y, gap(i, j)); });
-  with(i.vec, [&](auto lane_first) {
-    for (int32_t at = 0; at < s.lanes; at += kLanes) {
-      const vf own = load(lane.p + at), factor = y.vec ? load(y.p + at) : set1_bits(y.p);
-      for (int32_t r = 0; r < s.rows; ++r) {
-        const vf other = set1_bits(row.p + r * row.step);
-        store(dst + r * s.lanes + at,
-              f(load(x.p + r * x.step + at), factor, lane_first.value ? gap(own, other) : gap(other, own)));
-      }
-    }
-  });
+  map<4>(dst, s, a, [=](vf x, vf y, vf i, vf j) { return f(x, y, to_float(vi(vu(as_int(i)) - vu(as_int(j))))); });
 }
 
 // One instruction other than a leaf or a load. Integers wrap: the analysis has excluded it where a pair exists, and
