@@ -96,28 +96,35 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
                         found.per_head ? heads : 1, offsets, runs);
 }
 
-// The routine behind one opcode, or "exp_weight", on whole arrays; any of the arguments an opcode has must be there.
+// The routine behind one opcode, or one of the engine's own, on whole arrays. All its arguments must be there; one of a
+// single element among longer ones is the same for all.
 py::array_t<float> call_evaluate(const std::string& opcode,
                                  const std::vector<py::array_t<float, py::array::c_style>>& args) {
-  for (int i = 0; i <= static_cast<int>(kWeightOp); ++i) {
+  for (int i = 0; i < static_cast<int>(Op::all); ++i) {
     const Op op = static_cast<Op>(i);
-    const OpSignature sig = op == kWeightOp ? OpSignature{"exp_weight", 'f', "f"} : signature(op);
+    const OpSignature& sig = signature(op);
     if (opcode != sig.name) continue;
     const size_t n_args = std::strlen(sig.args);
     need(n_args > 0 && sig.args[0] != '*' && args.size() == n_args, "not an opcode of that many arguments");
-    need(args[0].size() <= 1 << 30, "more than 2^30 elements");
-    const auto n = static_cast<size_t>(args[0].size()), padded = (n + 15) / 16 * 16;
-    std::vector<std::vector<float>> in(3, std::vector<float>(padded));
-    const float* pointers[3];
-    for (size_t a = 0; a < 3; ++a) {
+    const auto size = [&](size_t a) { return static_cast<size_t>(args[a].size()); };
+    size_t n = size(0);
+    for (size_t a = 1; a < n_args; ++a)
+      if (n == 1) n = size(a);
+    need(n <= 1 << 30, "more than 2^30 elements");
+    const size_t padded = (n + 15) / 16 * 16;
+    std::vector<std::vector<float>> in(kMaxArgs, std::vector<float>(padded));
+    const float* pointers[kMaxArgs];
+    bool same[kMaxArgs] = {};
+    for (size_t a = 0; a < kMaxArgs; ++a) {
       if (a < n_args) {
-        need(static_cast<size_t>(args[a].size()) == n, "arguments differ in length");
-        std::copy_n(args[a].data(), n, in[a].begin());
+        same[a] = size(a) == 1 && n != 1;
+        need(size(a) == n || same[a], "arguments differ in length");
+        std::copy_n(args[a].data(), size(a), in[a].begin());
       }
       pointers[a] = in[a].data();
     }
     std::vector<float> out(padded);
-    evaluate(op, out.data(), pointers, static_cast<int32_t>(padded));
+    evaluate(op, out.data(), pointers, same, static_cast<int32_t>(padded));
     py::array_t<float> result(static_cast<py::ssize_t>(n));
     std::copy_n(out.begin(), n, result.mutable_data());
     return result;
@@ -171,10 +178,21 @@ PYBIND11_MODULE(_engine, m) {
       .def(py::init(&make_program), py::arg("code"), py::arg("score"), py::arg("mask"), py::arg("num_buffers"),
            py::arg("num_params"), py::arg("slope") = -1, py::arg("loads") = std::vector<std::pair<int, int>>{})
       .def_property_readonly("num_instructions", [](const Program& p) { return p.code.size(); })
-      .def_property_readonly("ranks", [](const Program& p) {
-        std::vector<int> ranks;
-        for (const Instruction& in : p.code) ranks.push_back(in.rank);
-        return ranks;
+      .def_property_readonly("ranks",
+                             [](const Program& p) {
+                               std::vector<int> ranks;
+                               for (const Instruction& in : p.code) ranks.push_back(in.rank);
+                               return ranks;
+                             })
+      // What runs on a strip of a tile, in order: (the value, its operator, its arguments).
+      .def_property_readonly("passes", [](const Program& p) {
+        std::vector<std::tuple<int, std::string, std::vector<int>>> passes;
+        for (int32_t i : p.order[kTile]) {
+          const Instruction& in = p.run[static_cast<size_t>(i)];
+          if (in.op == Op::var_s) continue;
+          passes.emplace_back(i, signature(in.op).name, std::vector<int>(in.args, in.args + in.nargs));
+        }
+        return passes;
       });
   m.def("opcodes", [] {
     py::dict d;

@@ -57,7 +57,7 @@ float* workspace(size_t bytes) { return t_workspace.get(bytes); }
 
 CodeView view(const Program& program, const Facts& facts) {
   CodeView v{};
-  v.code = program.code.data();
+  v.code = program.run.data();
   for (int r = 0; r < 4; ++r) {
     v.order[r] = program.order[r].data();
     v.order_size[r] = static_cast<int32_t>(program.order[r].size());
@@ -66,6 +66,7 @@ CodeView view(const Program& program, const Facts& facts) {
   v.score = program.score;
   v.mask = program.mask;
   v.slope = program.slope;
+  v.in_place = program.in_place;
   v.loads = program.loads.data();
   v.num_loads = static_cast<int32_t>(program.loads.size());
   v.load_in_bounds = facts.load_in_bounds.data();
@@ -147,9 +148,9 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
   return {};
 }
 
-void evaluate(Op op, float* dst, const float* const* args, int32_t n) {
+void evaluate(Op op, float* dst, const float* const* args, const bool* same, int32_t n) {
   const Kernel& kernel = current_isa();
-  kernel.evaluate(op, dst, args, n);
+  kernel.evaluate(op, dst, args, same, n);
   g_last_isa = &kernel;
 }
 

@@ -45,8 +45,9 @@ ATTNKIT_INLINE uint32_t lane_bits(vi mask) {
 ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
 }
-ATTNKIT_INLINE vf look_up(const float* table, vi i) {
-  return lanes_of([&](int lane) { return table[i[lane] & 15]; });
+template <int kSize>
+ATTNKIT_INLINE vf look_up(const float (&table)[kSize], vi i) {
+  return lanes_of([&](int lane) { return table[i[lane] & (kSize - 1)]; });
 }
 
 #include "math-inl.h"

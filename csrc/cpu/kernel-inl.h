@@ -188,7 +188,7 @@ class Forward {
         const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
         float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
         tile_.run_strip(strip, shape.rows, true, !full && tile_.checked());
-        map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+        if (c_.code.in_place < 0) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
         tile_.check_loads(strip, shape.rows, t_.lanes(), full);
       }
     }
@@ -196,12 +196,18 @@ class Forward {
     if (c_.has_score) find_largest(count);
   }
 
+  // Every other score by itself: a maximum takes longer than a load.
   void find_largest(int32_t count) {
     for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
-      vf most = load(ws_ + at_.largest + lane);
-      for (int32_t n = 0; n < count; ++n)
-        most = max_or_second(load(ws_ + at_.s + static_cast<size_t>(lane + n * at_.bm)), most);
-      store(ws_ + at_.largest + lane, most);
+      const float* s = ws_ + at_.s + lane;
+      vf even = load(ws_ + at_.largest + lane), odd = even;
+      int32_t n = 0;
+      for (; n + 2 <= count; n += 2, s += 2 * at_.bm) {
+        even = max_or_second(load(s), even);
+        odd = max_or_second(load(s + at_.bm), odd);
+      }
+      if (n < count) even = max_or_second(load(s), even);
+      store(ws_ + at_.largest + lane, max_or_second(even, odd));
     }
   }
 

@@ -80,16 +80,29 @@ ATTNKIT_INLINE vf exp(vf x) {
   return scale_by_power(e.em1 + set1(1.0f), e.n);
 }
 
-// (e^2x - 1) / (e^2x + 1) with e^2x - 1 kept whole, so that small arguments keep all their bits.
-ATTNKIT_INLINE vf tanh(vf x) {
-  const vf clamped = min_or_second(set1(9.25f), max_or_second(set1(-9.25f), x));
-  const ExpParts e = exp_parts(clamped + clamped);
-  const vf power = scale_by_power(set1(1.0f), e.n);
-  const vf em1 = fma(power, e.em1, power - set1(1.0f));
-  const vf t = em1 / (em1 + set1(2.0f));
-  const vf a = as_float(as_int(x) & set1_int(0x7fffffff));
-  return a < set1(1e-4f) ? x : t;  // keeps -0 and subnormals
+// tanh(i * kTanhStep); the last is 1.
+inline constexpr float kTanhStep = 0.30078125f;
+alignas(64) inline constexpr float kTanhs[32] = {
+    0.0f,       0.2920274f,  0.5381605f,  0.71743715f, 0.83460534f, 0.90585166f, 0.9472893f, 0.97076863f,
+    0.983876f,  0.9911325f,  0.99513125f, 0.9973292f,  0.99853563f, 0.9991973f,  0.9995601f, 0.9997589f,
+    0.9998679f, 0.99992764f, 0.99996036f, 0.99997824f, 0.9999881f,  0.9999935f,  0.9999964f, 0.99999803f,
+    0.9999989f, 0.9999994f,  0.9999997f,  0.9999998f,  0.9999999f,  0.99999994f, 1.0f,       1.0f};
+
+// tanh(x / c) for c > 0, given 1 / (c kTanhStep) and 31 c kTanhStep. |x| is split into steps and a remainder r of at
+// most half a step: tanh(a + r) = (tanh a + tanh r) / (1 + tanh a tanh r), with tanh a from the table. A small x has no
+// steps, and keeps all its bits.
+ATTNKIT_INLINE vf tanh_in_steps(vf x, vf steps, vf limit) {
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it leaves no fraction bits
+  const vf size = min_or_second(limit, magnitude(x));  // NaN gets through
+  const vf t = fma(size, steps, magic), r = fma(size, steps, magic - t), square = r * r;
+  // Minimax of tanh(r kTanhStep) / r for |r| <= 1/2, error 2e-8.
+  const vf p = fma(fma(set1(0.00032378006f), square, set1(-0.009070079f)), square, set1(kTanhStep));
+  const vf rest = p * r, whole = look_up(kTanhs, as_int(t));
+  const vf result = (whole + rest) / fma(whole, rest, set1(1.0f));
+  return as_float(as_int(result) | (as_int(x) & INT32_MIN));
 }
+
+ATTNKIT_INLINE vf tanh(vf x) { return tanh_in_steps(x, set1(1 / kTanhStep), set1(31 * kTanhStep)); }
 
 // From e^-|x|, which cannot overflow: the far negative tail keeps its bits.
 ATTNKIT_INLINE vf sigmoid(vf x) {

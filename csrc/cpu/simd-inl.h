@@ -7,7 +7,7 @@
 //   max_or_second, min_or_second   of a and b; b when either is NaN
 //   round_nearest, floor, sqrt     as IEEE has them; ties to even
 //   scale_by_power(p, n)           p * 2^floor(n); over- and underflows as IEEE does
-//   look_up(table, i)              table[i % 16] of each lane
+//   look_up(table, i)              table[i % n] of each lane, of a table of n = 16 or 32
 //   any(mask)                      whether a bit of any lane is set
 //   lane_bits(mask)                a bit for each lane, from its sign
 //   gather(base, offset)           base[offset] of each lane
@@ -37,6 +37,7 @@ ATTNKIT_INLINE vi set1_int(int32_t x) { return x - vi{}; }
 ATTNKIT_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 ATTNKIT_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
 ATTNKIT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+ATTNKIT_INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 ATTNKIT_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 // The mask that lane_bits made bits of.
 ATTNKIT_INLINE vi lane_mask(uint32_t bits) {
