@@ -10,6 +10,7 @@
 //   look_up(table, i)              table[i % 16] of each lane
 //   any(mask)                      whether a bit of any lane is set
 //   gather(base, offset)           base[offset] of each lane
+//   load_halves(low, high)         half a vector from each of two places
 
 inline constexpr int kBytes = 4 * kLanes;
 typedef float vf __attribute__((vector_size(kBytes), may_alias));
