@@ -40,7 +40,9 @@ ATTNKIT_INLINE bool any(vi mask) {
 ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
 }
-ATTNKIT_INLINE vf load_halves(const float* low, const float* high) { return {low[0], low[1], high[0], high[1]}; }
+ATTNKIT_INLINE vf load_halves(const float* low, const float* high) {
+  return vf{low[0], low[1], high[0], high[1]};
+}
 ATTNKIT_INLINE vf look_up(const float* table, vi i) {
   return lanes_of([&](int lane) { return table[i[lane] & 15]; });
 }
