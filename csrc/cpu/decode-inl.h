@@ -74,21 +74,21 @@ ATTNKIT_INLINE void transpose(vf* r) {
   }
 }
 
-// to[d][n] = scale * rows[n][d], `ld` floats from one d to the next; zeros up to a whole vector of rows.
-template <class T>
-void transpose_rows(const T* const* rows, int32_t count, int32_t width, float scale, float* to, int64_t ld) {
+// to[d][n] = f(rows[n][d]), `ld` floats from one d to the next; zeros up to a whole vector of rows.
+template <class T, class F>
+void transpose_rows(const T* const* rows, int32_t count, int32_t width, F f, float* to, int64_t ld) {
   for (int32_t n = 0; n < count; n += kLanes) {
     int32_t d = 0;
     for (; d + kLanes <= width; d += kLanes) {
       vf r[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) r[i] = n + i < count ? widen(rows[n + i] + d) * set1(scale) : vf{};
+      for (int i = 0; i < kLanes; ++i) r[i] = n + i < count ? f(widen(rows[n + i] + d)) : vf{};
       transpose(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (d + i) * ld + n, r[i]);
     }
     for (; d < width; ++d)
-      for (int i = 0; i < kLanes; ++i) to[d * ld + n + i] = n + i < count ? widen_one(rows[n + i][d]) * scale : 0;
+      for (int i = 0; i < kLanes; ++i) to[d * ld + n + i] = n + i < count ? f(widen_one(rows[n + i][d])) : 0;
   }
 }
 
@@ -181,8 +181,8 @@ ATTNKIT_INLINE void transpose_strip(const T* const* rows, int64_t at, vf* r) {
   }
 }
 
-// S^T of kRows queries and at most kVecs vectors of keys: qk_tile with the roles exchanged. `channels` is a whole number
-// of vectors of units; rows of queries are `q_stride` wide, with zeros where there are no channels.
+// S^T of kRows queries and at most kVecs vectors of keys: qk_tile with the roles exchanged. `channels` is a whole
+// number of vectors of units; rows of queries are `q_stride` wide, with zeros where there are no channels.
 template <int kRows, int kVecs, class T>
 __attribute__((noinline)) void few_tile(const float* q, int64_t q_stride, int32_t channels, const T* k, int64_t stride,
                                         int32_t count, float* st, int32_t st_stride, Ahead ahead, int32_t first) {
@@ -226,8 +226,8 @@ __attribute__((noinline)) void few_tile(const float* q, int64_t q_stride, int32_
 
 // S^T of all queries and `count` keys.
 template <class T>
-void few_scores(const float* q, int32_t lanes, int64_t q_stride, int32_t channels, const T* k, int64_t stride, int32_t count, float* st,
-                int32_t st_stride, const Ahead& ahead) {
+void few_scores(const float* q, int32_t lanes, int64_t q_stride, int32_t channels, const T* k, int64_t stride,
+                int32_t count, float* st, int32_t st_stride, const Ahead& ahead) {
   constexpr int32_t kBlock = kBlockVecs * kLanes;
   for (int32_t n = 0; n < count; n += kBlock) {
     int32_t m = 0;
@@ -294,8 +294,8 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
 // blocks: what the first have summed is in `sums`.
 template <int kRows, int kVecs, class T>
 ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t first,
-                                    int32_t end, bool last, float* sums, const float* alpha, float* o,
-                                    int32_t o_stride, Ahead ahead, int32_t part, int32_t parts) {
+                                    int32_t end, bool last, float* sums, const float* alpha, float* o, int32_t o_stride,
+                                    Ahead ahead, int32_t part, int32_t parts) {
   constexpr int kUnit = kPerUnit<T>;
   vf acc[kRows][kVecs][kUnit] = {};
   const auto each = [&](auto f) __attribute__((always_inline)) {
@@ -304,7 +304,8 @@ ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int6
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c)
 #pragma GCC unroll 2
-        for (int u = 0; u < kUnit; ++u) f(r, acc[r][c][u], static_cast<int64_t>(r) * o_stride + (c * kUnit + u) * kLanes);
+        for (int u = 0; u < kUnit; ++u)
+          f(r, acc[r][c][u], static_cast<int64_t>(r) * o_stride + (c * kUnit + u) * kLanes);
   };
   if (first > 0) each([&](int, vf& x, int64_t at) __attribute__((always_inline)) { x = load(sums + at); });
   for (int32_t n = first; n < end; ++n) {
@@ -332,9 +333,8 @@ ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) interleave(acc[r][c][0], acc[r][c][1]);
-  each([&](int r, vf& x, int64_t at) __attribute__((always_inline)) {
-    store(o + at, fma(load(o + at), set1(alpha[r]), x));
-  });
+  each([&](int r, vf& x, int64_t at)
+           __attribute__((always_inline)) { store(o + at, fma(load(o + at), set1(alpha[r]), x)); });
 }
 
 // As pv, of few queries. `sums`: room as for o.

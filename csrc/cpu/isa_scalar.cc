@@ -37,12 +37,15 @@ ATTNKIT_INLINE bool any(vi mask) {
   for (int i = 0; i < kLanes; ++i) r |= mask[i];
   return r != 0;
 }
+ATTNKIT_INLINE uint32_t lane_bits(vi mask) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (static_cast<uint32_t>(mask[i]) >> 31) << i;
+  return bits;
+}
 ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
 }
-ATTNKIT_INLINE vf load_halves(const float* low, const float* high) {
-  return vf{low[0], low[1], high[0], high[1]};
-}
+ATTNKIT_INLINE vf load_halves(const float* low, const float* high) { return vf{low[0], low[1], high[0], high[1]}; }
 ATTNKIT_INLINE vf look_up(const float* table, vi i) {
   return lanes_of([&](int lane) { return table[i[lane] & 15]; });
 }
