@@ -15,65 +15,6 @@ inline constexpr int kFewVecs = kAccumulators / 6;  // or with so many vectors o
 
 // ---- transposition ----
 
-// The six shuffles of a transposition, by their lanes. Within 128 bits: the low or high elements of two vectors in
-// turn, one or two at a time. Across: the even or the odd quarters of both.
-enum Step { kLow1, kHigh1, kLow2, kHigh2, kEven4, kOdd4 };
-constexpr int step_lane(Step step, int lane) {
-  const int quad = lane & ~3, at = lane & 3;
-  switch (step) {
-    case kLow1: return quad + at / 2 + at % 2 * kLanes;
-    case kHigh1: return quad + 2 + at / 2 + at % 2 * kLanes;
-    case kLow2: return quad + at % 2 + at / 2 * kLanes;
-    case kHigh2: return quad + 2 + at % 2 + at / 2 * kLanes;
-    case kEven4: return quad * 2 % kLanes + at + quad * 2 / kLanes * kLanes;
-    default: return quad * 2 % kLanes + 4 + at + quad * 2 / kLanes * kLanes;
-  }
-}
-template <Step kStep, int... kLane>
-ATTNKIT_INLINE vf shuffle_lanes(vf a, vf b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shuffle(a, b, vi{step_lane(kStep, kLane)...});
-}
-template <Step kStep>
-ATTNKIT_INLINE vf shuffle(vf a, vf b) {
-  return shuffle_lanes<kStep>(a, b, std::make_integer_sequence<int, kLanes>{});
-}
-
-// Within each quad of lanes, r[i][j] of four vectors becomes r[j][i].
-ATTNKIT_INLINE void transpose_quads(vf* r) {
-  const vf a = shuffle<kLow1>(r[0], r[1]), b = shuffle<kHigh1>(r[0], r[1]);
-  const vf c = shuffle<kLow1>(r[2], r[3]), d = shuffle<kHigh1>(r[2], r[3]);
-  r[0] = shuffle<kLow2>(a, c);
-  r[1] = shuffle<kHigh2>(a, c);
-  r[2] = shuffle<kLow2>(b, d);
-  r[3] = shuffle<kHigh2>(b, d);
-}
-
-// r[i][j] becomes r[j][i].
-ATTNKIT_INLINE void transpose(vf* r) {
-#pragma GCC unroll 4
-  for (int i = 0; i < kLanes; i += 4) transpose_quads(r + i);
-  // r[4 g + j] holds column 4 q + j of rows 4 g .. 4 g + 3 in its quarter q.
-  if constexpr (kLanes == 8) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vf a = r[j], b = r[4 + j];
-      r[j] = shuffle<kEven4>(a, b);
-      r[4 + j] = shuffle<kOdd4>(a, b);
-    }
-  }
-  if constexpr (kLanes == 16) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vf a = shuffle<kEven4>(r[j], r[4 + j]), b = shuffle<kOdd4>(r[j], r[4 + j]);
-      const vf c = shuffle<kEven4>(r[8 + j], r[12 + j]), d = shuffle<kOdd4>(r[8 + j], r[12 + j]);
-      r[j] = shuffle<kEven4>(a, c);
-      r[8 + j] = shuffle<kOdd4>(a, c);
-      r[4 + j] = shuffle<kEven4>(b, d);
-      r[12 + j] = shuffle<kOdd4>(b, d);
-    }
-  }
-}
-
 // to[d][n] = f(rows[n][d]), `ld` floats from one d to the next; zeros up to a whole vector of rows.
 template <class T, class F>
 void transpose_rows(const T* const* rows, int32_t count, int32_t width, F f, float* to, int64_t ld) {
@@ -83,7 +24,7 @@ void transpose_rows(const T* const* rows, int32_t count, int32_t width, F f, flo
       vf r[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) r[i] = n + i < count ? f(widen(rows[n + i] + d)) : vf{};
-      transpose(r);
+      transpose_square(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (d + i) * ld + n, r[i]);
     }
@@ -279,7 +220,7 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
     vf r[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) r[i] = i < lanes ? load(st + i * ld + n) : vf{};
-    transpose(r);
+    transpose_square(r);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       store(s + (n + i) * kLanes, r[i]);
