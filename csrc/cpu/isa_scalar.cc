@@ -45,6 +45,7 @@ ATTNKIT_INLINE uint32_t lane_bits(vi mask) {
 ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
 }
+ATTNKIT_INLINE vf load_halves(const float* low, const float* high) { return vf{low[0], low[1], high[0], high[1]}; }
 template <int kSize>
 ATTNKIT_INLINE vf look_up(const float (&table)[kSize], vi i) {
   return lanes_of([&](int lane) { return table[i[lane] & (kSize - 1)]; });

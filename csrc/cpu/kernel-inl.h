@@ -13,7 +13,8 @@ struct Layout {
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v, live;
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
-  size_t q, kt, st;  // of few queries: rows of them, of K^T and of S^T
+  size_t q, st;  // of few queries: rows of them, and of S^T
+  int32_t dq;  // channels in a row of them
   int32_t ld;  // keys in a row of S^T
 
   Layout(const Call& c, int32_t lanes)
@@ -36,9 +37,9 @@ struct Layout {
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
-    q = take(kFewLanes, p.head_dim);
+    dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
+    q = take(kFewLanes, dq);
     ld = round_up(c.tile_kv, kBlockVecs * kLanes);
-    kt = take(round_up(p.head_dim, kLanes), kBlockVecs * kLanes);
     st = take(kFewLanes, ld);
   }
 };

@@ -126,11 +126,98 @@ class PairForward : public Forward {
   }
 };
 
+// Few queries: scores on the dot product, as rows of both lie in memory; the rest in float32.
+class PairDecode : public FloatForward {
+ public:
+  PairDecode(const Call& c, const Task& t, float* workspace)
+      : FloatForward(c, t, workspace, true), width_(round_up(p_.head_dim, kPairChannels)) {}
+
+  void pack_queries() {
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      copy_row(row<const Bf16*>(p_.q, head_of(m), token_of(m)), p_.q.stride[3], queries() + m * width_);
+  }
+
+ private:
+  static constexpr int32_t kPairChannels = 2 * kLanes;
+
+  Bf16* queries() const { return reinterpret_cast<Bf16*>(ws_ + at_.q); }
+
+  void copy_row(const Bf16* from, int64_t stride, Bf16* to) const {
+    for (int32_t d = 0; d < width_; ++d) to[d] = d < p_.head_dim ? from[d * stride] : Bf16{0};
+  }
+
+  void few_scores_of(int64_t first, int32_t count, const Ahead& ahead) override {
+    const Bf16* k = row<const Bf16*>(p_.k, kv_head_, seq_.kv_start + first);
+    int64_t stride = p_.k.stride[2];
+    if (p_.k.stride[3] != 1 || width_ != p_.head_dim) {
+      Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
+      for (int32_t n = 0; n < count; ++n) copy_row(k + n * stride, p_.k.stride[3], to + n * width_);
+      k = to;
+      stride = width_;
+    }
+    int32_t m = 0;
+    const auto rows = [&]<int kRows>() {
+      dot_rows<kRows>(queries() + m * width_, width_, k, stride, count, p_.scale, ws_ + at_.st + m * at_.ld, at_.ld,
+                      m == 0 ? ahead : Ahead());
+      m += kRows;
+    };
+    while (t_.lanes() - m >= 4) rows.template operator()<4>();
+    while (t_.lanes() - m >= 2) rows.template operator()<2>();
+    if (t_.lanes() > m) rows.template operator()<1>();
+  }
+
+  // S^T of kRows queries and keys up to a whole vector of them: the last key is repeated.
+  template <int kRows>
+  static __attribute__((noinline)) void dot_rows(const Bf16* q, int32_t width, const Bf16* k, int64_t stride,
+                                                 int32_t count, float scale, float* st, int32_t ld, Ahead ahead) {
+    constexpr int kKeys = kLanes / kRows;
+    for (int32_t n = 0; n < round_up(count, kLanes); n += kKeys) {
+      const Bf16* key[kKeys];
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) key[i] = k + (n + i < count ? n + i : count - 1) * stride;
+      for (int i = 0; i < kKeys; ++i) ahead.fetch(n + i);
+      vf acc[kRows * kKeys] = {};
+      for (int32_t d = 0; d < width; d += kPairChannels) {
+        vf x[kRows];
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m) x[m] = load_units(q + m * width + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) {
+          const vf y = load_units(key[i] + d);
+#pragma GCC unroll 4
+          for (int m = 0; m < kRows; ++m) acc[m * kKeys + i] = PairDot::run(x[m], y, acc[m * kKeys + i]);
+        }
+      }
+      const vf scores = sums_of_lanes(acc) * set1(scale);
+      alignas(kBytes) float by_query[kLanes];
+      store(by_query, scores);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) __builtin_memcpy(st + m * ld + n, by_query + m * kKeys, 4 * kKeys);
+    }
+  }
+
+  // Lane i: the sum of the lanes of x[i].
+  static ATTNKIT_INLINE vf sums_of_lanes(const vf* x) {
+    const auto both = []<Step kFirst, Step kSecond>(vf a, vf b)
+                          __attribute__((always_inline)) { return shuffle<kFirst>(a, b) + shuffle<kSecond>(a, b); };
+    vf quads[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      quads[i] =
+          both.template operator()<kLow2, kHigh2>(both.template operator()<kLow1, kHigh1>(x[4 * i], x[4 * i + 1]),
+                                                  both.template operator()<kLow1, kHigh1>(x[4 * i + 2], x[4 * i + 3]));
+    return both.template operator()<kEven4, kOdd4>(both.template operator()<kEven4, kOdd4>(quads[0], quads[1]),
+                                                   both.template operator()<kEven4, kOdd4>(quads[2], quads[3]));
+  }
+
+  const int32_t width_;  // channels, with zeros up to a whole vector of pairs
+};
+
 int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                      float* workspace) {
   // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
   const Problem& p = *c.problem;
   const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
-  const auto run_it = p.dtype == DType::bf16 && !few ? run<PairForward> : run<FloatForward>;
+  const auto run_it = p.dtype != DType::bf16 ? run<FloatForward> : few ? run<PairDecode> : run<PairForward>;
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }

@@ -19,6 +19,9 @@ ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return _mm512_movepi32_mask((__m512i)mask); }
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm512_i32gather_ps((__m512i)offset, base, 4); }
+ATTNKIT_INLINE vf load_halves(const float* low, const float* high) {
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
 ATTNKIT_INLINE vf look_up(const float (&table)[16], vi i) {
   return (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)load(table));
 }
