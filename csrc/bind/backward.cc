@@ -14,8 +14,7 @@ namespace {
 const Tensor* given(const Maybe& tensor) { return tensor ? &*tensor : nullptr; }
 
 // A tensor of this dtype and shape; its memory is added to `memory`, also where there is none.
-uintptr_t expect(const Tensor* tensor, DType dtype, const Ints& shape, std::vector<Memory>& memory,
-                 const char* what) {
+uintptr_t expect(const Tensor* tensor, DType dtype, const Ints& shape, std::vector<Memory>& memory, const char* what) {
   if (tensor == nullptr) {
     memory.push_back(kAbsent);
     return 0;

@@ -60,8 +60,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
 // (fault, instruction, batch, heads, offsets int64 [rows + 1], runs int32 [n, 3]): see BlockRuns. Batch and heads are 1
 // where all are alike.
 py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t q_len, int64_t kv_len, int q_block,
-                          int kv_block, const std::vector<Tensor>& tensors,
-                          const std::vector<float>& params) {
+                          int kv_block, const std::vector<Tensor>& tensors, const std::vector<float>& params) {
   need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
   need(q_len <= INT32_MAX && kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");

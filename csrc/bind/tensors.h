@@ -164,7 +164,8 @@ struct Request {
     problem.o = make_view(o);
     problem.dtype = static_cast<DType>(q.dtype);
     if (lse) {
-      need(lse->dtype == f32 && lse->size == lse_shape && lse->stride.size() == 3, "lse is not float32 of three strides");
+      need(lse->dtype == f32 && lse->size == lse_shape && lse->stride.size() == 3,
+           "lse is not float32 of three strides");
       problem.lse = reinterpret_cast<float*>(lse->data);
       std::copy(lse->stride.begin(), lse->stride.end(), problem.lse_stride);
     }
@@ -241,7 +242,9 @@ struct pybind11::detail::type_caster<attnkit::cpu::Tensor> {
       return false;
     }
     if (t.device_type != dlpack::kCpu || t.strides == nullptr) return false;
-    value = {reinterpret_cast<uintptr_t>(t.data) + t.byte_offset, dtype_of(t), {t.shape, t.shape + t.ndim},
+    value = {reinterpret_cast<uintptr_t>(t.data) + t.byte_offset,
+             dtype_of(t),
+             {t.shape, t.shape + t.ndim},
              {t.strides, t.strides + t.ndim}};
     return true;
   }

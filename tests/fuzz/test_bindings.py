@@ -361,7 +361,23 @@ def test_strides_beyond_the_address_space(stride: int, allowed: bool) -> None:
     for far in ((2, 2, stride, 1), (stride, 2, 1, 1)):
         moves = far[2] != 1
         near, other = ((q.ctypes.data, 0, (1, 1, 2, 1), strides) for strides in ((2, 2, 1, 1), far))
-        call = [PROGRAMS[0][0], near, other, near, near, None, 1.0, None, [(0, 0, 2, 0, 0)], [], [], 1, 96, 64, 1024]
+        call = [
+            PROGRAMS[0][0],
+            near,
+            other,
+            near,
+            near,
+            None,
+            1.0,
+            None,
+            [(0, 0, 2, 0, 0)],
+            [],
+            [],
+            1,
+            96,
+            64,
+            1024,
+        ]
         if moves and not allowed:
             with pytest.raises(ValueError, match="address space"):
                 _engine.attend(*call)
