@@ -69,7 +69,7 @@ def measure(
         # The first call of a short one is mostly start-up: parked threads wake, at times behind one that spins for them
         # on their own core, for milliseconds. Taken for its time, that would be the only call of every turn.
         if first < _LONG_S:
-            warm[name] = _turn(contenders[name], 1 + _repeats(first))
+            warm[name] = min(_turn(contenders[name], 2) for _ in range(3))
     repeats = {name: _repeats(t) for name, t in warm.items()}
     times: Rounds = {name: [] for name in names}
     done = 0
