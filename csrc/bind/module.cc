@@ -1,4 +1,4 @@
-// The only C++ that sees Python: tensors arrive as addresses, shapes and strides that the caller has checked.
+// The only C++ that sees Python: tensors arrive as they lie in memory, which is nobody else's to check.
 #include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -37,20 +37,17 @@ Program make_program(const ProgramCode& code, int score, int mask, int num_buffe
 
 // (fault, what it is about): an instruction, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers.
 // Shapes are [batch, heads, length, head_dim].
-std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, const Ints& q_shape,
-                                const Ints& q_stride, uintptr_t k, const Ints& k_shape, const Ints& k_stride,
-                                uintptr_t v, const Ints& v_shape, const Ints& v_stride, uintptr_t o,
-                                const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale,
-                                uintptr_t sink, const std::optional<std::vector<SequenceTuple>>& given_sequences,
-                                const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
-                                int threads, int tile_q, int tile_kv, int split_kv) try {
+std::pair<int, int> call_attend(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v,
+                                const Tensor& o, const Maybe& lse, float scale, const Maybe& sink,
+                                const std::optional<std::vector<SequenceTuple>>& given_sequences,
+                                const std::vector<Tensor>& tensors, const std::vector<float>& params, int threads,
+                                int tile_q, int tile_kv, int split_kv) try {
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   Request r;
-  Status status = r.fill(program, dtype, q, q_shape, q_stride, k, k_shape, k_stride, v, v_shape, v_stride, o, o_stride,
-                         lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params);
+  Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params);
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;
     status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
@@ -63,8 +60,7 @@ std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, 
 // (fault, instruction, batch, heads, offsets int64 [rows + 1], runs int32 [n, 3]): see BlockRuns. Batch and heads are 1
 // where all are alike.
 py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t q_len, int64_t kv_len, int q_block,
-                          int kv_block, const std::vector<BufferTuple>& buffer_tuples,
-                          const std::vector<float>& params) {
+                          int kv_block, const std::vector<Tensor>& tensors, const std::vector<float>& params) {
   need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
   need(q_len <= INT32_MAX && kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
@@ -72,7 +68,7 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
   need(batch <= 1 << 20 && heads <= 1 << 20 && rows <= (1 << 26) / (int64_t{batch} * heads) && columns <= 1 << 26,
        "more than 2^26 rows or columns of blocks");
   std::vector<Memory> memory;
-  const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples, memory);
+  const std::vector<Buffer> buffers = make_buffers(program, tensors, memory);
   for (const Memory& m : memory) need(check_memory(m) == Fault::none, "a buffer has no memory, or is misaligned");
   const std::vector<Sequence> sequences = make_sequences({}, batch, q_len, kv_len);
   Problem p{};

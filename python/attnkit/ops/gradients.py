@@ -11,7 +11,6 @@ from attnkit.errors import error
 from attnkit.ops.check import check_bindings, needs_derivatives, shape_of
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.warm import Ready, is_unwatched, ready, run
-from attnkit.runtime import Prepared
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -103,7 +102,8 @@ def run_backward(
 
 
 def _accumulated(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+    dtype = t.dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -122,7 +122,7 @@ def _fake(*args: Any) -> Gradients:
 def _kernel(*args: Any) -> Gradients:
     d_o, d_lse, q, k, v, o, lse, program, buffers, params, _, wanted = BackwardCall(*args)
     found = ready(program, q, k, v)
-    if not has_backward(found.prepared):
+    if not found.differentiable:
         given = f"backend {found.prepared.backend!r}"
         raise error("AK503", where="torch.ops.attnkit.attend_backward", given=given)
     return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, wanted)
@@ -139,13 +139,10 @@ def _autograd(*args: Any) -> Gradients:
         return torch.ops.attnkit.attend_backward.default(*args)  # type: ignore[no-any-return]
 
 
-def has_backward(prepared: Prepared) -> bool:
-    """Whether a kernel can go backwards."""
-    return hasattr(prepared.kernel, "backward")
-
-
 class Way(Protocol):
-    """How a call is computed, in both directions."""
+    """How a call is computed, in both directions. ``need_lse``: lse is an output and not only kept for the backward."""
+
+    need_lse: bool
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
         """``o`` and ``lse``."""
@@ -163,6 +160,8 @@ class Way(Protocol):
 
 class ThroughOps:
     """The way of `attend`: both directions are ops, which graphs can hold."""
+
+    need_lse = True
 
     def __init__(self, program: str, params: list[float], seed: Tensor | None) -> None:
         self.program, self.params, self.seed = program, params, seed
@@ -188,8 +187,8 @@ class ThroughOps:
 class Direct:
     """The way past the dispatcher, while nobody watches."""
 
-    def __init__(self, ready: Ready, params: list[float]) -> None:
-        self.ready, self.params = ready, params
+    def __init__(self, ready: Ready, params: list[float], need_lse: bool) -> None:
+        self.ready, self.params, self.need_lse = ready, params, need_lse
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
         """See `Way`."""
@@ -212,22 +211,26 @@ class Direct:
         return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, wanted)
 
 
-class Differentiable(torch.autograd.Function):
-    """Attention with gradients: ``apply(way, q, k, v, *buffers)`` gives ``o`` and ``lse``."""
+def differentiable(way: Way, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    """Attention with gradients of ``(q, k, v, *buffers)``: ``o``, and ``lse`` if the way needs it."""
+    found = _Differentiable.apply(way, *tensors)  # type: ignore[no-untyped-call]
+    return found if way.need_lse else (found, None)
 
+
+class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, way: Way, q: Tensor, k: Tensor, v: Tensor, *buffers: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See `torch.autograd.Function`."""
         o, lse = way.forward(q, k, v, list(buffers))
         ctx.way = way
         ctx.save_for_backward(q, k, v, o, lse, *buffers)
         ctx.set_materialize_grads(False)
-        return o, lse
+        return (o, lse) if way.need_lse else o
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
         if not torch.is_grad_enabled():
             return _backward(ctx, d_o, d_lse)
@@ -242,15 +245,13 @@ class Differentiable(torch.autograd.Function):
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
-    saved = Saved(q, k, v, o, lse)
     if d_o is None:
-        d_o = torch.zeros_like(saved.o)
-    needed = ctx.needs_input_grad
-    wanted = list(needed[4:])
-    *inputs, d_buffers = ctx.way.backward(d_o, d_lse, saved, buffers, wanted)
+        d_o = torch.zeros_like(o)
+    _, of_q, of_k, of_v, *wanted = ctx.needs_input_grad
+    dq, dk, dv, d_buffers = ctx.way.backward(d_o, d_lse, Saved(q, k, v, o, lse), buffers, wanted)
     found = iter(d_buffers)
     of_buffers = [next(found) if w else None for w in wanted]
-    return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), *of_buffers
+    return None, dq if of_q else None, dk if of_k else None, dv if of_v else None, *of_buffers
 
 
 _lib.impl("attend_backward", _kernel, "CPU")
