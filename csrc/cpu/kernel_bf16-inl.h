@@ -173,8 +173,12 @@ class PairDecode : public FloatForward {
     constexpr int kKeys = kLanes / kRows;
     for (int32_t n = 0; n < round_up(count, kLanes); n += kKeys) {
       const Bf16* key[kKeys];
+      const Bf16* at = k + (n < count ? n : count - 1) * stride;
 #pragma GCC unroll 16
-      for (int i = 0; i < kKeys; ++i) key[i] = k + (n + i < count ? n + i : count - 1) * stride;
+      for (int i = 0; i < kKeys; ++i) {
+        key[i] = at;
+        if (n + i + 1 < count) at += stride;
+      }
       for (int i = 0; i < kKeys; ++i) ahead.fetch(n + i);
       vf acc[kRows * kKeys] = {};
       for (int32_t d = 0; d < width; d += kPairChannels) {
