@@ -107,7 +107,7 @@ py::array_t<float> call_evaluate(const std::string& opcode,
     for (size_t a = 1; a < n_args; ++a)
       if (n == 1) n = size(a);
     need(n <= 1 << 30, "more than 2^30 elements");
-    const size_t padded = (n + 15) / 16 * 16;
+    const size_t padded = std::max<size_t>((n + 15) / 16, 1) * 16;  // room for a single element beside none
     std::vector<std::vector<float>> in(kMaxArgs, std::vector<float>(padded));
     const float* pointers[kMaxArgs];
     bool same[kMaxArgs] = {};

@@ -17,7 +17,7 @@ inline constexpr int kBytes = 4 * kLanes;
 typedef float vf __attribute__((vector_size(kBytes), may_alias));
 typedef int32_t vi __attribute__((vector_size(kBytes), may_alias));
 typedef uint32_t vu __attribute__((vector_size(kBytes), may_alias));  // wraps
-typedef float vf_u __attribute__((vector_size(kBytes), may_alias, aligned(4)));
+typedef float vf_u __attribute__((vector_size(kBytes), may_alias, aligned(2)));  // pairs of 16-bit elements too
 typedef int32_t vi_u __attribute__((vector_size(kBytes), may_alias, aligned(4)));
 
 #define ATTNKIT_INLINE inline __attribute__((always_inline))
