@@ -41,15 +41,16 @@ std::pair<int, int> call_backward(const Program& program, int dtype, uintptr_t q
                                   const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale,
                                   uintptr_t sink, const std::optional<std::vector<SequenceTuple>>& given_sequences,
                                   const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
-                                  const BufferTuple& d_o, const Maybe& d_lse, const BufferTuple& dq,
-                                  const BufferTuple& dk, const BufferTuple& dv, const Maybe& d_sink,
-                                  const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv) try {
+                                  const std::optional<DropoutTuple>& dropout, const BufferTuple& d_o,
+                                  const Maybe& d_lse, const BufferTuple& dq, const BufferTuple& dk,
+                                  const BufferTuple& dv, const Maybe& d_sink, const std::vector<Maybe>& d_buffers,
+                                  int threads, int tile_q, int tile_kv) try {
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   Request r;
   Status status = r.fill(program, dtype, q, q_shape, q_stride, k, k_shape, k_stride, v, v_shape, v_stride, o, o_stride,
-                         lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params);
+                         lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params, dropout);
   if (status.fault != Fault::none) return {static_cast<int>(status.fault), status.value};
 
   need(lse != 0 || r.empty, "the backward needs lse");

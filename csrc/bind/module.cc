@@ -43,14 +43,15 @@ std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, 
                                 const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale,
                                 uintptr_t sink, const std::optional<std::vector<SequenceTuple>>& given_sequences,
                                 const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
-                                int threads, int tile_q, int tile_kv, int split_kv) try {
+                                const std::optional<DropoutTuple>& dropout, int threads, int tile_q, int tile_kv,
+                                int split_kv) try {
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   Request r;
   Status status = r.fill(program, dtype, q, q_shape, q_stride, k, k_shape, k_stride, v, v_shape, v_stride, o, o_stride,
-                         lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params);
+                         lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params, dropout);
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;
     status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});

@@ -41,6 +41,7 @@ class Ints {
 
 using BufferTuple = std::tuple<uintptr_t, int, Ints, Ints>;  // address, dtype, sizes, strides
 using SequenceTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t>;  // see Sequence
+using DropoutTuple = std::tuple<uint64_t, uint32_t, float>;  // see Dropout
 inline constexpr int kMaxThreads = 1024;  // OpenMP ends the process where the system has no more to give
 
 inline void need(bool ok, const char* what) {
@@ -133,7 +134,8 @@ struct Request {
               const Ints& k_shape, const Ints& k_stride, uintptr_t v, const Ints& v_shape, const Ints& v_stride,
               uintptr_t o, const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale, uintptr_t sink,
               const std::optional<std::vector<SequenceTuple>>& given_sequences,
-              const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params) {
+              const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
+              const std::optional<DropoutTuple>& dropout) {
     need(q_shape.size() == 4 && k_shape.size() == 4 && v_shape.size() == 4, "q, k and v have four dimensions");
     need(q_shape[0] == k_shape[0] && q_shape[0] == v_shape[0], "q, k and v differ in batch");
     need(k_shape[1] == v_shape[1] && k_shape[2] == v_shape[2], "k and v differ in heads or length");
@@ -185,6 +187,7 @@ struct Request {
     problem.num_buffers = static_cast<int32_t>(buffers.size());
     problem.params = params.data();
     problem.num_params = static_cast<int32_t>(params.size());
+    if (dropout) problem.dropout = {std::get<0>(*dropout), std::get<1>(*dropout), std::get<2>(*dropout)};
     return {};
   }
 };

@@ -29,6 +29,7 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
   const __m256 high = _mm256_permutevar8x32_ps((__m256)load(table + 8), (__m256i)i);
   return (vf)_mm256_blendv_ps(low, high, (__m256)(i << 28));
 }
+ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 
 #include "math-inl.h"
 #include "storage-inl.h"
@@ -37,6 +38,7 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "products-inl.h"
 #include "decode-inl.h"
 #include "fold-inl.h"
+#include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "backward_products-inl.h"

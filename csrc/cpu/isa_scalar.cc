@@ -43,6 +43,7 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) {
 ATTNKIT_INLINE vf look_up(const float* table, vi i) {
   return lanes_of([&](int lane) { return table[i[lane] & 15]; });
 }
+ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 
 #include "math-inl.h"
 #include "storage-inl.h"
@@ -51,6 +52,7 @@ ATTNKIT_INLINE vf look_up(const float* table, vi i) {
 #include "products-inl.h"
 #include "decode-inl.h"
 #include "fold-inl.h"
+#include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "backward_products-inl.h"

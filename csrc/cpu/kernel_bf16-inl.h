@@ -53,6 +53,11 @@ class PairForward : public Forward {
                       start_largest(full));
     modify(first, count, full);
     softmax(count, Weights{ws_ + at_.weights, at_.bm});
+    if (thinned())
+      thin(first, count, [&](int32_t n, int32_t lane, vi kept) {
+        float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
+        store_int(w, load_int(w) & (kept | (n % 2 ? 0xffff : ~0xffff)));
+      });
     if (!full) {
       int64_t stride;
       const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);

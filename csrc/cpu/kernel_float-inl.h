@@ -43,6 +43,11 @@ class FloatForward : public Forward {
       modify(first, count, full);
       softmax(count, Weights{s, at_.bm});
     }
+    if (thinned())
+      thin(first, count, [&](int32_t n, int32_t lane, vi kept) {
+        float* w = s + n * at_.bm + lane;
+        store(w, select(kept, load(w), vf{}));
+      });
     if (few() && full) return few_values_of(first, count, ahead);
     int64_t stride;
     const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);

@@ -21,3 +21,4 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm512_i32ga
 ATTNKIT_INLINE vf look_up(const float* table, vi i) {
   return (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)load(table));
 }
+ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm512_mul_epu32((__m512i)a, (__m512i)b); }

@@ -124,6 +124,12 @@ def sequences(rng: Rng) -> Any:
     ]
 
 
+# Seed, threshold and factor.
+DROPOUTS = [None, None, (0, 1, 1.0), (2**64 - 1, 2**32 - 1, 0.0), (3, 2**31, 2.0)]
+WRONG_DROPOUTS = [(), (1, 2), (-1, 2, 1.0), (2**64, 0, 1.0), (0, 2**32, 1.0), (0, -1, 1.0), (0, 1, "1"), (0, 1.5, 1.0),
+                  (0, 0, np.nan), (0, 1, np.inf), 0.5, "x", [1, 2, 3.0], [None] * 3]  # fmt: skip
+
+
 def attend(rng: Rng) -> str:
     program, declared = of(rng, PROGRAMS)
     batch, heads, kv_heads, q_len, kv_len = (int(n) for n in rng.integers(1, 3, 5))
@@ -142,7 +148,7 @@ def attend(rng: Rng) -> str:
         None,
     ]
     arguments += [[buffer_tuple(rng, *d) for d in declared], [1.0] * (len(declared) - 1 if declared else 0)]
-    arguments += [int(rng.integers(1, 4)), 96, 64, 1024]
+    arguments += [of(rng, DROPOUTS), int(rng.integers(1, 4)), 96, 64, 1024]
     replace: dict[int, Callable[[], Any]] = {
         **dict.fromkeys((0, 3, 6, 9, 11, 14), lambda: address(rng)),
         **dict.fromkeys((1, 4, 7), lambda: integers(rng, 4)),
@@ -152,15 +158,16 @@ def attend(rng: Rng) -> str:
         15: lambda: sequences(rng),
         16: lambda: [buffer_tuple(rng, int(rng.integers(-1, 6)), (8,)) for _ in range(rng.integers(0, 4))],
         17: lambda: of(rng, [[], [1.0] * 2, [np.nan], [np.inf], [1e300], ["1"], [None], None, [10**400], 1.0]),
-        18: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
-        19: lambda: integer(rng),
+        18: lambda: of(rng, WRONG_DROPOUTS),
+        19: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
         20: lambda: integer(rng),
         21: lambda: integer(rng),
+        22: lambda: integer(rng),
     }  # fmt: skip
-    for at in rng.choice(22, rng.integers(0, 4), replace=False):
+    for at in rng.choice(23, rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()
     if rng.integers(50) == 0:
-        arguments = arguments[: rng.integers(22)]
+        arguments = arguments[: rng.integers(23)]
     fault, about = _engine.attend(program if rng.integers(50) else None, of(rng, DTYPES), *arguments)
     if fault == 0:
         assert about == -1
@@ -193,20 +200,21 @@ def attend_backward(rng: Rng) -> str:
     ]
     arguments: list[Any] = [x for tensor in tensors[:3] for x in tensor]
     arguments += [x for tensor in tensors[3:] for x in (tensor[0], tensor[2])]
-    arguments += [0.5, 0, None, [buffer_tuple(rng, *d) for d in declared], []]
+    arguments += [0.5, 0, None, [buffer_tuple(rng, *d) for d in declared], [], of(rng, DROPOUTS)]
     wanted = (o_shape, o_shape[:3], *shapes)
     arguments += [(MIDDLE + 8192 * (5 + i), 0, shape, contiguous(shape)) for i, shape in enumerate(wanted)]
     arguments += [None, [buffer_tuple(rng, 0, shape) for _, shape in declared]]
     arguments += [int(rng.integers(1, 4)), 96, 96]
     replace: dict[int, Callable[[], Any]] = {
         **{at: lambda i=i: of(rng, [None, buffer_tuple(rng, int(rng.integers(-1, 6)), wanted[i])])
-           for i, at in enumerate(range(18, 23))},
+           for i, at in enumerate(range(19, 24))},
         15: lambda: sequences(rng),
-        23: lambda: buffer_tuple(rng, 0, (int(rng.integers(0, 5)),)),
-        24: lambda: of(rng, [None, [], [None], [buffer_tuple(rng, int(rng.integers(-1, 6)), (8, 8))], 3]),
-        25: lambda: integer(rng, [64, 10**6, 2**31]),
-        26: lambda: integer(rng),
+        18: lambda: of(rng, WRONG_DROPOUTS),
+        24: lambda: buffer_tuple(rng, 0, (int(rng.integers(0, 5)),)),
+        25: lambda: of(rng, [None, [], [None], [buffer_tuple(rng, int(rng.integers(-1, 6)), (8, 8))], 3]),
+        26: lambda: integer(rng, [64, 10**6, 2**31]),
         27: lambda: integer(rng),
+        28: lambda: integer(rng),
     }  # fmt: skip
     for at in rng.choice(list(replace), rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()
@@ -364,7 +372,7 @@ def test_strides_beyond_the_address_space(stride: int, allowed: bool) -> None:
     for far in ((2, 2, stride, 1), (stride, 2, 1, 1)):
         moves = far[2] != 1
         call = [PROGRAMS[0][0], 0, where, shape, near, where, shape, far, where, shape, near, where, near, 0, (), 1.0, 0,
-                [(0, 0, 2, 0, 0)], [], [], 1, 96, 64, 1024]  # fmt: skip
+                [(0, 0, 2, 0, 0)], [], [], None, 1, 96, 64, 1024]  # fmt: skip
         if moves and not allowed:
             with pytest.raises(ValueError, match="address space"):
                 _engine.attend(*call)

@@ -54,7 +54,7 @@ lengths["%s"] += 1
 shape, near = lambda n: (1, 1, n, 4), (64, 64, 4, 1)
 _engine.attend(_engine.Program(np.zeros((0, 8), np.int32), -1, -1, 0, 0), 0,
     q.ctypes.data, shape(lengths["q"]), near, k.ctypes.data, shape(lengths["k"]), near, v.ctypes.data, shape(lengths["k"]), near,
-    o.ctypes.data, near, 0, (), 1.0, 0, None, [], [], 1, 96, 64, 1024)
+    o.ctypes.data, near, 0, (), 1.0, 0, None, [], [], None, 1, 96, 64, 1024)
 """
 
 

@@ -222,7 +222,23 @@ def call(
         arguments += [x.ctypes.data, x.shape, elements(x)]
     numbers = {"float32": 0, "int32": 1, "int64": 2, "bool": 3}
     tuples = [(x.ctypes.data, numbers[x.dtype.name], x.shape, elements(x)) for x in buffers]
-    return [*arguments, o.ctypes.data, elements(o), 0, (), 0.5, 0, None, tuples, params, 1, 96, 64, 1024]
+    return [
+        *arguments,
+        o.ctypes.data,
+        elements(o),
+        0,
+        (),
+        0.5,
+        0,
+        None,
+        tuples,
+        params,
+        None,
+        1,
+        96,
+        64,
+        1024,
+    ]
 
 
 def elements(x: np.ndarray) -> tuple[int, ...]:
@@ -276,13 +292,17 @@ WRONG_CALLS: dict[str, tuple[int, Any, str]] = {
     "buffers None": (16, None, ""),
     "a param too many": (17, [1.0], "number of parameters"),
     "params of strings": (17, ["1"], ""),
-    "threads a float": (18, 1.5, ""),
-    "tile_q 0": (19, 0, "tile_q"),
-    "tile_q 97": (19, 97, "tile_q"),
-    "tile_kv 0": (20, 0, "tile_kv"),
-    "tile_kv 129": (20, 129, "tile_kv"),
-    "split_kv 0": (21, 0, "split_kv"),
-    "split_kv 2^31": (21, 2**31 - 1, "split_kv"),
+    "dropout a number": (18, 0.5, ""),
+    "dropout of two": (18, (1, 2), ""),
+    "dropout of a negative seed": (18, (-1, 2, 1.0), ""),
+    "dropout of a large threshold": (18, (1, 2**32, 1.0), ""),
+    "threads a float": (19, 1.5, ""),
+    "tile_q 0": (20, 0, "tile_q"),
+    "tile_q 97": (20, 97, "tile_q"),
+    "tile_kv 0": (21, 0, "tile_kv"),
+    "tile_kv 129": (21, 129, "tile_kv"),
+    "split_kv 0": (22, 0, "split_kv"),
+    "split_kv 2^31": (22, 2**31 - 1, "split_kv"),
 }
 
 

@@ -63,6 +63,7 @@ def run_backward(
     saved: Saved,
     buffers: list[Tensor],
     params: list[float],
+    seed: Tensor | None,
     wanted: list[bool],
 ) -> Gradients:
     """The gradients of q, k, v and of the wanted buffers, in the dtypes of these, by a kernel that has a backward.
@@ -71,8 +72,8 @@ def run_backward(
         AttnkitError: AK4xx, the tensors do not go together; AK603, out of memory; as the kernel.
     """
     q, k, v, o, lse = saved
-    if ready.bound or buffers or params:
-        check_bindings(ready.prepared.spec.program, q, k, buffers, params)
+    if ready.bound or buffers or params or seed is not None:
+        check_bindings(ready.prepared.spec.program, q, k, buffers, params, seed)
     if len(wanted) != len(buffers):
         given = f"{len(wanted)} for {len(buffers)} buffers"
         raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
@@ -94,8 +95,9 @@ def run_backward(
         raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
     if recorder() is None:
         kernel: Any = ready.prepared.kernel
+        key = None if seed is None else int(seed)
         kernel.backward(
-            q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads()
+            q, k, v, o, lse, buffers, params, key, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads()
         )
         counts.run()
     d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
@@ -120,12 +122,12 @@ def _fake(*args: Any) -> Gradients:
 
 
 def _kernel(*args: Any) -> Gradients:
-    d_o, d_lse, q, k, v, o, lse, program, buffers, params, _, wanted = BackwardCall(*args)
+    d_o, d_lse, q, k, v, o, lse, program, buffers, params, seed, wanted = BackwardCall(*args)
     found = ready(program, q, k, v)
     if not has_backward(found.prepared):
         given = f"backend {found.prepared.backend!r}"
         raise error("AK503", where="torch.ops.attnkit.attend_backward", given=given)
-    return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, wanted)
+    return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, seed, wanted)
 
 
 def _autograd(*args: Any) -> Gradients:
@@ -147,7 +149,9 @@ def has_backward(prepared: Prepared) -> bool:
 class Way(Protocol):
     """How a call is computed, in both directions."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """``o`` and ``lse``."""
 
     def backward(
@@ -156,6 +160,7 @@ class Way(Protocol):
         d_lse: Tensor | None,
         saved: Saved,
         buffers: list[Tensor],
+        seed: Tensor | None,
         wanted: list[bool],
     ) -> Gradients:
         """The gradients by everything that `forward` was given."""
@@ -164,12 +169,14 @@ class Way(Protocol):
 class ThroughOps:
     """The way of `attend`: both directions are ops, which graphs can hold."""
 
-    def __init__(self, program: str, params: list[float], seed: Tensor | None) -> None:
-        self.program, self.params, self.seed = program, params, seed
+    def __init__(self, program: str, params: list[float]) -> None:
+        self.program, self.params = program, params
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """See `Way`."""
-        o, lse = torch.ops.attnkit.attend(q, k, v, self.program, buffers, self.params, self.seed, True)
+        o, lse = torch.ops.attnkit.attend(q, k, v, self.program, buffers, self.params, seed, True)
         return o, lse
 
     def backward(
@@ -178,10 +185,11 @@ class ThroughOps:
         d_lse: Tensor | None,
         saved: Saved,
         buffers: list[Tensor],
+        seed: Tensor | None,
         wanted: list[bool],
     ) -> Gradients:
         """See `Way`."""
-        others = self.program, buffers, self.params, self.seed, wanted
+        others = self.program, buffers, self.params, seed, wanted
         return torch.ops.attnkit.attend_backward(d_o, d_lse, *saved, *others)  # type: ignore[no-any-return]
 
 
@@ -191,9 +199,11 @@ class Direct:
     def __init__(self, ready: Ready, params: list[float]) -> None:
         self.ready, self.params = ready, params
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """See `Way`."""
-        return run(self.ready, q, k, v, buffers, self.params, need_lse=True)  # type: ignore[return-value]
+        return run(self.ready, q, k, v, buffers, self.params, seed, need_lse=True)  # type: ignore[return-value]
 
     def backward(
         self,
@@ -201,28 +211,29 @@ class Direct:
         d_lse: Tensor | None,
         saved: Saved,
         buffers: list[Tensor],
+        seed: Tensor | None,
         wanted: list[bool],
     ) -> Gradients:
         """See `Way`."""
         if self.ready.automatic:  # by vmap, for one; no op knows a backend that was asked for
             tensors = (d_o, *saved, *buffers) if d_lse is None else (d_o, d_lse, *saved, *buffers)
             if not is_unwatched(tensors):
-                way = ThroughOps(self.ready.prepared.spec.program.text, self.params, None)
-                return way.backward(d_o, d_lse, saved, buffers, wanted)
-        return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, wanted)
+                way = ThroughOps(self.ready.prepared.spec.program.text, self.params)
+                return way.backward(d_o, d_lse, saved, buffers, seed, wanted)
+        return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, seed, wanted)
 
 
 class Differentiable(torch.autograd.Function):
-    """Attention with gradients: ``apply(way, q, k, v, *buffers)`` gives ``o`` and ``lse``."""
+    """Attention with gradients: ``apply(way, q, k, v, seed, *buffers)`` gives ``o`` and ``lse``."""
 
     @staticmethod
     def forward(
-        ctx: Any, way: Way, q: Tensor, k: Tensor, v: Tensor, *buffers: Tensor
+        ctx: Any, way: Way, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *buffers: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `torch.autograd.Function`."""
-        o, lse = way.forward(q, k, v, list(buffers))
+        o, lse = way.forward(q, k, v, list(buffers), seed)
         ctx.way = way
-        ctx.save_for_backward(q, k, v, o, lse, *buffers)
+        ctx.save_for_backward(q, k, v, o, lse, seed, *buffers)
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -241,16 +252,16 @@ class Differentiable(torch.autograd.Function):
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
+    q, k, v, o, lse, seed, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
     saved = Saved(q, k, v, o, lse)
     if d_o is None:
         d_o = torch.zeros_like(saved.o)
     needed = ctx.needs_input_grad
-    wanted = list(needed[4:])
-    *inputs, d_buffers = ctx.way.backward(d_o, d_lse, saved, buffers, wanted)
+    wanted = list(needed[5:])
+    *inputs, d_buffers = ctx.way.backward(d_o, d_lse, saved, buffers, seed, wanted)
     found = iter(d_buffers)
     of_buffers = [next(found) if w else None for w in wanted]
-    return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), *of_buffers
+    return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), None, *of_buffers
 
 
 _lib.impl("attend_backward", _kernel, "CPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Kernel
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
+from attnkit.ir.expr import Expr
 from attnkit.ir.program import Layout
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
@@ -48,7 +50,9 @@ class CpuBackend:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         reasons = []
         if not (spec.program.is_attention and spec.program.attend.plain):
-            reasons.append("the program is more than softmax attention with a score, a mask and a sink")
+            reasons.append(
+                "the program is more than softmax attention with a score, a mask, a sink and dropout"
+            )
         if spec.device != "cpu":
             reasons.append(f"tensors are on {spec.device}, not on the CPU")
         if spec.dtype not in _DTYPES:
@@ -87,6 +91,7 @@ class CpuKernel:
         attend = spec.program.attend
         self._scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self._sink = attend.normalizer.sink
+        self._dropout = attend.dropout
         self._q_layout: Layout = spec.program.inputs[attend.q]
         self._kv_layout: Layout = spec.program.inputs[attend.k]
         self._attend = engine().attend
@@ -101,6 +106,7 @@ class CpuKernel:
         lse: Any | None,
         buffers: list[Any],
         params: list[float],
+        seed: int | None,
         threads: int,
     ) -> None:
         """Compute ``o`` (and ``lse`` if given) in place.
@@ -110,7 +116,7 @@ class CpuKernel:
                 AK603, out of memory; AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero;
                 AK606, AK607, a tensor without memory or not aligned.
         """
-        arguments = self._arguments(self.program, q, k, v, o, lse, buffers, params)
+        arguments = self._arguments(self.program, q, k, v, o, lse, buffers, params, seed)
         sizes = threads, self.config["tile_q"], self.config["tile_kv"], self.config["split_kv"]
         self._run(self.bytecode, buffers, self._attend, *arguments, *sizes)
 
@@ -123,6 +129,7 @@ class CpuKernel:
         lse: Any,
         buffers: list[Any],
         params: list[float],
+        seed: int | None,
         d_o: Any,
         d_lse: Any | None,
         dq: Any,
@@ -148,7 +155,7 @@ class CpuKernel:
         cotangents = [_maybe_tuple(t) for t in (d_o, d_lse, dq, dk, dv, d_sink)]
         self._run(
             bytecode, buffers, engine().attend_backward,
-            *self._arguments(program, q, k, v, o, lse, buffers, params),
+            *self._arguments(program, q, k, v, o, lse, buffers, params, seed),
             *cotangents, [_maybe_tuple(d) for d in d_buffers],
             threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
         )  # fmt: skip
@@ -174,6 +181,7 @@ class CpuKernel:
         lse: Any | None,
         buffers: list[Any],
         params: list[float],
+        seed: int | None,
     ) -> tuple[Any, ...]:
         return (
             program, self._dtype,
@@ -184,6 +192,7 @@ class CpuKernel:
             0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
             self._scale, 0 if self._sink is None else buffers[self._sink].data_ptr(), self._sequences(q, k, buffers),
             [buffer_tuple(b) for b in buffers], params,
+            None if self._dropout is None else _dropout_tuple(self._dropout, params, seed),
         )  # fmt: skip
 
     def _run(
@@ -253,6 +262,15 @@ class CpuKernel:
 def buffer_tuple(buffer: Any) -> BufferTuple:
     """A captured tensor as the engine takes it: address, dtype, sizes, strides."""
     return buffer.data_ptr(), _BUFFER_DTYPES[str(buffer.dtype)], tuple(buffer.shape), buffer.stride()
+
+
+def _dropout_tuple(dropout: Expr, params: list[float], seed: int | None) -> tuple[int, int, float]:
+    """Seed, threshold and factor, as csrc/cpu/problem.h has them: a pair is kept iff its random word / 2**32 >= p."""
+    p = float(params[int(dropout.attr or 0)] if dropout.op == "param" else dropout.attr or 0)
+    threshold = math.ceil(p * 2.0**32)
+    none_kept = threshold == 2**32
+    factor = 0.0 if none_kept else 1.0 / (1.0 - p)
+    return (seed or 0) % 2**64, threshold - none_kept, factor
 
 
 def _maybe_tuple(tensor: Any | None) -> BufferTuple | None:
