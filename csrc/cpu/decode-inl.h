@@ -68,21 +68,21 @@ ATTNKIT_INLINE void transpose(vf* r) {
   }
 }
 
-// to[d][n] = scale * rows[n][d], `ld` floats from one d to the next; zeros up to a whole vector of rows.
-template <class T>
-void transpose_rows(const T* const* rows, int32_t count, int32_t width, float scale, float* to, int64_t ld) {
+// to[d][n] = f(rows[n][d]), `ld` floats from one d to the next; zeros up to a whole vector of rows.
+template <class T, class F>
+void transpose_rows(const T* const* rows, int32_t count, int32_t width, F f, float* to, int64_t ld) {
   for (int32_t n = 0; n < count; n += kLanes) {
     int32_t d = 0;
     for (; d + kLanes <= width; d += kLanes) {
       vf r[kLanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) r[i] = n + i < count ? widen(rows[n + i] + d) * set1(scale) : vf{};
+      for (int i = 0; i < kLanes; ++i) r[i] = n + i < count ? f(widen(rows[n + i] + d)) : vf{};
       transpose(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (d + i) * ld + n, r[i]);
     }
     for (; d < width; ++d)
-      for (int i = 0; i < kLanes; ++i) to[d * ld + n + i] = n + i < count ? widen_one(rows[n + i][d]) * scale : 0;
+      for (int i = 0; i < kLanes; ++i) to[d * ld + n + i] = n + i < count ? f(widen_one(rows[n + i][d])) : 0;
   }
 }
 

@@ -23,6 +23,7 @@ ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, to_int(floor(n))); }
 ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0; }
+ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask)); }
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm256_i32gather_ps(base, (__m256i)offset, 4); }
 ATTNKIT_INLINE vf look_up(const float* table, vi i) {
   const __m256 low = _mm256_permutevar8x32_ps((__m256)load(table), (__m256i)i);

@@ -37,6 +37,11 @@ ATTNKIT_INLINE bool any(vi mask) {
   for (int i = 0; i < kLanes; ++i) r |= mask[i];
   return r != 0;
 }
+ATTNKIT_INLINE uint32_t lane_bits(vi mask) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (static_cast<uint32_t>(mask[i]) >> 31) << i;
+  return bits;
+}
 ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
 }

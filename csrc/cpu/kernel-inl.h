@@ -10,7 +10,7 @@ struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
   TileLayout tile;
-  size_t qt, s, o, guarded, max, sum, alpha, largest, k, v;
+  size_t qt, s, o, guarded, max, sum, alpha, largest, k, v, live;
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t random;  // words of the queries
@@ -31,6 +31,7 @@ struct Layout {
     largest = take(1, bm);
     k = take(c.tile_kv, round_up(p.head_dim, kLanes));
     v = take(c.tile_kv, dv);
+    live = take(c.tile_kv, bm / kLanes);
     weights = take((c.tile_kv + 1) / 2, bm);
     values = take((c.tile_kv + 1) / 2, dv);
     before_o = take(bm, dv);
@@ -152,29 +153,55 @@ class Forward {
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-  // The user's expressions.
-  void modify(int64_t first, int32_t count, bool full) {
-    if (plain(full)) return;
+  // ---- the user's expressions ----
+
+  // Which pairs of a partial tile exist, before anything is multiplied: a bit for each, and for every vector of queries
+  // the keys from the first to the last that one of them sees. What lies outside is neither multiplied nor weighed.
+  void find_live(int64_t first, int32_t count) {
     tile_.keys(first, count);
-    static constexpr float minus_infinity = -kInfinity;
+    const int32_t vecs = at_.bm / kLanes;
+    for (int32_t v = 0; v < vecs; ++v) spans_[v] = {count, 0};
     for (int32_t strip = 0; strip < count; strip += kStrip) {
-      const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
-      float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
-      tile_.run_strip(strip, shape.rows, c_.has_score, !full);
-      if (c_.has_score) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
-      tile_.check_loads(strip, shape.rows, t_.lanes(), full);
-      if (!full)
-        select_rows(s, shape, tile_.operand(c_.code.mask, kTile, strip), {s, at_.bm, true},
-                    {&minus_infinity, 0, false});
+      const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
+      tile_.run_strip(strip, rows, false, true);
+      if (!c_.has_score) tile_.check_loads(strip, rows, t_.lanes(), false);
+      const Operand mask = tile_.operand(c_.code.mask, kTile, strip);
+      with(mask.vec, [&](auto vec) {
+        for (int32_t r = 0; r < rows; ++r) {
+          const Row<vec.value> row(mask, r);
+          for (int32_t v = 0; v < vecs; ++v) {
+            const auto bits = static_cast<int32_t>(lane_bits(as_int(row.at(v * kLanes))));
+            __builtin_memcpy(ws_ + at_.live + (strip + r) * vecs + v, &bits, 4);
+            if (bits == 0) continue;
+            if (spans_[v].end == 0) spans_[v].first = strip + r;
+            spans_[v].end = strip + r + 1;
+          }
+        }
+      });
     }
-    find_largest(count);
   }
 
-  // ---- softmax ----
+  const Span* live(bool full) const { return full ? nullptr : spans_; }
 
-  // Weights are summed in turns: many equal small ones added to a large one would all be rounded the same way. Keys
-  // start at multiples of kStrip, so the turns do not depend on what was trimmed.
-  static constexpr int kSums = 4;
+  int32_t live_bits(int32_t n, int32_t vec) const { return int_at(ws_ + at_.live + n * (at_.bm / kLanes) + vec); }
+
+  bool exists(int32_t n, int32_t m) const { return (live_bits(n, m / kLanes) >> m % kLanes & 1) != 0; }
+
+  // Applies the score. The products have found the largest scores only where nothing changes them.
+  void modify(int64_t first, int32_t count, bool full) {
+    if (c_.has_score) {
+      if (full) tile_.keys(first, count);
+      for (int32_t strip = 0; strip < count; strip += kStrip) {
+        const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
+        float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
+        tile_.run_strip(strip, shape.rows, true, !full && tile_.checked());
+        map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+        tile_.check_loads(strip, shape.rows, t_.lanes(), full);
+      }
+    }
+    if (!full) return hide_dead(count);
+    if (c_.has_score) find_largest(count);
+  }
 
   void find_largest(int32_t count) {
     for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
@@ -185,8 +212,37 @@ class Forward {
     }
   }
 
+  // The score of a pair that does not exist is -inf, in whole turns of softmax.
+  void hide_dead(int32_t count) {
+    for (int32_t v = 0; v * kLanes < at_.bm; ++v) {
+      const Span keys = turns(spans_[v], count);
+      float* largest = ws_ + at_.largest + v * kLanes;
+      vf most = load(largest);
+      for (int32_t n = keys.first; n < keys.end; ++n) {
+        float* s = ws_ + at_.s + static_cast<int64_t>(n) * at_.bm + v * kLanes;
+        const vf x = select(lane_mask(static_cast<uint32_t>(live_bits(n, v))), load(s), set1(-kInfinity));
+        store(s, x);
+        most = max_or_second(x, most);
+      }
+      store(largest, most);
+    }
+  }
+
+  // ---- softmax ----
+
+  // Weights are summed in turns: many equal small ones added to a large one would all be rounded the same way. Keys
+  // start at multiples of kStrip, so the turns do not depend on what was trimmed.
+  static constexpr int kSums = 4;
+
+  // The keys of a span, in whole turns.
+  static Span turns(Span keys, int32_t count) {
+    if (keys.end == 0) return {0, 0};
+    const int32_t end = round_up(keys.end, kSums);
+    return {keys.first / kSums * kSums, end < count ? end : count};
+  }
+
   template <class Weights, int kVecs>
-  void softmax_lanes(int32_t lane, int32_t count, const Weights& weights) {
+  void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
     float* s = ws_ + at_.s + lane;
     vf pivot[kVecs], sum[kSums][kVecs] = {};
     for (int v = 0; v < kVecs; ++v) {
@@ -207,13 +263,13 @@ class Forward {
         weights.put(n, lane + v * kLanes, w, after);
       }
     };
-    int32_t n = 0;
-    for (; n + kSums <= count; n += kSums)
+    int32_t n = keys.first;
+    for (; n + kSums <= keys.end; n += kSums)
 #pragma GCC unroll 2
       for (int u = 0; u < kSums; u += 2) weigh(n + u, u, true);
 #pragma GCC unroll 2
     for (int u = 0; u < kSums; u += 2)
-      if (n + u < count) weigh(n + u, u, n + u + 1 < count);
+      if (n + u < keys.end) weigh(n + u, u, n + u + 1 < keys.end);
     for (int v = 0; v < kVecs; ++v) {
       float* total = ws_ + at_.sum + lane + v * kLanes;
       store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
@@ -223,11 +279,23 @@ class Forward {
 
   // Scores become weights, which `weights` computes (exp) and puts two keys at a time; the row after the last is zero.
   template <class Weights>
-  void softmax(int32_t count, const Weights& weights) {
+  void softmax(int32_t count, bool full, const Weights& weights) {
+    if (!full) return softmax_of_live(count, weights);
     int32_t lane = 0;
     for (; lane + kSoftmaxVecs * kLanes <= at_.bm; lane += kSoftmaxVecs * kLanes)
-      softmax_lanes<Weights, kSoftmaxVecs>(lane, count, weights);
-    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, count, weights);
+      softmax_lanes<Weights, kSoftmaxVecs>(lane, {0, count}, weights);
+    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, {0, count}, weights);
+  }
+
+  // A row of the products may reach beyond the span of a vector: there are zeros.
+  template <class Weights>
+  void softmax_of_live(int32_t count, const Weights& weights) {
+    for (int32_t v = 0; v * kLanes < at_.bm; ++v) {
+      const Span keys = turns(spans_[v], count);
+      for (int32_t n = 0; n < keys.first; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
+      softmax_lanes<Weights, 1>(v * kLanes, keys, weights);
+      for (int32_t n = keys.end; n < count; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
+    }
   }
 
   // The sink is one more logit in the denominator, without a value.
@@ -252,10 +320,12 @@ class Forward {
   // ---- values that not every query may see ----
 
   bool has_nonfinite(const float* v, int64_t stride, int32_t count) const {
-    vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
-    for (int32_t n = 0; n < count; ++n)
-      for (int32_t d = 0; d < at_.dv; d += kLanes) zero = fma(load(v + n * stride + d), vf{}, zero);
-    return any(zero != vf{});
+    vf zero[4] = {};  // x * 0 is NaN for infinities and NaN, and NaN stays
+    for (int32_t d = 0; d < at_.dv; d += kLanes)
+      for (int32_t n = 0; n < count; n += 4)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) zero[i] = fma(load(v + (n + i < count ? n + i : n) * stride + d), vf{}, zero[i]);
+    return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != vf{});
   }
 
   // The same sums in the same order as pv, but a pair that does not exist is skipped. weight(n, m): of a pair.
@@ -263,19 +333,15 @@ class Forward {
   void pv_guarded(const float* v, int64_t stride, int32_t count, F weight) {
     float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
     clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
-    for (int32_t strip = 0; strip < count; strip += kStrip) {
-      const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
-      tile_.run_strip(strip, rows, false, true);
-      for (int32_t m = 0; m < t_.lanes(); ++m)
-        for (int32_t r = 0; r < rows; ++r) {
-          if (!tile_.live(strip, r, m)) continue;
-          const vf w = set1(weight(strip + r, m));
-          for (int32_t d = 0; d < at_.dv; d += kLanes) {
-            float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
-            store(x, fma(w, load(v + (strip + r) * stride + d), load(x)));
-          }
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      for (int32_t n = 0; n < count; ++n) {
+        if (!exists(n, m)) continue;
+        const vf w = set1(weight(n, m));
+        for (int32_t d = 0; d < at_.dv; d += kLanes) {
+          float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
+          store(x, fma(w, load(v + n * stride + d), load(x)));
         }
-    }
+      }
     for (int32_t m = 0; m < t_.lanes(); ++m)
       for (int32_t d = 0; d < at_.dv; d += kLanes) {
         const int64_t i = static_cast<int64_t>(m) * at_.dv + d;
@@ -291,6 +357,7 @@ class Forward {
   float* ws_;
   int64_t kv_head_;
   Tile tile_;
+  Span spans_[kMaxTileQ / kLanes];  // of a partial tile
   const Fold now_, before_;
   const Philox philox_;
   const SplitWords<QueryWords> random_;

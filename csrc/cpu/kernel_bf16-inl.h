@@ -2,6 +2,7 @@
 // of keys. Sums are float32. (The instruction takes subnormal numbers for zero.)
 
 struct PairDot {
+  static constexpr int kKeys = 2;
   static constexpr bool kScaled = true;  // scaled queries would be rounded once more
   static ATTNKIT_INLINE vf run(vf a, vf b, vf sum) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -37,6 +38,11 @@ class PairForward : public Forward {
     const Bf16* q[kMaxTileQ];
     for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<const Bf16*>(p_.q, head_of(m), token_of(m));
     const int64_t stride = p_.q.stride[3];
+    if (stride == 1 && p_.head_dim % (2 * kLanes) == 0) {
+      const float* pairs[kMaxTileQ];
+      for (int32_t m = 0; m < t_.lanes(); ++m) pairs[m] = reinterpret_cast<const float*>(q[m]);
+      return transpose_rows(pairs, t_.lanes(), p_.head_dim / 2, [](auto x) { return x; }, ws_ + at_.qt, at_.bm);
+    }
     for (int32_t d = 0; d < p_.head_dim; d += 2) {
       float* qt = ws_ + at_.qt + static_cast<int64_t>(d / 2) * at_.bm;
       for (int32_t m = 0; m < at_.bm; ++m) {
@@ -49,10 +55,11 @@ class PairForward : public Forward {
 
   void keys(int64_t first, int32_t count, bool full, int64_t) {
     const int32_t pairs = (p_.head_dim + 1) / 2;
-    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(first, count), count, pairs, p_.scale, ws_ + at_.s,
-                      start_largest(full));
+    if (!full) find_live(first, count);
+    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(first, count), count, live(full), pairs, p_.scale,
+                      ws_ + at_.s, start_largest(full));
     modify(first, count, full);
-    softmax(count, Weights{ws_ + at_.weights, at_.bm});
+    softmax(count, full, Weights{ws_ + at_.weights, at_.bm});
     if (thinned())
       thin(first, count, [&](int32_t n, int32_t lane, vi kept) {
         float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
@@ -65,7 +72,7 @@ class PairForward : public Forward {
         return pv_guarded(v, stride, count, [&](int32_t n, int32_t m) { return weight(n, m); });
     }
     pack_values(first, count);
-    pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, (count + 1) / 2, ws_ + at_.alpha, ws_ + at_.o,
+    pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(full), ws_ + at_.alpha, ws_ + at_.o,
                 at_.dv, t_.lanes());
   }
 

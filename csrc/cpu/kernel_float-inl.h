@@ -16,7 +16,8 @@ class FloatForward : public Forward {
     with_elements(p_.dtype, [&](auto* type) {
       decltype(type) q[kMaxTileQ];
       for (int32_t m = 0; m < t_.lanes(); ++m) q[m] = row<decltype(type)>(p_.q, head_of(m), token_of(m));
-      if (p_.q.stride[3] == 1) return transpose_rows(q, t_.lanes(), p_.head_dim, p_.scale, ws_ + at_.qt, at_.bm);
+      if (p_.q.stride[3] == 1)
+        return transpose_rows(q, t_.lanes(), p_.head_dim, [&](auto x) { return x * p_.scale; }, ws_ + at_.qt, at_.bm);
       for (int32_t d = 0; d < p_.head_dim; ++d) {
         float* qt = ws_ + at_.qt + static_cast<int64_t>(d) * at_.bm;
         for (int32_t m = 0; m < t_.lanes(); ++m) qt[m] = widen_one(q[m][d * p_.q.stride[3]]) * p_.scale;
@@ -28,12 +29,14 @@ class FloatForward : public Forward {
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
     float *s = ws_ + at_.s, *largest = start_largest(full);
+    if (!full) find_live(first, count);
     if (few()) {
       few_scores_of(first, count);
     } else {
       int64_t stride;
       const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
-      qk(ws_ + at_.qt, at_.bm, k, stride, count, p_.head_dim, s, largest);
+      qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k), 4 * stride}, count, live(full),
+                         p_.head_dim, 1, s, largest);
     }
     Ahead ahead = few() && next >= 0 ? tile_at(p_.k, p_.head_dim, next) : Ahead();
     if (few() && plain(full)) {
@@ -41,7 +44,7 @@ class FloatForward : public Forward {
     } else {
       if (few()) few_by_key(ws_ + at_.st, at_.ld, count, t_.lanes(), s, [](int32_t, vf) {});
       modify(first, count, full);
-      softmax(count, Weights{s, at_.bm});
+      softmax(count, full, Weights{s, at_.bm});
     }
     if (thinned())
       thin(first, count, [&](int32_t n, int32_t lane, vi kept) {
@@ -54,7 +57,7 @@ class FloatForward : public Forward {
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && has_nonfinite(v, stride, count))
       return pv_guarded(v, stride, count, [&](int32_t n, int32_t m) { return s[n * at_.bm + m]; });
-    pv(s, at_.bm, v, stride, count, ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+    pv<FloatDot>(s, at_.bm, v, stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
  private:

@@ -1,8 +1,9 @@
 // The two matrix products of a tile: scores from queries and keys, outputs from weights and values.
 //
-// Both take 4-byte units: a float, or (products_bf16-inl.h) a pair of bfloat16 that are multiplied and summed together.
+// Both take 4-byte units: a float, or (kernel_bf16-inl.h) a pair of bfloat16 that are multiplied and summed together.
 // What is done with a unit is a `Dot`:
 //   run(a, b, sum)   sum + a * b, lane by lane
+//   kKeys            how many keys' weights and values are in a unit
 //   kScaled          whether scores are still to be multiplied by the scale
 //
 // An instruction set says, before it includes this, how its registers are used: scores are computed for
@@ -14,9 +15,27 @@ static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kAccumulators / 2 <= 
 static_assert(kMaxTileQ % kLanes == 0 && kMaxTileKv % kLanes == 0);
 
 struct FloatDot {
+  static constexpr int kKeys = 1;
   static constexpr bool kScaled = false;  // the queries are
   static ATTNKIT_INLINE vf run(vf a, vf b, vf sum) { return fma(a, b, sum); }
 };
+
+// Keys first .. end - 1 of a tile.
+struct Span {
+  int32_t first, end;
+};
+
+// Those that some of the queries lane .. lane + lanes - 1 see: `live` has a span for each vector of queries; null if
+// they see all.
+ATTNKIT_INLINE Span seen(const Span* live, int32_t lane, int32_t lanes, int32_t count) {
+  if (live == nullptr) return {0, count};
+  Span all{count, 0};
+  for (int32_t v = lane / kLanes; v * kLanes < lane + lanes; ++v) {
+    if (live[v].first < all.first) all.first = live[v].first;
+    if (live[v].end > all.end) all.end = live[v].end;
+  }
+  return all.first < all.end ? all : Span{0, 0};
+}
 
 // Keys as units: rows `stride` bytes apart.
 struct KeyRows {
@@ -78,15 +97,17 @@ __attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const Key
 // Units are summed in stretches of so many: several short sums lose fewer bits than one long one.
 inline constexpr int32_t kChannels = 128;
 
-// S = K Q^T for `count` keys. Rows up to the next multiple of the micro-tile are written with copies of the last key.
-// `largest`, if not null, is raised to the largest score of each query.
+// S = K Q^T for `count` keys, as far as `live` needs it. Rows up to the next multiple of the micro-tile are written
+// with copies of the last key. `largest`, if not null, is raised to the largest score of each query.
 template <class Dot>
-void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, int32_t units, float scale, float* s,
-              float* largest) {
+void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, const Span* live, int32_t units, float scale,
+              float* s, float* largest) {
   for (int32_t d = 0; d < units; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k.data += 4 * kChannels) {
     const int32_t depth = units - d < kChannels ? units - d : kChannels;
     const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
-      qk_columns<Dot, kRows, kVecs>(qt + lane, bm, k, count, depth, scale, d == 0, s + lane,
+      const Span keys = seen(live, lane, kVecs * kLanes, count);
+      qk_columns<Dot, kRows, kVecs>(qt + lane, bm, {k.data + keys.first * k.stride, k.stride}, keys.end - keys.first,
+                                    depth, scale, d == 0, s + lane + static_cast<int64_t>(keys.first) * bm,
                                     largest != nullptr && d + depth == units ? largest + lane : nullptr);
     };
     int32_t lane = 0;
@@ -95,11 +116,6 @@ void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, int32_t uni
     for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes) columns.template operator()<kAccumulators / 2, 2>(lane);
     for (; lane < bm; lane += kLanes) columns.template operator()<kMaxKeyRows, 1>(lane);
   }
-}
-
-inline void qk(const float* qt, int32_t bm, const float* k, int64_t k_stride, int32_t count, int32_t head_dim, float* s,
-               float* largest) {
-  qk_units<FloatDot>(qt, bm, {reinterpret_cast<const char*>(k), 4 * k_stride}, count, head_dim, 1, s, largest);
 }
 
 // O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide. A tile's keys are
@@ -140,12 +156,14 @@ ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const T* v, int64_t v_st
 }
 
 template <class Dot, int kVecs>
-void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha,
-                float* o, int32_t o_stride, int32_t queries) {
+void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const Span* live,
+                const float* alpha, float* o, int32_t o_stride, int32_t queries) {
   int32_t m = 0;
   const auto group = [&]<int kRows>() {
-    pv_tile<Dot, kRows, kVecs>(p + m, bm, v, v_stride, count, alpha + m, o + static_cast<int64_t>(m) * o_stride,
-                               o_stride);
+    const Span keys = seen(live, m, kRows, count);
+    const int32_t first = keys.first / Dot::kKeys, end = (keys.end + Dot::kKeys - 1) / Dot::kKeys;
+    pv_tile<Dot, kRows, kVecs>(p + m + static_cast<int64_t>(first) * bm, bm, v + first * v_stride, v_stride,
+                               end - first, alpha + m, o + static_cast<int64_t>(m) * o_stride, o_stride);
     m += kRows;
   };
   while (queries - m >= kOutRows) group.template operator()<kOutRows>();
@@ -153,13 +171,16 @@ void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, in
   if (queries > m) group.template operator()<1>();
 }
 
-template <class Dot = FloatDot>
-void pv(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const float* alpha, float* o,
-        int32_t o_stride, int32_t queries) {
+// `v`: rows of Dot::kKeys keys.
+template <class Dot>
+void pv(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const Span* live,
+        const float* alpha, float* o, int32_t o_stride, int32_t queries) {
   int32_t c = 0;
-  for (; c + kOutVecs * kLanes <= o_stride; c += kOutVecs * kLanes)
-    pv_columns<Dot, kOutVecs>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
-  for (; c + 2 * kLanes <= o_stride; c += 2 * kLanes)
-    pv_columns<Dot, 2>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
-  for (; c < o_stride; c += kLanes) pv_columns<Dot, 1>(p, bm, v + c, v_stride, count, alpha, o + c, o_stride, queries);
+  const auto columns = [&]<int kVecs>() {
+    pv_columns<Dot, kVecs>(p, bm, v + c, v_stride, count, live, alpha, o + c, o_stride, queries);
+    c += kVecs * kLanes;
+  };
+  while (c + kOutVecs * kLanes <= o_stride) columns.template operator()<kOutVecs>();
+  while (c + 2 * kLanes <= o_stride) columns.template operator()<2>();
+  while (c < o_stride) columns.template operator()<1>();
 }

@@ -9,6 +9,7 @@
 //   scale_by_power(p, n)           p * 2^floor(n); over- and underflows as IEEE does
 //   look_up(table, i)              table[i % 16] of each lane
 //   any(mask)                      whether a bit of any lane is set
+//   lane_bits(mask)                a bit for each lane, from its sign
 //   gather(base, offset)           base[offset] of each lane
 //   multiply_low(a, b)             the products of the low halves of 64-bit lanes
 
@@ -41,6 +42,12 @@ ATTNKIT_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 ATTNKIT_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
 ATTNKIT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
 ATTNKIT_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
+// The mask that lane_bits made bits of.
+ATTNKIT_INLINE vi lane_mask(uint32_t bits) {
+  vi bit{};
+  for (int i = 0; i < kLanes; ++i) bit[i] = 1 << i;
+  return (set1_int(static_cast<int32_t>(bits)) & bit) != 0;
+}
 // Lanes must lie within int32: callers clamp first.
 ATTNKIT_INLINE vi to_int(vf x) { return __builtin_convertvector(x, vi); }
 

@@ -17,6 +17,7 @@ ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_F
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return (vf)_mm512_scalef_ps((__m512)p, (__m512)n); }
 ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
+ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return _mm512_movepi32_mask((__m512i)mask); }
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm512_i32gather_ps((__m512i)offset, base, 4); }
 ATTNKIT_INLINE vf look_up(const float* table, vi i) {
   return (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)load(table));

@@ -111,10 +111,12 @@ class Tile {
           bad_load_ = bad_candidate_;
   }
 
+  // Whether loads may be outside their buffers.
+  bool checked() const { return !code_.all_loads_in_bounds; }
+
   int32_t bad_load() const { return bad_load_; }  // the instruction of a load outside its buffer, or -1
 
  private:
-  bool checked() const { return !code_.all_loads_in_bounds; }
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
   int32_t bits(size_t at) const { return int_at(ws_ + at); }
   int32_t head_of(int32_t m) const { return t_->head + m / t_->q_count; }
