@@ -67,7 +67,7 @@ def layers(shape: tuple[int, int, int, int]) -> dict[str, float]:
         return torch.autograd.grad(sdpa(*leaves), leaves, d_o)
 
     def backward() -> None:
-        kernel.backward(q, k, v, o, lse, [], [], None, d_o, None, *grads, [], 1)
+        kernel.backward(q, k, v, o, lse, [], [], d_o, None, *grads, [], 1)
 
     found: dict[str, float] = {}
     with torch.no_grad():

@@ -251,7 +251,7 @@ class Backward {
     float *kept = ws_ + at_.kept, *dp = ws_ + at_.dp + static_cast<int64_t>(strip) * shape.lanes;
     const vf factor = set1(p_.dropout.factor);
     const auto query = [&](int32_t r) { return philox_.query(tile.queries.head, tile.queries.q_first + strip + r); };
-    philox_.each(random_, shape.lanes, shape.rows, query, [&](int32_t r, int32_t j, vi k) {
+    philox_.each(random_, {0, shape.lanes}, {0, shape.rows}, query, [&](int32_t r, int32_t j, vi k) {
       const int64_t i = static_cast<int64_t>(r) * shape.lanes + j;
       store_int(kept + i, k);
       store(dp + i, select(k, load(dp + i) * factor, vf{}));

@@ -77,23 +77,23 @@ class Philox {
     return {{high(second), low(second)}};
   }
 
-  // Tells f(row, lane, kept) of all pairs of `rows` queries (keys) with a vector of keys (queries) from `lane` on, a
-  // whole number of them: all bits of a lane of `kept` if its pair is, else none. `row(r)`: the words of a row.
+  // Tells f(row, lane, kept) of the pairs of queries (keys), which are rows, with every vector of keys (queries), which
+  // are lanes: all bits of a lane of `kept` if its pair is, else none. `words_of(row)`: of a query (key).
   template <class Lanes, class Row, class F>
-  ATTNKIT_INLINE void each(const SplitWords<Lanes>& words, int32_t lanes, int32_t rows, Row row, F f) const {
-    int32_t r = 0;
-    for (; r + 4 <= rows; r += 4) rows_of<4>(words, lanes, r, row, f);
-    for (; r < rows; ++r) rows_of<1>(words, lanes, r, row, f);
+  ATTNKIT_INLINE void each(const SplitWords<Lanes>& words, Span lanes, Span rows, Row words_of, F f) const {
+    int32_t r = rows.first;
+    for (; r + 4 <= rows.end; r += 4) rows_of<4>(words, lanes, r, words_of, f);
+    for (; r < rows.end; ++r) rows_of<1>(words, lanes, r, words_of, f);
   }
 
  private:
   template <int kRows, class Lanes, class Row, class F>
-  ATTNKIT_INLINE void rows_of(const SplitWords<Lanes>& words, int32_t lanes, int32_t first, Row row, F f) const {
+  ATTNKIT_INLINE void rows_of(const SplitWords<Lanes>& words, Span lanes, int32_t first, Row words_of, F f) const {
     constexpr bool kQueries = std::is_same_v<Lanes, QueryWords>;  // are in lanes
     SameWords<std::conditional_t<kQueries, KeyWords, QueryWords>> of_row[kRows];
-    for (int i = 0; i < kRows; ++i) of_row[i] = {row(first + i)};
+    for (int i = 0; i < kRows; ++i) of_row[i] = {words_of(first + i)};
     const auto in_row = [&](int i) { return of_row[i]; };
-    for (int32_t lane = 0; lane < lanes; lane += kLanes) {
+    for (int32_t lane = lanes.first; lane < lanes.end; lane += kLanes) {
       const auto in_lanes = [at = words.at(lane)](int) { return at; };
       vi kept[kRows];
       if constexpr (kQueries) {

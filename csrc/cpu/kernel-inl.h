@@ -313,8 +313,12 @@ class Forward {
 
   // What is not kept of the weights becomes zero, by `drop(key, lane, kept)`. Their sum is left as it was.
   template <class F>
-  __attribute__((noinline)) void thin(int64_t first, int32_t count, F drop) const {
-    philox_.each(random_, at_.bm, count, [&](int32_t n) { return philox_.key(first + n); }, drop);
+  __attribute__((noinline)) void thin(int64_t first, int32_t count, bool full, F drop) const {
+    const int32_t lanes = full ? at_.bm : kLanes;
+    for (int32_t lane = 0; lane < at_.bm; lane += lanes) {
+      const Span keys = full ? Span{0, count} : spans_[lane / kLanes];
+      philox_.each(random_, {lane, lane + lanes}, keys, [&](int32_t n) { return philox_.key(first + n); }, drop);
+    }
   }
 
   // ---- values that not every query may see ----

@@ -47,7 +47,7 @@ class FloatForward : public Forward {
       softmax(count, full, Weights{s, at_.bm});
     }
     if (thinned())
-      thin(first, count, [&](int32_t n, int32_t lane, vi kept) {
+      thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
         float* w = s + n * at_.bm + lane;
         store(w, select(kept, load(w), vf{}));
       });

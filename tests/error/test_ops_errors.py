@@ -419,7 +419,7 @@ def test_a_tensor_without_memory() -> None:
     """AK606, whoever gives it to the kernel: here torch's own functional wrapper, past the dispatcher."""
     kernel = prepare(PLAIN, "float32", D, D).kernel
     with pytest.raises(ak.AttnkitError) as caught:
-        kernel(torch._to_functional_tensor(Q), K, V, Q.clone(), None, [], [], None, 1)
+        kernel(torch._to_functional_tensor(Q), K, V, Q.clone(), None, [], [], 1)
     assert caught.value.code == "AK606"
 
 

@@ -212,12 +212,12 @@ def sweep() -> None:
         )
         bias, lse, o = normal(5, kv_len), torch.empty(1, 2, q_len), torch.empty_like(d_o)
         kernel: Any = prepare(TEXT, dtype, dim, dim, backend="cpu").kernel
-        kernel(q, k, v, o, lse, [bias], [], None, 2)
+        kernel(q, k, v, o, lse, [bias], [], 2)
         zeros = [torch.zeros_like(t) for t in (q.float(), k, v, bias)]
         everything = (q, k, v, o, lse, bias, d_o, *zeros)
         held = [place.hold(t, side) for place, t in zip(places, everything[:10], strict=True)]
         q, k, v, o, lse, bias, d_o, dq, dk, dv = held
-        kernel.backward(q, k, v, o, lse, [bias], [], None, d_o, None, dq, dk, dv, [zeros[3]], 2)
+        kernel.backward(q, k, v, o, lse, [bias], [], d_o, None, dq, dk, dv, [zeros[3]], 2)
         assert all(place.intact() for place in places), (q_len, kv_len, dim, side)
         assert all(t.isfinite().all() for t in (dq, dk, dv))
         count += 1

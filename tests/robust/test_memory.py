@@ -40,7 +40,7 @@ Fill = Callable[[tuple[int, ...]], Tensor]
 def attend(text: str, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, buffers: list[Tensor]) -> None:
     """Run the kernel of a program on memory of our own, outputs among it."""
     prepared = prepare(text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], backend="cpu")
-    prepared.kernel(q, k, v, o, lse, buffers, [], None, 2)
+    prepared.kernel(q, k, v, o, lse, buffers, [], 2)
 
 
 def text_of(score: Any, mask: Any, captured: list[Tensor]) -> str:

@@ -97,7 +97,7 @@ def run_backward(
         kernel: Any = ready.prepared.kernel
         key = None if seed is None else int(seed)
         kernel.backward(
-            q, k, v, o, lse, buffers, params, key, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads()
+            q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads(), key
         )
         counts.run()
     d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]

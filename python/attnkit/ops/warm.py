@@ -135,6 +135,6 @@ def run(
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), None if lse is None else lse.zero_()
     key = None if seed is None else int(seed)
-    prepared.kernel(q, k, v, o, lse, buffers, params, key, torch.get_num_threads())
+    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads(), key)
     counts.run()
     return o, lse

@@ -106,8 +106,8 @@ class CpuKernel:
         lse: Any | None,
         buffers: list[Any],
         params: list[float],
-        seed: int | None,
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """Compute ``o`` (and ``lse`` if given) in place.
 
@@ -129,7 +129,6 @@ class CpuKernel:
         lse: Any,
         buffers: list[Any],
         params: list[float],
-        seed: int | None,
         d_o: Any,
         d_lse: Any | None,
         dq: Any,
@@ -137,6 +136,7 @@ class CpuKernel:
         dv: Any,
         d_buffers: list[Any | None],
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """Compute the gradients in place, from the inputs of a call, what it returned, and the cotangents of that.
 

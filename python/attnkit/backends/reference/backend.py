@@ -80,8 +80,8 @@ class ReferenceKernel:
         lse: Any | None,
         buffers: list[Any],
         params: list[float],
-        seed: int | None,
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """See `attnkit.backends.Kernel`."""
         (q64, k64, v64), captured = _arrays(q, k, v, buffers)
@@ -102,7 +102,6 @@ class ReferenceKernel:
         lse: Any,
         buffers: list[Any],
         params: list[float],
-        seed: int | None,
         d_o: Any,
         d_lse: Any | None,
         dq: Any,
@@ -110,6 +109,7 @@ class ReferenceKernel:
         dv: Any,
         d_buffers: list[Any | None],
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """The gradients, from the inputs and the cotangents of ``o`` and ``lse``; everything is computed again."""
         inputs, captured = _arrays(q, k, v, buffers)
