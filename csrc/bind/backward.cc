@@ -11,13 +11,10 @@
 namespace attnkit::cpu {
 namespace {
 
-using Maybe = std::optional<BufferTuple>;
-
-const BufferTuple* given(const Maybe& tensor) { return tensor ? &*tensor : nullptr; }
+const Tensor* given(const Maybe& tensor) { return tensor ? &*tensor : nullptr; }
 
 // A tensor of this dtype and shape; its memory is added to `memory`, also where there is none.
-uintptr_t expect(const BufferTuple* tensor, DType dtype, const Ints& shape, std::vector<Memory>& memory,
-                 const char* what) {
+uintptr_t expect(const Tensor* tensor, DType dtype, const Ints& shape, std::vector<Memory>& memory, const char* what) {
   if (tensor == nullptr) {
     memory.push_back(kAbsent);
     return 0;
@@ -28,45 +25,41 @@ uintptr_t expect(const BufferTuple* tensor, DType dtype, const Ints& shape, std:
   return data;
 }
 
-View view_of(const BufferTuple& tensor, DType dtype, const Ints& shape, std::vector<Memory>& memory, const char* what) {
+View view_of(const Tensor& tensor, DType dtype, const Ints& shape, std::vector<Memory>& memory, const char* what) {
   expect(&tensor, dtype, shape, memory, what);
-  return make_view(std::get<0>(tensor), std::get<3>(tensor));
+  return make_view(tensor);
 }
 
 // (fault, what it is about) as `attend` gives it; tensors after the buffers are d_o, d_lse, dq, dk, dv, d_sink and the
 // gradients of buffers. dq is float32; dk and dv have the dtype of k and v.
-std::pair<int, int> call_backward(const Program& program, int dtype, uintptr_t q, const Ints& q_shape,
-                                  const Ints& q_stride, uintptr_t k, const Ints& k_shape, const Ints& k_stride,
-                                  uintptr_t v, const Ints& v_shape, const Ints& v_stride, uintptr_t o,
-                                  const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale,
-                                  uintptr_t sink, const std::optional<std::vector<SequenceTuple>>& given_sequences,
-                                  const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
-                                  const std::optional<DropoutTuple>& dropout, const BufferTuple& d_o,
-                                  const Maybe& d_lse, const BufferTuple& dq, const BufferTuple& dk,
-                                  const BufferTuple& dv, const Maybe& d_sink, const std::vector<Maybe>& d_buffers,
-                                  int threads, int tile_q, int tile_kv) try {
+std::pair<int, int> call_backward(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& o, const Maybe& lse, float scale, const Maybe& sink,
+                                  const std::optional<std::vector<SequenceTuple>>& given_sequences,
+                                  const std::vector<Tensor>& tensors, const std::vector<float>& params,
+                                  const std::optional<DropoutTuple>& dropout, const Tensor& d_o, const Maybe& d_lse,
+                                  const Tensor& dq, const Tensor& dk, const Tensor& dv, const Maybe& d_sink,
+                                  const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv) try {
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   Request r;
-  Status status = r.fill(program, dtype, q, q_shape, q_stride, k, k_shape, k_stride, v, v_shape, v_stride, o, o_stride,
-                         lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params, dropout);
+  Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout);
   if (status.fault != Fault::none) return {static_cast<int>(status.fault), status.value};
 
-  need(lse != 0 || r.empty, "the backward needs lse");
+  need(r.problem.lse != nullptr || r.empty, "the backward needs lse");
   std::vector<Memory> memory;
   const DType element = r.problem.dtype;
   Gradients g{};
   g.d_o = view_of(d_o, element, r.o_shape, memory, "d_o is not like o");
   g.d_lse =
       reinterpret_cast<const float*>(expect(given(d_lse), DType::f32, r.lse_shape, memory, "d_lse is not like lse"));
-  if (d_lse) std::copy_n(std::get<3>(*d_lse).begin(), 3, g.d_lse_stride);
-  g.dq = view_of(dq, DType::f32, q_shape, memory, "dq is not float32 of the shape of q");
-  g.dk = view_of(dk, element, k_shape, memory, "dk is not like k");
-  g.dv = view_of(dv, element, v_shape, memory, "dv is not like v");
+  if (d_lse) std::copy_n(d_lse->stride.begin(), 3, g.d_lse_stride);
+  g.dq = view_of(dq, DType::f32, q.size, memory, "dq is not float32 of the shape of q");
+  g.dk = view_of(dk, element, k.size, memory, "dk is not like k");
+  g.dv = view_of(dv, element, v.size, memory, "dv is not like v");
   g.d_sink =
-      reinterpret_cast<float*>(expect(given(d_sink), DType::f32, {q_shape[1]}, memory, "d_sink is not like the sink"));
-  need(!d_sink || (sink != 0 && (std::get<3>(*d_sink)[0] == 1 || q_shape[1] == 1)), "d_sink is not like the sink");
+      reinterpret_cast<float*>(expect(given(d_sink), DType::f32, {q.size[1]}, memory, "d_sink is not like the sink"));
+  need(!d_sink || (sink && (d_sink->stride[0] == 1 || q.size[1] == 1)), "d_sink is not like the sink");
   need(d_buffers.size() == r.buffers.size(), "gradients of another number of buffers");
   std::vector<float*> d_buffer_data;
   for (size_t i = 0; i < d_buffers.size(); ++i) {
@@ -77,7 +70,7 @@ std::pair<int, int> call_backward(const Program& program, int dtype, uintptr_t q
     if (!d_buffers[i]) continue;
     int64_t contiguous = 1;
     for (auto d = static_cast<size_t>(b.rank); d-- > 0; contiguous *= b.size[d])
-      need(std::get<3>(*d_buffers[i])[d] == contiguous || b.size[d] <= 1, "the gradient of a buffer is not contiguous");
+      need(d_buffers[i]->stride[d] == contiguous || b.size[d] <= 1, "the gradient of a buffer is not contiguous");
   }
   for (const LoadSlope& load : program.loads)
     need(d_buffer_data[static_cast<size_t>(program.code[static_cast<size_t>(load.load)].attr)] != nullptr,

@@ -1,4 +1,4 @@
-// The only C++ that sees Python: tensors arrive as addresses, shapes and strides that the caller has checked.
+// The only C++ that sees Python: tensors arrive as they lie in memory, which is nobody else's to check.
 #include <omp.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -37,12 +37,10 @@ Program make_program(const ProgramCode& code, int score, int mask, int num_buffe
 
 // (fault, what it is about): an instruction, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers.
 // Shapes are [batch, heads, length, head_dim].
-std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, const Ints& q_shape,
-                                const Ints& q_stride, uintptr_t k, const Ints& k_shape, const Ints& k_stride,
-                                uintptr_t v, const Ints& v_shape, const Ints& v_stride, uintptr_t o,
-                                const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale,
-                                uintptr_t sink, const std::optional<std::vector<SequenceTuple>>& given_sequences,
-                                const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
+std::pair<int, int> call_attend(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v,
+                                const Tensor& o, const Maybe& lse, float scale, const Maybe& sink,
+                                const std::optional<std::vector<SequenceTuple>>& given_sequences,
+                                const std::vector<Tensor>& tensors, const std::vector<float>& params,
                                 const std::optional<DropoutTuple>& dropout, int threads, int tile_q, int tile_kv,
                                 int split_kv) try {
   need(threads > 0, "threads are at least 1");
@@ -50,8 +48,7 @@ std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, 
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   Request r;
-  Status status = r.fill(program, dtype, q, q_shape, q_stride, k, k_shape, k_stride, v, v_shape, v_stride, o, o_stride,
-                         lse, lse_stride, scale, sink, given_sequences, buffer_tuples, params, dropout);
+  Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout);
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;
     status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
@@ -64,8 +61,7 @@ std::pair<int, int> call_attend(const Program& program, int dtype, uintptr_t q, 
 // (fault, instruction, batch, heads, offsets int64 [rows + 1], runs int32 [n, 3]): see BlockRuns. Batch and heads are 1
 // where all are alike.
 py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t q_len, int64_t kv_len, int q_block,
-                          int kv_block, const std::vector<BufferTuple>& buffer_tuples,
-                          const std::vector<float>& params) {
+                          int kv_block, const std::vector<Tensor>& tensors, const std::vector<float>& params) {
   need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
   need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
   need(q_len <= INT32_MAX && kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
@@ -73,7 +69,7 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
   need(batch <= 1 << 20 && heads <= 1 << 20 && rows <= (1 << 26) / (int64_t{batch} * heads) && columns <= 1 << 26,
        "more than 2^26 rows or columns of blocks");
   std::vector<Memory> memory;
-  const std::vector<Buffer> buffers = make_buffers(program, buffer_tuples, memory);
+  const std::vector<Buffer> buffers = make_buffers(program, tensors, memory);
   for (const Memory& m : memory) need(check_memory(m) == Fault::none, "a buffer has no memory, or is misaligned");
   const std::vector<Sequence> sequences = make_sequences({}, batch, q_len, kv_len);
   Problem p{};
@@ -97,28 +93,35 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
                         found.per_head ? heads : 1, offsets, runs);
 }
 
-// The routine behind one opcode, or "exp_weight", on whole arrays; any of the arguments an opcode has must be there.
+// The routine behind one opcode, or one of the engine's own, on whole arrays. All its arguments must be there; one of a
+// single element among longer ones is the same for all.
 py::array_t<float> call_evaluate(const std::string& opcode,
                                  const std::vector<py::array_t<float, py::array::c_style>>& args) {
-  for (int i = 0; i <= static_cast<int>(kWeightOp); ++i) {
+  for (int i = 0; i < static_cast<int>(Op::all); ++i) {
     const Op op = static_cast<Op>(i);
-    const OpSignature sig = op == kWeightOp ? OpSignature{"exp_weight", 'f', "f"} : signature(op);
+    const OpSignature& sig = signature(op);
     if (opcode != sig.name) continue;
     const size_t n_args = std::strlen(sig.args);
     need(n_args > 0 && sig.args[0] != '*' && args.size() == n_args, "not an opcode of that many arguments");
-    need(args[0].size() <= 1 << 30, "more than 2^30 elements");
-    const auto n = static_cast<size_t>(args[0].size()), padded = (n + 15) / 16 * 16;
-    std::vector<std::vector<float>> in(3, std::vector<float>(padded));
-    const float* pointers[3];
-    for (size_t a = 0; a < 3; ++a) {
+    const auto size = [&](size_t a) { return static_cast<size_t>(args[a].size()); };
+    size_t n = size(0);
+    for (size_t a = 1; a < n_args; ++a)
+      if (n == 1) n = size(a);
+    need(n <= 1 << 30, "more than 2^30 elements");
+    const size_t padded = (n + 15) / 16 * 16;
+    std::vector<std::vector<float>> in(kMaxArgs, std::vector<float>(padded));
+    const float* pointers[kMaxArgs];
+    bool same[kMaxArgs] = {};
+    for (size_t a = 0; a < kMaxArgs; ++a) {
       if (a < n_args) {
-        need(static_cast<size_t>(args[a].size()) == n, "arguments differ in length");
-        std::copy_n(args[a].data(), n, in[a].begin());
+        same[a] = size(a) == 1 && n != 1;
+        need(size(a) == n || same[a], "arguments differ in length");
+        std::copy_n(args[a].data(), size(a), in[a].begin());
       }
       pointers[a] = in[a].data();
     }
     std::vector<float> out(padded);
-    evaluate(op, out.data(), pointers, static_cast<int32_t>(padded));
+    evaluate(op, out.data(), pointers, same, static_cast<int32_t>(padded));
     py::array_t<float> result(static_cast<py::ssize_t>(n));
     std::copy_n(out.begin(), n, result.mutable_data());
     return result;
@@ -172,10 +175,21 @@ PYBIND11_MODULE(_engine, m) {
       .def(py::init(&make_program), py::arg("code"), py::arg("score"), py::arg("mask"), py::arg("num_buffers"),
            py::arg("num_params"), py::arg("slope") = -1, py::arg("loads") = std::vector<std::pair<int, int>>{})
       .def_property_readonly("num_instructions", [](const Program& p) { return p.code.size(); })
-      .def_property_readonly("ranks", [](const Program& p) {
-        std::vector<int> ranks;
-        for (const Instruction& in : p.code) ranks.push_back(in.rank);
-        return ranks;
+      .def_property_readonly("ranks",
+                             [](const Program& p) {
+                               std::vector<int> ranks;
+                               for (const Instruction& in : p.code) ranks.push_back(in.rank);
+                               return ranks;
+                             })
+      // What runs on a strip of a tile, in order: (the value, its operator, its arguments).
+      .def_property_readonly("passes", [](const Program& p) {
+        std::vector<std::tuple<int, std::string, std::vector<int>>> passes;
+        for (int32_t i : p.order[kTile]) {
+          const Instruction& in = p.run[static_cast<size_t>(i)];
+          if (in.op == Op::var_s) continue;
+          passes.emplace_back(i, signature(in.op).name, std::vector<int>(in.args, in.args + in.nargs));
+        }
+        return passes;
       });
   m.def("opcodes", [] {
     py::dict d;

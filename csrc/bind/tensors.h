@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../cpu/attend.h"
+#include "dlpack.h"
 
 namespace attnkit::cpu {
 
@@ -39,7 +40,14 @@ class Ints {
   size_t size_ = 0;
 };
 
-using BufferTuple = std::tuple<uintptr_t, int, Ints, Ints>;  // address, dtype, sizes, strides
+// A tensor as it lies in memory: from Python one of a library that speaks DLPack, or a tuple of these.
+struct Tensor {
+  uintptr_t data = 0;
+  int dtype = -1;  // a DType, or a number that is none
+  Ints size, stride;
+};
+
+using Maybe = std::optional<Tensor>;
 using SequenceTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t>;  // see Sequence
 using DropoutTuple = std::tuple<uint64_t, uint32_t, float>;  // see Dropout
 inline constexpr int kMaxThreads = 1024;  // OpenMP ends the process where the system has no more to give
@@ -73,20 +81,20 @@ inline Fault check_memory(const Memory& m) {
   return m.data % static_cast<uintptr_t>(m.element) == 0 ? Fault::none : Fault::misaligned;
 }
 
-inline View make_view(uintptr_t data, const Ints& stride) {
-  need(stride.size() == 4, "a tensor has four strides");
-  View v{reinterpret_cast<char*>(data), {}};
-  std::copy(stride.begin(), stride.end(), v.stride);
+inline View make_view(const Tensor& t) {
+  need(t.stride.size() == 4, "a tensor has four strides");
+  View v{reinterpret_cast<char*>(t.data), {}};
+  std::copy(t.stride.begin(), t.stride.end(), v.stride);
   return v;
 }
 
 // Adds the memory of each to `memory`.
-inline std::vector<Buffer> make_buffers(const Program& program, const std::vector<BufferTuple>& tuples,
+inline std::vector<Buffer> make_buffers(const Program& program, const std::vector<Tensor>& tensors,
                                         std::vector<Memory>& memory) {
-  need(static_cast<int>(tuples.size()) == program.num_buffers, "wrong number of buffers");
+  need(static_cast<int>(tensors.size()) == program.num_buffers, "wrong number of buffers");
   std::vector<Buffer> buffers;
-  for (size_t i = 0; i < tuples.size(); ++i) {
-    const auto& [data, dtype, size, stride] = tuples[i];
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto& [data, dtype, size, stride] = tensors[i];
     need(size.size() == stride.size() && size.size() <= kMaxArgs, "a buffer has at most five dimensions");
     need(dtype >= 0 && dtype <= static_cast<int>(DType::f16), "unknown buffer dtype");
     Buffer b{reinterpret_cast<const void*>(data), static_cast<DType>(dtype), static_cast<int32_t>(size.size()), {}, {}};
@@ -130,57 +138,64 @@ struct Request {
 
   // A fault is about a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers. Shapes are
   // [batch, heads, length, head_dim].
-  Status fill(const Program& program, int dtype, uintptr_t q, const Ints& q_shape, const Ints& q_stride, uintptr_t k,
-              const Ints& k_shape, const Ints& k_stride, uintptr_t v, const Ints& v_shape, const Ints& v_stride,
-              uintptr_t o, const Ints& o_stride, uintptr_t lse, const Ints& lse_stride, float scale, uintptr_t sink,
-              const std::optional<std::vector<SequenceTuple>>& given_sequences,
-              const std::vector<BufferTuple>& buffer_tuples, const std::vector<float>& params,
-              const std::optional<DropoutTuple>& dropout) {
-    need(q_shape.size() == 4 && k_shape.size() == 4 && v_shape.size() == 4, "q, k and v have four dimensions");
-    need(q_shape[0] == k_shape[0] && q_shape[0] == v_shape[0], "q, k and v differ in batch");
-    need(k_shape[1] == v_shape[1] && k_shape[2] == v_shape[2], "k and v differ in heads or length");
-    need(k_shape[1] > 0 && q_shape[1] % k_shape[1] == 0, "query heads are not a multiple of kv heads");
-    need(q_shape[3] == k_shape[3], "q and k differ in head_dim");
-    need(q_shape[3] <= 4096 && v_shape[3] <= 4096, "head_dim above 4096");
+  Status fill(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
+              const Maybe& lse, float scale, const Maybe& sink,
+              const std::optional<std::vector<SequenceTuple>>& given_sequences, const std::vector<Tensor>& tensors,
+              const std::vector<float>& params, const std::optional<DropoutTuple>& dropout) {
+    need(q.size.size() == 4 && k.size.size() == 4 && v.size.size() == 4, "q, k and v have four dimensions");
+    need(q.size[0] == k.size[0] && q.size[0] == v.size[0], "q, k and v differ in batch");
+    need(k.size[1] == v.size[1] && k.size[2] == v.size[2], "k and v differ in heads or length");
+    need(k.size[1] > 0 && q.size[1] % k.size[1] == 0, "query heads are not a multiple of kv heads");
+    need(q.size[3] == k.size[3], "q and k differ in head_dim");
+    need(q.size[3] <= 4096 && v.size[3] <= 4096, "head_dim above 4096");
     need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
-    need(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16) ||
-             dtype == static_cast<int>(DType::f16),
+    need(q.dtype == k.dtype && q.dtype == v.dtype && q.dtype == o.dtype, "q, k, v and o differ in dtype");
+    need(q.dtype == static_cast<int>(DType::f32) || q.dtype == static_cast<int>(DType::bf16) ||
+             q.dtype == static_cast<int>(DType::f16),
          "q, k, v and o are float32, bfloat16 or float16");
-    need(lse == 0 || lse_stride.size() == 3, "lse has three strides");
-    need(q_shape[0] <= INT32_MAX && q_shape[1] <= INT32_MAX, "more than 2^31 - 1 batch entries or heads");
-    problem = Problem{};
-    problem.q = make_view(q, q_stride);
-    problem.k = make_view(k, k_stride);
-    problem.v = make_view(v, v_stride);
-    problem.o = make_view(o, o_stride);
-    problem.dtype = static_cast<DType>(dtype);
-    problem.lse = reinterpret_cast<float*>(lse);
-    if (lse != 0) std::copy(lse_stride.begin(), lse_stride.end(), problem.lse_stride);
-    o_shape = {q_shape[0], q_shape[1], q_shape[2], v_shape[3]};
+    need(q.size[0] <= INT32_MAX && q.size[1] <= INT32_MAX, "more than 2^31 - 1 batch entries or heads");
+    constexpr int f32 = static_cast<int>(DType::f32);
+    o_shape = {q.size[0], q.size[1], q.size[2], v.size[3]};
     lse_shape = {o_shape.begin(), o_shape.end() - 1};
-    const Ints sink_shape{q_shape[1]}, sink_stride{1};
-    constexpr int f32 = element_size(DType::f32);
+    need(o.size == o_shape, "o is not of the shape of the output");
+    problem = Problem{};
+    problem.q = make_view(q);
+    problem.k = make_view(k);
+    problem.v = make_view(v);
+    problem.o = make_view(o);
+    problem.dtype = static_cast<DType>(q.dtype);
+    if (lse) {
+      need(lse->dtype == f32 && lse->size == lse_shape && lse->stride.size() == 3,
+           "lse is not float32 of three strides");
+      problem.lse = reinterpret_cast<float*>(lse->data);
+      std::copy(lse->stride.begin(), lse->stride.end(), problem.lse_stride);
+    }
+    if (sink) {
+      need(sink->dtype == f32 && sink->size == Ints{q.size[1]} && sink->stride.size() == 1 &&
+               (sink->stride[0] == 1 || q.size[1] == 1),
+           "the sink is not float32, one after the other, for each head");
+      problem.sink = reinterpret_cast<const float*>(sink->data);
+    }
     const int element = element_size(problem.dtype);
-    std::vector<Memory> memory{{q, q_shape, q_stride, element},
-                               {k, k_shape, k_stride, element},
-                               {v, v_shape, v_stride, element},
-                               {o, o_shape, o_stride, element}};
-    memory.push_back(lse != 0 ? Memory{lse, lse_shape, lse_stride, f32} : kAbsent);
-    memory.push_back(sink != 0 ? Memory{sink, sink_shape, sink_stride, f32} : kAbsent);
-    buffers = make_buffers(program, buffer_tuples, memory);
+    std::vector<Memory> memory{{q.data, q.size, q.stride, element},
+                               {k.data, k.size, k.stride, element},
+                               {v.data, v.size, v.stride, element},
+                               {o.data, o.size, o.stride, element}};
+    memory.push_back(lse ? Memory{lse->data, lse->size, lse->stride, element_size(DType::f32)} : kAbsent);
+    memory.push_back(sink ? Memory{sink->data, sink->size, sink->stride, element_size(DType::f32)} : kAbsent);
+    buffers = make_buffers(program, tensors, memory);
     for (size_t i = 0; i < memory.size(); ++i)
       if (const Fault fault = check_memory(memory[i]); fault != Fault::none) return {fault, static_cast<int>(i)};
     if (std::find(o_shape.begin(), o_shape.end(), 0) != o_shape.end()) {
       empty = true;
       return {};
     }
-    sequences = make_sequences(given_sequences, q_shape[0], q_shape[2], k_shape[2]);
-    problem.num_heads = static_cast<int32_t>(q_shape[1]);
-    problem.num_kv_heads = static_cast<int32_t>(k_shape[1]);
-    problem.head_dim = static_cast<int32_t>(q_shape[3]);
-    problem.v_head_dim = static_cast<int32_t>(v_shape[3]);
+    sequences = make_sequences(given_sequences, q.size[0], q.size[2], k.size[2]);
+    problem.num_heads = static_cast<int32_t>(q.size[1]);
+    problem.num_kv_heads = static_cast<int32_t>(k.size[1]);
+    problem.head_dim = static_cast<int32_t>(q.size[3]);
+    problem.v_head_dim = static_cast<int32_t>(v.size[3]);
     problem.scale = scale;
-    problem.sink = reinterpret_cast<const float*>(sink);
     problem.sequences = sequences.data();
     problem.num_sequences = static_cast<int32_t>(sequences.size());
     problem.buffers = buffers.data();
@@ -212,5 +227,52 @@ struct pybind11::detail::type_caster<attnkit::cpu::Ints> {
       value.push_back(n);
     }
     return static_cast<bool>(items);
+  }
+};
+
+template <>
+struct pybind11::detail::type_caster<attnkit::cpu::Tensor> {
+  PYBIND11_TYPE_CASTER(attnkit::cpu::Tensor, const_name("Tensor"));
+
+  bool load(handle source, bool convert) {
+    namespace dlpack = attnkit::dlpack;
+    const dlpack::ExchangeApi* api = dlpack::exchange_api(source.ptr());
+    if (api == nullptr) return load_tuple(source, convert);
+    dlpack::Tensor t;
+    if (api->read(source.ptr(), &t) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (t.device_type != dlpack::kCpu || t.strides == nullptr) return false;
+    value = {reinterpret_cast<uintptr_t>(t.data) + t.byte_offset,
+             dtype_of(t),
+             {t.shape, t.shape + t.ndim},
+             {t.strides, t.strides + t.ndim}};
+    return true;
+  }
+
+ private:
+  bool load_tuple(handle source, bool convert) {
+    make_caster<std::tuple<uintptr_t, int, attnkit::cpu::Ints, attnkit::cpu::Ints>> parts;
+    if (!isinstance<tuple>(source) || !parts.load(source, convert)) return false;
+    const auto& [data, dtype, size, stride] =
+        cast_op<const std::tuple<uintptr_t, int, attnkit::cpu::Ints, attnkit::cpu::Ints>&>(parts);
+    value = {data, dtype, size, stride};
+    return true;
+  }
+
+  static int dtype_of(const attnkit::dlpack::Tensor& t) {
+    using attnkit::cpu::DType;
+    struct Row {
+      uint8_t code, bits;
+      DType dtype;
+    };
+    namespace dlpack = attnkit::dlpack;
+    constexpr Row rows[] = {{dlpack::kFloat, 32, DType::f32},   {dlpack::kInt, 32, DType::i32},
+                            {dlpack::kInt, 64, DType::i64},     {dlpack::kBool, 8, DType::u8},
+                            {dlpack::kBfloat, 16, DType::bf16}, {dlpack::kFloat, 16, DType::f16}};
+    for (const Row& row : rows)
+      if (t.code == row.code && t.bits == row.bits && t.lanes == 1) return static_cast<int>(row.dtype);
+    return -1;
   }
 };

@@ -17,7 +17,7 @@ struct Config {
 Status attend(const Program& program, const Problem& problem, const Config& config);
 
 // The routine behind one opcode, by itself: see Kernel::evaluate.
-void evaluate(Op op, float* dst, const float* const* args, int32_t n);
+void evaluate(Op op, float* dst, const float* const* args, const bool* same, int32_t n);
 
 // The instruction sets this build and machine can run, weakest first; ATTNKIT_ISA caps the choice.
 std::vector<const Kernel*> isa_levels();

@@ -1,8 +1,5 @@
 #include "backward.h"
 
-#include <omp.h>
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -92,10 +89,10 @@ class Pass {
   }
 
   Status run() {
-    on_threads(&Pass::look_at_rows, worth(threads_, row_flops()));
-    if (!no_memory_) on_threads(&Pass::look_at_structures, program_.mask < 0 ? 1 : threads_);
+    share(&Pass::look_at_rows, worth(threads_, row_flops()));
+    if (!no_memory_) share(&Pass::look_at_structures, program_.mask < 0 ? 1 : threads_);
     if (!no_memory_ && g_.d_sink != nullptr) add_sinks();
-    if (!no_memory_) on_threads(&Pass::tasks, threads_);
+    if (!no_memory_) share(&Pass::tasks, threads_);
     if (no_memory_) return {Fault::no_memory, -1};
     ran(kernel_);
     if (bad_load_ >= 0) return {Fault::index_range, bad_load_};
@@ -110,7 +107,7 @@ class Pass {
     return 4.0 * (p_.head_dim + p_.v_head_dim) * static_cast<double>(first_block_.back()) * call_.tile_q;
   }
 
-  void on_threads(void (Pass::*work)(), int threads) {
+  void share(void (Pass::*work)(), int threads) {
     next_ = 0;
     const auto guarded = [&] {  // no exception may leave a parallel region
       try {
@@ -119,9 +116,7 @@ class Pass {
         no_memory_ = true;
       }
     };
-    if (threads <= 1) return guarded();
-#pragma omp parallel num_threads(threads)
-    guarded();
+    on_threads(threads, guarded);
   }
 
   static size_t owner(const std::vector<int64_t>& first, int64_t i) {
@@ -271,12 +266,6 @@ class Pass {
   static bool next_tile(void* walk, BackwardTile* tile) { return static_cast<Walk*>(walk)->next(*tile); }
 
   // Tasks are taken in order, so the first one that is not finished never waits: there is no deadlock.
-  template <class Ready>
-  static void until(Ready ready) {
-    for (int spins = 0; !ready(); ++spins)
-      if (spins > 1000) sched_yield();
-  }
-
   static void wait(void* walk, const BackwardTile& tile) {
     const std::atomic<int32_t>& turn = static_cast<Walk*>(walk)->pass->turn_[static_cast<size_t>(tile.block)];
     until([&] { return turn.load(std::memory_order_acquire) == tile.turn; });

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "fuse.h"
+
 namespace attnkit::cpu {
 namespace {
 
 constexpr OpSignature kSignatures[] = {
 #define X(name, result, args) {#name, result, args},
-    ATTNKIT_OPCODES(X)
+    ATTNKIT_OPCODES(X) ATTNKIT_INTERNAL_OPS(X)
 #undef X
 };
 
@@ -56,12 +58,20 @@ void mark(Program& p, int root, bool Instruction::* flag) {
   }
 }
 
+// A score that is all there is to compute may take the place of s: it comes last, and each of its lanes needs but
+// itself.
+int score_in_place(const Program& p) {
+  if (p.score < 0 || p.slope >= 0 || !p.loads.empty()) return -1;
+  const Instruction& in = p.run[static_cast<size_t>(p.score)];
+  return in.rank == kTile && in.op != Op::var_s && !in.for_mask ? p.score : -1;
+}
+
 // Tile values are strips in L1, so they share slots by liveness; the others are short vectors and keep their own.
 std::string assign_slots(Program& p) {
   const auto& tiles = p.order[kTile];
   std::vector<size_t> last_use(p.code.size(), 0);
   for (size_t t = 0; t < tiles.size(); ++t) {
-    const Instruction& in = p.code[static_cast<size_t>(tiles[t])];
+    const Instruction& in = p.run[static_cast<size_t>(tiles[t])];
     for (int a = 0; a < in.nargs; ++a) last_use[static_cast<size_t>(in.args[a])] = t;
   }
   const auto keep = [&](int root) {
@@ -70,18 +80,20 @@ std::string assign_slots(Program& p) {
   for (int root : {p.score, p.mask, p.slope}) keep(root);
   for (const LoadSlope& load : p.loads) {
     keep(load.slope);
-    for (int a = 0; a < p.code[static_cast<size_t>(load.load)].nargs; ++a)
-      keep(p.code[static_cast<size_t>(load.load)].args[a]);
+    for (int a = 0; a < p.run[static_cast<size_t>(load.load)].nargs; ++a)
+      keep(p.run[static_cast<size_t>(load.load)].args[a]);
   }
   std::vector<int> free_slots;
   for (size_t t = 0; t < tiles.size(); ++t) {
-    Instruction& in = p.code[static_cast<size_t>(tiles[t])];
+    Instruction& in = p.run[static_cast<size_t>(tiles[t])];
     if (in.op == Op::var_s) continue;  // lives in the score tile itself
-    if (free_slots.empty()) free_slots.push_back(p.slots[kTile]++);
-    in.slot = free_slots.back();
-    free_slots.pop_back();
+    if (tiles[t] != p.in_place) {
+      if (free_slots.empty()) free_slots.push_back(p.slots[kTile]++);
+      in.slot = free_slots.back();
+      free_slots.pop_back();
+    }
     for (int a = 0; a < in.nargs; ++a) {
-      Instruction& arg = p.code[static_cast<size_t>(in.args[a])];
+      Instruction& arg = p.run[static_cast<size_t>(in.args[a])];
       const bool repeated = std::find(in.args, in.args + a, in.args[a]) != in.args + a;
       if (arg.rank == kTile && arg.op != Op::var_s && !repeated && last_use[static_cast<size_t>(in.args[a])] == t)
         free_slots.push_back(arg.slot);
@@ -91,11 +103,13 @@ std::string assign_slots(Program& p) {
     return "the expression keeps " + std::to_string(p.slots[kTile]) + " tiles alive at once, at most " +
            std::to_string(kMaxTileValues) + " fit";
   for (Rank r : {kScalar, kPerQuery, kPerKey})
-    for (int32_t i : p.order[r]) p.code[static_cast<size_t>(i)].slot = p.slots[r]++;
+    for (int32_t i : p.order[r]) p.run[static_cast<size_t>(i)].slot = p.slots[r]++;
   return {};
 }
 
 }  // namespace
+
+static_assert(std::size(kSignatures) == static_cast<size_t>(Op::all));
 
 const OpSignature& signature(Op op) { return kSignatures[static_cast<size_t>(op)]; }
 
@@ -157,10 +171,12 @@ std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_b
   for (size_t i = 0; i < n; ++i)
     if (p.code[i].for_mask && p.code[i].op == Op::var_s) return at(i, "the mask reads the score");
 
+  p.run = fuse(p.code, p);
+  p.in_place = score_in_place(p);
   // The mask runs first, so that loads in the score know which pairs exist. What nothing needs is not run.
   for (int pass = 0; pass < 2; ++pass)
     for (size_t i = 0; i < n; ++i) {
-      const Instruction& in = p.code[i];
+      const Instruction& in = p.run[i];
       if (pass == 0 ? in.for_mask : (in.for_score && !in.for_mask)) p.order[in.rank].push_back(static_cast<int32_t>(i));
     }
   if (std::string bad = assign_slots(p); !bad.empty()) return bad;

@@ -86,11 +86,23 @@ namespace attnkit::cpu {
   X(b_to_i, 'i', "b")      \
   X(f_to_i, 'i', "f")
 
+// What the engine makes for itself: no program may hold it. The weight of the softmax, for tests; then what it makes of
+// several instructions at once (fuse.h).
+#define ATTNKIT_INTERNAL_OPS(X) \
+  X(exp_weight, 'f', "f")       \
+  X(softcap, 'f', "ff")         \
+  X(mul_add, 'f', "fff")        \
+  X(mul_sub_from, 'f', "fff")   \
+  X(add_ramp, 'f', "ffii")      \
+  X(add_gap, 'f', "ffii")       \
+  X(sub_gap, 'f', "ffii")
+
 enum class Op : uint8_t {
 #define X(name, result, args) name,
-  ATTNKIT_OPCODES(X)
+  ATTNKIT_OPCODES(X) count,
+  last_opcode = count - 1,  // the numbers go on
+  ATTNKIT_INTERNAL_OPS(X) all
 #undef X
-      count
 };
 
 struct OpSignature {
@@ -132,7 +144,9 @@ struct Roots {
 };
 
 struct Program : Roots {
-  std::vector<Instruction> code;
+  std::vector<Instruction> code;  // as it came: what is analysed
+  std::vector<Instruction> run;   // as it is run, under the same numbers: some are fused, some of no use any more
+  int in_place = -1;              // the score, if s holds it in the end; -1: it has a slot
   std::vector<int32_t> order[4];  // instructions of each rank, in execution order; for tiles the mask comes first
   int slots[4] = {0, 0, 0, 0};
   int num_buffers = 0;

@@ -19,6 +19,7 @@ struct CodeView {
   int32_t order_size[4];
   int32_t slots[4];
   int32_t score, mask, slope;
+  int32_t in_place;  // see Program
   const LoadSlope* loads;
   int32_t num_loads;
   const uint8_t* load_in_bounds;
@@ -115,9 +116,6 @@ struct Tiles {
   void (*done)(void* state, const BackwardTile& tile);
 };
 
-// No opcode of programs: the exponential that makes weights, for tests.
-inline constexpr Op kWeightOp = Op::count;
-
 // What one instruction set provides.
 struct Kernel {
   const char* name;
@@ -131,8 +129,9 @@ struct Kernel {
   void (*backward_rows)(const BackwardCall&, const Task&, RowBlock&);
   // As `run`. The task's rows of dk and dv are written, also where it has no tiles.
   int32_t (*backward)(const BackwardCall&, const BackwardTask&, const Tiles&, float* workspace);
-  // dst[i] = op(a[i], b[i], c[i]) over n lanes, n a multiple of 16: the expression routines by themselves, for tests.
-  void (*evaluate)(Op, float* dst, const float* const* args, int32_t n);
+  // dst[i] = op(a[i], b[i] ...) over n lanes, n a multiple of 16: the expression routines by themselves, for tests.
+  // Of an argument that is `same` there is one element, for all lanes.
+  void (*evaluate)(Op, float* dst, const float* const* args, const bool* same, int32_t n);
   // Fused multiply-adds on registers alone; returns the floating-point operations done. The compute ceiling.
   double (*fma_burst)(int64_t rounds);
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.

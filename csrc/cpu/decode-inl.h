@@ -1,72 +1,19 @@
 // The products of a tile with few queries: its lanes would mostly be empty, and memory is what limits.
 //
-// Keys become the lanes of the scores instead: a block of them is transposed in registers, from the elements that
-// memory holds, and the queries are its rows. Every sum has the order that it has in products-inl.h, so that which of
-// the two is taken changes no bit. All the while what is needed next is fetched into the cache, a few lines at each
-// step: in one burst they would make arithmetic wait for memory. A tile's values are fetched while its scores are
-// computed, the next tile's keys while its values are used; farther ahead they would push each other out of the cache.
+// Keys become the lanes of the scores instead: squares of them are transposed in registers, from the elements that
+// memory holds, and multiplied there. Values are widened in the registers of the product. Every sum has the order that
+// it has in products-inl.h, so that which of the two is taken changes no bit.
+//
+// All the while what is needed next is fetched into the cache, in the order of memory, a row for each row that is
+// used: in one burst the fetches would make arithmetic wait for memory.
 
 inline constexpr int kFewLanes = kLanes;            // beyond, lanes are full enough
-inline constexpr int kBlockVecs = 2;  // vectors of keys in a block: small, it shares the cache with a tile
-inline constexpr int kFewVecs = kAccumulators / 6;  // vectors of value channels at once, for up to four queries
+inline constexpr int kFewRows = 4;                  // queries at once,
+inline constexpr int kBlockVecs = kAccumulators / 16 + 1;  // with so many vectors of keys beside a square of them,
+inline constexpr int kBlockKeys = 32;  // keys that are in use, and as many are being fetched: they share the cache
+inline constexpr int kFewVecs = kAccumulators / 6;  // or with so many vectors of value channels
 
 // ---- transposition ----
-
-// The six shuffles of a transposition, by their lanes. Within 128 bits: the low or high elements of two vectors in
-// turn, one or two at a time. Across: the even or the odd quarters of both.
-enum Step { kLow1, kHigh1, kLow2, kHigh2, kEven4, kOdd4 };
-constexpr int step_lane(Step step, int lane) {
-  const int quad = lane & ~3, at = lane & 3;
-  switch (step) {
-    case kLow1: return quad + at / 2 + at % 2 * kLanes;
-    case kHigh1: return quad + 2 + at / 2 + at % 2 * kLanes;
-    case kLow2: return quad + at % 2 + at / 2 * kLanes;
-    case kHigh2: return quad + 2 + at % 2 + at / 2 * kLanes;
-    case kEven4: return quad * 2 % kLanes + at + quad * 2 / kLanes * kLanes;
-    default: return quad * 2 % kLanes + 4 + at + quad * 2 / kLanes * kLanes;
-  }
-}
-template <Step kStep, int... kLane>
-ATTNKIT_INLINE vf shuffle_lanes(vf a, vf b, std::integer_sequence<int, kLane...>) {
-  return __builtin_shuffle(a, b, vi{step_lane(kStep, kLane)...});
-}
-template <Step kStep>
-ATTNKIT_INLINE vf shuffle(vf a, vf b) {
-  return shuffle_lanes<kStep>(a, b, std::make_integer_sequence<int, kLanes>{});
-}
-
-// r[i][j] becomes r[j][i].
-ATTNKIT_INLINE void transpose(vf* r) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; i += 4) {
-    const vf a = shuffle<kLow1>(r[i], r[i + 1]), b = shuffle<kHigh1>(r[i], r[i + 1]);
-    const vf c = shuffle<kLow1>(r[i + 2], r[i + 3]), d = shuffle<kHigh1>(r[i + 2], r[i + 3]);
-    r[i] = shuffle<kLow2>(a, c);
-    r[i + 1] = shuffle<kHigh2>(a, c);
-    r[i + 2] = shuffle<kLow2>(b, d);
-    r[i + 3] = shuffle<kHigh2>(b, d);
-  }
-  // r[4 g + j] holds column 4 q + j of rows 4 g .. 4 g + 3 in its quarter q.
-  if constexpr (kLanes == 8) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vf a = r[j], b = r[4 + j];
-      r[j] = shuffle<kEven4>(a, b);
-      r[4 + j] = shuffle<kOdd4>(a, b);
-    }
-  }
-  if constexpr (kLanes == 16) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vf a = shuffle<kEven4>(r[j], r[4 + j]), b = shuffle<kOdd4>(r[j], r[4 + j]);
-      const vf c = shuffle<kEven4>(r[8 + j], r[12 + j]), d = shuffle<kOdd4>(r[8 + j], r[12 + j]);
-      r[j] = shuffle<kEven4>(a, c);
-      r[8 + j] = shuffle<kOdd4>(a, c);
-      r[4 + j] = shuffle<kEven4>(b, d);
-      r[12 + j] = shuffle<kOdd4>(b, d);
-    }
-  }
-}
 
 // to[d][n] = f(rows[n][d]), `ld` floats from one d to the next; zeros up to a whole vector of rows.
 template <class T, class F>
@@ -77,7 +24,7 @@ void transpose_rows(const T* const* rows, int32_t count, int32_t width, F f, flo
       vf r[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) r[i] = n + i < count ? f(widen(rows[n + i] + d)) : vf{};
-      transpose(r);
+      transpose_square(r);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (d + i) * ld + n, r[i]);
     }
@@ -88,9 +35,13 @@ void transpose_rows(const T* const* rows, int32_t count, int32_t width, F f, flo
 
 // ---- elements ----
 
-// 4 bytes of a row of keys, a unit: one channel or two. Transposed as they are, then widened.
+// 4 bytes of a row, a unit: one channel or two. Loaded and transposed as they are, then widened.
 template <class T>
 inline constexpr int kPerUnit = 4 / static_cast<int>(sizeof(T));
+template <class T>
+ATTNKIT_INLINE vf load_units(const T* p) {
+  return load(reinterpret_cast<const float*>(p));
+}
 ATTNKIT_INLINE vf widen_unit(const float*, vf unit, int) { return unit; }
 ATTNKIT_INLINE vf widen_unit(const Bf16*, vf unit, int channel) {
   const vi x = as_int(unit);
@@ -101,124 +52,167 @@ ATTNKIT_INLINE vf widen_unit(const F16*, vf unit, int channel) {
   return widen_half(channel == 0 ? x & 0xffff : x >> 16);
 }
 
+// Even and odd channels become neighbours.
+template <int... kLane>
+ATTNKIT_INLINE void interleave_lanes(vf& even, vf& odd, std::integer_sequence<int, kLane...>) {
+  const vf low = __builtin_shuffle(even, odd, vi{kLane / 2 + kLane % 2 * kLanes...});
+  odd = __builtin_shuffle(even, odd, vi{(kLanes + kLane) / 2 + kLane % 2 * kLanes...});
+  even = low;
+}
+ATTNKIT_INLINE void interleave(vf& even, vf& odd) {
+  interleave_lanes(even, odd, std::make_integer_sequence<int, kLanes>{});
+}
+
 // ---- what is needed next ----
 
-// Fetches rows of a tile, line by line.
-class Ahead {
- public:
-  Ahead() = default;
-  Ahead(const char* rows, int64_t stride, int64_t bytes, int32_t count)
-      : at_(rows), row_(rows), stride_(stride), bytes_(bytes), lines_((bytes + kLine - 1) / kLine * count) {}
+struct Lines {
+  const char* at = nullptr;
+  int64_t stride = 0;  // in bytes
+  int32_t bytes = 0, count = 0;
+};
 
-  // Lines to fetch at each of so many steps, which are one of the `phases` phases that are left.
-  int32_t share(int64_t steps, int32_t phases) const {
-    return static_cast<int32_t>((lines_ + steps * phases - 1) / (steps * phases));
-  }
+// While row n of `now` is used, fetches a row that is used a block later, of `now` or of what follows it. A fetch does
+// not wait for the address of a page to be found, and so may come to nothing where its page is new: a line of each page
+// is fetched a block earlier still. Not a line of each row: lines out of turn cost half the speed of memory.
+struct Ahead {
+  Lines now, next;
+  static constexpr int32_t kRows = kBlockKeys, kPageRows = 2 * kRows, kLine = 64, kPage = 4096;
 
-  ATTNKIT_INLINE void fetch(int32_t lines) {
-    for (; lines > 0 && lines_ > 0; --lines, --lines_) {
-      __builtin_prefetch(at_);
-      at_ += kLine;
-      if (at_ >= row_ + bytes_) at_ = row_ += stride_;
-    }
+  // The part-th of `parts` parts of the row.
+  ATTNKIT_INLINE void fetch(int32_t n, int32_t part = 0, int32_t parts = 1) const {
+    const char* row = at(n + kRows);
+    const int32_t share = (now.bytes / kLine + parts - 1) / parts * kLine;
+    for (int32_t b = 0; b < share; b += kLine) __builtin_prefetch(row + part * share + b);
+    const char* far = at(n + kPageRows);
+    const bool opens = static_cast<int64_t>(reinterpret_cast<uintptr_t>(far) % kPage) < now.stride;
+    if (part == 0 && opens) __builtin_prefetch(far);
   }
 
  private:
-  static constexpr int64_t kLine = 64;
-  const char *at_ = nullptr, *row_ = nullptr;
-  int64_t stride_ = 0, bytes_ = 0, lines_ = 0;
+  ATTNKIT_INLINE const char* at(int32_t n) const {
+    return n < now.count ? now.at + n * now.stride : next.at + (n - now.count) * next.stride;
+  }
 };
 
 // ---- scores ----
 
-// K^T of a block of at most kBlockVecs vectors of keys, channels by `ld` keys, in float32. The last key is repeated to
-// a whole vector.
+// Units of keys transposed at once: of each key half a vector of them, so that those of all keys fit the registers.
+inline constexpr int kStripUnits = kLanes > 8 ? kLanes / 2 : 4;
+
+// r[u]: unit u of kLanes rows.
 template <class T>
-void transpose_keys(const T* k, int64_t stride, int32_t count, int32_t channels, float* kt, int32_t ld, Ahead& shared,
-                    int32_t share) {
-  Ahead ahead = shared;  // kept in registers
-  constexpr int kAtOnce = kLanes * kPerUnit<T>;
-  for (int32_t n = 0; n < count; n += kLanes)
-    for (int32_t d = 0; d < channels; d += kAtOnce) {
-      vf r[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-        r[i] = load(reinterpret_cast<const float*>(k + (n + i < count ? n + i : count - 1) * stride + d));
-      ahead.fetch(share);
-      transpose(r);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i)
-#pragma GCC unroll 2
-        for (int u = 0; u < kPerUnit<T>; ++u)
-          store(kt + static_cast<int64_t>(d + i * kPerUnit<T> + u) * ld + n,
-                widen_unit(static_cast<const T*>(nullptr), r[i], u));
+ATTNKIT_INLINE void transpose_strip(const T* const* rows, int64_t at, vf* r) {
+  const auto row = [&](int n) { return reinterpret_cast<const float*>(rows[n] + at); };
+#pragma GCC unroll 8
+  for (int i = 0; i < kStripUnits; ++i) {
+    if constexpr (kStripUnits == kLanes) {
+      r[i] = load(row(i));
+    } else {
+      const int n = i / 4 * 8 + i % 4;
+      r[i] = load_halves(row(n), row(n + 4));
     }
-  shared = ahead;
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kStripUnits; i += 4) transpose_quads(r + i);
+  if constexpr (kStripUnits == 8) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vf a = r[j], b = r[4 + j];
+      r[j] = shuffle<kEven4>(a, b);
+      r[4 + j] = shuffle<kOdd4>(a, b);
+    }
+  }
 }
 
-// S^T of kRows queries and kVecs vectors of keys: qk_tile with the roles exchanged.
-template <int kRows, int kVecs>
-__attribute__((noinline)) void few_tile(const float* q, int32_t head_dim, const float* kt, float* st, int32_t st_stride,
-                                        Ahead& shared, int32_t share) {
-  Ahead ahead = shared;  // kept in registers
-  for (int32_t d = 0; d < head_dim; d += kChannels) {
-    const int32_t end = head_dim - d < kChannels ? head_dim : d + kChannels;
+// S^T of kRows queries and at most kVecs vectors of keys: qk_tile with the roles exchanged. `channels` is a whole
+// number of vectors of units; rows of queries are `q_stride` wide, with zeros where there are no channels.
+template <int kRows, int kVecs, class T>
+__attribute__((noinline)) void few_tile(const float* q, int64_t q_stride, int32_t channels, const T* k, int64_t stride,
+                                        int32_t count, float* st, int32_t st_stride, Ahead ahead, int32_t first) {
+  constexpr int kStep = kStripUnits * kPerUnit<T>;
+  const T* key[kVecs * kLanes];
+  for (int n = 0; n < kVecs * kLanes; ++n) key[n] = k + (n < count ? n : count - 1) * stride;
+  const int32_t fetches = (kVecs * kLanes * kStep + channels - 1) / channels;  // rows at each step
+  int32_t next = first;
+  for (int32_t stretch = 0; stretch < channels; stretch += kChannels) {
+    const int32_t end = channels - stretch < kChannels ? channels : stretch + kChannels;
     vf acc[kRows][kVecs] = {};
-    for (int32_t c = d; c < end; ++c) {
-      ahead.fetch(share);
-      vf key[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) key[v] = load(kt + static_cast<int64_t>(c) * kVecs * kLanes + v * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const vf x = set1(q[static_cast<int64_t>(r) * head_dim + c]);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = fma(x, key[v], acc[r][v]);
-      }
+    for (int32_t d = stretch; d < end; d += kStep) {
+      for (int i = 0; i < fetches && next < first + count; ++i) ahead.fetch(next++);
+      vf r[kVecs][kStripUnits];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) transpose_strip(key + v * kLanes, d, r[v]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kStripUnits; ++i)
+#pragma GCC unroll 2
+        for (int u = 0; u < kPerUnit<T>; ++u) {
+          vf x[kVecs];
+#pragma GCC unroll 2
+          for (int v = 0; v < kVecs; ++v) x[v] = widen_unit(static_cast<const T*>(nullptr), r[v][i], u);
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m) {
+            const vf y = set1(q[m * q_stride + d + i * kPerUnit<T> + u]);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(y, x[v], acc[m][v]);
+          }
+        }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        float* x = st + r * st_stride + v * kLanes;
-        store(x, d == 0 ? acc[r][v] : load(x) + acc[r][v]);
+        float* x = st + m * st_stride + v * kLanes;
+        store(x, stretch == 0 ? acc[m][v] : load(x) + acc[m][v]);
       }
   }
-  shared = ahead;
 }
 
-// S^T of all queries for one block, which has kBlockVecs vectors of keys or one.
-inline void few_scores(const float* q, int32_t lanes, int32_t head_dim, const float* kt, int32_t ld, float* st,
-                       int32_t st_stride, Ahead& ahead, int32_t share) {
-  int32_t m = 0;
-  const auto rows = [&]<int kRows>() {
-    const auto tile = ld == kLanes ? few_tile<kRows, 1> : few_tile<kRows, kBlockVecs>;
-    tile(q + static_cast<int64_t>(m) * head_dim, head_dim, kt, st + m * st_stride, st_stride, ahead, share);
-    m += kRows;
-  };
-  while (lanes - m >= 4) rows.template operator()<4>();
-  while (lanes - m >= 2) rows.template operator()<2>();
-  if (lanes > m) rows.template operator()<1>();
+// S^T of all queries and `count` keys.
+template <class T>
+void few_scores(const float* q, int32_t lanes, int64_t q_stride, int32_t channels, const T* k, int64_t stride,
+                int32_t count, float* st, int32_t st_stride, const Ahead& ahead) {
+  constexpr int32_t kBlock = kBlockVecs * kLanes;
+  for (int32_t n = 0; n < count; n += kBlock) {
+    int32_t m = 0;
+    const auto rows = [&]<int kRows>() {
+      few_tile<kRows, kBlockVecs>(q + static_cast<int64_t>(m) * q_stride, q_stride, channels, k + n * stride, stride,
+                                  count - n < kBlock ? count - n : kBlock, st + m * st_stride + n, st_stride,
+                                  m == 0 ? ahead : Ahead(), n);
+      m += kRows;
+    };
+    while (lanes - m >= kFewRows) rows.template operator()<kFewRows>();
+    while (lanes - m >= 2) rows.template operator()<2>();
+    if (lanes > m) rows.template operator()<1>();
+  }
 }
 
 // ---- weights ----
 
-// The weights of plain scores, elementwise as softmax has them; the maxima and the factors of what was before.
-inline void few_weights(float* st, int32_t ld, int32_t count, int32_t lanes, float* max, float* alpha, Ahead& ahead) {
-  const int32_t share = ahead.share(int64_t{lanes} * ((count + kLanes - 1) / kLanes), 2);
-  for (int32_t m = 0; m < lanes; ++m, st += ld) {
-    vf largest = set1(-kInfinity);
-    for (int32_t n = 0; n < count; n += kLanes) largest = max_or_second(load(st + n), largest);
-    float top = max[m];
-    for (int i = 0; i < kLanes; ++i) top = largest[i] > top ? largest[i] : top;
-    const vf pivot = set1(top == -kInfinity ? 0 : top);
-    alpha[m] = exp_weight(set1(max[m]) - pivot)[0];
-    max[m] = top;
-    for (int32_t n = 0; n < count; n += kLanes) {
-      ahead.fetch(share);
-      store(st + n, exp_weight(load(st + n) - pivot));
-    }
+ATTNKIT_INLINE float largest_lane(vf x) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    vi other{};
+    for (int i = 0; i < kLanes; ++i) other[i] = i ^ half;
+    x = max_or_second(__builtin_shuffle(x, other), x);
   }
+  return x[0];
+}
+
+// The weights of plain scores, elementwise as softmax has them; the maxima and the factors of what was before.
+inline void few_weights(float* st, int32_t ld, int32_t count, int32_t lanes, float* max, float* alpha) {
+  alignas(kBytes) float top[kFewLanes] = {};
+  for (int32_t m = 0; m < lanes; ++m) {
+    vf largest = set1(max[m]);
+    for (int32_t n = 0; n < count; n += kLanes) largest = max_or_second(load(st + m * ld + n), largest);
+    top[m] = largest_lane(largest);
+  }
+  const vf largest = load(top), pivot = largest == set1(-kInfinity) ? vf{} : largest;
+  store(alpha, exp_weight(load(max) - pivot));
+  store(max, largest);
+  store(top, pivot);
+  for (int32_t m = 0; m < lanes; ++m)
+    for (int32_t n = 0; n < count; n += kLanes)
+      store(st + m * ld + n, exp_weight(load(st + m * ld + n) - set1(top[m])));
 }
 
 // A row of kLanes queries for each key, from S^T. Told every row.
@@ -228,7 +222,7 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
     vf r[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) r[i] = i < lanes ? load(st + i * ld + n) : vf{};
-    transpose(r);
+    transpose_square(r);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       store(s + (n + i) * kLanes, r[i]);
@@ -239,28 +233,76 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
 
 // ---- values ----
 
-// As pv, of few queries, on the elements that memory holds.
-template <class T>
-void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t count, const float* alpha, float* o,
-                int32_t o_stride, int32_t lanes, Ahead& shared) {
-  Ahead ahead = shared;  // kept in registers
-  const int32_t share =
-      ahead.share(int64_t{count} * ((o_stride + kFewVecs * kLanes - 1) / (kFewVecs * kLanes)) * ((lanes + 3) / 4), 1);
-  const auto fetch = [&](int32_t) { ahead.fetch(share); };
-  int32_t c = 0;
-  const auto columns = [&]<int kVecs>() {
-    int32_t m = 0;
-    const auto rows = [&]<int kRows>() {
-      pv_tile<FloatDot, kRows, kVecs>(p + m, bm, v + c, v_stride, count, alpha + m,
-                                      o + static_cast<int64_t>(m) * o_stride + c, o_stride, fetch);
-      m += kRows;
-    };
-    while (lanes - m >= 4) rows.template operator()<4>();
-    while (lanes - m >= 2) rows.template operator()<2>();
-    if (lanes > m) rows.template operator()<1>();
-    c += kVecs * kLanes;
+// O of kRows queries and kVecs vectors of units: pv_tile on the elements that memory holds. Keys of a tile come in
+// blocks: what the first have summed is in `sums`.
+template <int kRows, int kVecs, class T>
+ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t first,
+                                    int32_t end, bool last, float* sums, const float* alpha, float* o, int32_t o_stride,
+                                    Ahead ahead, int32_t part, int32_t parts) {
+  constexpr int kUnit = kPerUnit<T>;
+  vf acc[kRows][kVecs][kUnit] = {};
+  const auto each = [&](auto f) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c)
+#pragma GCC unroll 2
+        for (int u = 0; u < kUnit; ++u)
+          f(r, acc[r][c][u], static_cast<int64_t>(r) * o_stride + (c * kUnit + u) * kLanes);
   };
-  while (c + kFewVecs * kLanes <= o_stride) columns.template operator()<kFewVecs>();
-  while (c < o_stride) columns.template operator()<1>();
-  shared = ahead;
+  if (first > 0) each([&](int, vf& x, int64_t at) __attribute__((always_inline)) { x = load(sums + at); });
+  for (int32_t n = first; n < end; ++n) {
+    ahead.fetch(n, part, parts);
+    vf value[kVecs][kUnit];
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      const vf x = load_units(v + n * v_stride + c * kLanes * kUnit);
+#pragma GCC unroll 2
+      for (int u = 0; u < kUnit; ++u) value[c][u] = widen_unit(v, x, u);
+    }
+    const float* weight = p + static_cast<int64_t>(n) * bm;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const vf w = set1_bits(weight + r);
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c)
+#pragma GCC unroll 2
+        for (int u = 0; u < kUnit; ++u) acc[r][c][u] = fma(w, value[c][u], acc[r][c][u]);
+    }
+  }
+  if (!last) return each([&](int, vf& x, int64_t at) __attribute__((always_inline)) { store(sums + at, x); });
+  if constexpr (kUnit == 2)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) interleave(acc[r][c][0], acc[r][c][1]);
+  each([&](int r, vf& x, int64_t at)
+           __attribute__((always_inline)) { store(o + at, fma(load(o + at), set1(alpha[r]), x)); });
+}
+
+// As pv, of few queries. `sums`: room as for o.
+template <class T>
+void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t count, float* sums,
+                const float* alpha, float* o, int32_t o_stride, int32_t lanes, const Ahead& ahead) {
+  constexpr int kUnit = kPerUnit<T>, kVecs = (kFewVecs + kUnit - 1) / kUnit, kWide = kVecs * kUnit * kLanes;
+  const int32_t parts = (o_stride + kWide - 1) / kWide * ((lanes + kFewRows - 1) / kFewRows);
+  for (int32_t n = 0; n < count; n += kBlockKeys) {
+    const int32_t end = count - n < kBlockKeys ? count : n + kBlockKeys;
+    int32_t c = 0, part = 0;
+    const auto columns = [&]<int kWidth>() {
+      int32_t m = 0;
+      const auto rows = [&]<int kRows>() {
+        const int64_t at = static_cast<int64_t>(m) * o_stride + c;
+        few_values_tile<kRows, kWidth>(p + m, bm, v + c, v_stride, n, end, end == count, sums + at, alpha + m, o + at,
+                                       o_stride, ahead, part++, parts);
+        m += kRows;
+      };
+      while (lanes - m >= kFewRows) rows.template operator()<kFewRows>();
+      while (lanes - m >= 2) rows.template operator()<2>();
+      if (lanes > m) rows.template operator()<1>();
+      c += kWidth * kUnit * kLanes;
+    };
+    while (c + kWide <= o_stride) columns.template operator()<kVecs>();
+    while (c < o_stride) columns.template operator()<1>();
+  }
 }

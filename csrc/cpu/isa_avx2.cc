@@ -10,7 +10,7 @@ inline constexpr int kLanes = 8;
 // or 5 cycles each need 8 to 10 sums in flight.
 inline constexpr int kAccumulators = 12, kQueryVecs = 3, kMaxKeyRows = 8;
 inline constexpr int kOutRows = 6, kOutVecs = 2;
-inline constexpr int kSoftmaxVecs = 1;
+inline constexpr int kSoftmaxVecs = 1, kSoftmaxKeys = 2;
 #include "simd-inl.h"
 
 ATTNKIT_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -25,10 +25,17 @@ ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0; }
 ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask)); }
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm256_i32gather_ps(base, (__m256i)offset, 4); }
-ATTNKIT_INLINE vf look_up(const float* table, vi i) {
+ATTNKIT_INLINE vf load_halves(const float* low, const float* high) {
+  return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+}
+ATTNKIT_INLINE vf look_up_16(const float* table, vi i) {
   const __m256 low = _mm256_permutevar8x32_ps((__m256)load(table), (__m256i)i);
   const __m256 high = _mm256_permutevar8x32_ps((__m256)load(table + 8), (__m256i)i);
   return (vf)_mm256_blendv_ps(low, high, (__m256)(i << 28));
+}
+ATTNKIT_INLINE vf look_up(const float (&table)[16], vi i) { return look_up_16(table, i); }
+ATTNKIT_INLINE vf look_up(const float (&table)[32], vi i) {
+  return (vf)_mm256_blendv_ps((__m256)look_up_16(table, i), (__m256)look_up_16(table + 16, i), (__m256)(i << 27));
 }
 ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 

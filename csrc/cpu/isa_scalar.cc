@@ -7,7 +7,7 @@ inline constexpr int kLanes = 4;
 // 16 registers: 8 accumulators leave room for the streamed operands on every 64-bit architecture.
 inline constexpr int kAccumulators = 8, kQueryVecs = 2, kMaxKeyRows = 8;
 inline constexpr int kOutRows = 4, kOutVecs = 2;
-inline constexpr int kSoftmaxVecs = 1;
+inline constexpr int kSoftmaxVecs = 1, kSoftmaxKeys = 2;
 #include "simd-inl.h"
 
 template <class F>
@@ -45,8 +45,10 @@ ATTNKIT_INLINE uint32_t lane_bits(vi mask) {
 ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
 }
-ATTNKIT_INLINE vf look_up(const float* table, vi i) {
-  return lanes_of([&](int lane) { return table[i[lane] & 15]; });
+ATTNKIT_INLINE vf load_halves(const float* low, const float* high) { return vf{low[0], low[1], high[0], high[1]}; }
+template <int kSize>
+ATTNKIT_INLINE vf look_up(const float (&table)[kSize], vi i) {
+  return lanes_of([&](int lane) { return table[i[lane] & (kSize - 1)]; });
 }
 ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 

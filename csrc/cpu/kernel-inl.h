@@ -14,7 +14,8 @@ struct Layout {
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t random;  // words of the queries
-  size_t q, kt, st;  // of few queries: rows of them, of K^T and of S^T
+  size_t q, st;  // of few queries: rows of them, and of S^T
+  int32_t dq;  // channels in a row of them
   int32_t ld;  // keys in a row of S^T
 
   Layout(const Call& c, int32_t lanes)
@@ -38,9 +39,9 @@ struct Layout {
     before_max = take(1, bm);
     before_sum = take(1, bm);
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
-    q = take(kFewLanes, p.head_dim);
+    dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
+    q = take(kFewLanes, dq);
     ld = round_up(c.tile_kv, kBlockVecs * kLanes);
-    kt = take(round_up(p.head_dim, kLanes), kBlockVecs * kLanes);
     st = take(kFewLanes, ld);
   }
 };
@@ -195,7 +196,7 @@ class Forward {
         const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
         float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
         tile_.run_strip(strip, shape.rows, true, !full && tile_.checked());
-        map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+        if (c_.code.in_place < 0) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
         tile_.check_loads(strip, shape.rows, t_.lanes(), full);
       }
     }
@@ -203,12 +204,18 @@ class Forward {
     if (c_.has_score) find_largest(count);
   }
 
+  // Every other score by itself: a maximum takes longer than a load.
   void find_largest(int32_t count) {
     for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
-      vf most = load(ws_ + at_.largest + lane);
-      for (int32_t n = 0; n < count; ++n)
-        most = max_or_second(load(ws_ + at_.s + static_cast<size_t>(lane + n * at_.bm)), most);
-      store(ws_ + at_.largest + lane, most);
+      const float* s = ws_ + at_.s + lane;
+      vf even = load(ws_ + at_.largest + lane), odd = even;
+      int32_t n = 0;
+      for (; n + 2 <= count; n += 2, s += 2 * at_.bm) {
+        even = max_or_second(load(s), even);
+        odd = max_or_second(load(s + at_.bm), odd);
+      }
+      if (n < count) even = max_or_second(load(s), even);
+      store(ws_ + at_.largest + lane, max_or_second(even, odd));
     }
   }
 
@@ -253,23 +260,34 @@ class Forward {
       store(max, new_max);
       store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
     }
-    const auto weigh = [&](int32_t n, int u, bool second) {  // two keys, or the last one
-      for (int v = 0; v < kVecs; ++v) {
-        const float* x = s + n * at_.bm + v * kLanes;
-        const vf w = Weights::exp(load(x) - pivot[v]),
-                 after = second ? Weights::exp(load(x + at_.bm) - pivot[v]) : vf{};
-        sum[u][v] += w;
-        sum[u + 1][v] += after;
-        weights.put(n, lane + v * kLanes, w, after);
-      }
+    const auto weigh = [&]<int kKeys>(int32_t n, int u) {
+      vf w[kKeys][kVecs];
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) w[i][v] = load(s + (n + i) * at_.bm + v * kLanes) - pivot[v];
+      Weights::template exp<kKeys * kVecs>(w[0]);
+#pragma GCC unroll 4
+      for (int i = 0; i < kKeys; i += 2)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys][v] : vf{};
+          sum[u + i][v] += w[i][v];
+          sum[u + i + 1][v] += after;
+          weights.put(n + i, lane + v * kLanes, w[i][v], after);
+        }
     };
     int32_t n = keys.first;
     for (; n + kSums <= keys.end; n += kSums)
+#pragma GCC unroll 4
+      for (int u = 0; u < kSums; u += Weights::kKeys) weigh.template operator()<Weights::kKeys>(n + u, u);
 #pragma GCC unroll 2
-      for (int u = 0; u < kSums; u += 2) weigh(n + u, u, true);
-#pragma GCC unroll 2
-    for (int u = 0; u < kSums; u += 2)
-      if (n + u < keys.end) weigh(n + u, u, n + u + 1 < keys.end);
+    for (int u = 0; u < kSums; u += 2) {
+      if (n + u + 1 < keys.end)
+        weigh.template operator()<2>(n + u, u);
+      else if (n + u < keys.end)
+        weigh.template operator()<1>(n + u, u);
+    }
     for (int v = 0; v < kVecs; ++v) {
       float* total = ws_ + at_.sum + lane + v * kLanes;
       store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
@@ -277,13 +295,14 @@ class Forward {
     }
   }
 
-  // Scores become weights, which `weights` computes (exp) and puts two keys at a time; the row after the last is zero.
+  // Scores become weights, which `weights` computes (exp) for kKeys keys by kVecs vectors of queries in step, and puts
+  // two keys at a time; the row after the last is zero.
   template <class Weights>
   void softmax(int32_t count, bool full, const Weights& weights) {
     if (!full) return softmax_of_live(count, weights);
     int32_t lane = 0;
-    for (; lane + kSoftmaxVecs * kLanes <= at_.bm; lane += kSoftmaxVecs * kLanes)
-      softmax_lanes<Weights, kSoftmaxVecs>(lane, {0, count}, weights);
+    for (; lane + Weights::kVecs * kLanes <= at_.bm; lane += Weights::kVecs * kLanes)
+      softmax_lanes<Weights, Weights::kVecs>(lane, {0, count}, weights);
     for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, {0, count}, weights);
   }
 
@@ -332,18 +351,23 @@ class Forward {
     return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != vf{});
   }
 
-  // The same sums in the same order as pv, but a pair that does not exist is skipped. weight(n, m): of a pair.
-  template <class F>
-  void pv_guarded(const float* v, int64_t stride, int32_t count, F weight) {
+  // The same sums in the same order as pv, but zeros stand for the values of pairs that do not exist.
+  template <class Dot>
+  void pv_guarded(const float* weights, const float* v, int64_t stride, int32_t count) {
+    constexpr int kBits = 32 / Dot::kKeys;
     float *o = ws_ + at_.o, *acc = ws_ + at_.guarded;
     clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m)
-      for (int32_t n = 0; n < count; ++n) {
-        if (!exists(n, m)) continue;
-        const vf w = set1(weight(n, m));
+      for (int32_t n = 0; n < count; n += Dot::kKeys) {
+        uint32_t alive = 0;
+        for (int i = 0; i < Dot::kKeys && n + i < count; ++i)
+          if (exists(n + i, m)) alive |= ~uint32_t{0} >> (32 - kBits) << kBits * i;
+        if (alive == 0) continue;
+        const vf w = set1_bits(weights + n / Dot::kKeys * at_.bm + m);
+        const float* values = v + n / Dot::kKeys * stride;
         for (int32_t d = 0; d < at_.dv; d += kLanes) {
           float* x = acc + static_cast<int64_t>(m) * at_.dv + d;
-          store(x, fma(w, load(v + n * stride + d), load(x)));
+          store(x, Dot::run(w, as_float(load_int(values + d) & static_cast<int32_t>(alive)), load(x)));
         }
       }
     for (int32_t m = 0; m < t_.lanes(); ++m)

@@ -22,12 +22,21 @@ ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
 }
 
 // exp_weight for what is rounded to 8 bits next: a polynomial of second degree is exact enough.
-ATTNKIT_INLINE vf exp_rough(vf x) {
+template <int kCount>
+ATTNKIT_INLINE void exp_rough(vf* x) {
   const vf magic = set1(786432.0f);
-  x = max_or_second(set1(-115.0f), x);
-  const vf t = fma(x, set1(kLog2e), magic), n = t - magic, r = fma(n, set1(-0.693147182464599609375f), x);
-  const vf power = look_up(kSixteenths, as_int(t));
-  return scale_by_power(fma(power, fma(set1(0.5f), r, set1(1.0f)) * r, power), n);
+  vf t[kCount], n[kCount], r[kCount], power[kCount];
+  ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
+  ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
+  ATTNKIT_EACH n[i] = t[i] - magic;
+  ATTNKIT_EACH r[i] = fma(n[i], set1(-0.693147182464599609375f), x[i]);
+  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  ATTNKIT_EACH r[i] = fma(set1(0.5f), r[i], set1(1.0f)) * r[i];
+  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], r[i], power[i]), n[i]);
+}
+ATTNKIT_INLINE vf exp_rough(vf x) {
+  exp_rough<1>(&x);
+  return x;
 }
 
 class PairForward : public Forward {
@@ -65,13 +74,13 @@ class PairForward : public Forward {
         float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
         store_int(w, load_int(w) & (kept | (n % 2 ? 0xffff : ~0xffff)));
       });
+    pack_values(first, count);
     if (!full) {
       int64_t stride;
       const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
       if (has_nonfinite(v, stride, count))
-        return pv_guarded(v, stride, count, [&](int32_t n, int32_t m) { return weight(n, m); });
+        return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
     }
-    pack_values(first, count);
     pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(full), ws_ + at_.alpha, ws_ + at_.o,
                 at_.dv, t_.lanes());
   }
@@ -81,17 +90,15 @@ class PairForward : public Forward {
     float* at;
     int32_t bm;
 
-    static ATTNKIT_INLINE vf exp(vf x) { return exp_rough(x); }
+    static constexpr int kVecs = 3, kKeys = 2;
+    template <int kCount>
+    static ATTNKIT_INLINE void exp(vf* x) {
+      exp_rough<kCount>(x);
+    }
     ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
       store(at + n / 2 * bm + lane, pairs_of(w, after));
     }
   };
-
-  float weight(int32_t n, int32_t m) const {
-    uint32_t pair;
-    __builtin_memcpy(&pair, ws_ + at_.weights + n / 2 * at_.bm + m, 4);
-    return widen_one(Bf16{static_cast<uint16_t>(n % 2 ? pair >> 16 : pair)});
-  }
 
   // Where they lie, if their channels are adjacent and even in number.
   KeyRows keys_as_pairs(int64_t first, int32_t count) {
@@ -124,11 +131,102 @@ class PairForward : public Forward {
   }
 };
 
+// Few queries: scores on the dot product, as rows of both lie in memory; the rest in float32.
+class PairDecode : public FloatForward {
+ public:
+  PairDecode(const Call& c, const Task& t, float* workspace)
+      : FloatForward(c, t, workspace, true), width_(round_up(p_.head_dim, kPairChannels)) {}
+
+  void pack_queries() {
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      copy_row(row<const Bf16*>(p_.q, head_of(m), token_of(m)), p_.q.stride[3], queries() + m * width_);
+  }
+
+ private:
+  static constexpr int32_t kPairChannels = 2 * kLanes;
+
+  Bf16* queries() const { return reinterpret_cast<Bf16*>(ws_ + at_.q); }
+
+  void copy_row(const Bf16* from, int64_t stride, Bf16* to) const {
+    for (int32_t d = 0; d < width_; ++d) to[d] = d < p_.head_dim ? from[d * stride] : Bf16{0};
+  }
+
+  void few_scores_of(int64_t first, int32_t count, const Ahead& ahead) override {
+    const Bf16* k = row<const Bf16*>(p_.k, kv_head_, seq_.kv_start + first);
+    int64_t stride = p_.k.stride[2];
+    if (p_.k.stride[3] != 1 || width_ != p_.head_dim) {
+      Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
+      for (int32_t n = 0; n < count; ++n) copy_row(k + n * stride, p_.k.stride[3], to + n * width_);
+      k = to;
+      stride = width_;
+    }
+    int32_t m = 0;
+    const auto rows = [&]<int kRows>() {
+      dot_rows<kRows>(queries() + m * width_, width_, k, stride, count, p_.scale, ws_ + at_.st + m * at_.ld, at_.ld,
+                      m == 0 ? ahead : Ahead());
+      m += kRows;
+    };
+    while (t_.lanes() - m >= 4) rows.template operator()<4>();
+    while (t_.lanes() - m >= 2) rows.template operator()<2>();
+    if (t_.lanes() > m) rows.template operator()<1>();
+  }
+
+  // S^T of kRows queries and keys up to a whole vector of them: the last key is repeated.
+  template <int kRows>
+  static __attribute__((noinline)) void dot_rows(const Bf16* q, int32_t width, const Bf16* k, int64_t stride,
+                                                 int32_t count, float scale, float* st, int32_t ld, Ahead ahead) {
+    constexpr int kKeys = kLanes / kRows;
+    for (int32_t n = 0; n < round_up(count, kLanes); n += kKeys) {
+      const Bf16* key[kKeys];
+      const Bf16* at = k + (n < count ? n : count - 1) * stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < kKeys; ++i) {
+        key[i] = at;
+        if (n + i + 1 < count) at += stride;
+      }
+      for (int i = 0; i < kKeys; ++i) ahead.fetch(n + i);
+      vf acc[kRows * kKeys] = {};
+      for (int32_t d = 0; d < width; d += kPairChannels) {
+        vf x[kRows];
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m) x[m] = load_units(q + m * width + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kKeys; ++i) {
+          const vf y = load_units(key[i] + d);
+#pragma GCC unroll 4
+          for (int m = 0; m < kRows; ++m) acc[m * kKeys + i] = PairDot::run(x[m], y, acc[m * kKeys + i]);
+        }
+      }
+      const vf scores = sums_of_lanes(acc) * set1(scale);
+      alignas(kBytes) float by_query[kLanes];
+      store(by_query, scores);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) __builtin_memcpy(st + m * ld + n, by_query + m * kKeys, 4 * kKeys);
+    }
+  }
+
+  // Lane i: the sum of the lanes of x[i].
+  static ATTNKIT_INLINE vf sums_of_lanes(const vf* x) {
+    const auto both = []<Step kFirst, Step kSecond>(vf a, vf b)
+                          __attribute__((always_inline)) { return shuffle<kFirst>(a, b) + shuffle<kSecond>(a, b); };
+    vf quads[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      quads[i] =
+          both.template operator()<kLow2, kHigh2>(both.template operator()<kLow1, kHigh1>(x[4 * i], x[4 * i + 1]),
+                                                  both.template operator()<kLow1, kHigh1>(x[4 * i + 2], x[4 * i + 3]));
+    return both.template operator()<kEven4, kOdd4>(both.template operator()<kEven4, kOdd4>(quads[0], quads[1]),
+                                                   both.template operator()<kEven4, kOdd4>(quads[2], quads[3]));
+  }
+
+  const int32_t width_;  // channels, with zeros up to a whole vector of pairs
+};
+
 int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                      float* workspace) {
   // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
   const Problem& p = *c.problem;
   const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
-  const auto run_it = p.dtype == DType::bf16 && !few ? run<PairForward> : run<FloatForward>;
+  const auto run_it = p.dtype != DType::bf16 ? run<FloatForward> : few ? run<PairDecode> : run<PairForward>;
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }

@@ -35,14 +35,27 @@ ATTNKIT_INLINE vf subtract_ln2(vf x, vf n) {
 // e^x for x <= 0: a softmax weight, right to 1.5 units in the last place however small it is. x is split into
 // sixteenths of ln 2 and a remainder, whose short polynomial is half the work of a long one (Tang 1989). Exactly 1 at
 // 0: rescaling by an unchanged maximum changes no bit.
-ATTNKIT_INLINE vf exp_weight(vf x) {
+//
+// Several vectors go in step, operation by operation: one after the other, the operations that wait for the one before
+// them would fill the scheduler.
+#define ATTNKIT_EACH _Pragma("GCC unroll 16") for (int i = 0; i < kCount; ++i)
+template <int kCount>
+ATTNKIT_INLINE void exp_weights(vf* x) {
   const vf magic = set1(786432.0f);  // 1.5 * 2^19: adding it leaves four bits of the fraction
-  x = max_or_second(set1(-115.0f), x);
-  const vf t = fma(x, set1(kLog2e), magic), n = t - magic, r = subtract_ln2(x, n);
+  vf t[kCount], n[kCount], r[kCount], p[kCount], power[kCount];
+  ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
+  ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
+  ATTNKIT_EACH n[i] = t[i] - magic;
+  ATTNKIT_EACH r[i] = subtract_ln2(x[i], n[i]);
   // Minimax of (e^r - 1)/r for |r| <= ln(2)/32, error 4e-9.
-  const vf p = fma(fma(set1(0.16666960716247559f), r, set1(0.5000147223472595f)), r, set1(1.0f));
-  const vf power = look_up(kSixteenths, as_int(t));
-  return scale_by_power(fma(power, p * r, power), n);
+  ATTNKIT_EACH p[i] = fma(set1(0.16666960716247559f), r[i], set1(0.5000147223472595f));
+  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  ATTNKIT_EACH p[i] = fma(p[i], r[i], set1(1.0f)) * r[i];
+  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], p[i], power[i]), n[i]);
+}
+ATTNKIT_INLINE vf exp_weight(vf x) {
+  exp_weights<1>(&x);
+  return x;
 }
 
 // r = x - n ln 2 and e^r - 1, |r| <= ln(2)/2. Coefficients: minimax of (e^r - 1 - r)/r^2, error 2.4e-10.
@@ -67,16 +80,29 @@ ATTNKIT_INLINE vf exp(vf x) {
   return scale_by_power(e.em1 + set1(1.0f), e.n);
 }
 
-// (e^2x - 1) / (e^2x + 1) with e^2x - 1 kept whole, so that small arguments keep all their bits.
-ATTNKIT_INLINE vf tanh(vf x) {
-  const vf clamped = min_or_second(set1(9.25f), max_or_second(set1(-9.25f), x));
-  const ExpParts e = exp_parts(clamped + clamped);
-  const vf power = scale_by_power(set1(1.0f), e.n);
-  const vf em1 = fma(power, e.em1, power - set1(1.0f));
-  const vf t = em1 / (em1 + set1(2.0f));
-  const vf a = as_float(as_int(x) & set1_int(0x7fffffff));
-  return a < set1(1e-4f) ? x : t;  // keeps -0 and subnormals
+// tanh(i * kTanhStep); the last is 1.
+inline constexpr float kTanhStep = 0.30078125f;
+alignas(64) inline constexpr float kTanhs[32] = {
+    0.0f,       0.2920274f,  0.5381605f,  0.71743715f, 0.83460534f, 0.90585166f, 0.9472893f, 0.97076863f,
+    0.983876f,  0.9911325f,  0.99513125f, 0.9973292f,  0.99853563f, 0.9991973f,  0.9995601f, 0.9997589f,
+    0.9998679f, 0.99992764f, 0.99996036f, 0.99997824f, 0.9999881f,  0.9999935f,  0.9999964f, 0.99999803f,
+    0.9999989f, 0.9999994f,  0.9999997f,  0.9999998f,  0.9999999f,  0.99999994f, 1.0f,       1.0f};
+
+// tanh(x / c) for c > 0, given 1 / (c kTanhStep) and 31 c kTanhStep. |x| is split into steps and a remainder r of at
+// most half a step: tanh(a + r) = (tanh a + tanh r) / (1 + tanh a tanh r), with tanh a from the table. A small x has no
+// steps, and keeps all its bits.
+ATTNKIT_INLINE vf tanh_in_steps(vf x, vf steps, vf limit) {
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: adding it leaves no fraction bits
+  const vf size = min_or_second(limit, magnitude(x));  // NaN gets through
+  const vf t = fma(size, steps, magic), r = fma(size, steps, magic - t), square = r * r;
+  // Minimax of tanh(r kTanhStep) / r for |r| <= 1/2, error 2e-8.
+  const vf p = fma(fma(set1(0.00032378006f), square, set1(-0.009070079f)), square, set1(kTanhStep));
+  const vf rest = p * r, whole = look_up(kTanhs, as_int(t));
+  const vf result = (whole + rest) / fma(whole, rest, set1(1.0f));
+  return as_float(as_int(result) | (as_int(x) & INT32_MIN));
 }
+
+ATTNKIT_INLINE vf tanh(vf x) { return tanh_in_steps(x, set1(1 / kTanhStep), set1(31 * kTanhStep)); }
 
 // From e^-|x|, which cannot overflow: the far negative tail keeps its bits.
 ATTNKIT_INLINE vf sigmoid(vf x) {

@@ -1,10 +1,9 @@
 // The machine's ceilings and the expression routines by themselves, measured and tested with the same vectors as the
 // kernels use.
 
-void evaluate(Op op, float* dst, const float* const* args, int32_t n) {
+void evaluate(Op op, float* dst, const float* const* args, const bool* same, int32_t n) {
   Operand a[kMaxArgs];
-  for (int i = 0; i < 3; ++i) a[i] = {args[i], 0, true};
-  if (op == kWeightOp) return map1(dst, {1, n}, a[0], [](vf x) { return exp_weight(x); });
+  for (int i = 0; i < kMaxArgs; ++i) a[i] = {args[i], 0, !same[i]};
   compute(op, dst, {1, n}, a);
 }
 

@@ -1,5 +1,10 @@
 // What the schedulers of both directions share; defined in attend.cc.
 #pragma once
+#include <omp.h>
+#include <sched.h>
+
+#include <atomic>
+
 #include "analysis.h"
 #include "call.h"
 
@@ -14,5 +19,26 @@ CodeView view(const Program& program, const Facts& facts);
 int worth(int threads, double flops);
 
 void ran(const Kernel& kernel);  // for last_isa
+
+template <class Ready>
+void until(Ready ready) {
+  for (int spins = 0; !ready(); ++spins)
+    if (spins > 1000) sched_yield();
+}
+
+// Lets `work`, which throws nothing, run on so many threads, this one among them.
+template <class Work>
+void on_threads(int threads, const Work& work) {
+  if (threads <= 1) return work();
+  std::atomic<int> done{0};
+#pragma omp parallel num_threads(threads)
+  {
+    work();
+    // A thread that sleeps is often woken on the core of this one. The barrier would spin there for milliseconds and
+    // keep it from running: until all are done, this one offers it the core.
+    done.fetch_add(1, std::memory_order_release);
+    if (omp_get_thread_num() == 0) until([&] { return done.load(std::memory_order_acquire) == omp_get_num_threads(); });
+  }
+}
 
 }  // namespace attnkit::cpu

@@ -7,10 +7,11 @@
 //   max_or_second, min_or_second   of a and b; b when either is NaN
 //   round_nearest, floor, sqrt     as IEEE has them; ties to even
 //   scale_by_power(p, n)           p * 2^floor(n); over- and underflows as IEEE does
-//   look_up(table, i)              table[i % 16] of each lane
+//   look_up(table, i)              table[i % n] of each lane, of a table of n = 16 or 32
 //   any(mask)                      whether a bit of any lane is set
 //   lane_bits(mask)                a bit for each lane, from its sign
 //   gather(base, offset)           base[offset] of each lane
+//   load_halves(low, high)         half a vector from each of two places
 //   multiply_low(a, b)             the products of the low halves of 64-bit lanes
 
 inline constexpr int kBytes = 4 * kLanes;
@@ -41,6 +42,7 @@ ATTNKIT_INLINE vi set1_int(int32_t x) { return x - vi{}; }
 ATTNKIT_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 ATTNKIT_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }
 ATTNKIT_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+ATTNKIT_INLINE vf magnitude(vf x) { return as_float(as_int(x) & 0x7fffffff); }
 ATTNKIT_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 // The mask that lane_bits made bits of.
 ATTNKIT_INLINE vi lane_mask(uint32_t bits) {
@@ -58,22 +60,61 @@ ATTNKIT_INLINE vf scale_in_two_steps(vf p, vi k) {
   return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
 }
 
-// kLanes vectors as the rows of a square matrix become its columns: blocks of half the size change places, stage by
-// stage.
-ATTNKIT_INLINE void transpose_square(vf* rows) {
-#pragma GCC unroll 8
-  for (int half = 1; half < kLanes; half *= 2) {
-    vi low{}, high{};
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = (j & half) == 0 ? j : kLanes + j - half;
-      high[j] = (j & half) == 0 ? j + half : kLanes + j;
+// The six shuffles of a transposition, by their lanes. Within 128 bits: the low or high elements of two vectors in
+// turn, one or two at a time. Across: the even or the odd quarters of both.
+enum Step { kLow1, kHigh1, kLow2, kHigh2, kEven4, kOdd4 };
+constexpr int step_lane(Step step, int lane) {
+  const int quad = lane & ~3, at = lane & 3;
+  switch (step) {
+    case kLow1: return quad + at / 2 + at % 2 * kLanes;
+    case kHigh1: return quad + 2 + at / 2 + at % 2 * kLanes;
+    case kLow2: return quad + at % 2 + at / 2 * kLanes;
+    case kHigh2: return quad + 2 + at % 2 + at / 2 * kLanes;
+    case kEven4: return quad * 2 % kLanes + at + quad * 2 / kLanes * kLanes;
+    default: return quad * 2 % kLanes + 4 + at + quad * 2 / kLanes * kLanes;
+  }
+}
+template <Step kStep, int... kLane>
+ATTNKIT_INLINE vf shuffle_lanes(vf a, vf b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shuffle(a, b, vi{step_lane(kStep, kLane)...});
+}
+template <Step kStep>
+ATTNKIT_INLINE vf shuffle(vf a, vf b) {
+  return shuffle_lanes<kStep>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Within each quad of lanes, r[i][j] of four vectors becomes r[j][i].
+ATTNKIT_INLINE void transpose_quads(vf* r) {
+  const vf a = shuffle<kLow1>(r[0], r[1]), b = shuffle<kHigh1>(r[0], r[1]);
+  const vf c = shuffle<kLow1>(r[2], r[3]), d = shuffle<kHigh1>(r[2], r[3]);
+  r[0] = shuffle<kLow2>(a, c);
+  r[1] = shuffle<kHigh2>(a, c);
+  r[2] = shuffle<kLow2>(b, d);
+  r[3] = shuffle<kHigh2>(b, d);
+}
+
+// kLanes vectors as the rows of a square matrix become its columns.
+ATTNKIT_INLINE void transpose_square(vf* r) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) transpose_quads(r + i);
+  // r[4 g + j] holds column 4 q + j of rows 4 g .. 4 g + 3 in its quarter q.
+  if constexpr (kLanes == 8) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vf a = r[j], b = r[4 + j];
+      r[j] = shuffle<kEven4>(a, b);
+      r[4 + j] = shuffle<kOdd4>(a, b);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if ((i & half) != 0) continue;
-      const vf a = rows[i], b = rows[i + half];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + half] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (kLanes == 16) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const vf a = shuffle<kEven4>(r[j], r[4 + j]), b = shuffle<kOdd4>(r[j], r[4 + j]);
+      const vf c = shuffle<kEven4>(r[8 + j], r[12 + j]), d = shuffle<kOdd4>(r[8 + j], r[12 + j]);
+      r[j] = shuffle<kEven4>(a, c);
+      r[8 + j] = shuffle<kOdd4>(a, c);
+      r[4 + j] = shuffle<kEven4>(b, d);
+      r[12 + j] = shuffle<kOdd4>(b, d);
     }
   }
 }

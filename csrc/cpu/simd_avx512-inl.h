@@ -4,7 +4,7 @@ inline constexpr int kLanes = 16;
 // 32 registers: 24 accumulators, 3 or 4 vectors of the streamed operand, one broadcast.
 inline constexpr int kAccumulators = 24, kQueryVecs = 3, kMaxKeyRows = 16;
 inline constexpr int kOutRows = 6, kOutVecs = 4;
-inline constexpr int kSoftmaxVecs = 3;
+inline constexpr int kSoftmaxVecs = 1, kSoftmaxKeys = 4;
 #include "simd-inl.h"
 
 ATTNKIT_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -19,7 +19,13 @@ ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return _mm512_movepi32_mask((__m512i)mask); }
 ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm512_i32gather_ps((__m512i)offset, base, 4); }
-ATTNKIT_INLINE vf look_up(const float* table, vi i) {
+ATTNKIT_INLINE vf load_halves(const float* low, const float* high) {
+  return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
+}
+ATTNKIT_INLINE vf look_up(const float (&table)[16], vi i) {
   return (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)load(table));
+}
+ATTNKIT_INLINE vf look_up(const float (&table)[32], vi i) {
+  return (vf)_mm512_permutex2var_ps((__m512)load(table), (__m512i)i, (__m512)load(table + 16));
 }
 ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm512_mul_epu32((__m512i)a, (__m512i)b); }

@@ -84,7 +84,7 @@ class Tile {
   // How value `number` is read where a result of rank `rank` is computed, from row `strip` of the tile on.
   Operand operand(int32_t number, Rank rank, int32_t strip) {
     const Instruction& in = code_.code[number];
-    if (in.op == Op::var_s) return {s_ + static_cast<int64_t>(strip) * lanes_, lanes_, true};
+    if (in.op == Op::var_s || number == code_.in_place) return {scores(strip), lanes_, true};
     const float* p = value(in);
     if (in.rank == kTile) return {p, lanes_, true};
     if (in.rank == kScalar) return {p, 0, false};
@@ -121,6 +121,8 @@ class Tile {
   int32_t bits(size_t at) const { return int_at(ws_ + at); }
   int32_t head_of(int32_t m) const { return t_->head + m / t_->q_count; }
 
+  float* scores(int32_t strip) { return s_ + static_cast<int64_t>(strip) * lanes_; }
+
   float* value(const Instruction& in) {
     switch (in.rank) {
       case kScalar: return ws_ + at_.scalars + static_cast<size_t>(in.slot) * 16;
@@ -142,13 +144,21 @@ class Tile {
     }
   }
 
+  // The same where index(i) = first + i: once for every tile.
+  void count_up(float* dst, int32_t lanes, int32_t count, int32_t first) {
+    vi index{};
+    for (int32_t i = 0; i < kLanes; ++i) index[i] = i;
+    for (int32_t i = 0; i < lanes; i += kLanes, index += kLanes)
+      store_int(dst + i, (index < count ? index : set1_int(count - 1)) + first);
+  }
+
   void run_section(Rank rank, int32_t lanes) {
     for (int32_t i = 0; i < code_.order_size[rank]; ++i) execute(code_.order[rank][i], {1, lanes}, 0);
   }
 
   void execute(int32_t number, Shape shape, int32_t strip) {
     const Instruction& in = code_.code[number];
-    float* dst = in.op == Op::var_s ? nullptr : value(in);
+    float* dst = in.op == Op::var_s ? nullptr : number == code_.in_place ? scores(strip) : value(in);
     Operand a[kMaxArgs];
     for (int i = 0; i < in.nargs; ++i) a[i] = operand(in.args[i], in.rank, strip);
     switch (in.op) {
@@ -164,7 +174,7 @@ class Tile {
       case Op::var_h: return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return head_of(m); });
       case Op::var_q_idx:
         return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return t_->q_first + m % t_->q_count; });
-      case Op::var_kv_idx: return fill_lanes(dst, shape.lanes, count_, [&](int32_t n) { return first_ + n; });
+      case Op::var_kv_idx: return count_up(dst, shape.lanes, count_, static_cast<int32_t>(first_));
       case Op::load_f:
       case Op::load_i:
       case Op::load_b: {

@@ -32,52 +32,50 @@ template <bool kValue>
 struct Flag {
   static constexpr bool value = kValue;
 };
-// Calls f with the flag as a type: each combination of vectors and broadcasts gets a loop of its own.
+// Calls f with the flag as a type.
 template <class F>
 ATTNKIT_INLINE void with(bool flag, F f) {
   flag ? f(Flag<true>{}) : f(Flag<false>{});
 }
 
+template <bool... kVec, class F, int... kArg>
+ATTNKIT_INLINE void map_rows(float* dst, Shape s, const Operand* operands, F f, std::integer_sequence<int, kArg...>) {
+  const Operand a[] = {operands[kArg]...};  // or the compiler would think that dst may be where they are
+  for (int32_t r = 0; r < s.rows; ++r)
+    [&](const Row<kVec>&... row) {
+      for (int32_t j = 0; j < s.lanes; j += kLanes) store(dst + r * s.lanes + j, f(row.at(j)...));
+    }(Row<kVec>(a[kArg], r)...);
+}
+
+// dst = f(a[0], a[1], ...), element by element; dst may be one of them. Each combination of vectors and broadcasts gets
+// a loop of its own.
+template <int kArity, bool... kVec, class F>
+ATTNKIT_INLINE void map(float* dst, Shape s, const Operand* a, F f) {
+  constexpr int kNext = sizeof...(kVec);
+  if constexpr (kNext < kArity) {
+    with(a[kNext].vec, [&](auto vec) { map<kArity, kVec..., vec.value>(dst, s, a, f); });
+  } else {
+    bool all_flat = true;
+    for (int i = 0; i < kArity; ++i) all_flat &= flat(a[i], s);
+    if (all_flat) s = {1, s.rows * s.lanes};
+    map_rows<kVec...>(dst, s, a, f, std::make_integer_sequence<int, kArity>{});
+  }
+}
+
 template <class F>
 ATTNKIT_INLINE void map1(float* dst, Shape s, const Operand& a, F f) {
-  if (flat(a, s)) s = {1, s.rows * s.lanes};
-  with(a.vec, [&](auto va) {
-    for (int32_t r = 0; r < s.rows; ++r) {
-      const Row<va.value> ra(a, r);
-      for (int32_t j = 0; j < s.lanes; j += kLanes) store(dst + r * s.lanes + j, f(ra.at(j)));
-    }
-  });
+  map<1>(dst, s, &a, f);
 }
 
 template <class F>
 ATTNKIT_INLINE void map2(float* dst, Shape s, const Operand& a, const Operand& b, F f) {
-  if (flat(a, s) && flat(b, s)) s = {1, s.rows * s.lanes};
-  with(a.vec, [&](auto va) {
-    with(b.vec, [&](auto vb) {
-      for (int32_t r = 0; r < s.rows; ++r) {
-        const Row<va.value> ra(a, r);
-        const Row<vb.value> rb(b, r);
-        for (int32_t j = 0; j < s.lanes; j += kLanes) store(dst + r * s.lanes + j, f(ra.at(j), rb.at(j)));
-      }
-    });
-  });
+  const Operand both[] = {a, b};
+  map<2>(dst, s, both, f);
 }
 
 inline void select_rows(float* dst, Shape s, const Operand& mask, const Operand& a, const Operand& b) {
-  if (flat(mask, s) && flat(a, s) && flat(b, s)) s = {1, s.rows * s.lanes};
-  with(mask.vec, [&](auto vm) {
-    with(a.vec, [&](auto va) {
-      with(b.vec, [&](auto vb) {
-        for (int32_t r = 0; r < s.rows; ++r) {
-          const Row<vm.value> rm(mask, r);
-          const Row<va.value> ra(a, r);
-          const Row<vb.value> rb(b, r);
-          for (int32_t j = 0; j < s.lanes; j += kLanes)
-            store(dst + r * s.lanes + j, select(as_int(rm.at(j)), ra.at(j), rb.at(j)));
-        }
-      });
-    });
-  });
+  const Operand all[] = {mask, a, b};
+  map<3>(dst, s, all, [](vf m, vf x, vf y) { return select(as_int(m), x, y); });
 }
 
 template <class F>
@@ -218,6 +216,25 @@ inline void load_buffer(float* dst, Shape s, const Buffer& buf, const Operand* i
   }
 }
 
+// c * tanh(x / c). One c for all and of ordinary size, as it is but for oddities, is divided by once.
+inline void softcap(float* dst, Shape s, const Operand* a) {
+  const Operand &x = a[0], &c = a[1];
+  if (!c.vec && c.step == 0) {
+    const float size = __builtin_fabsf(*c.p);
+    if (size > 0x1p-100f && size < 0x1p100f) {
+      const vf height = set1(size), steps = set1(1 / (size * kTanhStep)), limit = set1(31 * kTanhStep * size);
+      return map1(dst, s, x, [=](vf v) { return height * tanh_in_steps(v, steps, limit); });
+    }
+  }
+  map2(dst, s, x, c, [](vf v, vf w) { return w * tanh(v / w); });
+}
+
+// dst = f(x, y, i - j), the difference as a float.
+template <class F>
+void from_gap(float* dst, Shape s, const Operand* a, F f) {
+  map<4>(dst, s, a, [=](vf x, vf y, vf i, vf j) { return f(x, y, to_float(vi(vu(as_int(i)) - vu(as_int(j))))); });
+}
+
 // One instruction other than a leaf or a load. Integers wrap: the analysis has excluded it where a pair exists, and
 // signed arithmetic may not.
 inline void compute(Op op, float* dst, Shape s, const Operand* a) {
@@ -231,7 +248,7 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
   const vf one = set1(1.0f);
   switch (op) {
     case Op::neg_f: return un([](vf x) { return -x; });
-    case Op::abs_f: return un_i([](vi x) { return x & 0x7fffffff; });
+    case Op::abs_f: return un([](vf x) { return magnitude(x); });
     case Op::add_f: return bin([](vf x, vf y) { return x + y; });
     case Op::sub_f: return bin([](vf x, vf y) { return x - y; });
     case Op::mul_f: return bin([](vf x, vf y) { return x * y; });
@@ -287,6 +304,13 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
     case Op::b_to_f: return un([one](vf x) { return as_float(as_int(x) & as_int(one)); });
     case Op::b_to_i: return un_i([](vi x) { return x & 1; });
     case Op::f_to_i: return un_i([](vi x) { return to_int(as_float(x)); });
+    case Op::exp_weight: return un([](vf x) { return exp_weight(x); });
+    case Op::softcap: return softcap(dst, s, a);
+    case Op::mul_add: return map<3>(dst, s, a, [](vf x, vf y, vf z) { return fma(x, y, z); });
+    case Op::mul_sub_from: return map<3>(dst, s, a, [](vf x, vf y, vf z) { return fma(-x, y, z); });
+    case Op::add_ramp: return from_gap(dst, s, a, [](vf x, vf y, vf gap) { return fma(y, gap, x); });
+    case Op::add_gap: return from_gap(dst, s, a, [](vf x, vf y, vf gap) { return fma(y, magnitude(gap), x); });
+    case Op::sub_gap: return from_gap(dst, s, a, [](vf x, vf y, vf gap) { return fma(-y, magnitude(gap), x); });
     default: __builtin_unreachable();  // leaves and loads have their own code
   }
 }

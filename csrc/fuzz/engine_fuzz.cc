@@ -142,7 +142,27 @@ class Writer {
     return add(Op::const_i, random_.one_in(12) ? random_.of(kOdd) : random_.within(1, 9), {});
   }
 
+  // What the engine runs as one instruction (fuse.cc), or would if nothing else needed its parts.
+  void common() {
+    const int x = value('f'), y = value('f');
+    if (random_.one_in(3)) {
+      add(Op::mul_f, 0, {add(Op::tanh_f, 0, {add(Op::div_f, 0, {x, y})}), y});
+      return;
+    }
+    int factor = value('f');
+    if (!random_.one_in(3)) {
+      const int gap = add(Op::sub_i, 0, {value('i'), value('i')});
+      factor = add(Op::i_to_f, 0, {random_.one_in(2) ? gap : add(Op::abs_i, 0, {gap})});
+    }
+    const int product = add(Op::mul_f, 0, {y, factor});
+    add(random_.one_in(2) ? Op::add_f : Op::sub_f, 0, {x, product});
+  }
+
   void anything() {
+    if (random_.one_in(5)) {
+      common();
+      return;
+    }
     if (out_.num_buffers > 0 && random_.one_in(3)) {
       const int b = random_.below(out_.num_buffers);
       std::vector<int> index;

@@ -1,12 +1,15 @@
-"""The CPU engine's face (csrc/bind/module.cc). Tensors are addresses, shapes and strides in elements."""
+"""The CPU engine's face (csrc/bind/module.cc)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = Sequence[int]
-BufferTuple = tuple[int, int, Ints, Ints]  # address, dtype number, sizes, strides
+# A tensor on the CPU of a library that speaks DLPack's C exchange API, or (address, dtype number of csrc/cpu/problem.h,
+# sizes, strides in elements).
+Tensor = Any
 
 compiler: str
 
@@ -24,24 +27,15 @@ class Program:
 def opcodes() -> dict[str, int]: ...
 def attend(
     program: Program,
-    dtype: int,
-    q: int,
-    q_shape: Ints,
-    q_stride: Ints,
-    k: int,
-    k_shape: Ints,
-    k_stride: Ints,
-    v: int,
-    v_shape: Ints,
-    v_stride: Ints,
-    o: int,
-    o_stride: Ints,
-    lse: int,
-    lse_stride: Ints,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
     scale: float,
-    sink: int,
+    sink: Tensor | None,
     sequences: Sequence[tuple[int, int, int, int, int]] | None,
-    buffers: Sequence[BufferTuple],
+    buffers: Sequence[Tensor],
     params: Sequence[float],
     dropout: tuple[int, int, float] | None,
     threads: int,
@@ -58,7 +52,7 @@ def block_runs(
     kv_len: int,
     q_block: int,
     kv_block: int,
-    buffers: Sequence[BufferTuple],
+    buffers: Sequence[Tensor],
     params: Sequence[float],
     /,
 ) -> tuple[int, int, int, int, npt.NDArray[np.int64], npt.NDArray[np.int32]]: ...

@@ -80,6 +80,23 @@ def alibi_per_batch(rng: np.random.Generator, n: Dims) -> Variant:
 
 
 @variant
+def slope_with_sign(rng: np.random.Generator, n: Dims) -> Variant:
+    """What grows with the key's place, and a gain: sums of products in all their orders."""
+    slopes, gains = slopes_of(rng, n.q_heads), 1 + slopes_of(rng, n.q_heads)
+    slope, gain = torch.from_numpy(slopes), torch.from_numpy(gains)
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        x = (kv_idx - q_idx) * slope[h] + (s * gain[h] + 1.0)
+        return (1.0 - gain[h] * x) - 0.0078125 * (kv_idx - 2 * q_idx)
+
+    def oracle(s: Any, p: Pairs) -> Any:
+        x = slopes[p.h] * (p.kv_idx - p.q_idx) + s * gains[p.h] + 1
+        return 1 - gains[p.h] * x - 0.0078125 * (p.kv_idx - 2 * p.q_idx)
+
+    return Variant({"score": oracle}, {"score": score})
+
+
+@variant
 def softcap(rng: np.random.Generator, n: Dims) -> Variant:
     return Variant(
         {"score": lambda s, p: 2 * np.tanh(s / 2)},

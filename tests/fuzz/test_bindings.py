@@ -115,6 +115,24 @@ def buffer_tuple(rng: Rng, dtype: int, shape: tuple[int, ...]) -> Any:
     return tuple(whole)
 
 
+def valid_tensors(dtype: Any, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int) -> list[Any]:
+    """q, k, v and o of this dtype, and lse."""
+    kv = batch, kv_heads, kv_len
+    shapes = (batch, heads * kv_heads, q_len, 4), (*kv, 4), (*kv, 3), (batch, heads * kv_heads, q_len, 3)
+    tensors = [(MIDDLE + 8192 * i, dtype, shape, contiguous(shape)) for i, shape in enumerate(shapes)]
+    return [*tensors, (MIDDLE + 8192 * 4, 0, shapes[0][:3], contiguous(shapes[0][:3]))]
+
+
+def damaged(rng: Rng, tensor: Any) -> Any:
+    """The tensor with another address, another dtype, sizes or strides; or none."""
+    at = rng.integers(6)
+    if at > 3:
+        return of(rng, [None, (), tensor[:3], "tensor", np.ones(3, np.float32), tensor, list(tensor)])
+    rank = len(tensor[2])
+    part = (address(rng), of(rng, DTYPES), integers(rng, rank), integers(rng, rank, HUGE_STRIDES))[at]
+    return (*tensor[:at], part, *tensor[at + 1 :])
+
+
 def sequences(rng: Rng) -> Any:
     if rng.integers(3) == 0:
         return of(rng, [(), [], 3, "x", [()], [(0, 0, 1, 0)], [None], [(0, 0, 1, 0, 1, 2)]])
@@ -133,42 +151,28 @@ WRONG_DROPOUTS = [(), (1, 2), (-1, 2, 1.0), (2**64, 0, 1.0), (0, 2**32, 1.0), (0
 def attend(rng: Rng) -> str:
     program, declared = of(rng, PROGRAMS)
     batch, heads, kv_heads, q_len, kv_len = (int(n) for n in rng.integers(1, 3, 5))
-    shapes = (batch, heads * kv_heads, q_len, 4), (batch, kv_heads, kv_len, 4), (batch, kv_heads, kv_len, 3)
-    o_shape = (*shapes[0][:3], 3)
-    arguments: list[Any] = []
-    for i, shape in enumerate(shapes):
-        arguments += [MIDDLE + 8192 * i, shape, contiguous(shape)]
-    arguments += [
-        MIDDLE + 8192 * 3,
-        contiguous(o_shape),
-        MIDDLE + 8192 * 4,
-        contiguous(o_shape[:3]),
-        0.5,
-        0,
-        None,
-    ]
+    tensors = valid_tensors(of(rng, DTYPES), batch, heads, kv_heads, q_len, kv_len)
+    arguments: list[Any] = [*tensors, 0.5, None, None]
     arguments += [[buffer_tuple(rng, *d) for d in declared], [1.0] * (len(declared) - 1 if declared else 0)]
     arguments += [of(rng, DROPOUTS), int(rng.integers(1, 4)), 96, 64, 1024]
     replace: dict[int, Callable[[], Any]] = {
-        **dict.fromkeys((0, 3, 6, 9, 11, 14), lambda: address(rng)),
-        **dict.fromkeys((1, 4, 7), lambda: integers(rng, 4)),
-        **dict.fromkeys((2, 5, 8, 10), lambda: integers(rng, 4, HUGE_STRIDES)),
-        12: lambda: integers(rng, 3, HUGE_STRIDES),
-        13: lambda: of(rng, [np.nan, np.inf, -1.0, 0.0, 1e300, 1e38, None, "1", 10**400, 1j, 3]),
-        15: lambda: sequences(rng),
-        16: lambda: [buffer_tuple(rng, int(rng.integers(-1, 6)), (8,)) for _ in range(rng.integers(0, 4))],
-        17: lambda: of(rng, [[], [1.0] * 2, [np.nan], [np.inf], [1e300], ["1"], [None], None, [10**400], 1.0]),
-        18: lambda: of(rng, WRONG_DROPOUTS),
-        19: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
-        20: lambda: integer(rng),
-        21: lambda: integer(rng),
-        22: lambda: integer(rng),
+        **{at: partial(damaged, rng, tensor) for at, tensor in enumerate(tensors)},
+        5: lambda: of(rng, [np.nan, np.inf, -1.0, 0.0, 1e300, 1e38, None, "1", 10**400, 1j, 3]),
+        6: lambda: of(rng, [None, buffer_tuple(rng, int(rng.integers(-1, 6)), (int(rng.integers(0, 5)),))]),
+        7: lambda: sequences(rng),
+        8: lambda: [buffer_tuple(rng, int(rng.integers(-1, 6)), (8,)) for _ in range(rng.integers(0, 4))],
+        9: lambda: of(rng, [[], [1.0] * 2, [np.nan], [np.inf], [1e300], ["1"], [None], None, [10**400], 1.0]),
+        10: lambda: of(rng, WRONG_DROPOUTS),
+        11: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
+        12: lambda: integer(rng),
+        13: lambda: integer(rng),
+        14: lambda: integer(rng),
     }  # fmt: skip
-    for at in rng.choice(23, rng.integers(0, 4), replace=False):
+    for at in rng.choice(len(arguments), rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()
     if rng.integers(50) == 0:
-        arguments = arguments[: rng.integers(23)]
-    fault, about = _engine.attend(program if rng.integers(50) else None, of(rng, DTYPES), *arguments)
+        arguments = arguments[: rng.integers(len(arguments))]
+    fault, about = _engine.attend(program if rng.integers(50) else None, *arguments)
     if fault == 0:
         assert about == -1
         return "computed"
@@ -192,33 +196,27 @@ BACKWARDS: list[tuple[Any, list[tuple[int, tuple[int, ...]]]]] = [
 def attend_backward(rng: Rng) -> str:
     program, declared = of(rng, BACKWARDS)
     batch, heads, kv_heads, q_len, kv_len = (int(n) for n in rng.integers(1, 3, 5))
-    shapes = (batch, heads * kv_heads, q_len, 4), (batch, kv_heads, kv_len, 4), (batch, kv_heads, kv_len, 3)
-    o_shape = (*shapes[0][:3], 3)
-    tensors = [
-        (MIDDLE + 8192 * i, shape, contiguous(shape))
-        for i, shape in enumerate((*shapes, o_shape, o_shape[:3]))
-    ]
-    arguments: list[Any] = [x for tensor in tensors[:3] for x in tensor]
-    arguments += [x for tensor in tensors[3:] for x in (tensor[0], tensor[2])]
-    arguments += [0.5, 0, None, [buffer_tuple(rng, *d) for d in declared], [], of(rng, DROPOUTS)]
-    wanted = (o_shape, o_shape[:3], *shapes)
+    tensors = valid_tensors(0, batch, heads, kv_heads, q_len, kv_len)
+    arguments: list[Any] = [*tensors, 0.5, None, None]
+    arguments += [[buffer_tuple(rng, *d) for d in declared], [], of(rng, DROPOUTS)]
+    wanted = [tensors[at][2] for at in (3, 4, 0, 1, 2)]
     arguments += [(MIDDLE + 8192 * (5 + i), 0, shape, contiguous(shape)) for i, shape in enumerate(wanted)]
     arguments += [None, [buffer_tuple(rng, 0, shape) for _, shape in declared]]
     arguments += [int(rng.integers(1, 4)), 96, 96]
     replace: dict[int, Callable[[], Any]] = {
         **{at: lambda i=i: of(rng, [None, buffer_tuple(rng, int(rng.integers(-1, 6)), wanted[i])])
-           for i, at in enumerate(range(19, 24))},
-        15: lambda: sequences(rng),
-        18: lambda: of(rng, WRONG_DROPOUTS),
-        24: lambda: buffer_tuple(rng, 0, (int(rng.integers(0, 5)),)),
-        25: lambda: of(rng, [None, [], [None], [buffer_tuple(rng, int(rng.integers(-1, 6)), (8, 8))], 3]),
-        26: lambda: integer(rng, [64, 10**6, 2**31]),
-        27: lambda: integer(rng),
-        28: lambda: integer(rng),
+           for i, at in enumerate(range(11, 16))},
+        7: lambda: sequences(rng),
+        10: lambda: of(rng, WRONG_DROPOUTS),
+        16: lambda: buffer_tuple(rng, 0, (int(rng.integers(0, 5)),)),
+        17: lambda: of(rng, [None, [], [None], [buffer_tuple(rng, int(rng.integers(-1, 6)), (8, 8))], 3]),
+        18: lambda: integer(rng, [64, 10**6, 2**31]),
+        19: lambda: integer(rng),
+        20: lambda: integer(rng),
     }  # fmt: skip
     for at in rng.choice(list(replace), rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()
-    fault, about = _engine.attend_backward(program if rng.integers(50) else None, 0, *arguments)
+    fault, about = _engine.attend_backward(program if rng.integers(50) else None, *arguments)
     if fault == 0:
         assert about == -1
         return "computed"
@@ -368,11 +366,27 @@ def test_wrong_arguments(seed: int, effort: int) -> None:
 def test_strides_beyond_the_address_space(stride: int, allowed: bool) -> None:
     """Sums of such strides would overflow. One that is never multiplied may be anything."""
     q = np.ones((1, 1, 2, 1), np.float32)
-    where, shape, near = q.ctypes.data, (1, 1, 2, 1), (2, 2, 1, 1)
     for far in ((2, 2, stride, 1), (stride, 2, 1, 1)):
         moves = far[2] != 1
-        call = [PROGRAMS[0][0], 0, where, shape, near, where, shape, far, where, shape, near, where, near, 0, (), 1.0, 0,
-                [(0, 0, 2, 0, 0)], [], [], None, 1, 96, 64, 1024]  # fmt: skip
+        near, other = ((q.ctypes.data, 0, (1, 1, 2, 1), strides) for strides in ((2, 2, 1, 1), far))
+        call = [
+            PROGRAMS[0][0],
+            near,
+            other,
+            near,
+            near,
+            None,
+            1.0,
+            None,
+            [(0, 0, 2, 0, 0)],
+            [],
+            [],
+            None,
+            1,
+            96,
+            64,
+            1024,
+        ]
         if moves and not allowed:
             with pytest.raises(ValueError, match="address space"):
                 _engine.attend(*call)

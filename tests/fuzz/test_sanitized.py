@@ -52,9 +52,10 @@ q, k, v, o = (np.zeros((1, 1, n, 4), np.float32) for n in (3, 5, 5, 3))
 lengths = {"q": 3, "k": 5}
 lengths["%s"] += 1
 shape, near = lambda n: (1, 1, n, 4), (64, 64, 4, 1)
-_engine.attend(_engine.Program(np.zeros((0, 8), np.int32), -1, -1, 0, 0), 0,
-    q.ctypes.data, shape(lengths["q"]), near, k.ctypes.data, shape(lengths["k"]), near, v.ctypes.data, shape(lengths["k"]), near,
-    o.ctypes.data, near, 0, (), 1.0, 0, None, [], [], None, 1, 96, 64, 1024)
+at = lambda x, n: (x.ctypes.data, 0, shape(n), near)
+_engine.attend(_engine.Program(np.zeros((0, 8), np.int32), -1, -1, 0, 0),
+    at(q, lengths["q"]), at(k, lengths["k"]), at(v, lengths["k"]), at(o, lengths["q"]),
+    None, 1.0, None, None, [], [], None, 1, 96, 64, 1024)
 """
 
 

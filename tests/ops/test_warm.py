@@ -11,8 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnkit as ak
+from attnkit import _engine
 from attnkit.ops import warm
 from attnkit.ops.warm import is_plain, is_unwatched
+from attnkit.runtime import prepare
 
 
 def _qkv(*, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,6 +133,41 @@ def test_second_derivatives_are_refused() -> None:
             assert torch.allclose(d, e, atol=1e-5)
             with pytest.raises(RuntimeError, match="no second derivatives"):
                 (q.sum() + d.square().sum()).backward(retain_graph=True)
+
+
+def test_the_engine_reads_tensors_as_they_are_said_to_lie() -> None:
+    """By DLPack: the same as their addresses, sizes and strides; a parameter, a view, a dtype of its own."""
+    program = prepare(_TEXT, "float32", 16, 16).kernel.program  # type: ignore[attr-defined]
+    q, k, v = _qkv()
+    others = None, 0.25, None, None, [], [], None, 2, 96, 64, 1024
+    expected = torch.empty_like(q)
+    spoken = [(t.data_ptr(), 0, t.shape, t.stride()) for t in (q, k, v, expected)]
+    assert _engine.attend(program, *spoken, *others) == (0, -1)
+    o = torch.full((2, 9, 4, 16), torch.nan).transpose(1, 2)
+    view = k.mT.contiguous().mT
+    assert _engine.attend(program, torch.nn.Parameter(q), view, v, o, *others) == (0, -1)
+    assert torch.equal(o, expected)
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
+        _engine.attend(program, q.double(), k.double(), v.double(), o.double(), *others)
+    with pytest.raises(ValueError, match="differ in dtype"):
+        _engine.attend(program, q, k.half(), v, o, *others)
+    for wrong in (q.to("meta"), q.to_sparse(), q.numpy()):
+        with pytest.raises(TypeError):
+            _engine.attend(program, wrong, k, v, o, *others)
+
+
+def test_lse_that_nobody_asked_for_is_no_output() -> None:
+    q, k, v = _qkv(grad=True)
+    o, lse = ak.attention(q, k, v, return_lse=True)
+    plain = ak.attention(q, k, v)
+    assert isinstance(plain, Tensor)
+    assert torch.equal(o, plain)
+    d_o = torch.ones_like(o)
+    alone, beside = (torch.autograd.grad(x, (q, k, v), d_o, retain_graph=True) for x in (plain, o))
+    assert all(map(torch.equal, alone, beside))
+    (d_q,) = torch.autograd.grad(lse.sum(), q)
+    (expected,) = torch.autograd.grad((q @ k.mT * 0.25).logsumexp(-1).sum(), q)
+    assert torch.allclose(d_q, expected, atol=1e-5)
 
 
 def test_default_dtype_does_not_matter() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -139,6 +140,19 @@ def test_short_calls_repeat_within_a_turn() -> None:
 
     def call() -> None:
         calls[0] += 1
+
+    measure({"a": Contender(call)}, seconds=0, rounds=1)
+    assert calls[0] > 100
+
+
+def test_a_slow_start_does_not_set_the_repeats() -> None:
+    """Threads that are asleep, cold caches: a turn is as long as for a call that was quick at once."""
+    calls = [0]
+
+    def call() -> None:
+        calls[0] += 1
+        if calls[0] == 1:
+            time.sleep(0.02)
 
     measure({"a": Contender(call)}, seconds=0, rounds=1)
     assert calls[0] > 100

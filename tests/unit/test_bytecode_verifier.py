@@ -207,38 +207,22 @@ def run(program: Any, buffers: list[np.ndarray] | None = None, params: list[floa
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 2, n, 4), dtype=np.float32) for n in (5, 19, 19))
     o = np.empty_like(q)
-    return _engine.attend(program, FLOAT32, *call(q, k, v, o, buffers or [], params or []))
+    return _engine.attend(program, *call(q, k, v, o, buffers or [], params or []))
 
 
-FLOAT32 = 0  # as csrc/cpu/problem.h counts dtypes
+DTYPES = {"float32": 0, "int32": 1, "int64": 2, "bool": 3}  # as csrc/cpu/problem.h counts them
 
 
 def call(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, o: np.ndarray, buffers: list[np.ndarray], params: list[float]
 ) -> list[Any]:
-    """The arguments of `_engine.attend` after the program and the dtype."""
-    arguments: list[Any] = []
-    for x in (q, k, v):
-        arguments += [x.ctypes.data, x.shape, elements(x)]
-    numbers = {"float32": 0, "int32": 1, "int64": 2, "bool": 3}
-    tuples = [(x.ctypes.data, numbers[x.dtype.name], x.shape, elements(x)) for x in buffers]
-    return [
-        *arguments,
-        o.ctypes.data,
-        elements(o),
-        0,
-        (),
-        0.5,
-        0,
-        None,
-        tuples,
-        params,
-        None,
-        1,
-        96,
-        64,
-        1024,
-    ]
+    """The arguments of `_engine.attend` after the program."""
+    tensors = [tensor(x) for x in (q, k, v, o)]
+    return [*tensors, None, 0.5, None, None, [tensor(x) for x in buffers], params, None, 1, 96, 64, 1024]
+
+
+def tensor(x: np.ndarray) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    return x.ctypes.data, DTYPES[x.dtype.name], x.shape, elements(x)
 
 
 def elements(x: np.ndarray) -> tuple[int, ...]:
@@ -268,57 +252,69 @@ def test_program_of_wrong_types(arguments: tuple[Any, ...]) -> None:
         _engine.Program(*arguments)
 
 
-# Which argument of `_engine.attend` (after the program and the dtype), what it becomes, and the message for a wrong value.
-WRONG_CALLS: dict[str, tuple[int, Any, str]] = {
-    "address a string": (0, "q", ""),
-    "address below zero": (0, -1, ""),
-    "address None": (3, None, ""),
-    "shape an int": (1, 4, ""),
-    "shape of floats": (1, (1.5, 2.0, 5.0, 4.0), ""),
-    "shape of three": (1, (2, 5, 4), "four dimensions"),
-    "stride of three": (2, (1, 2, 3), "four strides"),
-    "batches differ": (4, (2, 2, 19, 4), "batch"),
-    "k and v differ": (7, (1, 2, 18, 4), "heads or length"),
-    "no kv heads": (4, (1, 0, 19, 4), "heads"),
-    "head dims differ": (4, (1, 2, 19, 3), "head_dim"),
-    "no strides of o": (10, (), "four strides"),
-    "lse without strides": (11, 64, "three strides"),
-    "scale a string": (13, "1", ""),
-    "sequence outside": (15, [(0, 0, 5, 1, 19)], "outside the tensors"),
-    "sequence of another batch": (15, [(1, 0, 5, 0, 19)], "outside the tensors"),
-    "sequence below zero": (15, [(0, 0, -1, 0, 19)], "outside the tensors"),
-    "sequence of four": (15, [(0, 0, 5, 0)], ""),
-    "a buffer too many": (16, [(0, 0, (), ())], "number of buffers"),
-    "buffers None": (16, None, ""),
-    "a param too many": (17, [1.0], "number of parameters"),
-    "params of strings": (17, ["1"], ""),
-    "dropout a number": (18, 0.5, ""),
-    "dropout of two": (18, (1, 2), ""),
-    "dropout of a negative seed": (18, (-1, 2, 1.0), ""),
-    "dropout of a large threshold": (18, (1, 2**32, 1.0), ""),
-    "threads a float": (19, 1.5, ""),
-    "tile_q 0": (20, 0, "tile_q"),
-    "tile_q 97": (20, 97, "tile_q"),
-    "tile_kv 0": (21, 0, "tile_kv"),
-    "tile_kv 129": (21, 129, "tile_kv"),
-    "split_kv 0": (22, 0, "split_kv"),
-    "split_kv 2^31": (22, 2**31 - 1, "split_kv"),
+# Which argument of `_engine.attend` (after the program), what it becomes, and the message for a wrong value; of a tensor
+# the part: 0 address, 1 dtype, 2 shape, 3 strides.
+WRONG_CALLS: dict[str, tuple[tuple[int, ...], Any, str]] = {
+    "address a string": ((0, 0), "q", ""),
+    "address below zero": ((0, 0), -1, ""),
+    "address None": ((1, 0), None, ""),
+    "tensor None": ((1,), None, ""),
+    "tensor of three parts": ((1,), (64, 0, (1, 2, 19, 4)), ""),
+    "tensor an array": ((1,), np.zeros((1, 2, 19, 4), np.float32), ""),
+    "dtypes differ": ((1, 1), 4, "dtype"),
+    "dtype of o": ((3, 1), 4, "dtype"),
+    "shape an int": ((0, 2), 4, ""),
+    "shape of floats": ((0, 2), (1.5, 2.0, 5.0, 4.0), ""),
+    "shape of three": ((0, 2), (2, 5, 4), "four dimensions"),
+    "stride of three": ((0, 3), (1, 2, 3), "four strides"),
+    "batches differ": ((1, 2), (2, 2, 19, 4), "batch"),
+    "k and v differ": ((2, 2), (1, 2, 18, 4), "heads or length"),
+    "no kv heads": ((1, 2), (1, 0, 19, 4), "heads"),
+    "head dims differ": ((1, 2), (1, 2, 19, 3), "head_dim"),
+    "shape of o": ((3, 2), (1, 2, 5, 3), "shape of the output"),
+    "no strides of o": ((3, 3), (), "four strides"),
+    "lse without strides": ((4,), (64, 0, (1, 2, 5), ()), "three strides"),
+    "shape of lse": ((4,), (64, 0, (1, 2, 4), (8, 4, 1)), "lse"),
+    "dtype of lse": ((4,), (64, 4, (1, 2, 5), (10, 5, 1)), "lse"),
+    "scale a string": ((5,), "1", ""),
+    "heads of the sink": ((6,), (64, 0, (3,), (1,)), "sink"),
+    "stride of the sink": ((6,), (64, 0, (2,), (2,)), "sink"),
+    "sequence outside": ((7,), [(0, 0, 5, 1, 19)], "outside the tensors"),
+    "sequence of another batch": ((7,), [(1, 0, 5, 0, 19)], "outside the tensors"),
+    "sequence below zero": ((7,), [(0, 0, -1, 0, 19)], "outside the tensors"),
+    "sequence of four": ((7,), [(0, 0, 5, 0)], ""),
+    "a buffer too many": ((8,), [(0, 0, (), ())], "number of buffers"),
+    "buffers None": ((8,), None, ""),
+    "a param too many": ((9,), [1.0], "number of parameters"),
+    "params of strings": ((9,), ["1"], ""),
+    "dropout a number": ((10,), 0.5, ""),
+    "dropout of two": ((10,), (1, 2), ""),
+    "dropout of a negative seed": ((10,), (-1, 2, 1.0), ""),
+    "dropout of a large threshold": ((10,), (1, 2**32, 1.0), ""),
+    "threads a float": ((11,), 1.5, ""),
+    "tile_q 0": ((12,), 0, "tile_q"),
+    "tile_q 97": ((12,), 97, "tile_q"),
+    "tile_kv 0": ((13,), 0, "tile_kv"),
+    "tile_kv 129": ((13,), 129, "tile_kv"),
+    "split_kv 0": ((14,), 0, "split_kv"),
+    "split_kv 2^31": ((14,), 2**31 - 1, "split_kv"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG_CALLS)
 def test_calls_of_wrong_types_and_values(name: str) -> None:
-    index, value, message = WRONG_CALLS[name]
+    where, value, message = WRONG_CALLS[name]
     q, k, v, o = (np.zeros((1, 2, n, 4), np.float32) for n in (5, 19, 19, 5))
     arguments = call(q, k, v, o, [], [])
-    arguments[index] = value
+    at, *part = where
+    arguments[at] = (*arguments[at][: part[0]], value, *arguments[at][part[0] + 1 :]) if part else value
     program = _engine.Program(rows(S), 0, -1, 0, 0)
     with pytest.raises(ValueError if message else TypeError, match=message or None):
-        _engine.attend(program, FLOAT32, *arguments)
+        _engine.attend(program, *arguments)
     with pytest.raises(TypeError):
-        _engine.attend(program, FLOAT32, *arguments[:-1])
+        _engine.attend(program, *arguments[:-1])
     with pytest.raises(TypeError):
-        _engine.attend(None, FLOAT32, *arguments)
+        _engine.attend(None, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -335,9 +331,9 @@ def test_buffers_that_do_not_match(held: list[Any], message: str) -> None:
     program = _engine.Program(rows(KEY, ("load_f", 0, 0)), 1, -1, 1, 0)
     q, k, v, o = (np.zeros((1, 2, n, 4), np.float32) for n in (5, 19, 19, 5))
     arguments = call(q, k, v, o, [], [])
-    arguments[16] = held
+    arguments[8] = held
     with pytest.raises(ValueError, match=message):
-        _engine.attend(program, FLOAT32, *arguments)
+        _engine.attend(program, *arguments)
 
 
 @pytest.mark.parametrize("name", ["no_such", "var_s", "load_f", "const_i"])

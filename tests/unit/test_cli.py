@@ -242,6 +242,7 @@ def test_dump_ir_and_bytecode(cli: Cli) -> None:
     code = cli("dump", "--variant", "alibi", "--stage", "bytecode").stdout
     assert "var_s" in code
     assert "load_f b0" in code
+    assert "on tiles: %13 = sub_gap %0 %2 %7 %8" in code
 
 
 @pytest.mark.parametrize("stage", ["text", "ir", "bytecode"])

@@ -157,6 +157,57 @@ def test_float_division_is_its_steps(row: str, isa: str, rng: np.random.Generato
     np.testing.assert_array_equal(evaluate(f"{row}_f", [x, y], "f"), want)
 
 
+# What the engine makes of several instructions (csrc/cpu/fuse.cc): types of the arguments, and the value in float64.
+FUSED = {
+    "mul_add": ("fff", lambda x, y, z: x * y + z),
+    "mul_sub_from": ("fff", lambda x, y, z: z - x * y),
+    "add_ramp": ("ffii", lambda x, y, i, j: x + y * (i - j)),
+    "add_gap": ("ffii", lambda x, y, i, j: x + y * abs(i - j)),
+    "sub_gap": ("ffii", lambda x, y, i, j: x - y * abs(i - j)),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_sums(name: str, isa: str, rng: np.random.Generator) -> None:
+    """Right to three roundings, whichever arguments are the same for all elements."""
+    types, value = FUSED[name]
+    drawn = {"f": lambda: rng.standard_normal(1000, dtype=np.float32),
+             "i": lambda: rng.integers(-(2**30), 2**30, 1000).astype(np.int32)}  # fmt: skip
+    for same in itertools.product((False, True), repeat=len(types)):
+        args = [drawn[t]()[: 1 if one else None] for t, one in zip(types, same, strict=True)]
+        got = _engine.evaluate(name, [x.view(np.float32) for x in args])
+        wide = [x.astype(np.float64) for x in args]
+        sizes = FUSED["mul_add" if types == "fff" else "add_gap"][1](*(abs(x) if x.dtype == np.float32 else w
+                                                                     for x, w in zip(args, wide, strict=True)))  # fmt: skip
+        assert (abs(got - value(*wide)) <= 1.5 * F32.eps * abs(sizes)).all(), f"{name}, same: {same}"
+
+
+def softcap(x: np.ndarray, cap: Any) -> np.ndarray:
+    with np.errstate(all="ignore"):
+        return np.asarray(cap * np.tanh(x / cap))
+
+
+@pytest.mark.parametrize("cap", [1.0, 10.0, 50.0, -30.0, 1e-3, 1e12])
+def test_softcap(cap: float, isa: str, rng: np.random.Generator) -> None:
+    """As right as its parts together: the tanh of the op table, a division and a product."""
+    small = np.exp2(rng.uniform(-40, 4, 100_000))
+    x = (
+        np.concatenate([small, -small, np.linspace(-12, 12, 100_000), [0.0, np.inf, -np.inf, np.nan]]) * cap
+    ).astype(np.float32)
+    c = np.array([cap], np.float32)
+    want = softcap(x.astype(np.float64), np.float64(c[0]))
+    for caps in (c, np.resize(c, x.shape)):
+        error, where = worst(_engine.evaluate("softcap", [x, caps]), want, [x])
+        assert error <= OPS["tanh"].ulp + 2, where
+
+
+@pytest.mark.parametrize("cap", [0.0, -0.0, np.inf, np.nan, 1e-40, 3e38])
+def test_softcap_of_odd_caps(cap: float, isa: str) -> None:
+    x = np.array([0.0, 1e-40, -1.0, 3e38, np.inf, np.nan], np.float32)
+    c = np.array([cap], np.float32)
+    np.testing.assert_allclose(_engine.evaluate("softcap", [x, c]), softcap(x, c[0]), rtol=1e-6)
+
+
 # Where the function is neither 0, 1 nor infinite in float32.
 RANGES = {"exp": (-104.0, 89.0), "exp2": (-150.0, 128.0), "tanh": (-10.0, 10.0), "sigmoid": (-104.0, 18.0)}
 

@@ -19,6 +19,9 @@ OBJECTS = sorted(
 # A loop of a matrix product holds many of these, each adding to a register that stays what it is.
 ACCUMULATES = re.compile(r"vfmadd231ps|vdpbf16ps")
 HOT = 12
+# Those of few queries fetch ahead, in loops of their own inside: there the whole function is looked at, and at whole
+# vectors, for addresses of rows are computed in narrower ones.
+FEW = re.compile(r"few_tile<4, \d, .*(float|Bf16)>\(|few_values<.*(float|Bf16)>\(|dot_rows<4>\(")
 
 
 class Instruction(NamedTuple):
@@ -73,6 +76,20 @@ def test_no_vector_is_spilled_in_a_hot_loop(path: Path) -> None:
     hot, bad = spills(path)
     assert hot >= 6  # products of scores and of values, at several widths
     assert bad == []
+
+
+@pytest.mark.shows
+@pytest.mark.parametrize("path", OBJECTS, ids=lambda path: path.name.split(".")[0])
+def test_no_vector_is_spilled_where_queries_are_few(path: Path) -> None:
+    whole = r"vmov\w+ .*%zmm" if "avx512" in path.name else r"vmov\w+ .*%ymm"
+    few = [(name, body) for name, body in functions(path) if FEW.search(name)]
+    assert len(few) >= 4  # scores and values, of two types
+    assert [
+        f"{name}: {i.text}"
+        for name, body in few
+        for i in body
+        if re.match(whole, i.text) and re.search(r"\(%r[sb]p", i.text)
+    ] == []
 
 
 def test_there_is_something_to_look_at() -> None:

@@ -66,9 +66,11 @@ def measure(
     start = time.perf_counter()
     warm = {name: _turn(contenders[name], 1) for name in names}
     for name, first in warm.items():
-        if first < _LONG_S:  # the first call of a short one is mostly start-up
-            warm[name] = _turn(contenders[name], 1)
-    repeats = {name: min(_MAX_REPEATS, math.ceil(_MIN_TURN_S / max(t, 1e-9))) for name, t in warm.items()}
+        # The first call of a short one is mostly start-up: parked threads wake, at times behind one that spins for them
+        # on their own core, for milliseconds. Taken for its time, that would be the only call of every turn.
+        if first < _LONG_S:
+            warm[name] = min(_turn(contenders[name], 2) for _ in range(3))
+    repeats = {name: _repeats(t) for name, t in warm.items()}
     times: Rounds = {name: [] for name in names}
     done = 0
     while done < (rounds if rounds is not None else 3) or (
@@ -97,6 +99,11 @@ def interval(values: list[float]) -> Interval:
 def ratio(times: Rounds, slow: str, fast: str) -> Interval:
     """How many times faster ``fast`` is than ``slow``: the median over rounds of their ratio in each round."""
     return interval([a / b for a, b in zip(times[slow], times[fast], strict=True)])
+
+
+def _repeats(seconds: float) -> int:
+    """How many calls of so many seconds fill a turn."""
+    return min(_MAX_REPEATS, math.ceil(_MIN_TURN_S / max(seconds, 1e-9)))
 
 
 def _turn(contender: Contender, repeats: int) -> float:

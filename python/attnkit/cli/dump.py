@@ -26,7 +26,7 @@ def dump(source: Source, shape: Shape, stage: str, as_json: bool) -> None:
     \b
     text      the canonical text: the program's identity, and the key of every cache
     ir        its expressions, one node a line, shared parts once
-    bytecode  what the CPU engine runs on tiles of scores
+    bytecode  what the CPU engine runs, and of that on tiles of scores
 
     \b
     Examples:
@@ -71,4 +71,8 @@ def _bytecode(target: Target) -> dict[str, Any]:
 
     opcodes = engine().opcodes()
     code = emit(target.program.attend, target.program, opcodes)
-    return {"lines": disassemble(code, opcodes).split("\n")}
+    program = engine().Program(code.code, code.score, code.mask, code.num_buffers, code.num_params)
+    lines = disassemble(code, opcodes).split("\n")
+    for value, name, args in program.passes:  # several instructions may have become one
+        lines.append(f"on tiles: %{value} = {' '.join([name, *(f'%{a}' for a in args)])}")
+    return {"lines": lines}

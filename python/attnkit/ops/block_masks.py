@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnkit.analysis.structure import EMPTY, FULL, PARTIAL, BlockCounts, Sizes, Structure
-from attnkit.backends.cpu.backend import CpuKernel, buffer_tuple
+from attnkit.backends.cpu.backend import CpuKernel
 from attnkit.errors import error
 from attnkit.ir.mods import Mask, MaskFunction
 from attnkit.ops.check import check_tensor, shape_of
@@ -327,7 +327,7 @@ def _find(mask: MaskFunction | None, sizes: Sizes) -> Structure:
     for i, buffer in enumerate(buffers):
         check_tensor(f"captured tensor b{i}", buffer)
     held = [b.detach().cpu() for b in buffers]  # kept alive while the engine reads them
-    return kernel.structure(sizes, [buffer_tuple(b) for b in held], [p.current() for p in params])
+    return kernel.structure(sizes, held, [p.current() for p in params])
 
 
 def _everything(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ from attnkit.ops.check import (
     needs_derivatives,
     shape_of,
 )
-from attnkit.ops.gradients import Differentiable, Direct, has_backward
+from attnkit.ops.gradients import Direct, differentiable
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
 from attnkit.ops.traced import Traceable, bind, bind_function
-from attnkit.ops.warm import ready
+from attnkit.ops.warm import is_unwatched, ready
 
 Mod = Callable[..., Any]
 Output = Tensor | tuple[Tensor, Tensor]
@@ -91,6 +92,15 @@ def attention(
         AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong; AK5xx, not built, or derivatives
             in forward mode are required and torch's op cannot stand in; AK6xx, an index or a length is wrong.
     """
+    if (
+        score is None and mask is None and block_mask is None and normalizer is None and scale is None
+        and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
+        and dropout_p == 0.0 and backend in ("auto", "cpu")
+        and not torch.compiler.is_compiling() and v is not None and is_unwatched((q, k, v))
+    ):  # fmt: skip
+        # Nothing to trace, nobody to watch: what there is to check, `ready` does for tensors that it has not seen.
+        o, lse = attend(q, k, v, plain_text(), [], [], return_lse, unwatched=True)
+        return o if lse is None or not return_lse else (o, lse)
     if v is None:
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
     q, k, v = autocast(q, k, v)
@@ -128,8 +138,14 @@ def attention(
     if backend in ("auto", q.device.type):
         o, lse = attend(q, k, v, text, buffers, values, return_lse, seed)
     else:
-        o, lse = _run_on(backend, q, k, v, text, buffers, values, seed)
+        o, lse = _run_on(backend, q, k, v, text, buffers, values, return_lse, seed)
     return o if lse is None or not return_lse else (o, lse)
+
+
+@cache
+def plain_text() -> str:
+    """The program of plain attention."""
+    return bind(Traceable(None, None)).text
 
 
 def dense_attention(
@@ -319,15 +335,16 @@ def _run_on(
     text: str,
     buffers: list[Tensor],
     params: list[float],
+    need_lse: bool,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """A backend asked for by name, outside the dispatcher: for checking."""
     found = ready(text, q, k, v, backend)
-    way = Direct(found, params)
+    way = Direct(found, params, need_lse)
     check_bindings(found.prepared.spec.program, q, k, buffers, params, seed)
     tensors = (q, k, v, *buffers)
     if not needs_derivatives(tensors):
         return way.forward(q, k, v, buffers, seed)
-    if has_tangent(tensors) or not has_backward(found.prepared):
+    if has_tangent(tensors) or not found.differentiable:
         raise error("AK503", where=f"backend {backend!r}", given="tensors that require gradients")
-    return Differentiable.apply(way, q, k, v, seed, *buffers)  # type: ignore[no-any-return, no-untyped-call]
+    return differentiable(way, tensors, seed)

@@ -11,7 +11,6 @@ from attnkit.errors import error
 from attnkit.ops.check import check_bindings, needs_derivatives, shape_of
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.warm import Ready, is_unwatched, ready, run
-from attnkit.runtime import Prepared
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -105,7 +104,8 @@ def run_backward(
 
 
 def _accumulated(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+    dtype = t.dtype
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _check(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -124,7 +124,7 @@ def _fake(*args: Any) -> Gradients:
 def _kernel(*args: Any) -> Gradients:
     d_o, d_lse, q, k, v, o, lse, program, buffers, params, seed, wanted = BackwardCall(*args)
     found = ready(program, q, k, v)
-    if not has_backward(found.prepared):
+    if not found.differentiable:
         given = f"backend {found.prepared.backend!r}"
         raise error("AK503", where="torch.ops.attnkit.attend_backward", given=given)
     return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, seed, wanted)
@@ -141,13 +141,10 @@ def _autograd(*args: Any) -> Gradients:
         return torch.ops.attnkit.attend_backward.default(*args)  # type: ignore[no-any-return]
 
 
-def has_backward(prepared: Prepared) -> bool:
-    """Whether a kernel can go backwards."""
-    return hasattr(prepared.kernel, "backward")
-
-
 class Way(Protocol):
-    """How a call is computed, in both directions."""
+    """How a call is computed, in both directions. ``need_lse``: lse is an output and not only kept for the backward."""
+
+    need_lse: bool
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
@@ -168,6 +165,8 @@ class Way(Protocol):
 
 class ThroughOps:
     """The way of `attend`: both directions are ops, which graphs can hold."""
+
+    need_lse = True
 
     def __init__(self, program: str, params: list[float]) -> None:
         self.program, self.params = program, params
@@ -196,8 +195,8 @@ class ThroughOps:
 class Direct:
     """The way past the dispatcher, while nobody watches."""
 
-    def __init__(self, ready: Ready, params: list[float]) -> None:
-        self.ready, self.params = ready, params
+    def __init__(self, ready: Ready, params: list[float], need_lse: bool) -> None:
+        self.ready, self.params, self.need_lse = ready, params, need_lse
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
@@ -223,22 +222,28 @@ class Direct:
         return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, seed, wanted)
 
 
-class Differentiable(torch.autograd.Function):
-    """Attention with gradients: ``apply(way, q, k, v, seed, *buffers)`` gives ``o`` and ``lse``."""
+def differentiable(
+    way: Way, tensors: tuple[Tensor, ...], seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with gradients of ``(q, k, v, *buffers)``: ``o``, and ``lse`` if the way needs it."""
+    found = _Differentiable.apply(way, seed, *tensors)  # type: ignore[no-untyped-call]
+    return found if way.need_lse else (found, None)
 
+
+class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, way: Way, q: Tensor, k: Tensor, v: Tensor, seed: Tensor | None, *buffers: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, way: Way, seed: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *buffers: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See `torch.autograd.Function`."""
         o, lse = way.forward(q, k, v, list(buffers), seed)
         ctx.way = way
         ctx.save_for_backward(q, k, v, o, lse, seed, *buffers)
         ctx.set_materialize_grads(False)
-        return o, lse
+        return (o, lse) if way.need_lse else o
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
         if not torch.is_grad_enabled():
             return _backward(ctx, d_o, d_lse)
@@ -253,15 +258,13 @@ class Differentiable(torch.autograd.Function):
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, seed, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
-    saved = Saved(q, k, v, o, lse)
     if d_o is None:
-        d_o = torch.zeros_like(saved.o)
-    needed = ctx.needs_input_grad
-    wanted = list(needed[5:])
-    *inputs, d_buffers = ctx.way.backward(d_o, d_lse, saved, buffers, seed, wanted)
+        d_o = torch.zeros_like(o)
+    _, _, of_q, of_k, of_v, *wanted = ctx.needs_input_grad
+    dq, dk, dv, d_buffers = ctx.way.backward(d_o, d_lse, Saved(q, k, v, o, lse), buffers, seed, wanted)
     found = iter(d_buffers)
     of_buffers = [next(found) if w else None for w in wanted]
-    return None, *(d if n else None for d, n in zip(inputs, needed[1:4], strict=True)), None, *of_buffers
+    return None, None, dq if of_q else None, dk if of_k else None, dv if of_v else None, *of_buffers
 
 
 _lib.impl("attend_backward", _kernel, "CPU")

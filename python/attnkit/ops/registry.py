@@ -21,8 +21,16 @@ from attnkit.ops.check import (
     needs_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.gradients import Differentiable, Direct, ThroughOps, Way, has_backward
-from attnkit.ops.warm import is_below_autograd, is_plain, is_unwatched, layout_of_output, ready, run
+from attnkit.ops.gradients import Direct, ThroughOps, Way, differentiable
+from attnkit.ops.warm import (
+    has_backward,
+    is_below_autograd,
+    is_plain,
+    is_unwatched,
+    layout_of_output,
+    ready,
+    run,
+)
 from attnkit.runtime import prepare
 
 _lib: Any = torch.library.Library("attnkit", "DEF")  # type: ignore[no-untyped-call]
@@ -142,8 +150,8 @@ def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
         return _on_torch(call, f"gradients of {q.dtype} tensors")
     if not has_backward(prepared):
         return _on_torch(call, f"gradients on backend {prepared.backend!r}")
-    way: Way = ThroughOps(program, params) if found is None else Direct(found, params)
-    o, lse = Differentiable.apply(way, q, k, v, seed, *buffers)  # type: ignore[no-untyped-call]
+    way: Way = ThroughOps(program, params) if found is None else Direct(found, params, need_lse)
+    o, lse = differentiable(way, tensors, seed)
     return o, lse if need_lse else None
 
 

@@ -224,15 +224,15 @@ def scaled_dot_product_attention(
         AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
             required and torch's op cannot stand in.
     """
-    for name, t in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
-        if not (t is None and name == "attn_mask"):
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    unwatched = not torch.compiler.is_compiling() and is_unwatched(tensors)
+    if not unwatched:
+        for name, t in zip(("query", "key", "value", "attn_mask"), tensors, strict=False):
             check_tensor(name, t)
-    query, key, value = autocast(query, key, value)
+        query, key, value = autocast(query, key, value)
     dropout_p = check_probability("dropout_p", dropout_p)
     if scale is not None:
         scale = check_number("scale", scale)
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    unwatched = not torch.compiler.is_compiling() and is_unwatched(tensors)
     form = express(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, unwatched)
     if isinstance(form, str):
         raise error(

@@ -30,30 +30,38 @@ _NOT_OF_TENSORS = ~_bits(_Key.CPU, _Key.ADInplaceOrView, _Key.AutogradCPU, _Key.
 _NOT_OF_THREADS = ~_bits(_Key.BackendSelect, _Key.ADInplaceOrView)
 _AUTOGRAD = _bits(_Key.AutogradCPU) & ~_bits(_Key.CPU)
 
+# Asked at every call: looked up once.
+_keys_of, _raw = _C._dispatch_keys, _C.DispatchKeySet.raw_repr
+_included, _excluded = (
+    _C._dispatch_tls_local_include_set,
+    _C._dispatch_tls_local_exclude_set,
+)  # in this thread
+_function_modes, _is_profiling = _C._len_torch_function_stack, _C._autograd._profiler_enabled
+
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors are dense memory on the CPU and nothing else, and no mode or transform wants to see the call.
 
     Not so: subclasses, lazy views, functional, sparse and nested tensors, tensors of other devices, functorch's.
     """
-    if _C._dispatch_tls_local_include_set().raw_repr() & _NOT_OF_THREADS:
+    if _raw(_included()) & _NOT_OF_THREADS:
         return False
     for t in tensors:
         if type(t) is not Tensor and type(t) is not Parameter:
             return False
-        if _C._dispatch_keys(t).raw_repr() & _NOT_OF_TENSORS:
+        if _raw(_keys_of(t)) & _NOT_OF_TENSORS:
             return False
     return True
 
 
 def is_unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing could tell a call of the op from a call of what the op does. To be asked outside dynamo."""
-    return _C._len_torch_function_stack() == 0 and not _C._autograd._profiler_enabled() and is_plain(tensors)
+    return _function_modes() == 0 and not _is_profiling() and is_plain(tensors)
 
 
 def is_below_autograd() -> bool:
     """Whether this thread is inside an op whose derivatives are somebody else's."""
-    return bool(_C._dispatch_tls_local_exclude_set().raw_repr() & _AUTOGRAD)
+    return bool(_raw(_excluded()) & _AUTOGRAD)
 
 
 class Ready(NamedTuple):
@@ -65,6 +73,7 @@ class Ready(NamedTuple):
     bound: bool  # the program has buffers, params or dropout
     ragged: bool
     automatic: bool  # nobody asked for this backend by name
+    differentiable: bool  # the kernel has a backward
 
 
 # A decoder meets new lengths at every step; the bound only stops a leak.
@@ -93,10 +102,16 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
         bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,
         ragged=program.inputs[program.attend.k].lengths is not None,
         automatic=backend == "auto",
+        differentiable=has_backward(prepared),
     )
     if len(_ready) >= _MAX_ENTRIES:
         _ready.clear()
     return _ready.setdefault(key, new)
+
+
+def has_backward(prepared: Prepared) -> bool:
+    """Whether a kernel can go backwards."""
+    return hasattr(prepared.kernel, "backward")
 
 
 def layout_of_output(q: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

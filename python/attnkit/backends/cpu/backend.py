@@ -1,9 +1,8 @@
-"""The CPU engine as a backend: a program becomes verified bytecode, a call becomes addresses and strides."""
+"""The CPU engine as a backend: a program becomes verified bytecode; tensors go to the engine, which reads them by DLPack."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from attnkit.analysis.canonical import canonical
@@ -16,13 +15,8 @@ from attnkit.ir.program import Layout
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
-BufferTuple = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # address, dtype, sizes, strides
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
-# As csrc/cpu/problem.h counts them.
-_DTYPES = {"float32": 0, "bfloat16": 4, "float16": 5}
-_BUFFER_DTYPES = {
-    "torch.float32": 0, "torch.int32": 1, "torch.int64": 2, "torch.bool": 3, "torch.bfloat16": 4, "torch.float16": 5,
-}  # fmt: skip
+_DTYPES = ("float32", "bfloat16", "float16")
 # Status codes of csrc/cpu/problem.h.
 _FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607"}
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
@@ -65,10 +59,14 @@ class CpuBackend:
         return tuple(reasons)
 
     def space(self, spec: KernelSpec) -> Space:
-        """Tile sizes, and how many keys are summed before they are merged. Weights and values are summed tile by tile: a shorter kv tile loses fewer bits."""
+        """Tile sizes, and how many keys are summed before they are merged.
+
+        Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
+        """
+        tile_kv = 128 if spec.dtype == "bfloat16" else 64
         return {
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
-            "tile_kv": Field("numeric", 64, (32, 64, 96, 128)),
+            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128)),
             "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
             "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96)),
             "backward_tile_kv": Field("numeric", 96, (32, 48, 64, 96, 128)),
@@ -95,7 +93,7 @@ class CpuKernel:
         self._q_layout: Layout = spec.program.inputs[attend.q]
         self._kv_layout: Layout = spec.program.inputs[attend.k]
         self._attend = engine().attend
-        self._dtype = _DTYPES[spec.dtype]
+        self._sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
 
     def __call__(
         self,
@@ -116,9 +114,16 @@ class CpuKernel:
                 AK603, out of memory; AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero;
                 AK606, AK607, a tensor without memory or not aligned.
         """
-        arguments = self._arguments(self.program, q, k, v, o, lse, buffers, params, seed)
-        sizes = threads, self.config["tile_q"], self.config["tile_kv"], self.config["split_kv"]
-        self._run(self.bytecode, buffers, self._attend, *arguments, *sizes)
+        try:
+            fault, about = self._attend(
+                self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
+                self._sequences(q, k, buffers), buffers, params,
+                self._dropped(params, seed), threads, *self._sizes,
+            )  # fmt: skip
+        except ValueError as exc:
+            raise _too_large(exc) from exc
+        if fault:
+            raise self._error(_FAULTS[fault], about, self.bytecode, len(buffers))
 
     def backward(
         self,
@@ -151,14 +156,17 @@ class CpuKernel:
         if found is None:
             found = self._backwards.setdefault(wanted, self._compile(wanted))
         bytecode, program = found
-        d_sink = None if self._sink is None else d_buffers[self._sink]
-        cotangents = [_maybe_tuple(t) for t in (d_o, d_lse, dq, dk, dv, d_sink)]
-        self._run(
-            bytecode, buffers, engine().attend_backward,
-            *self._arguments(program, q, k, v, o, lse, buffers, params, seed),
-            *cotangents, [_maybe_tuple(d) for d in d_buffers],
-            threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
-        )  # fmt: skip
+        sink, d_sink = (None, None) if self._sink is None else (buffers[self._sink], d_buffers[self._sink])
+        try:
+            fault, about = engine().attend_backward(
+                program, q, k, v, o, lse, self._scale, sink, self._sequences(q, k, buffers), buffers, params,
+                self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
+                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
+            )  # fmt: skip
+        except ValueError as exc:
+            raise _too_large(exc) from exc
+        if fault:
+            raise self._error(_FAULTS[fault], about, bytecode, len(buffers))
 
     def _compile(self, gradients: frozenset[int] | None) -> tuple[Bytecode, Any]:
         """The bytecode, and the engine's program; ``gradients`` as `emit` has it."""
@@ -171,41 +179,8 @@ class CpuKernel:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
         return code, program
 
-    def _arguments(
-        self,
-        program: Any,
-        q: Any,
-        k: Any,
-        v: Any,
-        o: Any,
-        lse: Any | None,
-        buffers: list[Any],
-        params: list[float],
-        seed: int | None,
-    ) -> tuple[Any, ...]:
-        return (
-            program, self._dtype,
-            q.data_ptr(), q.shape, q.stride(),
-            k.data_ptr(), k.shape, k.stride(),
-            v.data_ptr(), v.shape, v.stride(),
-            o.data_ptr(), o.stride(),
-            0 if lse is None else lse.data_ptr(), () if lse is None else lse.stride(),
-            self._scale, 0 if self._sink is None else buffers[self._sink].data_ptr(), self._sequences(q, k, buffers),
-            [buffer_tuple(b) for b in buffers], params,
-            None if self._dropout is None else _dropout_tuple(self._dropout, params, seed),
-        )  # fmt: skip
-
-    def _run(
-        self, bytecode: Bytecode, buffers: list[Any], function: Callable[..., Any], *arguments: Any
-    ) -> None:
-        try:
-            fault, about = function(*arguments)
-        except ValueError as exc:
-            raise error(
-                "AK502", where="backend cpu", given=str(exc), allowed="sizes that fit 32 bits"
-            ) from exc
-        if fault:
-            raise self._error(_FAULTS[fault], about, bytecode, len(buffers))
+    def _dropped(self, params: list[float], seed: int | None) -> tuple[int, int, float] | None:
+        return None if self._dropout is None else _dropout_tuple(self._dropout, params, seed)
 
     def _sequences(self, q: Any, k: Any, buffers: list[Any]) -> list[tuple[int, int, int, int, int]] | None:
         """(batch, q start, q length, kv start, kv length) of every sequence; None means one per batch entry."""
@@ -218,7 +193,7 @@ class CpuKernel:
         cu = buffers[self._q_layout.lengths].tolist()
         return [(0, cu[i], cu[i + 1] - cu[i], kv[i], kv[i + 1] - kv[i]) for i in range(len(cu) - 1)]
 
-    def structure(self, sizes: Sizes, buffers: list[BufferTuple], params: list[float]) -> Structure:
+    def structure(self, sizes: Sizes, buffers: list[Any], params: list[float]) -> Structure:
         """The block structure of the mask for ``sizes.batch`` sequences of these lengths.
 
         Raises:
@@ -242,7 +217,7 @@ class CpuKernel:
         if q_len == 0 or kv_len == 0:
             return {}, ""
         sizes = Sizes(batch, heads, q_len, kv_len, self.config["tile_q"], self.config["tile_kv"])
-        found = self.structure(sizes, [buffer_tuple(b) for b in buffers], params)
+        found = self.structure(sizes, buffers, params)
         return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
 
     def _error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
@@ -259,11 +234,6 @@ class CpuKernel:
         return error(code, where=where)
 
 
-def buffer_tuple(buffer: Any) -> BufferTuple:
-    """A captured tensor as the engine takes it: address, dtype, sizes, strides."""
-    return buffer.data_ptr(), _BUFFER_DTYPES[str(buffer.dtype)], tuple(buffer.shape), buffer.stride()
-
-
 def _dropout_tuple(dropout: Expr, params: list[float], seed: int | None) -> tuple[int, int, float]:
     """Seed, threshold and factor, as csrc/cpu/problem.h has them: a pair is kept iff its random word / 2**32 >= p."""
     p = float(params[int(dropout.attr or 0)] if dropout.op == "param" else dropout.attr or 0)
@@ -273,8 +243,8 @@ def _dropout_tuple(dropout: Expr, params: list[float], seed: int | None) -> tupl
     return (seed or 0) % 2**64, threshold - none_kept, factor
 
 
-def _maybe_tuple(tensor: Any | None) -> BufferTuple | None:
-    return None if tensor is None else buffer_tuple(tensor)
+def _too_large(exc: ValueError) -> AttnkitError:
+    return error("AK502", where="backend cpu", given=str(exc), allowed="sizes that fit 32 bits")
 
 
 backend = CpuBackend()
