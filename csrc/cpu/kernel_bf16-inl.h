@@ -175,7 +175,7 @@ class PairDecode : public FloatForward {
   template <int kRows>
   static __attribute__((noinline)) void dot_rows(const Bf16* q, int32_t width, const Bf16* k, int64_t stride,
                                                  int32_t count, float scale, float* st, int32_t ld, Ahead ahead) {
-    constexpr int kKeys = kLanes / kRows;
+    constexpr int kKeys = kLanes / kRows, kAtOnce = kKeys < 8 ? kKeys : 8;  // as many addresses as there are registers
     for (int32_t n = 0; n < round_up(count, kLanes); n += kKeys) {
       const Bf16* key[kKeys];
       const Bf16* at = k + (n < count ? n : count - 1) * stride;
@@ -186,17 +186,19 @@ class PairDecode : public FloatForward {
       }
       for (int i = 0; i < kKeys; ++i) ahead.fetch(n + i);
       vf acc[kRows * kKeys] = {};
-      for (int32_t d = 0; d < width; d += kPairChannels) {
-        vf x[kRows];
+#pragma GCC unroll 2
+      for (int first = 0; first < kKeys; first += kAtOnce)
+        for (int32_t d = 0; d < width; d += kPairChannels) {
+          vf x[kRows];
 #pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) x[m] = load_units(q + m * width + d);
-#pragma GCC unroll 16
-        for (int i = 0; i < kKeys; ++i) {
-          const vf y = load_units(key[i] + d);
+          for (int m = 0; m < kRows; ++m) x[m] = load_units(q + m * width + d);
+#pragma GCC unroll 8
+          for (int i = first; i < first + kAtOnce; ++i) {
+            const vf y = load_units(key[i] + d);
 #pragma GCC unroll 4
-          for (int m = 0; m < kRows; ++m) acc[m * kKeys + i] = PairDot::run(x[m], y, acc[m * kKeys + i]);
+            for (int m = 0; m < kRows; ++m) acc[m * kKeys + i] = PairDot::run(x[m], y, acc[m * kKeys + i]);
+          }
         }
-      }
       const vf scores = sums_of_lanes(acc) * set1(scale);
       alignas(kBytes) float by_query[kLanes];
       store(by_query, scores);
