@@ -40,14 +40,15 @@ Program make_program(const ProgramCode& code, int score, int mask, int num_buffe
 std::pair<int, int> call_attend(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v,
                                 const Tensor& o, const Maybe& lse, float scale, const Maybe& sink,
                                 const std::optional<std::vector<SequenceTuple>>& given_sequences,
-                                const std::vector<Tensor>& tensors, const std::vector<float>& params, int threads,
-                                int tile_q, int tile_kv, int split_kv) try {
+                                const std::vector<Tensor>& tensors, const std::vector<float>& params,
+                                const std::optional<DropoutTuple>& dropout, int threads, int tile_q, int tile_kv,
+                                int split_kv) try {
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   Request r;
-  Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params);
+  Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout);
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;
     status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});

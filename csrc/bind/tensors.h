@@ -49,6 +49,7 @@ struct Tensor {
 
 using Maybe = std::optional<Tensor>;
 using SequenceTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t>;  // see Sequence
+using DropoutTuple = std::tuple<uint64_t, uint32_t, float>;  // see Dropout
 inline constexpr int kMaxThreads = 1024;  // OpenMP ends the process where the system has no more to give
 
 inline void need(bool ok, const char* what) {
@@ -83,7 +84,8 @@ inline Fault check_memory(const Memory& m) {
 inline View make_view(const Tensor& t) {
   need(t.stride.size() == 4, "a tensor has four strides");
   View v{reinterpret_cast<char*>(t.data), {}};
-  std::copy(t.stride.begin(), t.stride.end(), v.stride);
+  // The stride of a single element leads nowhere and may be any number.
+  for (int d = 0; d < 4; ++d) v.stride[d] = t.size.begin()[d] > 1 ? t.stride.begin()[d] : 1;
   return v;
 }
 
@@ -140,7 +142,7 @@ struct Request {
   Status fill(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
               const Maybe& lse, float scale, const Maybe& sink,
               const std::optional<std::vector<SequenceTuple>>& given_sequences, const std::vector<Tensor>& tensors,
-              const std::vector<float>& params) {
+              const std::vector<float>& params, const std::optional<DropoutTuple>& dropout) {
     need(q.size.size() == 4 && k.size.size() == 4 && v.size.size() == 4, "q, k and v have four dimensions");
     need(q.size[0] == k.size[0] && q.size[0] == v.size[0], "q, k and v differ in batch");
     need(k.size[1] == v.size[1] && k.size[2] == v.size[2], "k and v differ in heads or length");
@@ -201,6 +203,7 @@ struct Request {
     problem.num_buffers = static_cast<int32_t>(buffers.size());
     problem.params = params.data();
     problem.num_params = static_cast<int32_t>(params.size());
+    if (dropout) problem.dropout = {std::get<0>(*dropout), std::get<1>(*dropout), std::get<2>(*dropout)};
     return {};
   }
 };

@@ -47,8 +47,8 @@ class Scratch {
 };
 thread_local Scratch t_workspace, t_parts;
 
-// Below twice this, one thread works alone. Another one that still spins for work is worth it early: 16 tokens of 12 heads
-// (8e5 operations) take 4.5 us on two threads and 7.4 on one.
+// Below twice this, one thread works alone. Another one that still spins for work is worth it early: 16 tokens of 12
+// heads (8e5 operations) take 4.5 us on two threads and 7.4 on one.
 constexpr double kMinFlopsPerThread = 3e5;
 
 }  // namespace

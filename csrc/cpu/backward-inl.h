@@ -11,7 +11,7 @@ struct BackwardLayout {
   Places places;
   int32_t bn, dk, dv;  // key lanes; channels rounded up to whole vectors
   TileLayout tile;
-  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, alive;
+  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, alive, random, kept;
 
   explicit BackwardLayout(const BackwardCall& c)
       : bn(round_up(c.tile_kv, kLanes)),
@@ -32,6 +32,9 @@ struct BackwardLayout {
     d_o = places.take(c.tile_q, dv);
     dq = places.take(c.tile_q, dk);
     alive = places.take(c.tile_q, bn);
+    const bool thinned = p.dropout.threshold != 0;
+    random = places.take(thinned ? SplitWords<KeyWords>::kVector : 0, bn / kLanes);
+    kept = places.take(thinned ? kStrip : 0, bn);
   }
 };
 
@@ -80,7 +83,9 @@ class Backward {
         seq_(p_.sequences[t.sequence]),
         at_(c),
         ws_(workspace),
-        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerKey) {}
+        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerKey),
+        philox_(p_.dropout, t.sequence),
+        random_(ws_ + at_.random) {}
 
   void start() {
     clear(at_.d_keys, static_cast<int64_t>(at_.bn) * at_.dk);
@@ -103,7 +108,7 @@ class Backward {
     const Rows qs = queries(tile), dos = cotangents(tile);
     const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
     float *s = ws_ + at_.s, *ds = s;
-    if (exists(tile) && !c_.has_score && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
+    if (exists(tile) && !c_.has_score && !thinned() && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
       rows_times(qs.data, qs.stride, rows, kt, at_.bn, lanes, p_.head_dim, Weigh{s, lanes, tile.rows.lse});
       add_to_values(tile, s, dos);
       rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim,
@@ -123,8 +128,8 @@ class Backward {
   }
 
   int32_t finish() {
-    put(g_.dk, at_.d_keys, at_.dk, p_.head_dim);
-    put(g_.dv, at_.d_values, at_.dv, p_.v_head_dim);
+    put(g_.dk, at_.d_keys, at_.dk, p_.head_dim, 1);
+    put(g_.dv, at_.d_values, at_.dv, p_.v_head_dim, p_.dropout.factor);
     return tile_.bad_load();
   }
 
@@ -221,16 +226,43 @@ class Backward {
       tile_.narrow(lane, lanes);
     }
     if (c_.code.num_loads > 0) tiles.order(tiles.state, tile);
+    if (thinned())
+      for (int32_t n = 0; n < tile.count; ++n) random_.put(n, philox_.key(tile.first + n));
     for (int32_t strip = 0; strip < rows; strip += kStrip) {
       const Shape shape{rows - strip < kStrip ? rows - strip : kStrip, lanes};
       if (c_.has_score || !tile.full) {
         tile_.run_strip(strip, shape.rows, c_.has_score, !tile.full);
         tile_.check_loads(strip, shape.rows, tile.count, tile.full);
       }
+      if (thinned()) draw(tile, strip, shape);
       weigh(tile, strip, shape);
+      if (thinned()) drop(strip, shape);
       for (int32_t i = 0; i < c_.code.num_loads; ++i) collect(i, strip, shape, tile.count);
       follow(strip, shape);
     }
+  }
+
+  // ---- dropout: o has only the kept weights, times a factor; what they were divided by is the sum of all ----
+
+  bool thinned() const { return p_.dropout.threshold != 0; }
+
+  // Which pairs of a strip are kept; of do . v what is left.
+  __attribute__((noinline)) void draw(const BackwardTile& tile, int32_t strip, Shape shape) {
+    float *kept = ws_ + at_.kept, *dp = ws_ + at_.dp + static_cast<int64_t>(strip) * shape.lanes;
+    const vf factor = set1(p_.dropout.factor);
+    const auto query = [&](int32_t r) { return philox_.query(tile.queries.head, tile.queries.q_first + strip + r); };
+    philox_.each(random_, {0, shape.lanes}, {0, shape.rows}, query, [&](int32_t r, int32_t j, vi k) {
+      const int64_t i = static_cast<int64_t>(r) * shape.lanes + j;
+      store_int(kept + i, k);
+      store(dp + i, select(k, load(dp + i) * factor, vf{}));
+    });
+  }
+
+  // The weights, for dv, which is multiplied by the factor at the end.
+  void drop(int32_t strip, Shape shape) {
+    float* s = ws_ + at_.s + static_cast<int64_t>(strip) * shape.lanes;
+    map2(s, shape, {s, shape.lanes, true}, {ws_ + at_.kept, shape.lanes, true},
+         [](vf w, vf kept) { return select(as_int(kept), w, vf{}); });
   }
 
   // Adds d score / d load, times dscore, to the gradient of what was loaded.
@@ -295,11 +327,11 @@ class Backward {
          [=](vf d, vf slope) { return select(d == vf{}, vf{}, d * slope * scale); });
   }
 
-  void put(const View& view, size_t at, int32_t padded, int32_t width) const {
+  void put(const View& view, size_t at, int32_t padded, int32_t width, float factor) const {
     with_elements(p_.dtype, [&](auto* type) {
       const auto to = row_of<decltype(type)>(view, seq_.batch, t_.kv_head, seq_.kv_start + t_.first);
       for (int32_t n = 0; n < t_.count; ++n)
-        narrow_row(to + n * view.stride[2], view.stride[3], ws_ + at + static_cast<size_t>(n * padded), width, 1);
+        narrow_row(to + n * view.stride[2], view.stride[3], ws_ + at + static_cast<size_t>(n * padded), width, factor);
     });
   }
 
@@ -352,6 +384,8 @@ class Backward {
   const BackwardLayout at_;
   float* ws_;
   Tile tile_;
+  const Philox philox_;
+  const SplitWords<KeyWords> random_;
   Rows k_{};
   bool finite_ = true;
 };

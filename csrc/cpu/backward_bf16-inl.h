@@ -115,7 +115,7 @@ class PairBackward : public Backward {
     const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
     float *s = ws_ + at_.s, *dp = ws_ + at_.dp, *weights = ws_ + pairs_.weights;
     slopes_.stride = lanes;
-    if (exists(tile) && !c_.has_score && depth_k <= kChannels && depth_v <= kChannels) {
+    if (exists(tile) && !c_.has_score && !thinned() && depth_k <= kChannels && depth_v <= kChannels) {
       rows_times<PairDot>(qs.data, qs.stride, rows, kt, at_.bn, lanes, depth_k,
                           WeighPairs{s, weights, lanes, tile.rows.lse, p_.scale});
       rows_times<PairDot>(dos.data, dos.stride, rows, vt, at_.bn, lanes, depth_v,

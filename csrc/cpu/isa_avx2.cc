@@ -37,6 +37,7 @@ ATTNKIT_INLINE vf look_up(const float (&table)[16], vi i) { return look_up_16(ta
 ATTNKIT_INLINE vf look_up(const float (&table)[32], vi i) {
   return (vf)_mm256_blendv_ps((__m256)look_up_16(table, i), (__m256)look_up_16(table + 16, i), (__m256)(i << 27));
 }
+ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
 
 #include "math-inl.h"
 #include "storage-inl.h"
@@ -45,6 +46,7 @@ ATTNKIT_INLINE vf look_up(const float (&table)[32], vi i) {
 #include "products-inl.h"
 #include "decode-inl.h"
 #include "fold-inl.h"
+#include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "backward_products-inl.h"

@@ -18,6 +18,7 @@ namespace {
 #include "products-inl.h"
 #include "decode-inl.h"
 #include "fold-inl.h"
+#include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "kernel_bf16-inl.h"

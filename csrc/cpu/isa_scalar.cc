@@ -50,6 +50,7 @@ template <int kSize>
 ATTNKIT_INLINE vf look_up(const float (&table)[kSize], vi i) {
   return lanes_of([&](int lane) { return table[i[lane] & (kSize - 1)]; });
 }
+ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xffffffff); }
 
 #include "math-inl.h"
 #include "storage-inl.h"
@@ -58,6 +59,7 @@ ATTNKIT_INLINE vf look_up(const float (&table)[kSize], vi i) {
 #include "products-inl.h"
 #include "decode-inl.h"
 #include "fold-inl.h"
+#include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "backward_products-inl.h"

@@ -13,6 +13,7 @@ struct Layout {
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v, live;
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
+  size_t random;  // words of the queries
   size_t q, st;  // of few queries: rows of them, and of S^T
   int32_t dq;  // channels in a row of them
   int32_t ld;  // keys in a row of S^T
@@ -37,6 +38,7 @@ struct Layout {
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
+    random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
     ld = round_up(c.tile_kv, kBlockVecs * kLanes);
@@ -56,13 +58,18 @@ class Forward {
         ws_(workspace),
         tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerQuery),
         now_{ws_ + at_.o, ws_ + at_.max, ws_ + at_.sum, at_.dv},
-        before_{ws_ + at_.before_o, ws_ + at_.before_max, ws_ + at_.before_sum, at_.dv} {
+        before_{ws_ + at_.before_o, ws_ + at_.before_max, ws_ + at_.before_sum, at_.dv},
+        philox_(p_.dropout, t.sequence),
+        random_(ws_ + at_.random) {
     kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
   }
 
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
     start();
+    if (thinned())
+      for (int32_t m = 0; m < t_.lanes(); ++m)
+        random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.q_first + m % t_.q_count));
     if (!any_keys || (!c_.has_score && !c_.has_mask)) return;
     tile_.begin();
     tile_.queries(t_);
@@ -96,7 +103,7 @@ class Forward {
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
-      const float norm = dead ? 0 : rescale / sum;
+      const float norm = dead ? 0 : rescale / sum * p_.dropout.factor;
       float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
       if (dead) clear(at_.o + static_cast<size_t>(m) * static_cast<size_t>(at_.dv), at_.dv);
       with_elements(p_.dtype, [&](auto* type) {
@@ -319,6 +326,20 @@ class Forward {
     max = top;
   }
 
+  // ---- dropout ----
+
+  bool thinned() const { return p_.dropout.threshold != 0; }
+
+  // What is not kept of the weights becomes zero, by `drop(key, lane, kept)`. Their sum is left as it was.
+  template <class F>
+  __attribute__((noinline)) void thin(int64_t first, int32_t count, bool full, F drop) const {
+    const int32_t lanes = full ? at_.bm : kLanes;
+    for (int32_t lane = 0; lane < at_.bm; lane += lanes) {
+      const Span keys = full ? Span{0, count} : spans_[lane / kLanes];
+      philox_.each(random_, {lane, lane + lanes}, keys, [&](int32_t n) { return philox_.key(first + n); }, drop);
+    }
+  }
+
   // ---- values that not every query may see ----
 
   bool has_nonfinite(const float* v, int64_t stride, int32_t count) const {
@@ -366,6 +387,8 @@ class Forward {
   Tile tile_;
   Span spans_[kMaxTileQ / kLanes];  // of a partial tile
   const Fold now_, before_;
+  const Philox philox_;
+  const SplitWords<QueryWords> random_;
   bool any_before_ = false;
 };
 

@@ -69,6 +69,11 @@ class PairForward : public Forward {
                       ws_ + at_.s, start_largest(full));
     modify(first, count, full);
     softmax(count, full, Weights{ws_ + at_.weights, at_.bm});
+    if (thinned())
+      thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
+        float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
+        store_int(w, load_int(w) & (kept | (n % 2 ? 0xffff : ~0xffff)));
+      });
     pack_values(first, count);
     if (!full) {
       int64_t stride;

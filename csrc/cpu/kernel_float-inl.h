@@ -51,13 +51,17 @@ class FloatForward : public Forward {
       modify(first, count, full);
       softmax(count, full, Weights{s, at_.bm});
     }
+    if (thinned())
+      thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
+        float* w = s + n * at_.bm + lane;
+        store(w, select(kept, load(w), vf{}));
+      });
     if (few_ && full)
       return few_values_of(first, count, {values, tile_at(p_.k, p_.head_dim, next < 0 ? first : next, c_.tile_kv)});
     int64_t stride;
     const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (!full && has_nonfinite(v, stride, count))
-      return pv_guarded<FloatDot>(s, v, stride, count);
+    if (!full && has_nonfinite(v, stride, count)) return pv_guarded<FloatDot>(s, v, stride, count);
     pv<FloatDot>(s, at_.bm, v, stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 

@@ -31,6 +31,13 @@ struct Sequence {
   int64_t q_start, q_len, kv_start, kv_len;
 };
 
+// Dropout of weights. Which pairs are kept: csrc/cpu/dropout-inl.h.
+struct Dropout {
+  uint64_t seed;
+  uint32_t threshold;  // of a pair's random word: below it the pair is dropped. 0: there is no dropout
+  float factor;        // of the weights that are kept
+};
+
 struct Problem {
   View q, k, v, o;
   DType dtype;  // of their elements: f32, bf16 or f16; every sum is float32
@@ -45,6 +52,7 @@ struct Problem {
   int32_t num_buffers;
   const float* params;
   int32_t num_params;
+  Dropout dropout{0, 0, 1};
 };
 
 // What the backward of a problem reads and writes besides.

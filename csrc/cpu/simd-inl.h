@@ -12,11 +12,13 @@
 //   lane_bits(mask)                a bit for each lane, from its sign
 //   gather(base, offset)           base[offset] of each lane
 //   load_halves(low, high)         half a vector from each of two places
+//   multiply_low(a, b)             the products of the low halves of 64-bit lanes
 
 inline constexpr int kBytes = 4 * kLanes;
 typedef float vf __attribute__((vector_size(kBytes), may_alias));
 typedef int32_t vi __attribute__((vector_size(kBytes), may_alias));
 typedef uint32_t vu __attribute__((vector_size(kBytes), may_alias));  // wraps
+typedef uint64_t vl __attribute__((vector_size(kBytes), may_alias));
 typedef float vf_u __attribute__((vector_size(kBytes), may_alias, aligned(2)));  // pairs of 16-bit elements too
 typedef int32_t vi_u __attribute__((vector_size(kBytes), may_alias, aligned(4)));
 
@@ -34,6 +36,8 @@ ATTNKIT_INLINE vf set1_bits(const void* p) {
   __builtin_memcpy(&bits, p, 4);
   return reinterpret_cast<vf>(bits - vi{});
 }
+ATTNKIT_INLINE vl load_long(const float* p) { return reinterpret_cast<vl>(load_int(p)); }
+ATTNKIT_INLINE vl set1_long(uint64_t x) { return x - vl{}; }
 ATTNKIT_INLINE vi set1_int(int32_t x) { return x - vi{}; }
 ATTNKIT_INLINE vf as_float(vi x) { return reinterpret_cast<vf>(x); }
 ATTNKIT_INLINE vi as_int(vf x) { return reinterpret_cast<vi>(x); }

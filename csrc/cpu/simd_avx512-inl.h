@@ -28,3 +28,4 @@ ATTNKIT_INLINE vf look_up(const float (&table)[16], vi i) {
 ATTNKIT_INLINE vf look_up(const float (&table)[32], vi i) {
   return (vf)_mm512_permutex2var_ps((__m512)load(table), (__m512i)i, (__m512)load(table + 16));
 }
+ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm512_mul_epu32((__m512i)a, (__m512i)b); }

@@ -37,6 +37,7 @@ def attend(
     sequences: Sequence[tuple[int, int, int, int, int]] | None,
     buffers: Sequence[Tensor],
     params: Sequence[float],
+    dropout: tuple[int, int, float] | None,
     threads: int,
     tile_q: int,
     tile_kv: int,

@@ -25,6 +25,12 @@ from attnkit.testing import strategies
 
 B, H, HKV, S, D = 2, 4, 2, 6, 8
 PLAIN = ak.trace(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx).text
+DROPOUT = """attnkit 1
+program (q: bhsd, k: bhsd, v: bhsd) params(p0: f32) {
+  o, lse = attend(q, k, v, dropout = p0) { normalizer = softmax }
+  return o, lse
+}
+"""
 
 
 def rand(*shape: int) -> Tensor:
@@ -59,6 +65,7 @@ def backward(**other: Any) -> Any:
     return torch.ops.attnkit.attend_backward(*arguments.values())
 
 
+SEED = torch.tensor(1)
 Q, K, V = rand(B, H, S, D), rand(B, HKV, S, D), rand(B, HKV, S, D)
 SINK = torch.zeros(H)
 BLOCKS = torch.ones(2, 2, dtype=torch.bool)
@@ -113,6 +120,14 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "scale -1": ("AK401", "scale", lambda: attention(scale=-1)),
     "scale beyond float": ("AK401", "scale", lambda: attention(scale=10**400)),
     "dropout above 1": ("AK401", "dropout_p", lambda: attention(dropout_p=1.5)),
+    "dropout below 0": ("AK401", "dropout_p", lambda: attention(dropout_p=-0.1)),
+    "dropout of torch's function": ("AK401", "dropout_p", lambda: ak.scaled_dot_product_attention(Q, Q, Q, dropout_p=1.1)),
+    "dropout param above 1": ("AK401", "dropout", lambda: op(text=DROPOUT, params=[1.5], seed=SEED)),
+    "seed and no dropout": ("AK408", "seed", lambda: op(seed=SEED)),
+    "dropout and no seed": ("AK402", "seed", lambda: op(text=DROPOUT, params=[0.5])),
+    "seed of another dtype": ("AK404", "seed", lambda: op(text=DROPOUT, params=[0.5], seed=SEED.int())),
+    "two seeds": ("AK403", "seed", lambda: op(text=DROPOUT, params=[0.5], seed=SEED.expand(2))),
+    "no seed backwards": ("AK402", "seed", lambda: backward(program=DROPOUT, params=[0.5])),
     "dropout nan": ("AK401", "dropout_p", lambda: attention(dropout_p=math.nan)),
     "softcap": ("AK401", "softcap", lambda: dense(softcap=-3.0)),
     "softcap nan": ("AK401", "softcap", lambda: dense(softcap=math.nan)),
@@ -250,8 +265,6 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "lse of another dtype": ("AK404", "lse", lambda: backward(lse=rand(*Q.shape[:3]).double())),
     "gradients of no buffer": ("AK401", "wanted", lambda: backward(wanted=[True])),
     "select": ("AK504", "select", lambda: attention(select=object())),
-    "dropout": ("AK504", "dropout_p", lambda: attention(dropout_p=0.5)),
-    "seed": ("AK504", "seed", lambda: op(seed=torch.tensor(1))),
     "sdpa in float64": (
         "AK504", "scaled_dot_product_attention", lambda: ak.scaled_dot_product_attention(Q.double(), Q.double(), Q.double()),
     ),
@@ -440,8 +453,9 @@ def typed_errors_alone() -> Iterator[None]:
             raise
 
 
-def survives(call: Callable[[], Any], bound: float) -> None:
-    """A typed error, or a result: a weighted mean of values, so it cannot leave their range."""
+def survives(call: Callable[[], Any], dropout_p: Any = 0.0) -> None:
+    """A typed error, or a result: a weighted mean of values, so it cannot leave their range, or that of kept ones."""
+    kept = 1 - dropout_p if isinstance(dropout_p, float) and 0 < dropout_p < 1 else 1.0
     result = "an error"
     with typed_errors_alone():
         result = call()
@@ -450,7 +464,7 @@ def survives(call: Callable[[], Any], bound: float) -> None:
     o = result[0] if isinstance(result, tuple) else result
     if o.device.type == "cpu":
         assert o.isfinite().all()
-        assert o.numel() == 0 or o.abs().max() <= bound * 1.00001
+        assert o.numel() == 0 or o.abs().max() <= 1.00001 / kept
 
 
 ODD_DTYPES = [
@@ -554,25 +568,25 @@ def keywords(*tables: dict[str, list[Any]]) -> st.SearchStrategy[dict[str, Any]]
 @MANY
 @given(changes(Q), changes(K), changes(V), keywords(KEYWORDS, OWN))
 def test_hostile_attention(q: Any, k: Any, v: Any, chosen: dict[str, Any]) -> None:
-    survives(lambda: ak.attention(q, k, v, **chosen), 1.0)
+    survives(lambda: ak.attention(q, k, v, **chosen), chosen.get("dropout_p"))
 
 
 @MANY
 @given(keywords(KEYWORDS, OWN))
 def test_hostile_keywords(chosen: dict[str, Any]) -> None:
-    survives(lambda: ak.attention(Q, K, V, **chosen), 1.0)
+    survives(lambda: ak.attention(Q, K, V, **chosen), chosen.get("dropout_p"))
     survives(
         lambda: ak.attention(
             Q[:1], K[:1], V[:1], **{"cu_seqlens_q": i32(0, S), "cu_seqlens_kv": i32(0, S), **chosen}
         ),
-        1.0,
+        chosen.get("dropout_p"),
     )
 
 
 @MANY
 @given(keywords(KEYWORDS, DENSE))
 def test_hostile_dense_attention(chosen: dict[str, Any]) -> None:
-    survives(lambda: ak.dense_attention(Q, K, V, **chosen), 1.0)
+    survives(lambda: ak.dense_attention(Q, K, V, **chosen), chosen.get("dropout_p"))
 
 
 SDPA_MASKS = [
@@ -598,7 +612,7 @@ SDPA_MASKS = [
     keywords({"dropout_p": NUMBERS, "scale": NUMBERS, "is_causal": [True, False]}),
 )
 def test_hostile_sdpa(q: Any, k: Any, v: Any, mask: Any, chosen: dict[str, Any]) -> None:
-    survives(lambda: ak.scaled_dot_product_attention(q, k, v, mask, **chosen), 1.0)
+    survives(lambda: ak.scaled_dot_product_attention(q, k, v, mask, **chosen), chosen.get("dropout_p"))
 
 
 TENSORS = [

@@ -142,13 +142,19 @@ def sequences(rng: Rng) -> Any:
     ]
 
 
+# Seed, threshold and factor.
+DROPOUTS = [None, None, (0, 1, 1.0), (2**64 - 1, 2**32 - 1, 0.0), (3, 2**31, 2.0)]
+WRONG_DROPOUTS = [(), (1, 2), (-1, 2, 1.0), (2**64, 0, 1.0), (0, 2**32, 1.0), (0, -1, 1.0), (0, 1, "1"), (0, 1.5, 1.0),
+                  (0, 0, np.nan), (0, 1, np.inf), 0.5, "x", [1, 2, 3.0], [None] * 3]  # fmt: skip
+
+
 def attend(rng: Rng) -> str:
     program, declared = of(rng, PROGRAMS)
     batch, heads, kv_heads, q_len, kv_len = (int(n) for n in rng.integers(1, 3, 5))
     tensors = valid_tensors(of(rng, DTYPES), batch, heads, kv_heads, q_len, kv_len)
     arguments: list[Any] = [*tensors, 0.5, None, None]
     arguments += [[buffer_tuple(rng, *d) for d in declared], [1.0] * (len(declared) - 1 if declared else 0)]
-    arguments += [int(rng.integers(1, 4)), 96, 64, 1024]
+    arguments += [of(rng, DROPOUTS), int(rng.integers(1, 4)), 96, 64, 1024]
     replace: dict[int, Callable[[], Any]] = {
         **{at: partial(damaged, rng, tensor) for at, tensor in enumerate(tensors)},
         5: lambda: of(rng, [np.nan, np.inf, -1.0, 0.0, 1e300, 1e38, None, "1", 10**400, 1j, 3]),
@@ -156,10 +162,11 @@ def attend(rng: Rng) -> str:
         7: lambda: sequences(rng),
         8: lambda: [buffer_tuple(rng, int(rng.integers(-1, 6)), (8,)) for _ in range(rng.integers(0, 4))],
         9: lambda: of(rng, [[], [1.0] * 2, [np.nan], [np.inf], [1e300], ["1"], [None], None, [10**400], 1.0]),
-        10: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
-        11: lambda: integer(rng),
+        10: lambda: of(rng, WRONG_DROPOUTS),
+        11: lambda: of(rng, [-1, 0, 1, 2, 64, 10**6, 2**31, None, 1.5]),
         12: lambda: integer(rng),
         13: lambda: integer(rng),
+        14: lambda: integer(rng),
     }  # fmt: skip
     for at in rng.choice(len(arguments), rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()
@@ -191,20 +198,21 @@ def attend_backward(rng: Rng) -> str:
     batch, heads, kv_heads, q_len, kv_len = (int(n) for n in rng.integers(1, 3, 5))
     tensors = valid_tensors(0, batch, heads, kv_heads, q_len, kv_len)
     arguments: list[Any] = [*tensors, 0.5, None, None]
-    arguments += [[buffer_tuple(rng, *d) for d in declared], []]
+    arguments += [[buffer_tuple(rng, *d) for d in declared], [], of(rng, DROPOUTS)]
     wanted = [tensors[at][2] for at in (3, 4, 0, 1, 2)]
     arguments += [(MIDDLE + 8192 * (5 + i), 0, shape, contiguous(shape)) for i, shape in enumerate(wanted)]
     arguments += [None, [buffer_tuple(rng, 0, shape) for _, shape in declared]]
     arguments += [int(rng.integers(1, 4)), 96, 96]
     replace: dict[int, Callable[[], Any]] = {
         **{at: lambda i=i: of(rng, [None, buffer_tuple(rng, int(rng.integers(-1, 6)), wanted[i])])
-           for i, at in enumerate(range(10, 15))},
+           for i, at in enumerate(range(11, 16))},
         7: lambda: sequences(rng),
-        15: lambda: buffer_tuple(rng, 0, (int(rng.integers(0, 5)),)),
-        16: lambda: of(rng, [None, [], [None], [buffer_tuple(rng, int(rng.integers(-1, 6)), (8, 8))], 3]),
-        17: lambda: integer(rng, [64, 10**6, 2**31]),
-        18: lambda: integer(rng),
+        10: lambda: of(rng, WRONG_DROPOUTS),
+        16: lambda: buffer_tuple(rng, 0, (int(rng.integers(0, 5)),)),
+        17: lambda: of(rng, [None, [], [None], [buffer_tuple(rng, int(rng.integers(-1, 6)), (8, 8))], 3]),
+        18: lambda: integer(rng, [64, 10**6, 2**31]),
         19: lambda: integer(rng),
+        20: lambda: integer(rng),
     }  # fmt: skip
     for at in rng.choice(list(replace), rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()
@@ -373,6 +381,7 @@ def test_strides_beyond_the_address_space(stride: int, allowed: bool) -> None:
             [(0, 0, 2, 0, 0)],
             [],
             [],
+            None,
             1,
             96,
             64,

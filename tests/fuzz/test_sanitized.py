@@ -55,7 +55,7 @@ shape, near = lambda n: (1, 1, n, 4), (64, 64, 4, 1)
 at = lambda x, n: (x.ctypes.data, 0, shape(n), near)
 _engine.attend(_engine.Program(np.zeros((0, 8), np.int32), -1, -1, 0, 0),
     at(q, lengths["q"]), at(k, lengths["k"]), at(v, lengths["k"]), at(o, lengths["q"]),
-    None, 1.0, None, None, [], [], 1, 96, 64, 1024)
+    None, 1.0, None, None, [], [], None, 1, 96, 64, 1024)
 """
 
 

@@ -207,7 +207,7 @@ ERRORS: dict[str, tuple[str, str, Callable[[], Any]]] = {
         for name in ("head_mask", "layer_head_mask", "cu_seq_lens_q", "cu_seq_lens_k", "cache", "indices", "block_indices", "sinks")
     },
     "output_attentions": ("AK504", "output_attentions", lambda: call(CAUSAL, output_attentions=True)),
-    "dropout": ("AK504", "dropout_p", lambda: call(CAUSAL, dropout=0.1)),
+    "dropout": ("AK401", "dropout_p", lambda: call(CAUSAL, dropout=1.1)),
     "window without a mask": ("AK401", "sliding_window", lambda: call(sliding_window=4)),
     "scaling": ("AK401", "scale", lambda: call(CAUSAL, scaling=-1.0)),
     "softcap": ("AK401", "softcap", lambda: call(CAUSAL, softcap=-1.0)),

@@ -4,13 +4,18 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import attnkit as ak
+from attnkit.backends.reference.philox import kept
+from attnkit.ops.seeds import draw
 
 pytest.importorskip("transformers")
+from transformers import AttentionInterface
+
 import attnkit.integrations.transformers
 from attnkit.bench.architectures import TINY, Architecture, architectures
 
@@ -108,7 +113,53 @@ def test_checkpointed_layers_and_repeats_give_the_same(name: str, make: Any, tok
         assert all(torch.equal(g, found[w]) for w, g in first.items())
 
 
-def test_dropout_is_refused_in_training(make: Any, tokens: Any) -> None:
-    with pytest.raises(ak.AttnkitNotImplementedError, match="AK504") as caught:
-        copy.deepcopy(make("gpt2")).train()(**tokens(17, 17))
-    assert caught.value.where == "dropout_p"
+def materialised(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0,
+                 scaling: float | None = None, **_: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention as it is written down, with the weights that attnkit drops for the number it would draw."""
+    group = query.shape[1] // key.shape[1]
+    scores = (query @ key.repeat_interleave(group, 1).mT) * (
+        query.shape[3] ** -0.5 if scaling is None else scaling
+    )
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    if (seed := draw(dropout)) is not None:
+        keep = [kept(int(seed), b, tuple(scores.shape[1:]), dropout) for b in range(scores.shape[0])]
+        weights = weights * torch.from_numpy(np.stack(keep)) / (1 - dropout)
+    return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_models_that_drop_attention_weights(name: str, checkpointed: bool, make: Any, tokens: Any) -> None:
+    """In training mode, against float64 with the same weights dropped."""
+    batch = tokens(17, 17)
+    found, runs = [], ak.installed_report().kernel_runs
+    AttentionInterface.register("materialised", materialised)
+    for implementation, dtype in (
+        ("materialised", torch.float64),
+        ("materialised", torch.float32),
+        ("attnkit", torch.float32),
+    ):
+        model = copy.deepcopy(make(name)).to(dtype).train()
+        model.set_attn_implementation(implementation)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        for module in model.modules():
+            if hasattr(module, "attn_dropout"):
+                module.attn_dropout.p = 0.25
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.25
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        torch.manual_seed(0)
+        weights = list(model.named_parameters())
+        found.append(gradients(model, weights, batch, batch["input_ids"].flip(1)))
+    assert ak.installed_report().kernel_runs > runs
+    expected, naive, ours = found
+    assert whole({w: ours[w] - g for w, g in expected.items()}) <= 3 * whole(
+        {w: naive[w] - g for w, g in expected.items()}
+    )
+    torch.manual_seed(1)
+    other = gradients(model, weights, batch, batch["input_ids"].flip(1))
+    assert whole({w: other[w] - g for w, g in expected.items()}) > 0.01 * whole(expected)

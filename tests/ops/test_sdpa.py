@@ -199,7 +199,6 @@ def three(randn: Any, *shape: int, **to: Any) -> tuple[Any, ...]:
 
 DECLINED: dict[str, tuple[str, Build]] = {
     "float64": ("float64", lambda r: (three(r, dtype=torch.float64), {})),
-    "dropout": ("dropout", lambda r: (three(r), {"dropout_p": 0.5})),
     "2-D": ("rank", lambda r: (three(r, 9, 8), {})),
     "6-D": ("rank", lambda r: (three(r, 1, 2, 1, 3, 9, 8), {})),
     "broadcast batch": ("broadcast", lambda r: ((r(2, 3, 9, 8), r(1, 3, 9, 8), r(1, 3, 9, 8)), {})),

@@ -139,7 +139,7 @@ def test_the_engine_reads_tensors_as_they_are_said_to_lie() -> None:
     """By DLPack: the same as their addresses, sizes and strides; a parameter, a view, a dtype of its own."""
     program = prepare(_TEXT, "float32", 16, 16).kernel.program  # type: ignore[attr-defined]
     q, k, v = _qkv()
-    others = None, 0.25, None, None, [], [], 2, 96, 64, 1024
+    others = None, 0.25, None, None, [], [], None, 2, 96, 64, 1024
     expected = torch.empty_like(q)
     spoken = [(t.data_ptr(), 0, t.shape, t.stride()) for t in (q, k, v, expected)]
     assert _engine.attend(program, *spoken, *others) == (0, -1)

@@ -218,7 +218,7 @@ def call(
 ) -> list[Any]:
     """The arguments of `_engine.attend` after the program."""
     tensors = [tensor(x) for x in (q, k, v, o)]
-    return [*tensors, None, 0.5, None, None, [tensor(x) for x in buffers], params, 1, 96, 64, 1024]
+    return [*tensors, None, 0.5, None, None, [tensor(x) for x in buffers], params, None, 1, 96, 64, 1024]
 
 
 def tensor(x: np.ndarray) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
@@ -287,13 +287,17 @@ WRONG_CALLS: dict[str, tuple[tuple[int, ...], Any, str]] = {
     "buffers None": ((8,), None, ""),
     "a param too many": ((9,), [1.0], "number of parameters"),
     "params of strings": ((9,), ["1"], ""),
-    "threads a float": ((10,), 1.5, ""),
-    "tile_q 0": ((11,), 0, "tile_q"),
-    "tile_q 97": ((11,), 97, "tile_q"),
-    "tile_kv 0": ((12,), 0, "tile_kv"),
-    "tile_kv 129": ((12,), 129, "tile_kv"),
-    "split_kv 0": ((13,), 0, "split_kv"),
-    "split_kv 2^31": ((13,), 2**31 - 1, "split_kv"),
+    "dropout a number": ((10,), 0.5, ""),
+    "dropout of two": ((10,), (1, 2), ""),
+    "dropout of a negative seed": ((10,), (-1, 2, 1.0), ""),
+    "dropout of a large threshold": ((10,), (1, 2**32, 1.0), ""),
+    "threads a float": ((11,), 1.5, ""),
+    "tile_q 0": ((12,), 0, "tile_q"),
+    "tile_q 97": ((12,), 97, "tile_q"),
+    "tile_kv 0": ((13,), 0, "tile_kv"),
+    "tile_kv 129": ((13,), 129, "tile_kv"),
+    "split_kv 0": ((14,), 0, "split_kv"),
+    "split_kv 2^31": ((14,), 2**31 - 1, "split_kv"),
 }
 
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from attnkit.errors import error
 from attnkit.plan.spec import Config, KernelSpec, Space
 
-# The kernel of `attend`: (q, k, v, o, lse or None, buffers, params, threads). Tensors are torch's, used through
-# data_ptr, shape and stride alone, and checked by the caller.
+# The kernel of `attend`: (q, k, v, o, lse or None, buffers, params, threads, seed or None). Tensors are torch's, used
+# through data_ptr, shape and stride alone, and checked by the caller; the seed of dropout is an int.
 Kernel = Callable[..., None]
 
 

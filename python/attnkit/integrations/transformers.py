@@ -184,7 +184,7 @@ def attention_forward(
         key: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv.
         value: ``[B, Hkv, Skv, Dv]``.
         attention_mask: a `ModelMask`, or a tensor that broadcasts to ``[B, Hq, Sq, Skv]``: bool, or float to be added.
-        dropout: must be 0.
+        dropout: the probability with which a weight is dropped, as `dense_attention` has it; models give 0 when not training.
         scaling: of the logits; None is ``D ** -0.5``.
         is_causal: with no mask, query i sees keys up to i (top-left); None asks the module. One query sees all keys.
         softcap: c, of ``c * tanh(s / c)``.

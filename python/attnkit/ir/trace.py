@@ -335,6 +335,7 @@ def build_text(
     cu_seqlens_q: Any = None,
     cu_seqlens_kv: Any = None,
     kv_lens: Any = None,
+    dropout_p: float = 0.0,
     return_lse: bool = True,
 ) -> str:
     """The text of the whole program: ``attend`` with the traced score and mask. Valid, but not canonical.
@@ -356,6 +357,9 @@ def build_text(
         kv = f"padded[b{context.capture(kv_lens)[0]}]"
     buffers = ", ".join([f"b{i}: {kind}" for i, kind in enumerate(context.buffer_types)])
     params = ", ".join([f"p{i}: f32" for i in range(len(context.params))])
+    attributes = f"scale = {'default' if scale is None else context.number(scale)}"
+    if dropout_p != 0.0:
+        attributes += f", dropout = {context.number(dropout_p)}"
     body = list(context.lines)
     if traced.score is not None:
         body.append(f"score = {traced.score}")
@@ -366,7 +370,7 @@ def build_text(
         [
             "attnkit 1",
             f"program (q: {q}, k: {kv}, v: {kv}) buffers({buffers}) params({params}) {{",
-            f"{'o, lse' if has_lse else 'o'} = attend(q, k, v, scale = {'default' if scale is None else context.number(scale)}) {{",
+            f"{'o, lse' if has_lse else 'o'} = attend(q, k, v, {attributes}) {{",
             *body,
             "}",
             "return o, lse" if return_lse and has_lse else "return o",

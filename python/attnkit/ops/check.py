@@ -128,12 +128,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_bindings(
-    program: Program, q: Tensor, k: Tensor, buffers: Sequence[Tensor], params: Sequence[float]
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    seed: Tensor | None = None,
 ) -> None:
-    """Check that buffers and params are those the program declares, and that its lengths describe q, k and v.
+    """Check that buffers, params and seed are what the program needs, and that its lengths describe q, k and v.
 
     Raises:
-        AttnkitError: AK401 counts, AK403 shapes, AK404 dtypes, AK405 devices, AK602 lengths.
+        AttnkitError: AK401 counts and values, AK402 types, AK403 shapes, AK404 dtypes, AK405 devices, AK602 lengths.
     """
     if len(buffers) != len(program.buffers):
         raise error(
@@ -164,7 +169,32 @@ def check_bindings(
             raise error(
                 "AK403", where="sink", given=f"stride {sink.stride(0)}", allowed="a contiguous tensor"
             )
+    _check_dropout(program, params, seed)
     _check_lengths(program, q, k, buffers)
+
+
+def check_probability(name: str, value: Any) -> float:
+    """``value`` as a float from 0 to 1. AK402 if it is no number, AK401 if it is another one."""
+    p = check_number(name, value)
+    if not 0.0 <= p <= 1.0:
+        raise error("AK401", where=name, given=str(p), allowed="0..1")
+    return p
+
+
+def _check_dropout(program: Program, params: Sequence[float], seed: Tensor | None) -> None:
+    dropout = program.attend.dropout
+    if dropout is None:
+        if seed is not None:
+            raise error("AK408", where="seed", given="a seed and a program without dropout", allowed="None")
+        return
+    if dropout.op == "param":
+        check_probability("dropout", params[int(dropout.attr or 0)])
+    check_tensor("seed", seed)
+    assert seed is not None
+    if seed.dtype != torch.int64:
+        raise error("AK404", where="seed", given=str(seed.dtype), allowed="torch.int64")
+    if seed.numel() != 1:
+        raise error("AK403", where="seed", given=shape_of(seed), allowed="one element")
 
 
 def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Tensor]) -> None:

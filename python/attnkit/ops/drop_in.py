@@ -147,8 +147,8 @@ _registration = _Override()
 def install() -> None:
     """Let attnkit compute torch's scaled_dot_product_attention in this process, wherever it means exactly the same.
 
-    Calls that attnkit does not take (float64, dropout, forward-mode derivatives) go on to torch and are counted by reason in
-    `installed_report`. Installs nest: the last `uninstall` removes the override. Compiled graphs are reset, because
+    Calls that attnkit does not take (float64, forward-mode derivatives) go on to torch and are counted by reason in
+    `installed_report`. Dropout draws other weights than torch's own does. Installs nest: the last `uninstall` removes the override. Compiled graphs are reset, because
     they keep what they captured.
     """
     first = _registration.add()

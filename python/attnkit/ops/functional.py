@@ -25,6 +25,7 @@ from attnkit.ops.check import (
     autocast,
     check_bindings,
     check_number,
+    check_probability,
     check_qkv,
     check_tensor,
     has_tangent,
@@ -33,6 +34,7 @@ from attnkit.ops.check import (
 )
 from attnkit.ops.gradients import Direct, differentiable
 from attnkit.ops.registry import attend
+from attnkit.ops.seeds import draw
 from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, ready
 
@@ -73,7 +75,8 @@ def attention(
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
             ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
         scale: finite and positive; None is ``D ** -0.5``.
-        dropout_p: not built yet; must be 0.
+        dropout_p: the probability with which a weight is dropped; the others are divided by ``1 - dropout_p``. lse is that
+            of all. One number drawn from torch's default generator decides which: see docs/variants/dense.md.
         block_mask: an `ak.BlockMask` or torch's flex BlockMask, joined with ``mask`` by "and". It must be built for the
             lengths, batch and heads of this call. Without one the block structure is found from ``mask``.
         cu_seqlens_q: int32 ``[N + 1]``: q is ``[1, Hq, total, D]``, packed; b, q_idx and the lengths are per segment.
@@ -96,13 +99,14 @@ def attention(
         and not torch.compiler.is_compiling() and v is not None and is_unwatched((q, k, v))
     ):  # fmt: skip
         # Nothing to trace, nobody to watch: what there is to check, `ready` does for tensors that it has not seen.
-        o, lse = attend(q, k, v, plain_text(), [], [], return_lse, True)
+        o, lse = attend(q, k, v, plain_text(), [], [], return_lse, unwatched=True)
         return o if lse is None or not return_lse else (o, lse)
     if v is None:
         raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
-    _check_not_built(select, dropout_p, normalizer)
+    _check_not_built(select, normalizer)
+    dropout_p = check_probability("dropout_p", dropout_p)
     _check_function("score", score)
     _check_function("mask", mask)
     if scale is not None:
@@ -122,17 +126,19 @@ def attention(
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
     text, buffers, params = bind(
-        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens), q
+        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, dropout_p),
+        q,
     )
     for i, buffer in enumerate(buffers):
         check_tensor(f"captured tensor b{i}", buffer, q.device)
     values = [p.current() for p in params]
     if not isinstance(backend, str):
         raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
+    seed = draw(dropout_p)
     if backend in ("auto", q.device.type):
-        o, lse = attend(q, k, v, text, buffers, values, return_lse)
+        o, lse = attend(q, k, v, text, buffers, values, return_lse, seed)
     else:
-        o, lse = _run_on(backend, q, k, v, text, buffers, values, return_lse)
+        o, lse = _run_on(backend, q, k, v, text, buffers, values, return_lse, seed)
     return o if lse is None or not return_lse else (o, lse)
 
 
@@ -285,16 +291,9 @@ def _check_function(name: str, function: Any) -> None:
         raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
 
 
-def _check_not_built(select: Any, dropout_p: float, normalizer: Any) -> None:
+def _check_not_built(select: Any, normalizer: Any) -> None:
     if select is not None:
         raise error("AK504", where="select", what="selection is not built yet", allowed="None")
-    dropout_p = check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise error("AK401", where="dropout_p", given=str(dropout_p), allowed="0..1")
-    if dropout_p != 0.0:
-        raise error(
-            "AK504", where="dropout_p", what="dropout is not built yet", given=str(dropout_p), allowed="0.0"
-        )
     if normalizer is not None and not isinstance(normalizer, Weighting):
         raise error("AK402", where="normalizer", given=type(normalizer).__name__, allowed="ak.softmax(...)")
 
@@ -337,14 +336,15 @@ def _run_on(
     buffers: list[Tensor],
     params: list[float],
     need_lse: bool,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """A backend asked for by name, outside the dispatcher: for checking."""
     found = ready(text, q, k, v, backend)
     way = Direct(found, params, need_lse)
-    check_bindings(found.prepared.spec.program, q, k, buffers, params)
+    check_bindings(found.prepared.spec.program, q, k, buffers, params, seed)
     tensors = (q, k, v, *buffers)
     if not needs_derivatives(tensors):
-        return way.forward(q, k, v, buffers)
+        return way.forward(q, k, v, buffers, seed)
     if has_tangent(tensors) or not found.differentiable:
         raise error("AK503", where=f"backend {backend!r}", given="tensors that require gradients")
-    return differentiable(way, tensors)
+    return differentiable(way, tensors, seed)

@@ -62,6 +62,7 @@ def run_backward(
     saved: Saved,
     buffers: list[Tensor],
     params: list[float],
+    seed: Tensor | None,
     wanted: list[bool],
 ) -> Gradients:
     """The gradients of q, k, v and of the wanted buffers, in the dtypes of these, by a kernel that has a backward.
@@ -70,8 +71,8 @@ def run_backward(
         AttnkitError: AK4xx, the tensors do not go together; AK603, out of memory; as the kernel.
     """
     q, k, v, o, lse = saved
-    if ready.bound or buffers or params:
-        check_bindings(ready.prepared.spec.program, q, k, buffers, params)
+    if ready.bound or buffers or params or seed is not None:
+        check_bindings(ready.prepared.spec.program, q, k, buffers, params, seed)
     if len(wanted) != len(buffers):
         given = f"{len(wanted)} for {len(buffers)} buffers"
         raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
@@ -93,8 +94,9 @@ def run_backward(
         raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
     if recorder() is None:
         kernel: Any = ready.prepared.kernel
+        key = None if seed is None else int(seed)
         kernel.backward(
-            q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads()
+            q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads(), key
         )
         counts.run()
     d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
@@ -120,12 +122,12 @@ def _fake(*args: Any) -> Gradients:
 
 
 def _kernel(*args: Any) -> Gradients:
-    d_o, d_lse, q, k, v, o, lse, program, buffers, params, _, wanted = BackwardCall(*args)
+    d_o, d_lse, q, k, v, o, lse, program, buffers, params, seed, wanted = BackwardCall(*args)
     found = ready(program, q, k, v)
     if not found.differentiable:
         given = f"backend {found.prepared.backend!r}"
         raise error("AK503", where="torch.ops.attnkit.attend_backward", given=given)
-    return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, wanted)
+    return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, seed, wanted)
 
 
 def _autograd(*args: Any) -> Gradients:
@@ -144,7 +146,9 @@ class Way(Protocol):
 
     need_lse: bool
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """``o`` and ``lse``."""
 
     def backward(
@@ -153,6 +157,7 @@ class Way(Protocol):
         d_lse: Tensor | None,
         saved: Saved,
         buffers: list[Tensor],
+        seed: Tensor | None,
         wanted: list[bool],
     ) -> Gradients:
         """The gradients by everything that `forward` was given."""
@@ -163,12 +168,14 @@ class ThroughOps:
 
     need_lse = True
 
-    def __init__(self, program: str, params: list[float], seed: Tensor | None) -> None:
-        self.program, self.params, self.seed = program, params, seed
+    def __init__(self, program: str, params: list[float]) -> None:
+        self.program, self.params = program, params
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """See `Way`."""
-        o, lse = torch.ops.attnkit.attend(q, k, v, self.program, buffers, self.params, self.seed, True)
+        o, lse = torch.ops.attnkit.attend(q, k, v, self.program, buffers, self.params, seed, True)
         return o, lse
 
     def backward(
@@ -177,10 +184,11 @@ class ThroughOps:
         d_lse: Tensor | None,
         saved: Saved,
         buffers: list[Tensor],
+        seed: Tensor | None,
         wanted: list[bool],
     ) -> Gradients:
         """See `Way`."""
-        others = self.program, buffers, self.params, self.seed, wanted
+        others = self.program, buffers, self.params, seed, wanted
         return torch.ops.attnkit.attend_backward(d_o, d_lse, *saved, *others)  # type: ignore[no-any-return]
 
 
@@ -190,9 +198,11 @@ class Direct:
     def __init__(self, ready: Ready, params: list[float], need_lse: bool) -> None:
         self.ready, self.params, self.need_lse = ready, params, need_lse
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """See `Way`."""
-        return run(self.ready, q, k, v, buffers, self.params, need_lse=True)  # type: ignore[return-value]
+        return run(self.ready, q, k, v, buffers, self.params, seed, need_lse=True)  # type: ignore[return-value]
 
     def backward(
         self,
@@ -200,32 +210,35 @@ class Direct:
         d_lse: Tensor | None,
         saved: Saved,
         buffers: list[Tensor],
+        seed: Tensor | None,
         wanted: list[bool],
     ) -> Gradients:
         """See `Way`."""
         if self.ready.automatic:  # by vmap, for one; no op knows a backend that was asked for
             tensors = (d_o, *saved, *buffers) if d_lse is None else (d_o, d_lse, *saved, *buffers)
             if not is_unwatched(tensors):
-                way = ThroughOps(self.ready.prepared.spec.program.text, self.params, None)
-                return way.backward(d_o, d_lse, saved, buffers, wanted)
-        return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, wanted)
+                way = ThroughOps(self.ready.prepared.spec.program.text, self.params)
+                return way.backward(d_o, d_lse, saved, buffers, seed, wanted)
+        return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, seed, wanted)
 
 
-def differentiable(way: Way, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+def differentiable(
+    way: Way, tensors: tuple[Tensor, ...], seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Attention with gradients of ``(q, k, v, *buffers)``: ``o``, and ``lse`` if the way needs it."""
-    found = _Differentiable.apply(way, *tensors)  # type: ignore[no-untyped-call]
+    found = _Differentiable.apply(way, seed, *tensors)  # type: ignore[no-untyped-call]
     return found if way.need_lse else (found, None)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, way: Way, q: Tensor, k: Tensor, v: Tensor, *buffers: Tensor
+        ctx: Any, way: Way, seed: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *buffers: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See `torch.autograd.Function`."""
-        o, lse = way.forward(q, k, v, list(buffers))
+        o, lse = way.forward(q, k, v, list(buffers), seed)
         ctx.way = way
-        ctx.save_for_backward(q, k, v, o, lse, *buffers)
+        ctx.save_for_backward(q, k, v, o, lse, seed, *buffers)
         ctx.set_materialize_grads(False)
         return (o, lse) if way.need_lse else o
 
@@ -244,14 +257,14 @@ class _Differentiable(torch.autograd.Function):
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
+    q, k, v, o, lse, seed, *buffers = ctx.saved_tensors  # to be read once, says checkpointing
     if d_o is None:
         d_o = torch.zeros_like(o)
-    _, of_q, of_k, of_v, *wanted = ctx.needs_input_grad
-    dq, dk, dv, d_buffers = ctx.way.backward(d_o, d_lse, Saved(q, k, v, o, lse), buffers, wanted)
+    _, _, of_q, of_k, of_v, *wanted = ctx.needs_input_grad
+    dq, dk, dv, d_buffers = ctx.way.backward(d_o, d_lse, Saved(q, k, v, o, lse), buffers, seed, wanted)
     found = iter(d_buffers)
     of_buffers = [next(found) if w else None for w in wanted]
-    return None, dq if of_q else None, dk if of_k else None, dv if of_v else None, *of_buffers
+    return None, None, dq if of_q else None, dk if of_k else None, dv if of_v else None, *of_buffers
 
 
 _lib.impl("attend_backward", _kernel, "CPU")

@@ -71,8 +71,7 @@ def _attend_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _attend_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     q, k, v, program, buffers, params, seed, need_lse = Call(*args)
-    _check_seed(seed)
-    o, lse = run(ready(program, q, k, v), q, k, v, buffers, params, need_lse)
+    o, lse = run(ready(program, q, k, v), q, k, v, buffers, params, seed, need_lse)
     return o, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
 
@@ -81,7 +80,7 @@ def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     tensors = (call.q, call.k, call.v, *call.buffers)
     if not all(isinstance(t, Tensor) for t in tensors):
         check_qkv(call.q, call.k, call.v)
-    plain = is_plain(tensors)
+    plain = is_plain(tensors if call.seed is None else (*tensors, call.seed))
     if needs_derivatives(tensors):
         o, lse = _with_gradients(call, plain)
         return o, call.q.new_empty((0,), dtype=torch.float32) if lse is None else lse
@@ -99,6 +98,7 @@ def attend(
     buffers: list[Tensor],
     params: list[float],
     need_lse: bool,
+    seed: Tensor | None = None,
     unwatched: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``torch.ops.attnkit.attend``, and no trip through the dispatcher where nobody could tell (`is_unwatched`).
@@ -109,10 +109,10 @@ def attend(
         unwatched = not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
     if unwatched:
         if not needs_derivatives((q, k, v, *buffers)):
-            return run(ready(program, q, k, v), q, k, v, buffers, params, need_lse)
+            return run(ready(program, q, k, v), q, k, v, buffers, params, seed, need_lse)
         if not is_below_autograd():
-            return _with_gradients(Call(q, k, v, program, buffers, params, None, need_lse), plain=True)
-    return torch.ops.attnkit.attend(q, k, v, program, buffers, params, None, need_lse)  # type: ignore[no-any-return]
+            return _with_gradients(Call(q, k, v, program, buffers, params, seed, need_lse), plain=True)
+    return torch.ops.attnkit.attend(q, k, v, program, buffers, params, seed, need_lse)  # type: ignore[no-any-return]
 
 
 def _attend_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -127,11 +127,10 @@ is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, gra
 
 def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
     q, k, v, program, buffers, params, seed, need_lse = call
-    _check_seed(seed)
     tensors = (q, k, v, *buffers)
     if not plain:
         check_qkv(q, k, v)
-        check_bindings(parse(program), q, k, buffers, params)
+        check_bindings(parse(program), q, k, buffers, params, seed)
     if has_tangent(tensors) or (not plain and any(map(is_transformed, tensors))):
         return _on_torch(call, "forward-mode derivatives and function transforms")
     found = None
@@ -151,8 +150,8 @@ def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
         return _on_torch(call, f"gradients of {q.dtype} tensors")
     if not has_backward(prepared):
         return _on_torch(call, f"gradients on backend {prepared.backend!r}")
-    way: Way = ThroughOps(program, params, seed) if found is None else Direct(found, params, need_lse)
-    o, lse = differentiable(way, tensors)
+    way: Way = ThroughOps(program, params) if found is None else Direct(found, params, need_lse)
+    o, lse = differentiable(way, tensors, seed)
     return o, lse if need_lse else None
 
 
@@ -185,11 +184,6 @@ def _on_torch(call: Call, reason: str) -> tuple[Tensor, Tensor]:
     return o, q.new_empty((0,), dtype=torch.float32)
 
 
-def _check_seed(seed: Tensor | None) -> None:
-    if seed is not None:
-        raise error("AK504", where="seed", what="dropout is not built yet", hint="use dropout_p=0.0")
-
-
 @lru_cache(maxsize=1)
 def _causal_masks() -> tuple[object, object]:
     """The two causal masks as interned expressions: top-left aligned, bottom-right aligned."""
@@ -204,7 +198,13 @@ def _causal_masks() -> tuple[object, object]:
 def _torch_form(program: Program, square: bool) -> tuple[bool, float | None] | None:
     """(is_causal, scale) if torch's op computes this program, which is top-left causal or unmasked softmax."""
     attend = program.attend
-    if not attend.plain or program.buffers or attend.score.op != "var" or attend.normalizer.sink is not None:
+    if (
+        not attend.plain
+        or attend.dropout is not None
+        or program.buffers
+        or attend.score.op != "var"
+        or attend.normalizer.sink is not None
+    ):
         return None
     top_left, bottom_right = _causal_masks()
     if attend.mask is None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import autocast, check_number, check_tensor
+from attnkit.ops.check import autocast, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
+from attnkit.ops.seeds import draw
 from attnkit.ops.warm import is_unwatched
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,6 +26,7 @@ class Form(NamedTuple):
     v: Tensor
     text: str
     buffers: list[Tensor]
+    dropout_p: float
 
 
 def express(
@@ -40,12 +42,13 @@ def express(
 ) -> Form | str:
     """The program of a call, or why attnkit does not take it. ``plain``: the tensors are, as `is_plain` has it."""
     known: Any = None
-    if plain and attn_mask is None and dropout_p == 0.0:
+    if plain and attn_mask is None:
         shapes = query.shape, key.shape, value.shape
-        known = (*shapes, query.dtype, key.dtype, value.dtype, is_causal, scale, enable_gqa)
+        known = (*shapes, query.dtype, key.dtype, value.dtype, dropout_p, is_causal, scale, enable_gqa)
         text = _taken.get(known)
         if text is not None:
-            return Form(_four_dimensional(query), _four_dimensional(key), _four_dimensional(value), text, [])
+            q, k, v = _four_dimensional(query), _four_dimensional(key), _four_dimensional(value)
+            return Form(q, k, v, text, [], dropout_p)
     reason = _declined(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         return reason
@@ -56,13 +59,13 @@ def express(
             return broadcast
         attn_mask, index = broadcast
     kind = None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "f32"
-    text = _cached_text(is_causal, scale, kind, index)
+    text = _cached_text(is_causal, scale, dropout_p, kind, index)
     if known is not None:
         if len(_taken) >= _MAX_TEXTS:
             _taken.clear()
         _taken[known] = text
     q, k, v = (_four_dimensional(t) for t in (query, key, value))
-    return Form(q, k, v, text, [] if attn_mask is None else [attn_mask])
+    return Form(q, k, v, text, [] if attn_mask is None else [attn_mask], dropout_p)
 
 
 def _declined(
@@ -76,8 +79,8 @@ def _declined(
     enable_gqa: bool,
 ) -> str | None:
     """Why attnkit does not take a call, its mask's shape apart; None if it does."""
-    if dropout_p != 0.0:
-        return "dropout"
+    if not 0.0 <= dropout_p <= 1.0:
+        return "dropout_p outside 0..1"
     if not query.dtype == key.dtype == value.dtype:
         return "mixed dtypes"
     if query.dtype not in _DTYPES:
@@ -163,7 +166,9 @@ def _cached_text(*key: Any) -> str:
     return text
 
 
-def _text(is_causal: bool, scale: float | None, mask: str | None, index: tuple[str, ...] | None) -> str:
+def _text(
+    is_causal: bool, scale: float | None, dropout_p: float, mask: str | None, index: tuple[str, ...] | None
+) -> str:
     load = f"b0[{', '.join(index)}]" if index is not None else ""
     lines = []
     factor = "default" if scale is None else repr(float(scale))
@@ -180,16 +185,20 @@ def _text(is_causal: bool, scale: float | None, mask: str | None, index: tuple[s
         lines.append(f"mask = {load}")
     lines.append("normalizer = softmax")
     body = "\n    ".join(lines)
+    attributes = (
+        f"scale = {factor}" if dropout_p == 0.0 else f"scale = {factor}, dropout = {float(dropout_p)!r}"
+    )
     buffers = f" buffers(b0: {mask}[{len(index)}])" if index is not None else ""
     return (
         f"attnkit 1\nprogram (q: bhsd, k: bhsd, v: bhsd){buffers} {{\n"
-        f"  o, lse = attend(q, k, v, scale = {factor}) {{\n    {body}\n  }}\n  return o, lse\n}}\n"
+        f"  o, lse = attend(q, k, v, {attributes}) {{\n    {body}\n  }}\n  return o, lse\n}}\n"
     )
 
 
 def run(form: Form, query: Tensor, unwatched: bool) -> Tensor:
     """Compute a form; the result has the query's leading dimensions. ``unwatched``: see `attend`."""
-    o, _ = attend(form.q, form.k, form.v, form.text, form.buffers, [], False, unwatched)
+    seed = draw(form.dropout_p)
+    o, _ = attend(form.q, form.k, form.v, form.text, form.buffers, [], False, seed, unwatched)
     return o if query.dim() == 4 else o.reshape(*query.shape[:-1], form.v.shape[-1])
 
 
@@ -208,7 +217,8 @@ def scaled_dot_product_attention(
     ``query [..., Hq, L, E]``, ``key [..., H, S, E]``, ``value [..., H, S, Ev]`` of 3 to 5 dimensions, float32,
     bfloat16 or float16 on the CPU; ``attn_mask`` broadcasts to ``[..., Hq, L, S]``: bool (True = visible), float32 or
     the query's dtype (added to the logits).
-    Causal is top-left aligned, as torch's is. A row that sees nothing gives 0.
+    Causal is top-left aligned, as torch's is. A row that sees nothing gives 0. ``dropout_p`` drops weights as torch does,
+    by other random numbers: one is drawn from torch's default generator for each call.
 
     Raises:
         AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
@@ -220,7 +230,7 @@ def scaled_dot_product_attention(
         for name, t in zip(("query", "key", "value", "attn_mask"), tensors, strict=False):
             check_tensor(name, t)
         query, key, value = autocast(query, key, value)
-    check_number("dropout_p", dropout_p)
+    dropout_p = check_probability("dropout_p", dropout_p)
     if scale is not None:
         scale = check_number("scale", scale)
     form = express(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, unwatched)
@@ -230,7 +240,7 @@ def scaled_dot_product_attention(
             where="scaled_dot_product_attention",
             what="this form of the call is not taken by attnkit",
             given=form,
-            allowed="float32, bfloat16 or float16 CPU tensors of 3 to 5 dimensions, no dropout",
+            allowed="float32, bfloat16 or float16 CPU tensors of 3 to 5 dimensions",
             hint="torch.nn.functional.scaled_dot_product_attention computes it; attnkit.install() goes there and counts it",
         )
     return run(form, query, unwatched)

@@ -70,7 +70,7 @@ class Ready(NamedTuple):
     prepared: Prepared
     shape: tuple[int, ...]  # of o,
     stride: tuple[int, ...]  # laid out as [B, Sq, Hq, Dv]
-    bound: bool  # the program has buffers or params
+    bound: bool  # the program has buffers, params or dropout
     ragged: bool
     automatic: bool  # nobody asked for this backend by name
     differentiable: bool  # the kernel has a backward
@@ -99,7 +99,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     new = Ready(
         prepared,
         *layout_of_output(q, v),
-        bound=bool(program.buffers) or program.num_params > 0,
+        bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,
         ragged=program.inputs[program.attend.k].lengths is not None,
         automatic=backend == "auto",
         differentiable=has_backward(prepared),
@@ -128,6 +128,7 @@ def run(
     v: Tensor,
     buffers: Sequence[Tensor],
     params: Sequence[float],
+    seed: Tensor | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute o and lse, or describe the call to who is recording.
@@ -136,8 +137,8 @@ def run(
         AttnkitError: as `check_bindings`; AK603, out of memory; as the kernel.
     """
     prepared = ready.prepared
-    if ready.bound or buffers or params:
-        check_bindings(prepared.spec.program, q, k, buffers, params)
+    if ready.bound or buffers or params or seed is not None:
+        check_bindings(prepared.spec.program, q, k, buffers, params, seed)
     try:
         o = q.new_empty_strided(ready.shape, ready.stride)
         lse = q.new_empty(ready.shape[:3], dtype=torch.float32) if need_lse else None
@@ -148,6 +149,7 @@ def run(
     if record is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), None if lse is None else lse.zero_()
-    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads())
+    key = None if seed is None else int(seed)
+    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads(), key)
     counts.run()
     return o, lse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from attnkit.analysis.canonical import canonical
@@ -9,6 +10,7 @@ from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Kernel
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
+from attnkit.ir.expr import Expr
 from attnkit.ir.program import Layout
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
@@ -42,7 +44,9 @@ class CpuBackend:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         reasons = []
         if not (spec.program.is_attention and spec.program.attend.plain):
-            reasons.append("the program is more than softmax attention with a score, a mask and a sink")
+            reasons.append(
+                "the program is more than softmax attention with a score, a mask, a sink and dropout"
+            )
         if spec.device != "cpu":
             reasons.append(f"tensors are on {spec.device}, not on the CPU")
         if spec.dtype not in _DTYPES:
@@ -85,6 +89,7 @@ class CpuKernel:
         attend = spec.program.attend
         self._scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self._sink = attend.normalizer.sink
+        self._dropout = attend.dropout
         self._q_layout: Layout = spec.program.inputs[attend.q]
         self._kv_layout: Layout = spec.program.inputs[attend.k]
         self._attend = engine().attend
@@ -100,6 +105,7 @@ class CpuKernel:
         buffers: list[Any],
         params: list[float],
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """Compute ``o`` (and ``lse`` if given) in place.
 
@@ -111,8 +117,8 @@ class CpuKernel:
         try:
             fault, about = self._attend(
                 self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
-                self._sequences(q, k, buffers), buffers, params, threads,
-                *self._sizes,
+                self._sequences(q, k, buffers), buffers, params,
+                self._dropped(params, seed), threads, *self._sizes,
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
@@ -135,6 +141,7 @@ class CpuKernel:
         dv: Any,
         d_buffers: list[Any | None],
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """Compute the gradients in place, from the inputs of a call, what it returned, and the cotangents of that.
 
@@ -153,7 +160,7 @@ class CpuKernel:
         try:
             fault, about = engine().attend_backward(
                 program, q, k, v, o, lse, self._scale, sink, self._sequences(q, k, buffers), buffers, params,
-                d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
+                self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
                 threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
             )  # fmt: skip
         except ValueError as exc:
@@ -171,6 +178,9 @@ class CpuKernel:
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
         return code, program
+
+    def _dropped(self, params: list[float], seed: int | None) -> tuple[int, int, float] | None:
+        return None if self._dropout is None else _dropout_tuple(self._dropout, params, seed)
 
     def _sequences(self, q: Any, k: Any, buffers: list[Any]) -> list[tuple[int, int, int, int, int]] | None:
         """(batch, q start, q length, kv start, kv length) of every sequence; None means one per batch entry."""
@@ -222,6 +232,15 @@ class CpuKernel:
             name = next(name for name, number in engine().opcodes().items() if number == opcode)
             where = f"score or mask, instruction {about} ({name}) of `attnkit dump --stage bytecode`"
         return error(code, where=where)
+
+
+def _dropout_tuple(dropout: Expr, params: list[float], seed: int | None) -> tuple[int, int, float]:
+    """Seed, threshold and factor, as csrc/cpu/problem.h has them: a pair is kept iff its random word / 2**32 >= p."""
+    p = float(params[int(dropout.attr or 0)] if dropout.op == "param" else dropout.attr or 0)
+    threshold = math.ceil(p * 2.0**32)
+    none_kept = threshold == 2**32
+    factor = 0.0 if none_kept else 1.0 / (1.0 - p)
+    return (seed or 0) % 2**64, threshold - none_kept, factor
 
 
 def _too_large(exc: ValueError) -> AttnkitError:

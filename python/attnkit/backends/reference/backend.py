@@ -81,11 +81,12 @@ class ReferenceKernel:
         buffers: list[Any],
         params: list[float],
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """See `attnkit.backends.Kernel`."""
         (q64, k64, v64), captured = _arrays(q, k, v, buffers)
         try:
-            o64, lse64 = attend(self.program, q64, k64, v64, captured, params)
+            o64, lse64 = attend(self.program, q64, k64, v64, captured, params, seed)
         except MemoryError as exc:
             raise error("AK603", where="backend reference", given=str(exc)) from exc
         o.copy_(o.new_tensor(o64))
@@ -108,6 +109,7 @@ class ReferenceKernel:
         dv: Any,
         d_buffers: list[Any | None],
         threads: int,
+        seed: int | None = None,
     ) -> None:
         """The gradients, from the inputs and the cotangents of ``o`` and ``lse``; everything is computed again."""
         inputs, captured = _arrays(q, k, v, buffers)
@@ -115,7 +117,7 @@ class ReferenceKernel:
         cotangents = [_array(name, t) for name, t in (("d_o", d_o), ("d_lse", d_lse)) if t is not None]
         cotangents += [None] * (len(program.attend.outputs) - len(cotangents))
         try:
-            found = gradients(program, inputs, cotangents, captured, params)
+            found = gradients(program, inputs, cotangents, captured, params, seed)
         except MemoryError as exc:
             raise error("AK603", where="backend reference", given=str(exc)) from exc
         for to, gradient in zip((dq, dk, dv, *d_buffers), (*found.inputs, *found.buffers), strict=True):
