@@ -85,7 +85,7 @@ inline View make_view(const Tensor& t) {
   need(t.stride.size() == 4, "a tensor has four strides");
   View v{reinterpret_cast<char*>(t.data), {}};
   // The stride of a single element leads nowhere and may be any number.
-  for (int d = 0; d < 4; ++d) v.stride[d] = t.size.begin()[d] > 1 ? t.stride.begin()[d] : 1;
+  for (int d = 0; d < 4; ++d) v.stride[d] = t.size[d] > 1 ? t.stride[d] : 1;
   return v;
 }
 
