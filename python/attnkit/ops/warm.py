@@ -37,6 +37,7 @@ _included, _excluded = (
     _C._dispatch_tls_local_exclude_set,
 )  # in this thread
 _function_modes, _is_profiling = _C._len_torch_function_stack, _C._autograd._profiler_enabled
+_autocasts = torch.is_autocast_enabled
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -56,7 +57,7 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
 
 def is_unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing could tell a call of the op from a call of what the op does. To be asked outside dynamo."""
-    return _function_modes() == 0 and not _is_profiling() and is_plain(tensors)
+    return _function_modes() == 0 and not _is_profiling() and not _autocasts("cpu") and is_plain(tensors)
 
 
 def is_below_autograd() -> bool:
