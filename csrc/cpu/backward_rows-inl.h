@@ -1,28 +1,5 @@
 // Rows of the backward's tensors, and what its tasks need to know of them.
 
-// Rows of channels, adjacent and padded with zeros to whole vectors.
-struct Rows {
-  const float* data;
-  int64_t stride;
-};
-
-template <class P>  // a pointer to the elements
-P row_of(const View& view, int32_t batch, int32_t head, int64_t token) {
-  return reinterpret_cast<P>(view.data) + batch * view.stride[0] + head * view.stride[1] + token * view.stride[2];
-}
-
-// Where they lie, if they lie so; else they are packed into `to`.
-inline Rows rows_of(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows,
-                    int32_t width, int32_t padded, float* to) {
-  if (dtype == DType::f32 && view.stride[3] == 1 && width == padded)
-    return {row_of<float*>(view, batch, head, token), view.stride[2]};
-  with_elements(dtype, [&](auto* type) {
-    widen_rows(row_of<decltype(type)>(view, batch, head, token), view.stride[2], view.stride[3], rows, width, padded,
-               to);
-  });
-  return {to, padded};
-}
-
 // Elements d .. d + kLanes - 1 of a row of `width`; zero past its end.
 template <class T>
 vf vector_at(const T* row, int64_t stride, int32_t width, int32_t d) {
@@ -35,13 +12,6 @@ vf vector_at(const T* row, int64_t stride, int32_t width, int32_t d) {
 template <class T, class F>
 void each_vector(const T* row, int64_t stride, int32_t width, F f) {
   for (int32_t d = 0; d < width; d += kLanes) f(vector_at(row, stride, width, d), d);
-}
-
-inline bool is_finite(Rows rows, int32_t count, int32_t width) {
-  vf zero{};  // x * 0 is NaN for infinities and NaN, and NaN stays
-  for (int32_t r = 0; r < count; ++r)
-    for (int32_t d = 0; d < width; d += kLanes) zero = fma(load(rows.data + r * rows.stride + d), vf{}, zero);
-  return !any(zero != vf{});
 }
 
 // Before the tasks: what they need to know of one block of queries.

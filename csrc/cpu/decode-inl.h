@@ -114,14 +114,7 @@ ATTNKIT_INLINE void transpose_strip(const T* const* rows, int64_t at, vf* r) {
   }
 #pragma GCC unroll 2
   for (int i = 0; i < kStripUnits; i += 4) transpose_quads(r + i);
-  if constexpr (kStripUnits == 8) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vf a = r[j], b = r[4 + j];
-      r[j] = shuffle<kEven4>(a, b);
-      r[4 + j] = shuffle<kOdd4>(a, b);
-    }
-  }
+  if constexpr (kStripUnits == 8) part_quads(r);
 }
 
 // S^T of kRows queries and at most kVecs vectors of keys: qk_tile with the roles exchanged. `channels` is a whole

@@ -10,7 +10,7 @@ inline constexpr int kLanes = 8;
 // or 5 cycles each need 8 to 10 sums in flight.
 inline constexpr int kAccumulators = 12, kQueryVecs = 3, kMaxKeyRows = 8;
 inline constexpr int kOutRows = 6, kOutVecs = 2;
-inline constexpr int kSoftmaxVecs = 1, kSoftmaxKeys = 2;
+inline constexpr int kSoftmaxKeys = 2;
 #include "simd-inl.h"
 
 ATTNKIT_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }

@@ -99,7 +99,8 @@ class Forward {
   int32_t finish() {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
-      const int64_t head = head_of(m), token = token_of(m);
+      const int32_t head = head_of(m);
+      const int64_t token = token_of(m);
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
@@ -134,22 +135,13 @@ class Forward {
   int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
 
   template <class P>  // a pointer to the elements
-  P row(const View& view, int64_t head, int64_t token) const {
-    return reinterpret_cast<P>(view.data) + seq_.batch * view.stride[0] + head * view.stride[1] +
-           token * view.stride[2];
+  P row(const View& view, int32_t head, int64_t token) const {
+    return row_of<P>(view, seq_.batch, head, token);
   }
 
   // Keys or values as float32, `padded` channels wide: where they lie, if they lie so, else in the workspace.
-  const float* rows(const View& view, int64_t first, int32_t count, int32_t width, int32_t padded, size_t at,
-                    int64_t& stride) {
-    const int64_t token = seq_.kv_start + first;
-    stride = view.stride[2];
-    if (p_.dtype == DType::f32 && view.stride[3] == 1 && width == padded) return row<float*>(view, kv_head_, token);
-    with_elements(p_.dtype, [&](auto* type) {
-      widen_rows(row<decltype(type)>(view, kv_head_, token), stride, view.stride[3], count, width, padded, ws_ + at);
-    });
-    stride = padded;
-    return ws_ + at;
+  Rows rows(const View& view, int64_t first, int32_t count, int32_t width, int32_t padded, size_t at) {
+    return rows_of(view, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, width, padded, ws_ + at);
   }
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
@@ -342,15 +334,6 @@ class Forward {
 
   // ---- values that not every query may see ----
 
-  bool has_nonfinite(const float* v, int64_t stride, int32_t count) const {
-    vf zero[4] = {};  // x * 0 is NaN for infinities and NaN, and NaN stays
-    for (int32_t d = 0; d < at_.dv; d += kLanes)
-      for (int32_t n = 0; n < count; n += 4)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) zero[i] = fma(load(v + (n + i < count ? n + i : n) * stride + d), vf{}, zero[i]);
-    return any((zero[0] + zero[1]) + (zero[2] + zero[3]) != vf{});
-  }
-
   // The same sums in the same order as pv, but zeros stand for the values of pairs that do not exist.
   template <class Dot>
   void pv_guarded(const float* weights, const float* v, int64_t stride, int32_t count) {
@@ -383,7 +366,7 @@ class Forward {
   const Sequence& seq_;
   const Layout at_;
   float* ws_;
-  int64_t kv_head_;
+  int32_t kv_head_;
   Tile tile_;
   Span spans_[kMaxTileQ / kLanes];  // of a partial tile
   const Fold now_, before_;

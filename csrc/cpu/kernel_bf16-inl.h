@@ -75,12 +75,8 @@ class PairForward : public Forward {
         store_int(w, load_int(w) & (kept | (n % 2 ? 0xffff : ~0xffff)));
       });
     pack_values(first, count);
-    if (!full) {
-      int64_t stride;
-      const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
-      if (has_nonfinite(v, stride, count))
-        return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
-    }
+    if (!full && !is_finite(rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v), count, at_.dv))
+      return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
     pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(full), ws_ + at_.alpha, ws_ + at_.o,
                 at_.dv, t_.lanes());
   }

@@ -39,9 +39,8 @@ class FloatForward : public Forward {
     if (few_) {
       few_scores_of(first, count, {tile_at(p_.k, p_.head_dim, first, count), values});
     } else {
-      int64_t stride;
-      const float* k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k, stride);
-      qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k), 4 * stride}, count, live(full),
+      const Rows k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k);
+      qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
                          p_.head_dim, 1, s, largest);
     }
     if (few_ && plain(full)) {
@@ -58,11 +57,10 @@ class FloatForward : public Forward {
       });
     if (few_ && full)
       return few_values_of(first, count, {values, tile_at(p_.k, p_.head_dim, next < 0 ? first : next, c_.tile_kv)});
-    int64_t stride;
-    const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
+    const Rows v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (!full && has_nonfinite(v, stride, count)) return pv_guarded<FloatDot>(s, v, stride, count);
-    pv<FloatDot>(s, at_.bm, v, stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+    if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
+    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
  protected:
@@ -77,9 +75,8 @@ class FloatForward : public Forward {
       if (p_.k.stride[3] == 1 && p_.head_dim == at_.dq)
         return from(row<decltype(type)>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], p_.head_dim);
       const int32_t width = round_up(p_.head_dim, kLanes);
-      int64_t stride;
-      const float* k = rows(p_.k, first, count, p_.head_dim, width, at_.k, stride);
-      from(k, stride, width);
+      const Rows k = rows(p_.k, first, count, p_.head_dim, width, at_.k);
+      from(k.data, k.stride, width);
     });
   }
 
@@ -102,9 +99,8 @@ class FloatForward : public Forward {
     with_elements(p_.dtype, [&](auto* type) {
       if (p_.v.stride[3] == 1 && p_.v_head_dim % (kLanes * kPerUnit<std::remove_pointer_t<decltype(type)>>) == 0)
         return from(row<decltype(type)>(p_.v, kv_head_, seq_.kv_start + first), p_.v.stride[2]);
-      int64_t stride;
-      const float* v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v, stride);
-      from(v, stride);
+      const Rows v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v);
+      from(v.data, v.stride);
     });
   }
 
@@ -118,7 +114,7 @@ class FloatForward : public Forward {
   struct Weights {
     float* at;
     int32_t bm;
-    static constexpr int kVecs = kSoftmaxVecs, kKeys = kSoftmaxKeys;
+    static constexpr int kVecs = 1, kKeys = kSoftmaxKeys;
     template <int kCount>
     static ATTNKIT_INLINE void exp(vf* x) {
       exp_weights<kCount>(x);

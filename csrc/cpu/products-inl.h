@@ -8,8 +8,8 @@
 //
 // An instruction set says, before it includes this, how its registers are used: scores are computed for
 // kAccumulators / kQueryVecs keys by kQueryVecs vectors of queries (where only one vector of queries is left, for
-// kMaxKeyRows keys), outputs for kOutRows queries by kOutVecs vectors of channels, weights for kSoftmaxKeys keys by
-// kSoftmaxVecs vectors of queries. None of these orders a sum: they change no bit.
+// kMaxKeyRows keys), outputs for kOutRows queries by kOutVecs vectors of channels, float32 weights for
+// kSoftmaxKeys keys. None of these orders a sum: they change no bit.
 
 static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kAccumulators / 2 <= kMaxKeyRows);
 static_assert(kMaxTileQ % kLanes == 0 && kMaxTileKv % kLanes == 0);

@@ -93,19 +93,22 @@ ATTNKIT_INLINE void transpose_quads(vf* r) {
   r[3] = shuffle<kHigh2>(b, d);
 }
 
+// Of two groups of four vectors, their even quads and their odd ones.
+ATTNKIT_INLINE void part_quads(vf* r) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const vf a = r[j], b = r[4 + j];
+    r[j] = shuffle<kEven4>(a, b);
+    r[4 + j] = shuffle<kOdd4>(a, b);
+  }
+}
+
 // kLanes vectors as the rows of a square matrix become its columns.
 ATTNKIT_INLINE void transpose_square(vf* r) {
 #pragma GCC unroll 4
   for (int i = 0; i < kLanes; i += 4) transpose_quads(r + i);
   // r[4 g + j] holds column 4 q + j of rows 4 g .. 4 g + 3 in its quarter q.
-  if constexpr (kLanes == 8) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const vf a = r[j], b = r[4 + j];
-      r[j] = shuffle<kEven4>(a, b);
-      r[4 + j] = shuffle<kOdd4>(a, b);
-    }
-  }
+  if constexpr (kLanes == 8) part_quads(r);
   if constexpr (kLanes == 16) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {

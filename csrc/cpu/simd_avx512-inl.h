@@ -4,7 +4,7 @@ inline constexpr int kLanes = 16;
 // 32 registers: 24 accumulators, 3 or 4 vectors of the streamed operand, one broadcast.
 inline constexpr int kAccumulators = 24, kQueryVecs = 3, kMaxKeyRows = 16;
 inline constexpr int kOutRows = 6, kOutVecs = 4;
-inline constexpr int kSoftmaxVecs = 1, kSoftmaxKeys = 4;
+inline constexpr int kSoftmaxKeys = 4;
 #include "simd-inl.h"
 
 ATTNKIT_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }

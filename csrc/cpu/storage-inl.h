@@ -47,3 +47,38 @@ void narrow_row(T* to, int64_t stride, const float* from, int32_t width, float f
   else
     for (int32_t d = 0; d < width; ++d) narrow_to(to + d * stride, from[d] * factor);
 }
+
+// Rows of channels, adjacent and padded with zeros to whole vectors.
+struct Rows {
+  const float* data;
+  int64_t stride;
+};
+
+template <class P>  // a pointer to the elements
+P row_of(const View& view, int32_t batch, int32_t head, int64_t token) {
+  return reinterpret_cast<P>(view.data) + batch * view.stride[0] + head * view.stride[1] + token * view.stride[2];
+}
+
+// Where they lie, if they lie so; else they are packed into `to`.
+inline Rows rows_of(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows,
+                    int32_t width, int32_t padded, float* to) {
+  if (dtype == DType::f32 && view.stride[3] == 1 && width == padded)
+    return {row_of<float*>(view, batch, head, token), view.stride[2]};
+  with_elements(dtype, [&](auto* type) {
+    widen_rows(row_of<decltype(type)>(view, batch, head, token), view.stride[2], view.stride[3], rows, width, padded,
+               to);
+  });
+  return {to, padded};
+}
+
+inline bool is_finite(Rows rows, int32_t count, int32_t width) {
+  vf zero[4] = {};  // x * 0 is NaN for infinities and NaN, and NaN stays
+  for (int32_t d = 0; d < width; d += kLanes)
+    for (int32_t n = 0; n < count; n += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int32_t row = n + i < count ? n + i : n;
+        zero[i] = fma(load(rows.data + row * rows.stride + d), vf{}, zero[i]);
+      }
+  return !any((zero[0] + zero[1]) + (zero[2] + zero[3]) != vf{});
+}
