@@ -89,6 +89,26 @@ inline View make_view(const Tensor& t) {
   return v;
 }
 
+inline Pages make_pages(const Tensor& table, int64_t batch, int64_t page_size) {
+  need(table.dtype == static_cast<int>(DType::i32) && table.size.size() == 2 && table.stride.size() == 2 &&
+           table.size[0] == batch,
+       "the page table is not int32, a row for each batch entry");
+  need(page_size >= Pages::kLeast && page_size <= int64_t{1} << 30 && (page_size & (page_size - 1)) == 0,
+       "a page is a power of two of tokens, at least 16");
+  need(table.size[1] <= INT32_MAX / page_size, "more tokens than 2^31 - 1 in a row of the page table");
+  return {reinterpret_cast<const int32_t*>(table.data),
+          {table.stride[0], table.stride[1]},
+          __builtin_ctzll(static_cast<uint64_t>(page_size))};
+}
+
+// Whether every token of the sequence has a page.
+inline bool has_pages(const Pages& pages, const Sequence& s, int64_t num_pages) {
+  const int32_t* row = pages.table + s.batch * pages.stride[0];
+  for (int64_t page = s.kv_start >> pages.shift; page << pages.shift < s.kv_start + s.kv_len; ++page)
+    if (const int64_t at = row[page * pages.stride[1]]; at < 0 || at >= num_pages) return false;
+  return true;
+}
+
 // Adds the memory of each to `memory`.
 inline std::vector<Buffer> make_buffers(const Program& program, const std::vector<Tensor>& tensors,
                                         std::vector<Memory>& memory) {
@@ -137,14 +157,14 @@ struct Request {
   Ints o_shape, lse_shape;
   bool empty = false;  // there is nothing to compute
 
-  // A fault is about a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers. Shapes are
-  // [batch, heads, length, head_dim].
+  // A fault is about a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers; or about a sequence. Shapes are
+  // [batch, heads, length, head_dim], of k and v with a page table [pages, heads, page size, head_dim].
   Status fill(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
               const Maybe& lse, float scale, const Maybe& sink,
               const std::optional<std::vector<SequenceTuple>>& given_sequences, const std::vector<Tensor>& tensors,
-              const std::vector<float>& params, const std::optional<DropoutTuple>& dropout) {
+              const std::vector<float>& params, const std::optional<DropoutTuple>& dropout, const Maybe& table = {}) {
     need(q.size.size() == 4 && k.size.size() == 4 && v.size.size() == 4, "q, k and v have four dimensions");
-    need(q.size[0] == k.size[0] && q.size[0] == v.size[0], "q, k and v differ in batch");
+    need((table || q.size[0] == k.size[0]) && k.size[0] == v.size[0], "q, k and v differ in batch");
     need(k.size[1] == v.size[1] && k.size[2] == v.size[2], "k and v differ in heads or length");
     need(k.size[1] > 0 && q.size[1] % k.size[1] == 0, "query heads are not a multiple of kv heads");
     need(q.size[3] == k.size[3], "q and k differ in head_dim");
@@ -184,14 +204,25 @@ struct Request {
                                {o.data, o.size, o.stride, element}};
     memory.push_back(lse ? Memory{lse->data, lse->size, lse->stride, element_size(DType::f32)} : kAbsent);
     memory.push_back(sink ? Memory{sink->data, sink->size, sink->stride, element_size(DType::f32)} : kAbsent);
+    int64_t kv_len = k.size[2];
+    if (table) {
+      problem.pages = make_pages(*table, q.size[0], k.size[2]);
+      kv_len = table->size[1] << problem.pages.shift;
+      need(given_sequences.has_value(), "paged keys need sequences");
+    }
     buffers = make_buffers(program, tensors, memory);
+    if (table) need(check_memory({table->data, table->size, table->stride, 4}) == Fault::none, "no page table");
     for (size_t i = 0; i < memory.size(); ++i)
       if (const Fault fault = check_memory(memory[i]); fault != Fault::none) return {fault, static_cast<int>(i)};
     if (std::find(o_shape.begin(), o_shape.end(), 0) != o_shape.end()) {
       empty = true;
       return {};
     }
-    sequences = make_sequences(given_sequences, q.size[0], q.size[2], k.size[2]);
+    sequences = make_sequences(given_sequences, q.size[0], q.size[2], kv_len);
+    for (size_t i = 0; table && i < sequences.size(); ++i) {
+      need(sequences[i].kv_start % Pages::kLeast == 0, "a sequence begins at a multiple of 16 tokens");
+      if (!has_pages(problem.pages, sequences[i], k.size[0])) return {Fault::no_page, static_cast<int>(i)};
+    }
     problem.num_heads = static_cast<int32_t>(q.size[1]);
     problem.num_kv_heads = static_cast<int32_t>(k.size[1]);
     problem.head_dim = static_cast<int32_t>(q.size[3]);

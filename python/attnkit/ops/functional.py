@@ -126,7 +126,7 @@ def attention(
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
     text, buffers, params = bind(
-        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, dropout_p),
+        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, None, dropout_p),
         q,
     )
     for i, buffer in enumerate(buffers):
