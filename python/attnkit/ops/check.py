@@ -254,7 +254,9 @@ def check_pages(page_size: int, table: Tensor, lengths: Tensor, batch: int) -> N
         raise error("AK403", where="k, v", given=f"pages of {page_size} tokens", allowed=PAGE_SIZES)
     for name, t in (("page_table", table), ("lengths", lengths)):
         if t.shape[0] != batch:
-            raise error("AK602", where=name, given=shape_of(t), allowed=f"a row for each of {batch} sequences")
+            raise error(
+                "AK602", where=name, given=shape_of(t), allowed=f"a row for each of {batch} sequences"
+            )
     given, most = _values("lengths", lengths), table.shape[1] * page_size
     if any(not 0 <= n <= most for n in given):
         raise error("AK602", where="lengths", given=str(given[:8]), allowed=f"0..{most}, what the table has")
