@@ -35,8 +35,8 @@ Program make_program(const ProgramCode& code, int score, int mask, int num_buffe
   return p;
 }
 
-// (fault, what it is about): an instruction, a sequence, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers.
-// Shapes are [batch, heads, length, head_dim].
+// (fault, what it is about): an instruction, a sequence, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the
+// buffers. Shapes are [batch, heads, length, head_dim].
 std::pair<int, int> call_attend(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v,
                                 const Tensor& o, const Maybe& lse, float scale, const Maybe& sink,
                                 const std::optional<std::vector<SequenceTuple>>& given_sequences,

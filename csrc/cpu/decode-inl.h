@@ -74,8 +74,9 @@ struct Ahead {
 
 // While rows are used, one after the other, fetches those that are used a block later, or the part-th of `parts` parts
 // of each. A fetch does not wait for the address of a page of memory to be found, and so may come to nothing where its
-// page is new: a line of each page is fetched a block earlier still. Not a line of each row: lines out of turn cost half
-// the speed of memory. Rows that begin elsewhere are a new stream to the machine: it is given their first lines early.
+// page is new: a line of each page is fetched a block earlier still. Not a line of each row: lines out of turn cost
+// half the speed of memory. Rows that begin elsewhere are a new stream to the machine: it is given their first lines
+// early.
 class Fetches {
  public:
   ATTNKIT_INLINE Fetches(const Ahead& ahead, int32_t first, int32_t part = 0, int32_t parts = 1)

@@ -70,8 +70,8 @@ class PairForward : public Forward {
     const int32_t pairs = (p_.head_dim + 1) / 2;
     const Lines keys = lines(p_.k, p_.head_dim, first, count), values = lines(p_.v, p_.v_head_dim, first, count);
     if (!full) find_live(first, count);
-    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), pairs, p_.scale,
-                      ws_ + at_.s, start_largest(full));
+    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), pairs, p_.scale, ws_ + at_.s,
+                      start_largest(full));
     modify(first, count, full);
     softmax(count, full, Weights{ws_ + at_.weights, at_.bm});
     if (thinned())

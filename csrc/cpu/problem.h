@@ -27,12 +27,12 @@ struct View {
 };
 
 // Keys and values in pages: of batch entry b, token t is token t % size of page table[b, t / size]. The views' first
-// dimension then counts pages.
+// dimension then counts pages, and those that the table names for tokens that exist are there.
 struct Pages {
   static constexpr int32_t kLeast = 16;  // tokens; as many are adjacent wherever a tile of keys begins
   const int32_t* table = nullptr;        // null: there are none
-  int64_t stride[2] = {};                // in elements
-  int32_t shift = 0;                     // 2^shift tokens each
+  int64_t columns = 0;
+  int32_t shift = 0;  // 2^shift tokens each
 };
 
 struct Sequence {

@@ -106,9 +106,9 @@ inline Lines lines_of(const View& view, const Pages& pages, DType dtype, int32_t
   lines.bytes = bytes;
   lines.count = rows;
   const int64_t page_size = int64_t{1} << pages.shift;
-  const int32_t* page = pages.table + batch * pages.stride[0] + (token >> pages.shift) * pages.stride[1];
+  const int32_t* page = pages.table + batch * pages.columns + (token >> pages.shift);
   int64_t slot = token & (page_size - 1);
-  for (int64_t n = 0, end; n < rows; n = end, slot = 0, page += pages.stride[1]) {
+  for (int64_t n = 0, end; n < rows; n = end, slot = 0, ++page) {
     end = page_size - slot < rows - n ? n + page_size - slot : Lines::kRuns * Lines::kRun;
     lines.put(static_cast<int32_t>(n), static_cast<int32_t>(end), address(*page, slot));
   }
