@@ -35,20 +35,21 @@ Program make_program(const ProgramCode& code, int score, int mask, int num_buffe
   return p;
 }
 
-// (fault, what it is about): an instruction, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers.
-// Shapes are [batch, heads, length, head_dim].
+// (fault, what it is about): an instruction, a sequence, or a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the
+// buffers. Shapes are [batch, heads, length, head_dim].
 std::pair<int, int> call_attend(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v,
                                 const Tensor& o, const Maybe& lse, float scale, const Maybe& sink,
                                 const std::optional<std::vector<SequenceTuple>>& given_sequences,
                                 const std::vector<Tensor>& tensors, const std::vector<float>& params,
                                 const std::optional<DropoutTuple>& dropout, int threads, int tile_q, int tile_kv,
-                                int split_kv) try {
+                                int split_kv, const Maybe& page_table) try {
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 128");
+  need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   Request r;
-  Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout);
+  Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout, page_table);
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;
     status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
@@ -196,7 +197,10 @@ PYBIND11_MODULE(_engine, m) {
     for (int i = 0; i < static_cast<int>(Op::count); ++i) d[signature(static_cast<Op>(i)).name] = i;
     return d;
   });
-  m.def("attend", &call_attend);
+  m.def("attend", &call_attend, py::arg("program"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"),
+        py::arg("lse"), py::arg("scale"), py::arg("sink"), py::arg("sequences"), py::arg("buffers"), py::arg("params"),
+        py::arg("dropout"), py::arg("threads"), py::arg("tile_q"), py::arg("tile_kv"), py::arg("split_kv"),
+        py::arg("page_table") = py::none());
   bind_backward(m);
   m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);

@@ -89,6 +89,53 @@ inline View make_view(const Tensor& t) {
   return v;
 }
 
+// The page table without what no token needs.
+class PageTable {
+ public:
+  void describe(const Tensor& table, int64_t batch, int64_t page_size) {
+    need(table.dtype == static_cast<int>(DType::i32) && table.size.size() == 2 && table.stride.size() == 2 &&
+             table.size[0] == batch,
+         "the page table is not int32, a row for each batch entry");
+    need(page_size >= Pages::kLeast && page_size <= int64_t{1} << 30 && (page_size & (page_size - 1)) == 0,
+         "a page is a power of two of tokens, at least 16");
+    need(table.size[1] <= INT32_MAX / page_size, "more tokens than 2^31 - 1 in a row of the page table");
+    shift_ = __builtin_ctzll(static_cast<uint64_t>(page_size));
+    tokens_ = table.size[1] << shift_;
+  }
+  int64_t tokens() const { return tokens_; }  // that a row has room for
+
+  // Copies the entries that the sequences need: another thread may write to the table, and what is used must be what
+  // was checked. False where one of them is no page of those that there are; `bad` is its sequence.
+  bool copy(const Tensor& table, const std::vector<Sequence>& sequences, int64_t num_pages, int32_t& bad) {
+    int64_t most = 0;
+    for (const Sequence& s : sequences) {
+      need(s.kv_start == 0, "a sequence of paged keys begins at the first");
+      most = std::max(most, pages_of(s));
+    }
+    columns_ = most;
+    entries_.resize(static_cast<size_t>(table.size[0] * most));
+    const int32_t* from = reinterpret_cast<const int32_t*>(table.data);
+    for (size_t i = 0; i < sequences.size(); ++i) {
+      const int64_t b = sequences[i].batch;
+      for (int64_t j = 0; j < pages_of(sequences[i]); ++j) {
+        const int32_t page = from[b * table.stride[0] + j * table.stride[1]];
+        bad = static_cast<int32_t>(i);
+        if (page < 0 || page >= num_pages) return false;
+        entries_[static_cast<size_t>(b * most + j)] = page;
+      }
+    }
+    return true;
+  }
+  Pages view() const { return {entries_.data(), columns_, shift_}; }
+
+ private:
+  int64_t pages_of(const Sequence& s) const { return (s.kv_len + (int64_t{1} << shift_) - 1) >> shift_; }
+
+  std::vector<int32_t> entries_;
+  int64_t columns_ = 0, tokens_ = 0;
+  int32_t shift_ = 0;
+};
+
 // Adds the memory of each to `memory`.
 inline std::vector<Buffer> make_buffers(const Program& program, const std::vector<Tensor>& tensors,
                                         std::vector<Memory>& memory) {
@@ -134,17 +181,18 @@ struct Request {
   Problem problem{};
   std::vector<Buffer> buffers;
   std::vector<Sequence> sequences;
+  PageTable pages;
   Ints o_shape, lse_shape;
   bool empty = false;  // there is nothing to compute
 
-  // A fault is about a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers. Shapes are
-  // [batch, heads, length, head_dim].
+  // A fault is about a tensor: 0 q, 1 k, 2 v, 3 o, 4 lse, 5 sink, 6 and on the buffers; or about a sequence. Shapes are
+  // [batch, heads, length, head_dim], of k and v with a page table [pages, heads, page size, head_dim].
   Status fill(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o,
               const Maybe& lse, float scale, const Maybe& sink,
               const std::optional<std::vector<SequenceTuple>>& given_sequences, const std::vector<Tensor>& tensors,
-              const std::vector<float>& params, const std::optional<DropoutTuple>& dropout) {
+              const std::vector<float>& params, const std::optional<DropoutTuple>& dropout, const Maybe& table = {}) {
     need(q.size.size() == 4 && k.size.size() == 4 && v.size.size() == 4, "q, k and v have four dimensions");
-    need(q.size[0] == k.size[0] && q.size[0] == v.size[0], "q, k and v differ in batch");
+    need((table || q.size[0] == k.size[0]) && k.size[0] == v.size[0], "q, k and v differ in batch");
     need(k.size[1] == v.size[1] && k.size[2] == v.size[2], "k and v differ in heads or length");
     need(k.size[1] > 0 && q.size[1] % k.size[1] == 0, "query heads are not a multiple of kv heads");
     need(q.size[3] == k.size[3], "q and k differ in head_dim");
@@ -184,14 +232,28 @@ struct Request {
                                {o.data, o.size, o.stride, element}};
     memory.push_back(lse ? Memory{lse->data, lse->size, lse->stride, element_size(DType::f32)} : kAbsent);
     memory.push_back(sink ? Memory{sink->data, sink->size, sink->stride, element_size(DType::f32)} : kAbsent);
+    int64_t kv_len = k.size[2];
+    if (table) {
+      pages.describe(*table, q.size[0], k.size[2]);
+      kv_len = pages.tokens();
+      need(given_sequences.has_value(), "paged keys need sequences");
+    }
     buffers = make_buffers(program, tensors, memory);
     for (size_t i = 0; i < memory.size(); ++i)
       if (const Fault fault = check_memory(memory[i]); fault != Fault::none) return {fault, static_cast<int>(i)};
+    if (table)
+      need(check_memory({table->data, table->size, table->stride, 4}) == Fault::none,
+           "the page table has no memory, or is misaligned");
     if (std::find(o_shape.begin(), o_shape.end(), 0) != o_shape.end()) {
       empty = true;
       return {};
     }
-    sequences = make_sequences(given_sequences, q.size[0], q.size[2], k.size[2]);
+    sequences = make_sequences(given_sequences, q.size[0], q.size[2], kv_len);
+    if (table) {
+      int32_t bad = 0;
+      if (!pages.copy(*table, sequences, k.size[0], bad)) return {Fault::no_page, bad};
+      problem.pages = pages.view();
+    }
     problem.num_heads = static_cast<int32_t>(q.size[1]);
     problem.num_kv_heads = static_cast<int32_t>(k.size[1]);
     problem.head_dim = static_cast<int32_t>(q.size[3]);

@@ -65,34 +65,59 @@ ATTNKIT_INLINE void interleave(vf& even, vf& odd) {
 
 // ---- what is needed next ----
 
-struct Lines {
-  const char* at = nullptr;
-  int64_t stride = 0;  // in bytes
-  int32_t bytes = 0, count = 0;
+// The rows in use, and those that follow them.
+struct Ahead {
+  const Lines &now, &next;
+
+  const char* at(int32_t n) const { return n < now.count ? now.at(n) : next.at(n - now.count); }
 };
 
-// While row n of `now` is used, fetches a row that is used a block later, of `now` or of what follows it. A fetch does
-// not wait for the address of a page to be found, and so may come to nothing where its page is new: a line of each page
-// is fetched a block earlier still. Not a line of each row: lines out of turn cost half the speed of memory.
-struct Ahead {
-  Lines now, next;
-  static constexpr int32_t kRows = kBlockKeys, kPageRows = 2 * kRows, kLine = 64, kPage = 4096;
+// While rows are used, one after the other, fetches those that are used a block later, or the part-th of `parts` parts
+// of each. A fetch does not wait for the address of a page of memory to be found, and so may come to nothing where its
+// page is new: a line of each page is fetched a block earlier still. Not a line of each row: lines out of turn cost
+// half the speed of memory. Rows that begin elsewhere are a new stream to the machine: it is given their first lines
+// early.
+class Fetches {
+ public:
+  ATTNKIT_INLINE Fetches(const Ahead& ahead, int32_t first, int32_t part = 0, int32_t parts = 1)
+      : ahead_(ahead),
+        n_(first),
+        first_part_(part == 0),
+        share_((ahead.now.bytes / kLine + parts - 1) / parts * kLine),
+        part_(part * share_),
+        near_(ahead.at(first + kRows)),
+        far_(ahead.at(first + kPageRows)) {}
 
-  // The part-th of `parts` parts of the row.
-  ATTNKIT_INLINE void fetch(int32_t n, int32_t part = 0, int32_t parts = 1) const {
-    const char* row = at(n + kRows);
-    const int32_t share = (now.bytes / kLine + parts - 1) / parts * kLine;
-    for (int32_t b = 0; b < share; b += kLine) __builtin_prefetch(row + part * share + b);
-    const char* far = at(n + kPageRows);
-    const bool opens = static_cast<int64_t>(reinterpret_cast<uintptr_t>(far) % kPage) < now.stride;
-    if (part == 0 && opens) __builtin_prefetch(far);
+  ATTNKIT_INLINE void row() {
+    for (int32_t b = 0; b < share_; b += kLine) __builtin_prefetch(near_ + part_ + b);
+    const char* last = far_ + ahead_.now.bytes - 1;
+    const bool opens = static_cast<int64_t>(reinterpret_cast<uintptr_t>(last) % kPage) < ahead_.now.stride;
+    if (first_part_ && opens) __builtin_prefetch(last);
+    near_ += ahead_.now.stride;
+    far_ += ahead_.now.stride;
+    if (++n_ % Lines::kRun == 0) aim();
   }
 
  private:
-  ATTNKIT_INLINE const char* at(int32_t n) const {
-    return n < now.count ? now.at + n * now.stride : next.at + (n - now.count) * next.stride;
+  static constexpr int32_t kRows = kBlockKeys, kPageRows = 2 * kRows, kLine = 64, kPage = 4096, kFirstLines = 16;
+
+  ATTNKIT_INLINE void aim() {
+    near_ = ahead_.at(n_ + kRows);
+    const char* far = ahead_.at(n_ + kPageRows);
+    if (first_part_ && far != far_)
+      for (int32_t b = 0; b < kFirstLines * kLine; b += kLine) __builtin_prefetch(far + b);
+    far_ = far;
   }
+
+  const Ahead& ahead_;
+  int32_t n_;
+  const bool first_part_;
+  const int32_t share_, part_;
+  const char *near_, *far_;
 };
+
+inline const Lines kNoLines;
+inline const Ahead kNothing{kNoLines, kNoLines};
 
 // ---- scores ----
 
@@ -120,18 +145,24 @@ ATTNKIT_INLINE void transpose_strip(const T* const* rows, int64_t at, vf* r) {
 // S^T of kRows queries and at most kVecs vectors of keys: qk_tile with the roles exchanged. `channels` is a whole
 // number of vectors of units; rows of queries are `q_stride` wide, with zeros where there are no channels.
 template <int kRows, int kVecs, class T>
-__attribute__((noinline)) void few_tile(const float* q, int64_t q_stride, int32_t channels, const T* k, int64_t stride,
-                                        int32_t count, float* st, int32_t st_stride, Ahead ahead, int32_t first) {
+__attribute__((noinline)) void few_tile(const float* q, int64_t q_stride, int32_t channels, const Lines& k,
+                                        int32_t first, float* st, int32_t st_stride, const Ahead& ahead) {
   constexpr int kStep = kStripUnits * kPerUnit<T>;
-  const T* key[kVecs * kLanes];
-  for (int n = 0; n < kVecs * kLanes; ++n) key[n] = k + (n < count ? n : count - 1) * stride;
-  const int32_t fetches = (kVecs * kLanes * kStep + channels - 1) / channels;  // rows at each step
-  int32_t next = first;
+  const T* key[kVecs * kLanes];  // the last key is repeated
+  for (int v = 0; v < kVecs; ++v) {
+    const int32_t left = k.count - 1 - first - v * kLanes;
+    const char* at = k.at(left < 0 ? k.count - 1 : first + v * kLanes);
+    for (int i = 0; i < kLanes; ++i)
+      key[v * kLanes + i] = reinterpret_cast<const T*>(at + (left < 0 ? 0 : i < left ? i : left) * k.stride);
+  }
+  const int32_t at_once = (kVecs * kLanes * kStep + channels - 1) / channels;
+  Fetches fetches(ahead, first);
+  int32_t rows = k.count - first < kVecs * kLanes ? k.count - first : kVecs * kLanes;  // to be fetched
   for (int32_t stretch = 0; stretch < channels; stretch += kChannels) {
     const int32_t end = channels - stretch < kChannels ? channels : stretch + kChannels;
     vf acc[kRows][kVecs] = {};
     for (int32_t d = stretch; d < end; d += kStep) {
-      for (int i = 0; i < fetches && next < first + count; ++i) ahead.fetch(next++);
+      for (int i = 0; i < at_once && rows > 0; ++i, --rows) fetches.row();
       vf r[kVecs][kStripUnits];
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) transpose_strip(key + v * kLanes, d, r[v]);
@@ -160,17 +191,15 @@ __attribute__((noinline)) void few_tile(const float* q, int64_t q_stride, int32_
   }
 }
 
-// S^T of all queries and `count` keys.
+// S^T of all queries and keys.
 template <class T>
-void few_scores(const float* q, int32_t lanes, int64_t q_stride, int32_t channels, const T* k, int64_t stride,
-                int32_t count, float* st, int32_t st_stride, const Ahead& ahead) {
-  constexpr int32_t kBlock = kBlockVecs * kLanes;
-  for (int32_t n = 0; n < count; n += kBlock) {
+void few_scores(const float* q, int32_t lanes, int64_t q_stride, int32_t channels, const Lines& k, float* st,
+                int32_t st_stride, const Ahead& ahead) {
+  for (int32_t n = 0; n < k.count; n += kBlockVecs * kLanes) {
     int32_t m = 0;
     const auto rows = [&]<int kRows>() {
-      few_tile<kRows, kBlockVecs>(q + static_cast<int64_t>(m) * q_stride, q_stride, channels, k + n * stride, stride,
-                                  count - n < kBlock ? count - n : kBlock, st + m * st_stride + n, st_stride,
-                                  m == 0 ? ahead : Ahead(), n);
+      few_tile<kRows, kBlockVecs, T>(q + static_cast<int64_t>(m) * q_stride, q_stride, channels, k, n,
+                                     st + m * st_stride + n, st_stride, m == 0 ? ahead : kNothing);
       m += kRows;
     };
     while (lanes - m >= kFewRows) rows.template operator()<kFewRows>();
@@ -227,11 +256,11 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
 // ---- values ----
 
 // O of kRows queries and kVecs vectors of units: pv_tile on the elements that memory holds. Keys of a tile come in
-// blocks: what the first have summed is in `sums`.
+// blocks, whose rows begin at `v`: what the first have summed is in `sums`.
 template <int kRows, int kVecs, class T>
 ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t first,
                                     int32_t end, bool last, float* sums, const float* alpha, float* o, int32_t o_stride,
-                                    Ahead ahead, int32_t part, int32_t parts) {
+                                    const Ahead& ahead, int32_t part, int32_t parts) {
   constexpr int kUnit = kPerUnit<T>;
   vf acc[kRows][kVecs][kUnit] = {};
   const auto each = [&](auto f) __attribute__((always_inline)) {
@@ -244,12 +273,13 @@ ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int6
           f(r, acc[r][c][u], static_cast<int64_t>(r) * o_stride + (c * kUnit + u) * kLanes);
   };
   if (first > 0) each([&](int, vf& x, int64_t at) __attribute__((always_inline)) { x = load(sums + at); });
+  Fetches fetches(ahead, first, part, parts);
   for (int32_t n = first; n < end; ++n) {
-    ahead.fetch(n, part, parts);
+    fetches.row();
     vf value[kVecs][kUnit];
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
-      const vf x = load_units(v + n * v_stride + c * kLanes * kUnit);
+      const vf x = load_units(v + (n - first) * v_stride + c * kLanes * kUnit);
 #pragma GCC unroll 2
       for (int u = 0; u < kUnit; ++u) value[c][u] = widen_unit(v, x, u);
     }
@@ -275,19 +305,21 @@ ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int6
 
 // As pv, of few queries. `sums`: room as for o.
 template <class T>
-void few_values(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t count, float* sums,
-                const float* alpha, float* o, int32_t o_stride, int32_t lanes, const Ahead& ahead) {
+void few_values(const float* p, int32_t bm, const Lines& v, float* sums, const float* alpha, float* o, int32_t o_stride,
+                int32_t lanes, const Ahead& ahead) {
   constexpr int kUnit = kPerUnit<T>, kVecs = (kFewVecs + kUnit - 1) / kUnit, kWide = kVecs * kUnit * kLanes;
   const int32_t parts = (o_stride + kWide - 1) / kWide * ((lanes + kFewRows - 1) / kFewRows);
-  for (int32_t n = 0; n < count; n += kBlockKeys) {
-    const int32_t end = count - n < kBlockKeys ? count : n + kBlockKeys;
+  const int32_t count = v.count;
+  for (int32_t n = 0, end; n < count; n = end) {
+    end = n + v.adjacent(n, count - n < kBlockKeys ? count - n : kBlockKeys);
+    const T* rows_of_block = reinterpret_cast<const T*>(v.at(n));
     int32_t c = 0, part = 0;
     const auto columns = [&]<int kWidth>() {
       int32_t m = 0;
       const auto rows = [&]<int kRows>() {
         const int64_t at = static_cast<int64_t>(m) * o_stride + c;
-        few_values_tile<kRows, kWidth>(p + m, bm, v + c, v_stride, n, end, end == count, sums + at, alpha + m, o + at,
-                                       o_stride, ahead, part++, parts);
+        few_values_tile<kRows, kWidth>(p + m, bm, rows_of_block + c, v.stride / static_cast<int64_t>(sizeof(T)), n, end,
+                                       end == count, sums + at, alpha + m, o + at, o_stride, ahead, part++, parts);
         m += kRows;
       };
       while (lanes - m >= kFewRows) rows.template operator()<kFewRows>();

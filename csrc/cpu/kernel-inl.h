@@ -139,9 +139,14 @@ class Forward {
     return row_of<P>(view, seq_.batch, head, token);
   }
 
-  // Keys or values as float32, `padded` channels wide: where they lie, if they lie so, else in the workspace.
-  Rows rows(const View& view, int64_t first, int32_t count, int32_t width, int32_t padded, size_t at) {
-    return rows_of(view, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, width, padded, ws_ + at);
+  // Keys or values as they lie in memory.
+  Lines lines(const View& view, int32_t channels, int64_t first, int32_t count) const {
+    return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
+  }
+
+  // As float32, `padded` channels wide: where they lie, if they lie so, else in the workspace.
+  Rows rows(const View& view, const Lines& lines, int32_t width, int32_t padded, size_t at) {
+    return rows_of(lines, p_.dtype, view.stride[3], width, padded, ws_ + at);
   }
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }

@@ -37,6 +37,10 @@ ATTNKIT_INLINE vf exp_rough(vf x) {
   return x;
 }
 
+inline void copy_row(const Bf16* from, int64_t stride, int32_t width, int32_t padded, Bf16* to) {
+  for (int32_t d = 0; d < padded; ++d) to[d] = d < width ? from[d * stride] : Bf16{0};
+}
+
 class PairForward : public Forward {
  public:
   using Forward::Forward;
@@ -62,9 +66,10 @@ class PairForward : public Forward {
 
   void keys(int64_t first, int32_t count, bool full, int64_t) {
     const int32_t pairs = (p_.head_dim + 1) / 2;
+    const Lines keys = lines(p_.k, p_.head_dim, first, count), values = lines(p_.v, p_.v_head_dim, first, count);
     if (!full) find_live(first, count);
-    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(first, count), count, live(full), pairs, p_.scale,
-                      ws_ + at_.s, start_largest(full));
+    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), pairs, p_.scale, ws_ + at_.s,
+                      start_largest(full));
     modify(first, count, full);
     softmax(count, full, Weights{ws_ + at_.weights, at_.bm});
     if (thinned())
@@ -72,8 +77,8 @@ class PairForward : public Forward {
         float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
         store_int(w, load_int(w) & (kept | (n % 2 ? 0xffff : ~0xffff)));
       });
-    pack_values(first, count);
-    if (!full && !is_finite(rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v), count, at_.dv))
+    pack_values(values);
+    if (!full && !is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), count, at_.dv))
       return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
     pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(full), ws_ + at_.alpha, ws_ + at_.o,
                 at_.dv, t_.lanes());
@@ -95,21 +100,22 @@ class PairForward : public Forward {
   };
 
   // Where they lie, if their channels are adjacent and even in number.
-  KeyRows keys_as_pairs(int64_t first, int32_t count) {
-    const Bf16* k = row<const Bf16*>(p_.k, kv_head_, seq_.kv_start + first);
-    const int64_t stride = p_.k.stride[2], channel = p_.k.stride[3];
-    if (channel == 1 && p_.head_dim % 2 == 0) return {reinterpret_cast<const char*>(k), 2 * stride};
+  KeyRows keys_as_pairs(const Lines& keys) {
+    const int64_t channel = p_.k.stride[3];
+    if (channel == 1 && p_.head_dim % 2 == 0 && keys.adjacent(0, keys.count) == keys.count)
+      return {keys.at(0), keys.stride};
     const int32_t padded = (p_.head_dim + 1) / 2 * 2;
     Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
-    for (int32_t n = 0; n < count; ++n)
-      for (int32_t d = 0; d < padded; ++d) to[n * padded + d] = d < p_.head_dim ? k[n * stride + d * channel] : Bf16{0};
+    for (int32_t n = 0; n < keys.count; ++n)
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), channel, p_.head_dim, padded, to + n * padded);
     return {reinterpret_cast<const char*>(to), 2 * padded};
   }
 
-  void pack_values(int64_t first, int32_t count) {
-    const Bf16* v = row<const Bf16*>(p_.v, kv_head_, seq_.kv_start + first);
-    const int64_t stride = p_.v.stride[2], channel = p_.v.stride[3];
-    for (int32_t n = 0; n < count; n += 2, v += 2 * stride) {
+  void pack_values(const Lines& values) {
+    const int32_t count = values.count;
+    const int64_t stride = values.stride / 2, channel = p_.v.stride[3];
+    for (int32_t n = 0; n < count; n += 2) {
+      const Bf16* v = reinterpret_cast<const Bf16*>(values.at(n));
       float* to = ws_ + at_.values + static_cast<int64_t>(n / 2) * at_.dv;
       const bool second = n + 1 < count;
       int32_t d = 0;
@@ -133,7 +139,8 @@ class PairDecode : public FloatForward {
 
   void pack_queries() {
     for (int32_t m = 0; m < t_.lanes(); ++m)
-      copy_row(row<const Bf16*>(p_.q, head_of(m), token_of(m)), p_.q.stride[3], queries() + m * width_);
+      copy_row(row<const Bf16*>(p_.q, head_of(m), token_of(m)), p_.q.stride[3], p_.head_dim, width_,
+               queries() + m * width_);
   }
 
  private:
@@ -141,23 +148,19 @@ class PairDecode : public FloatForward {
 
   Bf16* queries() const { return reinterpret_cast<Bf16*>(ws_ + at_.q); }
 
-  void copy_row(const Bf16* from, int64_t stride, Bf16* to) const {
-    for (int32_t d = 0; d < width_; ++d) to[d] = d < p_.head_dim ? from[d * stride] : Bf16{0};
+  void few_scores_of(const Lines& keys, const Ahead& ahead) override {
+    if (p_.k.stride[3] == 1 && width_ == p_.head_dim) return scores_of(keys, ahead);
+    Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
+    for (int32_t n = 0; n < keys.count; ++n)
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), p_.k.stride[3], p_.head_dim, width_, to + n * width_);
+    scores_of({to, 2 * width_, 2 * width_, keys.count}, ahead);
   }
 
-  void few_scores_of(int64_t first, int32_t count, const Ahead& ahead) override {
-    const Bf16* k = row<const Bf16*>(p_.k, kv_head_, seq_.kv_start + first);
-    int64_t stride = p_.k.stride[2];
-    if (p_.k.stride[3] != 1 || width_ != p_.head_dim) {
-      Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
-      for (int32_t n = 0; n < count; ++n) copy_row(k + n * stride, p_.k.stride[3], to + n * width_);
-      k = to;
-      stride = width_;
-    }
+  void scores_of(const Lines& keys, const Ahead& ahead) {
     int32_t m = 0;
     const auto rows = [&]<int kRows>() {
-      dot_rows<kRows>(queries() + m * width_, width_, k, stride, count, p_.scale, ws_ + at_.st + m * at_.ld, at_.ld,
-                      m == 0 ? ahead : Ahead());
+      dot_rows<kRows>(queries() + m * width_, width_, keys, p_.scale, ws_ + at_.st + m * at_.ld, at_.ld,
+                      m == 0 ? ahead : kNothing);
       m += kRows;
     };
     while (t_.lanes() - m >= 4) rows.template operator()<4>();
@@ -167,18 +170,19 @@ class PairDecode : public FloatForward {
 
   // S^T of kRows queries and keys up to a whole vector of them: the last key is repeated.
   template <int kRows>
-  static __attribute__((noinline)) void dot_rows(const Bf16* q, int32_t width, const Bf16* k, int64_t stride,
-                                                 int32_t count, float scale, float* st, int32_t ld, Ahead ahead) {
+  static __attribute__((noinline)) void dot_rows(const Bf16* q, int32_t width, const Lines& k, float scale, float* st,
+                                                 int32_t ld, const Ahead& ahead) {
     constexpr int kKeys = kLanes / kRows, kAtOnce = kKeys < 8 ? kKeys : 8;  // as many addresses as there are registers
+    const int32_t count = k.count;
+    Fetches fetches(ahead, 0);
     for (int32_t n = 0; n < round_up(count, kLanes); n += kKeys) {
-      const Bf16* key[kKeys];
-      const Bf16* at = k + (n < count ? n : count - 1) * stride;
+      const char *key[kKeys], *at = k.at(n < count ? n : count - 1);
 #pragma GCC unroll 16
       for (int i = 0; i < kKeys; ++i) {
         key[i] = at;
-        if (n + i + 1 < count) at += stride;
+        if (n + i + 1 < count) at += k.stride;
       }
-      for (int i = 0; i < kKeys; ++i) ahead.fetch(n + i);
+      for (int i = 0; i < kKeys; ++i) fetches.row();
       vf acc[kRows * kKeys] = {};
 #pragma GCC unroll 2
       for (int first = 0; first < kKeys; first += kAtOnce)
@@ -188,7 +192,7 @@ class PairDecode : public FloatForward {
           for (int m = 0; m < kRows; ++m) x[m] = load_units(q + m * width + d);
 #pragma GCC unroll 8
           for (int i = first; i < first + kAtOnce; ++i) {
-            const vf y = load_units(key[i] + d);
+            const vf y = load_units(reinterpret_cast<const Bf16*>(key[i]) + d);
 #pragma GCC unroll 4
             for (int m = 0; m < kRows; ++m) acc[m * kKeys + i] = PairDot::run(x[m], y, acc[m * kKeys + i]);
           }

@@ -34,12 +34,12 @@ class FloatForward : public Forward {
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
     float *s = ws_ + at_.s, *largest = start_largest(full);
-    const Lines values = tile_at(p_.v, p_.v_head_dim, first, count);
+    const Lines keys = lines(p_.k, p_.head_dim, first, count), values = lines(p_.v, p_.v_head_dim, first, count);
     if (!full) find_live(first, count);
     if (few_) {
-      few_scores_of(first, count, {tile_at(p_.k, p_.head_dim, first, count), values});
+      few_scores_of(keys, {keys, values});
     } else {
-      const Rows k = rows(p_.k, first, count, p_.head_dim, p_.head_dim, at_.k);
+      const Rows k = rows(p_.k, keys, p_.head_dim, p_.head_dim, at_.k);
       qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
                          p_.head_dim, 1, s, largest);
     }
@@ -55,9 +55,11 @@ class FloatForward : public Forward {
         float* w = s + n * at_.bm + lane;
         store(w, select(kept, load(w), vf{}));
       });
-    if (few_ && full)
-      return few_values_of(first, count, {values, tile_at(p_.k, p_.head_dim, next < 0 ? first : next, c_.tile_kv)});
-    const Rows v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v);
+    if (few_ && full) {
+      const Lines then = keys_ahead(next < 0 ? first : next);
+      return few_values_of(values, {values, then});
+    }
+    const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
     pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
@@ -67,16 +69,15 @@ class FloatForward : public Forward {
   FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace), few_(few) {}
 
   // S^T of few queries.
-  virtual void few_scores_of(int64_t first, int32_t count, const Ahead& ahead) {
+  virtual void few_scores_of(const Lines& keys, const Ahead& ahead) {
+    const auto from = [&](auto* type, const Lines& k, int32_t channels) {
+      few_scores<std::remove_pointer_t<decltype(type)>>(ws_ + at_.q, t_.lanes(), at_.dq, channels, k, ws_ + at_.st,
+                                                        at_.ld, ahead);
+    };
     with_elements(p_.dtype, [&](auto* type) {
-      const auto from = [&](const auto* k, int64_t stride, int32_t channels) {
-        few_scores(ws_ + at_.q, t_.lanes(), at_.dq, channels, k, stride, count, ws_ + at_.st, at_.ld, ahead);
-      };
-      if (p_.k.stride[3] == 1 && p_.head_dim == at_.dq)
-        return from(row<decltype(type)>(p_.k, kv_head_, seq_.kv_start + first), p_.k.stride[2], p_.head_dim);
+      if (p_.k.stride[3] == 1 && p_.head_dim == at_.dq) return from(type, keys, p_.head_dim);
       const int32_t width = round_up(p_.head_dim, kLanes);
-      const Rows k = rows(p_.k, first, count, p_.head_dim, width, at_.k);
-      from(k.data, k.stride, width);
+      from(ws_, lines_of(rows(p_.k, keys, p_.head_dim, width, at_.k), keys.count), width);
     });
   }
 
@@ -91,24 +92,26 @@ class FloatForward : public Forward {
     store(total, fma(load(total), load(ws_ + at_.alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  void few_values_of(int64_t first, int32_t count, const Ahead& ahead) {
-    const auto from = [&](auto* v, int64_t stride) {
-      few_values(ws_ + at_.s, at_.bm, v, stride, count, ws_ + at_.guarded, ws_ + at_.alpha, ws_ + at_.o, at_.dv,
-                 t_.lanes(), ahead);
+  void few_values_of(const Lines& values, const Ahead& ahead) {
+    const auto from = [&](auto* type, const Lines& v) {
+      few_values<std::remove_pointer_t<decltype(type)>>(ws_ + at_.s, at_.bm, v, ws_ + at_.guarded, ws_ + at_.alpha,
+                                                        ws_ + at_.o, at_.dv, t_.lanes(), ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
       if (p_.v.stride[3] == 1 && p_.v_head_dim % (kLanes * kPerUnit<std::remove_pointer_t<decltype(type)>>) == 0)
-        return from(row<decltype(type)>(p_.v, kv_head_, seq_.kv_start + first), p_.v.stride[2]);
-      const Rows v = rows(p_.v, first, count, p_.v_head_dim, at_.dv, at_.v);
-      from(v.data, v.stride);
+        return from(type, values);
+      from(ws_, lines_of(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), values.count));
     });
   }
 
-  Lines tile_at(const View& view, int32_t channels, int64_t first, int32_t count) const {
-    const int64_t size = element_size(p_.dtype);
-    const int64_t at =
-        seq_.batch * view.stride[0] + kv_head_ * view.stride[1] + (seq_.kv_start + first) * view.stride[2];
-    return {view.data + at * size, view.stride[2] * size, static_cast<int32_t>(channels * size), count};
+  // As many keys from `first` on as a tile has: they need not all be seen.
+  Lines keys_ahead(int64_t first) const {
+    const int64_t left = seq_.kv_len - first;
+    return lines(p_.k, p_.head_dim, first, left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv);
+  }
+
+  static Lines lines_of(Rows rows, int32_t count) {
+    return {rows.data, 4 * rows.stride, static_cast<int32_t>(4 * rows.stride), count};
   }
 
   struct Weights {

@@ -26,6 +26,15 @@ struct View {
   int64_t stride[4];  // in elements
 };
 
+// Keys and values in pages: of batch entry b, token t is token t % size of page table[b, t / size]. The views' first
+// dimension then counts pages, and those that the table names for tokens that exist are there.
+struct Pages {
+  static constexpr int32_t kLeast = 16;  // tokens; as many are adjacent wherever a tile of keys begins
+  const int32_t* table = nullptr;        // null: there are none
+  int64_t columns = 0;
+  int32_t shift = 0;  // 2^shift tokens each
+};
+
 struct Sequence {
   int32_t batch;  // index into the tensors' batch dimension
   int64_t q_start, q_len, kv_start, kv_len;
@@ -40,6 +49,7 @@ struct Dropout {
 
 struct Problem {
   View q, k, v, o;
+  Pages pages;  // of k and v
   DType dtype;  // of their elements: f32, bf16 or f16; every sum is float32
   float* lse;  // [batch, head, token] by lse_stride, or null
   int64_t lse_stride[3];
@@ -74,6 +84,7 @@ enum class Fault : int32_t {
   no_memory,
   no_data,      // a tensor that has elements has no address; value = which (csrc/bind/module.cc)
   misaligned,   // an address is not a multiple of the element's size; value = which
+  no_page,      // the page table names no page for a token that exists; value = sequence
 };
 
 struct Status {

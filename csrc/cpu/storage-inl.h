@@ -59,16 +59,81 @@ P row_of(const View& view, int32_t batch, int32_t head, int64_t token) {
   return reinterpret_cast<P>(view.data) + batch * view.stride[0] + head * view.stride[1] + token * view.stride[2];
 }
 
-// Where they lie, if they lie so; else they are packed into `to`.
-inline Rows rows_of(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows,
-                    int32_t width, int32_t padded, float* to) {
-  if (dtype == DType::f32 && view.stride[3] == 1 && width == padded)
-    return {row_of<float*>(view, batch, head, token), view.stride[2]};
+// The tokens of a tile as they lie in memory. Each kRun of them are adjacent, for no page holds fewer: an address is
+// worked out once for a run, and whoever goes through rows need not know of pages.
+struct Lines {
+  static constexpr int32_t kRun = Pages::kLeast, kRuns = kMaxTileKv / kRun;
+
+  const char* run[kRuns] = {};
+  int64_t stride = 0;  // in bytes
+  int32_t bytes = 0, count = 0;
+
+  Lines() = default;
+  Lines(const void* first, int64_t row_stride, int32_t row_bytes, int32_t rows)
+      : stride(row_stride), bytes(row_bytes), count(rows) {
+    put(0, kRuns * kRun, static_cast<const char*>(first));
+  }
+
+  // Beyond the last row anything, to be fetched at most.
+  ATTNKIT_INLINE const char* at(int32_t n) const {
+    const auto row = static_cast<uint32_t>(n);
+    return run[row / kRun % kRuns] + row % kRun * stride;
+  }
+
+  // How many rows from n on lie one after the other, of at most `most`.
+  int32_t adjacent(int32_t n, int32_t most) const {
+    int32_t end = (n / kRun + 1) * kRun;
+    while (end < n + most && run[end / kRun] == run[end / kRun - 1] + kRun * stride) end += kRun;
+    return end < n + most ? end - n : most;
+  }
+
+  // Rows n to end - 1, n a multiple of kRun, lie one after the other.
+  void put(int32_t n, int32_t end, const char* first) {
+    for (; n < end; n += kRun, first += kRun * stride) run[n / kRun] = first;
+  }
+};
+
+inline Lines lines_of(const View& view, const Pages& pages, DType dtype, int32_t batch, int32_t head, int64_t token,
+                      int32_t rows, int32_t width) {
+  const int64_t size = element_size(dtype);
+  const auto address = [&](int64_t first, int64_t at) {
+    return view.data + (first * view.stride[0] + head * view.stride[1] + at * view.stride[2]) * size;
+  };
+  const auto bytes = static_cast<int32_t>(width * size);
+  if (pages.table == nullptr) return {address(batch, token), view.stride[2] * size, bytes, rows};
+  Lines lines;
+  lines.stride = view.stride[2] * size;
+  lines.bytes = bytes;
+  lines.count = rows;
+  const int64_t page_size = int64_t{1} << pages.shift;
+  const int32_t* page = pages.table + batch * pages.columns + (token >> pages.shift);
+  int64_t slot = token & (page_size - 1);
+  for (int64_t n = 0, end; n < rows; n = end, slot = 0, ++page) {
+    end = page_size - slot < rows - n ? n + page_size - slot : Lines::kRuns * Lines::kRun;
+    lines.put(static_cast<int32_t>(n), static_cast<int32_t>(end), address(*page, slot));
+  }
+  return lines;
+}
+
+// Where they lie, if they lie so; else they are packed into `to`. `channel`: elements from one channel to the next.
+inline Rows rows_of(const Lines& lines, DType dtype, int64_t channel, int32_t width, int32_t padded, float* to) {
+  const int32_t count = lines.count;
+  if (dtype == DType::f32 && channel == 1 && width == padded && lines.adjacent(0, count) == count)
+    return {reinterpret_cast<const float*>(lines.at(0)), lines.stride / 4};
   with_elements(dtype, [&](auto* type) {
-    widen_rows(row_of<decltype(type)>(view, batch, head, token), view.stride[2], view.stride[3], rows, width, padded,
-               to);
+    for (int32_t n = 0, some; n < count; n += some) {
+      some = lines.adjacent(n, count - n);
+      widen_rows(reinterpret_cast<const std::remove_pointer_t<decltype(type)>*>(lines.at(n)),
+                 lines.stride / static_cast<int64_t>(sizeof(*type)), channel, some, width, padded,
+                 to + static_cast<int64_t>(n) * padded);
+    }
   });
   return {to, padded};
+}
+
+inline Rows rows_of(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows,
+                    int32_t width, int32_t padded, float* to) {
+  return rows_of(lines_of(view, {}, dtype, batch, head, token, rows, width), dtype, view.stride[3], width, padded, to);
 }
 
 inline bool is_finite(Rows rows, int32_t count, int32_t width) {

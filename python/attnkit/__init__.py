@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
     )
     from attnkit.ops import (
         BlockMask as BlockMask,
+        KVCache as KVCache,
         as_block_mask as as_block_mask,
         attention as attention,
         block_mask as block_mask,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         installed as installed,
         installed_report as installed_report,
         param as param,
+        quantized_kv_attention as quantized_kv_attention,
         scaled_dot_product_attention as scaled_dot_product_attention,
         trace as trace,
         tree as tree,
@@ -54,6 +56,7 @@ _HOMES = {
     "AttnkitTypeError": "attnkit.errors",
     "AttnkitValueError": "attnkit.errors",
     "BlockMask": "attnkit.ops",
+    "KVCache": "attnkit.ops",
     "alibi": "attnkit.ir",
     "as_block_mask": "attnkit.ops",
     "attention": "attnkit.ops",
@@ -70,6 +73,7 @@ _HOMES = {
     "param": "attnkit.ops",
     "parse": "attnkit.ir",
     "prefix": "attnkit.ir",
+    "quantized_kv_attention": "attnkit.ops",
     "scaled_dot_product_attention": "attnkit.ops",
     "sigmoid": "attnkit.ir",
     "signed_softmax": "attnkit.ir",

@@ -15,7 +15,7 @@ from attnkit import _engine
 from attnkit.testing import isolated
 
 OPCODES = _engine.opcodes()
-FAULTS = range(1, 7)  # csrc/cpu/problem.h
+FAULTS = range(1, 8)  # csrc/cpu/problem.h
 
 Rng = np.random.Generator
 
@@ -154,7 +154,15 @@ def attend(rng: Rng) -> str:
     tensors = valid_tensors(of(rng, DTYPES), batch, heads, kv_heads, q_len, kv_len)
     arguments: list[Any] = [*tensors, 0.5, None, None]
     arguments += [[buffer_tuple(rng, *d) for d in declared], [1.0] * (len(declared) - 1 if declared else 0)]
-    arguments += [of(rng, DROPOUTS), int(rng.integers(1, 4)), 96, 64, 1024]
+    arguments += [of(rng, DROPOUTS), int(rng.integers(1, 4)), 96, 64, 1024, None]
+    pages = batch, int(rng.integers(1, 4))
+    if rng.integers(6) == 0:  # k and v are pages, all of them the same few
+        arguments[1:3] = [
+            (MIDDLE + 8192 * at, tensors[0][1], (2, kv_heads, 16, 4), (256, 64, 4, 1)) for at in (1, 2)
+        ]
+        arguments[3] = (*tensors[0][:2], tensors[0][2], tensors[0][3])
+        arguments[7] = [(b, 0, q_len, 0, int(rng.integers(0, 16 * pages[1] + 1))) for b in range(batch)]
+        arguments[15] = buffer_tuple(rng, 1, pages)
     replace: dict[int, Callable[[], Any]] = {
         **{at: partial(damaged, rng, tensor) for at, tensor in enumerate(tensors)},
         5: lambda: of(rng, [np.nan, np.inf, -1.0, 0.0, 1e300, 1e38, None, "1", 10**400, 1j, 3]),
@@ -167,6 +175,7 @@ def attend(rng: Rng) -> str:
         12: lambda: integer(rng),
         13: lambda: integer(rng),
         14: lambda: integer(rng),
+        15: lambda: of(rng, [None, buffer_tuple(rng, of(rng, [1, 1, 0, 2]), pages), buffer_tuple(rng, 1, (3,))]),
     }  # fmt: skip
     for at in rng.choice(len(arguments), rng.integers(0, 4), replace=False):
         arguments[at] = replace[at]()

@@ -218,7 +218,21 @@ def call(
 ) -> list[Any]:
     """The arguments of `_engine.attend` after the program."""
     tensors = [tensor(x) for x in (q, k, v, o)]
-    return [*tensors, None, 0.5, None, None, [tensor(x) for x in buffers], params, None, 1, 96, 64, 1024]
+    return [
+        *tensors,
+        None,
+        0.5,
+        None,
+        None,
+        [tensor(x) for x in buffers],
+        params,
+        None,
+        1,
+        96,
+        64,
+        1024,
+        None,
+    ]
 
 
 def tensor(x: np.ndarray) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
@@ -298,6 +312,11 @@ WRONG_CALLS: dict[str, tuple[tuple[int, ...], Any, str]] = {
     "tile_kv 129": ((13,), 129, "tile_kv"),
     "split_kv 0": ((14,), 0, "split_kv"),
     "split_kv 2^31": ((14,), 2**31 - 1, "split_kv"),
+    "page table of floats": ((15,), (64, 0, (1, 2), (2, 1)), "page table"),
+    "page table of another batch": ((15,), (64, 1, (2, 2), (2, 1)), "page table"),
+    "page table of one dimension": ((15,), (64, 1, (1,), (1,)), "page table"),
+    "pages of 19 tokens": ((15,), (64, 1, (1, 2), (2, 1)), "power of two"),
+    "page table a number": ((15,), 3, ""),
 }
 
 
@@ -312,7 +331,7 @@ def test_calls_of_wrong_types_and_values(name: str) -> None:
     with pytest.raises(ValueError if message else TypeError, match=message or None):
         _engine.attend(program, *arguments)
     with pytest.raises(TypeError):
-        _engine.attend(program, *arguments[:-1])
+        _engine.attend(program, *arguments[:-2])
     with pytest.raises(TypeError):
         _engine.attend(None, *arguments)
 

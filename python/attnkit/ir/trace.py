@@ -335,12 +335,13 @@ def build_text(
     cu_seqlens_q: Any = None,
     cu_seqlens_kv: Any = None,
     kv_lens: Any = None,
+    page_table: Any = None,
     dropout_p: float = 0.0,
     return_lse: bool = True,
 ) -> str:
     """The text of the whole program: ``attend`` with the traced score and mask. Valid, but not canonical.
 
-    ``sink``, ``cu_seqlens_q``, ``cu_seqlens_kv`` and ``kv_lens`` are tensors; those given are appended to
+    ``sink``, ``cu_seqlens_q``, ``cu_seqlens_kv``, ``kv_lens`` and ``page_table`` are tensors; those given are appended to
     ``traced.buffers`` (once each), so that this list is what the program takes. Only string operations: works
     under dynamo.
     """
@@ -353,6 +354,8 @@ def build_text(
         q = f"packed[b{context.capture(cu_seqlens_q)[0]}]"
     if cu_seqlens_kv is not None:
         kv = f"packed[b{context.capture(cu_seqlens_kv)[0]}]"
+    elif page_table is not None:
+        kv = f"paged[b{context.capture(page_table)[0]}, b{context.capture(kv_lens)[0]}]"
     elif kv_lens is not None:
         kv = f"padded[b{context.capture(kv_lens)[0]}]"
     buffers = ", ".join([f"b{i}: {kind}" for i, kind in enumerate(context.buffer_types)])

@@ -3,7 +3,8 @@
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
 from attnkit.ops.flex import flex_attention
-from attnkit.ops.functional import attention, dense_attention, trace
+from attnkit.ops.functional import attention, dense_attention, quantized_kv_attention, trace
+from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
@@ -12,6 +13,7 @@ from attnkit.ops.trees import tree
 __all__ = [
     "BlockMask",
     "InstalledReport",
+    "KVCache",
     "Report",
     "as_block_mask",
     "attention",
@@ -23,6 +25,7 @@ __all__ = [
     "installed",
     "installed_report",
     "param",
+    "quantized_kv_attention",
     "scaled_dot_product_attention",
     "trace",
     "tree",

@@ -16,6 +16,7 @@ from attnkit.errors import error
 from attnkit.ir.program import Program
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+PAGE_SIZES = "a power of two of tokens, at least 16"
 _BUFFER_DTYPES = {
     "f32": (torch.float32, torch.bfloat16, torch.float16),
     "i32": (torch.int32,),
@@ -97,8 +98,13 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
     return f"q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Check that q, k and v go together, whatever the program.
+def is_paged(program: Program) -> bool:
+    """Whether its keys and values are pages, ``[pages, heads, page size, head_dim]``."""
+    return program.inputs[program.attend.k].kind == "paged"
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> None:
+    """Check that q, k and v go together, whatever the rest of the program; ``paged`` as `is_paged` has it.
 
     Raises:
         AttnkitError: AK402 not a tensor, AK403 shapes, AK404 dtypes, AK405 devices, AK407 head counts.
@@ -113,7 +119,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise error("AK405", where=name, given=str(t.device), allowed=f"the device of q, {q.device}")
     if not q.is_floating_point():
         raise error("AK404", where="q", given=str(q.dtype), allowed="float32, bfloat16 or float16")
-    if not q.shape[0] == k.shape[0] == v.shape[0]:
+    if k.shape[0] != v.shape[0] or not (paged or q.shape[0] == k.shape[0]):
         raise error("AK403", where="q, k, v", given=_shapes(q, k, v), allowed="one batch size")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
         raise error(
@@ -209,6 +215,10 @@ def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Ten
         given = _values("kv_lens", lens)
         if any(not 0 <= n <= k.shape[2] for n in given):
             raise error("AK602", where="kv_lens", given=str(given[:8]), allowed=f"0..{k.shape[2]}")
+    elif kv_layout.kind == "paged":
+        assert kv_layout.lengths is not None
+        assert kv_layout.table is not None
+        check_pages(k.shape[2], buffers[kv_layout.table], buffers[kv_layout.lengths], q.shape[0])
     elif kv_layout.kind == "packed":
         assert q_layout.lengths is not None  # the verifier allows packed k only beside packed q
         assert kv_layout.lengths is not None
@@ -232,6 +242,24 @@ def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Ten
                 raise error(
                     "AK602", where=name, given=str(cu[:8]), allowed=f"0, ... not falling ..., {total}"
                 )
+
+
+def check_pages(page_size: int, table: Tensor, lengths: Tensor, batch: int) -> None:
+    """Check the shapes of a page table and its lengths, and that the lengths fit; its entries the kernel checks.
+
+    Raises:
+        AttnkitError: AK403 shapes, AK602 lengths.
+    """
+    if page_size < 16 or page_size & (page_size - 1) != 0:
+        raise error("AK403", where="k, v", given=f"pages of {page_size} tokens", allowed=PAGE_SIZES)
+    for name, t in (("page_table", table), ("lengths", lengths)):
+        if t.shape[0] != batch:
+            raise error(
+                "AK602", where=name, given=shape_of(t), allowed=f"a row for each of {batch} sequences"
+            )
+    given, most = _values("lengths", lengths), table.shape[1] * page_size
+    if any(not 0 <= n <= most for n in given):
+        raise error("AK602", where="lengths", given=str(given[:8]), allowed=f"0..{most}, what the table has")
 
 
 def _values(name: str, lengths: Tensor) -> list[int]:

@@ -33,6 +33,8 @@ from attnkit.ops.check import (
     shape_of,
 )
 from attnkit.ops.gradients import Direct, differentiable
+from attnkit.ops.kv_append import refuse_gradients
+from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
 from attnkit.ops.traced import Traceable, bind, bind_function
@@ -44,7 +46,7 @@ Output = Tensor | tuple[Tensor, Tensor]
 
 def attention(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | KVCache,
     v: Tensor | None = None,
     *,
     score: Mod | None = None,
@@ -67,8 +69,10 @@ def attention(
     Args:
         q: ``[B, Hq, Sq, D]``, float32, bfloat16 or float16 on the CPU (float64 too with ``backend="reference"``), any
             strides. Under ``torch.autocast`` q, k and v are cast to its dtype.
-        k: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv, consecutive query heads share a kv head.
-        v: ``[B, Hkv, Skv, Dv]``.
+        k: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv, consecutive query heads share a kv head. Or an `ak.KVCache`: then
+            the queries are the last Sq tokens of each row, already appended, and ``kv_len`` is the row's length; q has
+            the dtype of the cache, to which it is cast under ``torch.autocast``. A cache takes no gradient.
+        v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
         select: data-dependent selection; not built yet.
@@ -90,31 +94,31 @@ def attention(
 
     Raises:
         AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong; AK5xx, not built, or derivatives
-            in forward mode are required and torch's op cannot stand in; AK6xx, an index or a length is wrong.
+            in forward mode are required and torch's op cannot stand in, or any are and k is a cache; AK6xx, an index
+            or a length is wrong.
     """
     if (
         score is None and mask is None and block_mask is None and normalizer is None and scale is None
         and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
         and dropout_p == 0.0 and backend in ("auto", "cpu")
-        and not torch.compiler.is_compiling() and v is not None and is_unwatched((q, k, v))
+        and not torch.compiler.is_compiling() and v is not None and not isinstance(k, KVCache) and is_unwatched((q, k, v))
     ):  # fmt: skip
         # Nothing to trace, nobody to watch: what there is to check, `ready` does for tensors that it has not seen.
         o, lse = attend(q, k, v, plain_text(), [], [], return_lse, unwatched=True)
         return o if lse is None or not return_lse else (o, lse)
-    if v is None:
-        raise error("AK402", where="v", given="None", allowed="a tensor", hint="KV caches are not built yet")
-    q, k, v = autocast(q, k, v)
-    check_qkv(q, k, v)
+    cached = isinstance(k, KVCache)
+    if cached:
+        _check_beside_cache(v, block_mask, kv_lens, cu_seqlens_q, cu_seqlens_kv)
+    q, k, v, kv_lens, page_table = _autocast(q, k, v, kv_lens)
+    check_qkv(q, k, v, paged=page_table is not None)
     _check_not_built(select, normalizer)
     dropout_p = check_probability("dropout_p", dropout_p)
     _check_function("score", score)
     _check_function("mask", mask)
-    if scale is not None:
-        scale = check_number("scale", scale)
-        if not 0 < scale < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
-            raise error("AK401", where="scale", given=str(scale), allowed="a finite positive number, or None")
+    scale = _check_scale(scale)
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
-    mask = _with_blocks(mask, block_mask, q, k, packed=cu_seqlens_q is not None)
+    common = cu_seqlens_q is None and not cached
+    mask = _with_blocks(mask, block_mask, q, k, common=common)
     normalizer = normalizer or Weighting()
     if return_lse and not normalizer.has_lse:
         raise error("AK221", where="return_lse", given=normalizer.kind, allowed="softmax and signed_softmax")
@@ -126,14 +130,17 @@ def attention(
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
     text, buffers, params = bind(
-        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, dropout_p),
+        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, page_table,
+                  dropout_p),
         q,
-    )
+    )  # fmt: skip
     for i, buffer in enumerate(buffers):
         check_tensor(f"captured tensor b{i}", buffer, q.device)
     values = [p.current() for p in params]
     if not isinstance(backend, str):
         raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
+    if cached:
+        refuse_gradients("q", (q, *buffers))
     seed = draw(dropout_p)
     if backend in ("auto", q.device.type):
         o, lse = attend(q, k, v, text, buffers, values, return_lse, seed)
@@ -150,8 +157,8 @@ def plain_text() -> str:
 
 def dense_attention(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | KVCache,
+    v: Tensor | None = None,
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
@@ -208,8 +215,8 @@ def dense_attention(
     if alibi_slopes is not None:
         scores.append(alibi_score(alibi_slopes))
         check_tensor("alibi_slopes", alibi_slopes)
-        check_qkv(*autocast(q, k, v))
-        if alibi_slopes.shape[-1] not in (1, q.shape[1]):
+        check_tensor("q", q)
+        if q.dim() == 4 and alibi_slopes.shape[-1] not in (1, q.shape[1]):
             raise error(
                 "AK403", where="alibi_slopes", given=shape_of(alibi_slopes), allowed="[Hq] or [B, Hq]"
             )
@@ -228,6 +235,42 @@ def dense_attention(
         cu_seqlens_kv=cu_seqlens_kv,
         kv_lens=kv_lens,
         return_lse=return_lse,
+    )
+
+
+def quantized_kv_attention(
+    q: Tensor,
+    cache: KVCache,
+    *,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    mask: Mod | None = None,
+    score: Mod | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Output:
+    """Attention of the last tokens of each row of a cache, which have been appended, over what the row holds.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, as in `attention`.
+        cache: of any codec.
+        causal: as in `dense_attention`, like window, mask and score.
+        window: see causal.
+        mask: see causal.
+        score: see causal.
+        scale: as in `attention`, like return_lse.
+        return_lse: see scale.
+
+    Returns:
+        As `attention`.
+
+    Raises:
+        AttnkitError: as `attention`; AK402, cache is not an `ak.KVCache`.
+    """
+    if not isinstance(cache, KVCache):
+        raise error("AK402", where="cache", given=type(cache).__name__, allowed="an ak.KVCache")
+    return dense_attention(
+        q, cache, causal=causal, window=window, mask=mask, score=score, scale=scale, return_lse=return_lse
     )
 
 
@@ -271,15 +314,42 @@ def _all_of(masks: list[Mod]) -> Mod | None:
     return mask
 
 
-def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, packed: bool) -> Mod | None:
-    """``mask`` and ``block_mask``; a block mask among them must be one for these tensors."""
+def _check_beside_cache(*others: Any) -> None:
+    names = "v", "block_mask", "kv_lens", "cu_seqlens_q", "cu_seqlens_kv"
+    for name, value in zip(names, others, strict=True):
+        if value is not None:
+            what = "k is a KVCache, which has values and lengths of its own"
+            raise error("AK408", what=what, where=name, given=type(value).__name__, allowed="None")
+
+
+def _autocast(
+    q: Tensor, k: Tensor | KVCache, v: Tensor | None, kv_lens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """q, k, v, the lengths and the page table, in the dtype of `autocast`; of a cache only q is cast, to the cache's."""
+    if isinstance(k, KVCache):
+        held = k.segment
+        if torch.is_autocast_enabled("cpu"):
+            check_tensor("q", q)
+            q = q.to(held.k.dtype)
+        return q, *held
+    if v is None:
+        hint = "only a KVCache has values of its own"
+        raise error("AK402", where="v", given="None", allowed="a tensor", hint=hint)
+    return *autocast(q, k, v), kv_lens, None
+
+
+def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, common: bool) -> Mod | None:
+    """``mask`` and ``block_mask``; a block mask among them must be one for these tensors.
+
+    ``common``: all sequences have the lengths of q and k.
+    """
     masks: list[Mod] = [] if mask is None else [mask]
     if block_mask is not None:
         masks.append(as_block_mask(block_mask))
     for each in masks:
         if isinstance(each, BlockMask):
-            if packed:
-                raise error("AK408", where="block_mask", what="packed sequences have no common block mask",
+            if not common:
+                raise error("AK408", where="block_mask", what="sequences of their own lengths have no common block mask",
                             hint="pass a mask function")  # fmt: skip
             each.check(q, k)
     return _all_of(masks)
@@ -296,6 +366,15 @@ def _check_not_built(select: Any, normalizer: Any) -> None:
         raise error("AK504", where="select", what="selection is not built yet", allowed="None")
     if normalizer is not None and not isinstance(normalizer, Weighting):
         raise error("AK402", where="normalizer", given=type(normalizer).__name__, allowed="ak.softmax(...)")
+
+
+def _check_scale(scale: Any) -> float | None:
+    if scale is None:
+        return None
+    number = check_number("scale", scale)
+    if not 0 < number < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
+        raise error("AK401", where="scale", given=str(number), allowed="a finite positive number, or None")
+    return number
 
 
 def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:

@@ -18,6 +18,7 @@ from attnkit.ops.check import (
     check_qkv,
     check_tensor,
     has_tangent,
+    is_paged,
     needs_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
@@ -62,8 +63,8 @@ def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
 
 
 def _attend_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    q, k, v, _, buffers, _, _, need_lse = Call(*args)
-    check_qkv(q, k, v)
+    q, k, v, program, buffers, _, _, need_lse = Call(*args)
+    check_qkv(q, k, v, is_paged(parse(program)))
     for i, buffer in enumerate(buffers):  # one on "meta" brings a call with real memory here
         check_tensor(f"buffer b{i}", buffer, q.device)
     return outputs(q, v, need_lse)
@@ -79,7 +80,7 @@ def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     call = Call(*args)
     tensors = (call.q, call.k, call.v, *call.buffers)
     if not all(isinstance(t, Tensor) for t in tensors):
-        check_qkv(call.q, call.k, call.v)
+        check_qkv(call.q, call.k, call.v, is_paged(parse(call.program)))
     plain = is_plain(tensors if call.seed is None else (*tensors, call.seed))
     if needs_derivatives(tensors):
         o, lse = _with_gradients(call, plain)
@@ -129,7 +130,7 @@ def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
     q, k, v, program, buffers, params, seed, need_lse = call
     tensors = (q, k, v, *buffers)
     if not plain:
-        check_qkv(q, k, v)
+        check_qkv(q, k, v, is_paged(parse(program)))
         check_bindings(parse(program), q, k, buffers, params, seed)
     if has_tangent(tensors) or (not plain and any(map(is_transformed, tensors))):
         return _on_torch(call, "forward-mode derivatives and function transforms")

@@ -44,6 +44,7 @@ class Traceable(NamedTuple):
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_kv: Tensor | None = None
     kv_lens: Tensor | None = None
+    page_table: Tensor | None = None
     dropout_p: float = 0.0
 
 
@@ -206,6 +207,7 @@ def _trace(what: Traceable, like: Tensor | None) -> Bound:
         cu_seqlens_q=what.cu_seqlens_q,
         cu_seqlens_kv=what.cu_seqlens_kv,
         kv_lens=what.kv_lens,
+        page_table=what.page_table,
         dropout_p=what.dropout_p,
     )
     return Bound(text, traced.buffers, traced.params)

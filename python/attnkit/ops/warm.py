@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from attnkit.errors import error
-from attnkit.ops.check import check_bindings, check_qkv
+from attnkit.ir.text import parse
+from attnkit.ops.check import check_bindings, check_qkv, is_paged
 from attnkit.ops.counts import counts, recorder
 from attnkit.runtime import Prepared, prepare
 
@@ -92,7 +93,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     found = _ready.get(key)
     if found is not None:
         return found
-    check_qkv(q, k, v)
+    check_qkv(q, k, v, is_paged(parse(text)))
     prepared = prepare(
         text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend
     )
@@ -111,8 +112,8 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
 
 
 def has_backward(prepared: Prepared) -> bool:
-    """Whether a kernel can go backwards."""
-    return hasattr(prepared.kernel, "backward")
+    """Whether a kernel can go backwards. Pages belong to a cache, which takes no gradient."""
+    return hasattr(prepared.kernel, "backward") and not is_paged(prepared.spec.program)
 
 
 def layout_of_output(q: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

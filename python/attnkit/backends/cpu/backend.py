@@ -18,7 +18,7 @@ from attnkit.plan.spec import Config, Field, KernelSpec, Space
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _DTYPES = ("float32", "bfloat16", "float16")
 # Status codes of csrc/cpu/problem.h.
-_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607"}
+_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607", 7: "AK602"}
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
 # As csrc/bind counts them: these, the buffers, what the backward has besides, the gradients of buffers.
 _TENSORS = ("q", "k", "v", "o", "lse", "sink")
@@ -43,6 +43,8 @@ class CpuBackend:
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         reasons = []
+        if any(x.codec is not None for x in spec.program.inputs):
+            reasons.append("an input is quantised")
         if not (spec.program.is_attention and spec.program.attend.plain):
             reasons.append(
                 "the program is more than softmax attention with a score, a mask, a sink and dropout"
@@ -92,6 +94,7 @@ class CpuKernel:
         self._dropout = attend.dropout
         self._q_layout: Layout = spec.program.inputs[attend.q]
         self._kv_layout: Layout = spec.program.inputs[attend.k]
+        self._table = self._kv_layout.table
         self._attend = engine().attend
         self._sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
 
@@ -111,7 +114,7 @@ class CpuKernel:
 
         Raises:
             AttnkitError: AK502, sizes beyond 32 bits; AK601, a load of an existing pair reads outside its buffer;
-                AK603, out of memory; AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero;
+                AK602, a token without a page; AK603, out of memory; AK604, an integer leaves 32 bits; AK605, an integer divisor may be zero;
                 AK606, AK607, a tensor without memory or not aligned.
         """
         try:
@@ -119,10 +122,13 @@ class CpuKernel:
                 self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
                 self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), threads, *self._sizes,
+                None if self._table is None else buffers[self._table],
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
         if fault:
+            if _FAULTS[fault] == "AK602":
+                raise self._no_page(about, k, buffers)
             raise self._error(_FAULTS[fault], about, self.bytecode, len(buffers))
 
     def backward(
@@ -187,7 +193,7 @@ class CpuKernel:
         if self._kv_layout.lengths is None:
             return None
         kv = buffers[self._kv_layout.lengths].tolist()
-        if self._kv_layout.kind == "padded":
+        if self._kv_layout.kind in ("padded", "paged"):
             return [(b, 0, q.shape[2], 0, n) for b, n in enumerate(kv)]
         assert self._q_layout.lengths is not None  # the verifier allows packed k only beside packed q
         cu = buffers[self._q_layout.lengths].tolist()
@@ -219,6 +225,18 @@ class CpuKernel:
         sizes = Sizes(batch, heads, q_len, kv_len, self.config["tile_q"], self.config["tile_kv"])
         found = self.structure(sizes, buffers, params)
         return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
+
+    def _no_page(self, b: int, k: Any, buffers: list[Any]) -> AttnkitError:
+        """The error for a sequence with a token that the page table gives no page."""
+        assert self._table is not None
+        assert self._kv_layout.lengths is not None
+        used = -(-int(buffers[self._kv_layout.lengths][b]) // k.shape[2])
+        pages = buffers[self._table][b, :used].tolist()
+        at = next(i for i, page in enumerate(pages) if not 0 <= page < k.shape[0])
+        return error(
+            "AK602", what="the page table names no page for a token that exists", where=f"page_table[{b}, {at}]",
+            given=str(pages[at]), allowed=f"0..{k.shape[0] - 1}",
+        )  # fmt: skip
 
     def _error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
         """The error for a fault of the engine: about an instruction, a tensor, or nothing in particular (-1)."""

@@ -21,7 +21,8 @@ class Node:
     __slots__ = ("parents", "value")
 
     def __init__(self, value: Any, parents: tuple[Parent, ...] = ()) -> None:
-        self.value: Array = np.asarray(value, dtype=np.float64)
+        with np.errstate(invalid="ignore"):  # a signalling NaN in a dead slot
+            self.value: Array = np.asarray(value, dtype=np.float64)
         self.parents = parents
 
     @property
