@@ -1,0 +1,72 @@
+"""Triton as a backend: a program becomes the text of a kernel, which Triton compiles for the GPU at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from attnkit.backends import Kernel
+from attnkit.backends.triton.kernel import TritonKernel
+from attnkit.backends.triton.schedule import FORWARD, schedule
+from attnkit.plan.spec import Config, Field, KernelSpec, Space
+
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # asked of the file system: a driver that was started would not survive a fork
+_LAYOUTS = ("bhsd", "packed", "padded")
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+_ARCH = 90  # whose numbers are the defaults until a device is known
+
+
+class TritonBackend:
+    """See `attnkit.backends.Backend`."""
+
+    name = "triton"
+
+    def available(self) -> str | None:
+        """None if Triton is installed and the machine has an NVIDIA GPU. Imports neither Triton nor a driver."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install attnkit[triton])"
+        if not any(Path(device).exists() for device in _DEVICES):
+            return "there is no NVIDIA GPU here"
+        return None
+
+    def supports(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Float32, bfloat16 and float16 tensors on an NVIDIA GPU; heads of 1 to 256 channels."""
+        program, reasons = spec.program, []
+        if not (program.is_attention and program.attend.plain):
+            reasons.append("the program is more than softmax attention with a score, a mask, a sink and dropout")
+        elif any(layout.kind not in _LAYOUTS or layout.codec is not None for layout in program.inputs):
+            reasons.append(f"an input is laid out otherwise than {', '.join(_LAYOUTS)}, or encoded")
+        if spec.device != "cuda":
+            reasons.append(f"tensors are on {spec.device}, not on an NVIDIA GPU")
+        if spec.dtype not in _DTYPES:
+            reasons.append(f"dtype is {spec.dtype}, the kernels take {', '.join(_DTYPES)}")
+        if not (1 <= spec.head_dim <= 256 and 1 <= spec.v_head_dim <= 256):
+            reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..256")
+        scale = program.attend.scale
+        if scale is not None and scale > _FLOAT32_MAX:
+            reasons.append(f"scale is {scale}, beyond float32")
+        return tuple(reasons)
+
+    def space(self, spec: KernelSpec) -> Space:
+        """Tiles, warps and stages of each kernel."""
+        size = _DTYPES.get(spec.dtype, 4)
+        found = schedule(FORWARD, _ARCH, size, max(spec.head_dim, spec.v_head_dim))
+        return {
+            "tile_q": Field("schedule", found.tile_q, (32, 64, 128)),
+            "tile_kv": Field("numeric", found.tile_kv, (32, 64, 128)),
+            "decode_tile_q": Field("schedule", 16, (16, 32, 64)),
+            "decode_tile_kv": Field("numeric", 64, (32, 64, 128)),
+            "decode_warps": Field("schedule", 4, (2, 4, 8)),
+            "decode_stages": Field("schedule", 2, (1, 2, 3, 4)),
+            "split_kv": Field("numeric", 512, (256, 512, 1024, 2048)),
+            "warps": Field("schedule", found.warps, (4, 8)),
+            "stages": Field("schedule", found.stages, (1, 2, 3, 4)),
+        }
+
+    def build(self, spec: KernelSpec, config: Config) -> Kernel:
+        """The kernels of a program, printed and compiled at the first call of each kind."""
+        return TritonKernel(spec, config)
+
+
+backend = TritonBackend()

@@ -1,0 +1,229 @@
+"""One program on the GPU: what a call's tensors ask for is found once, then its kernels are launched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from attnkit.analysis.canonical import canonical
+from attnkit.backends.triton import launch
+from attnkit.backends.triton.blocks import blocks, varies
+from attnkit.backends.triton.forward import Shape, forward
+from attnkit.backends.triton.merge import merge
+from attnkit.backends.triton.pairs import Pairs
+from attnkit.backends.triton.source import Arguments
+from attnkit.ir.expr import Expr
+from attnkit.ir.intervals import Interval, point
+from attnkit.plan.spec import Config, KernelSpec
+from attnkit.plan.triton import care
+
+_DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one call: heads and lengths as the tensors have them, sequences as the program counts them."""
+
+    sequences: int
+    heads: int
+    group: int
+    entries: int  # of the batch in memory: 1 if packed
+    q_len: int  # at most, of any sequence
+    kv_len: int
+
+
+class TritonKernel:
+    """One program; see `attnkit.backends.Kernel`. The host looks at no tensor's elements."""
+
+    def __init__(self, spec: KernelSpec, config: Config, precision: str = "ieee") -> None:
+        self.spec, self.config, self.precision = spec, config, precision
+        self.program = canonical(spec.program)
+        self.attend = attend = self.program.attend
+        self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
+        self.q_layout, self.kv_layout = self.program.inputs[attend.q], self.program.inputs[attend.k]
+        self._pairs: dict[Any, Pairs] = {}
+        self._printed: dict[Any, tuple[str, Arguments]] = {}
+
+    def __call__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        o: Any,
+        lse: Any | None,
+        buffers: list[Any],
+        params: list[float],
+        threads: int = 0,
+        seed: Any = None,
+    ) -> None:
+        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
+
+        Raises:
+            AttnkitError: AK502, a tensor that no kernel reads.
+        """
+        if o.numel() == 0:
+            return
+        sizes = self._sizes(q, k, buffers)
+        values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o)
+        if lse is not None:
+            values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
+        if sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]:
+            self._decode(sizes, values, o, lse, buffers)
+            return
+        pairs = self.pairs(sizes, buffers)
+        shape = Shape(need_lse=lse is not None, lists=self.attend.mask is not None and pairs.stretch is None)
+        values |= self._lists(pairs, sizes, values, q) if shape.lists else {}
+        rows = self._rows(sizes, self.config["tile_q"], "q")
+        printed = self._print(("forward", pairs, shape), lambda: forward(pairs, self.scale, shape))
+        numbers = self.numbers(sizes.group) | {"PRECISION": self.precision}
+        self._run("attend", printed, numbers, (rows, sizes.heads), values)
+
+    def _decode(self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]) -> None:
+        """The query heads of a kv head are rows of one tile, and the keys are split between programs."""
+        pairs = self.pairs(sizes, buffers)
+        shape = Shape(need_lse=True, grouped=True, split=True)
+        split_kv, tile_q = self.config["split_kv"], self.config["decode_tile_q"]
+        splits = -(-sizes.kv_len // split_kv)
+        batch, heads, q_total, width = o.shape
+        parts = o.new_empty((splits, batch, heads, q_total, width), dtype=_dtype(o, "float"))
+        part_lse = o.new_empty((splits, batch, heads, q_total), dtype=_dtype(o, "float"))
+        names = dict(zip(("o_split", "o_sb", "o_sh", "o_ss", "o_sd"), parts.stride(), strict=True))
+        names |= dict(zip(("lse_split", "lse_sb", "lse_sh"), part_lse.stride()[:3], strict=True))
+        rows = self._rows(replace(sizes, q_len=sizes.q_len * sizes.group), tile_q, "q")
+        if self.q_layout.kind == "packed":
+            rows = sizes.q_len * sizes.group // tile_q + sizes.sequences
+        tiles = {"q_tiles": -(-sizes.q_len * sizes.group // tile_q)}
+        numbers = self.numbers(sizes.group) | {"TILE_Q": tile_q, "TILE_KV": self.config["decode_tile_kv"]}
+        numbers |= {"PRECISION": self.precision, "SPLIT_KV": split_kv}
+        printed = self._print(("decode", pairs, shape), lambda: forward(pairs, self.scale, shape))
+        grid = (rows, sizes.heads // sizes.group, splits)
+        self._run("attend", printed, numbers, grid, values | tiles | names | {"o": parts, "lse": part_lse}, "decode_")
+        merged = {"parts": parts, "part_lse": part_lse, "splits": splits, "q_total": q_total}
+        merged |= {f"part_{name[2:]}": n for name, n in names.items() if name.startswith("o_")}
+        merged |= {"lse_split": names["lse_split"], "lse_sb": names["lse_sb"], "lse_sh": names["lse_sh"]}
+        if lse is not None:
+            merged |= {"whole_sb": lse.stride(0), "whole_sh": lse.stride(1)}
+        sink, need_lse = self.attend.normalizer.sink is not None, lse is not None
+        printed = self._print(("merge", need_lse), lambda: merge(sink, need_lse))
+        numbers = {"V_HEAD_DIM": self.spec.v_head_dim, "V_PADDED": padded(self.spec.v_head_dim)}
+        self._run("merge", printed, numbers, (batch * q_total, heads), values | merged, "merge_")
+
+    def _lists(self, pairs: Pairs, sizes: Sizes, values: dict[str, Any], like: Any, kind: str = "") -> dict[str, Any]:
+        """The lists of tiles of a call, made now; ``kind`` names the kernel whose tiles they are of."""
+        tile_q, tile_kv = self.config[kind + "tile_q"], self.config[kind + "tile_kv"]
+        own, other = ("q", "kv") if pairs.streamed == "kv_idx" else ("kv", "q")
+        lengths, tile = {"q": sizes.q_len, "kv": sizes.kv_len}, {"q": tile_q, "kv": tile_kv}
+        by_sequence, by_head = varies(pairs)
+        per_head = self._rows(sizes if by_sequence else replace(sizes, sequences=1), tile[own], own)
+        length = -(-lengths[other] // tile[other])
+        heads = sizes.heads if by_head else 1
+        integers = _dtype(like, "int")
+        lists = like.new_empty((heads * per_head, length), dtype=integers)
+        counts = like.new_empty((heads * per_head, 2), dtype=integers)
+        per_sequence = -(-lengths[own] // tile[own])
+        found = {
+            "lists": lists, "counts": counts, "list_length": length, "list_sh": per_head if by_head else 0,
+            "list_sb": per_sequence if by_sequence else 0, "q_tiles": -(-sizes.q_len // tile_q),
+            "kv_tiles": -(-sizes.kv_len // tile_kv),
+        }  # fmt: skip
+        printed = self._print(("blocks", pairs), lambda: blocks(pairs))
+        numbers = {"TILE_Q": tile_q, "TILE_KV": tile_kv}
+        self._run("blocks", printed, numbers, (per_head, heads), values | found, "blocks_")
+        return found
+
+    def pairs(self, sizes: Sizes, buffers: Sequence[Any], streamed: str = "kv_idx") -> Pairs:
+        """What the kernels of a call print about pairs, as careful as its sizes ask for."""
+        shapes = [tuple(b.shape) for b in buffers]
+        key = (sizes, streamed, *shapes)
+        found = self._pairs.get(key)
+        if found is None:
+            roots = [root for root in (self.attend.score, self.attend.mask) if root is not None]
+            counts = {"b": sizes.sequences, "h": sizes.heads, "q_idx": sizes.q_len, "kv_idx": sizes.kv_len}
+            box = {name: Interval(0, max(n - 1, 0)) for name, n in counts.items()}
+            ragged = self.kv_layout.lengths is not None
+            packed = self.q_layout.kind == "packed"
+            box["q_len"] = Interval(0, sizes.q_len) if packed else point(sizes.q_len)
+            box["kv_len"] = Interval(0, sizes.kv_len) if ragged else point(sizes.kv_len)
+            found = self._pairs[key] = Pairs(self.program, streamed, *care(self.program, roots, box, shapes))
+        return found
+
+    def numbers(self, group: int) -> dict[str, Any]:
+        """The numbers of a kernel over tiles of pairs."""
+        return {
+            "TILE_Q": self.config["tile_q"], "TILE_KV": self.config["tile_kv"],
+            "HEAD_DIM": self.spec.head_dim, "V_HEAD_DIM": self.spec.v_head_dim,
+            "PADDED": padded(self.spec.head_dim), "V_PADDED": padded(self.spec.v_head_dim), "GROUP": group,
+        }  # fmt: skip
+
+    def _print(self, key: Any, text: Any) -> tuple[str, Arguments]:
+        found = self._printed.get(key)
+        return found if found is not None else self._printed.setdefault(key, text())
+
+    def _run(
+        self, entry: str, printed: tuple[str, Arguments], numbers: dict[str, Any], grid: tuple[int, ...],
+        values: dict[str, Any], kind: str = "",
+    ) -> None:  # fmt: skip
+        text, arguments = printed
+        program = launch.Program(text, entry, arguments, tuple(numbers.items()))
+        target = launch.current_target(self.config.get(kind + "warps", 4), self.config.get(kind + "stages", 2))
+        launch.run(program, target, grid, [values[name] for name, _ in arguments])
+
+    def _rows(self, sizes: Sizes, tile: int, own: str) -> int:
+        """How many tiles of queries or keys there are in all sequences, at most."""
+        length = sizes.q_len if own == "q" else sizes.kv_len
+        if self.q_layout.kind == "packed":
+            return length // tile + sizes.sequences
+        return -(-length // tile) * sizes.sequences
+
+    def _sizes(self, q: Any, k: Any, buffers: Sequence[Any]) -> Sizes:
+        packed = self.q_layout.kind == "packed"
+        sequences = len(buffers[self.q_layout.lengths or 0]) - 1 if packed else q.shape[0]
+        return Sizes(sequences, q.shape[1], q.shape[1] // k.shape[1], q.shape[0], q.shape[2], k.shape[2])
+
+    def _values(
+        self, sizes: Sizes, buffers: Sequence[Any], params: Sequence[float], seed: Any, **tensors: Any
+    ) -> dict[str, Any]:
+        """Every argument that a kernel may have, by name."""
+        values: dict[str, Any] = {"q_len": sizes.q_len, "kv_len": sizes.kv_len, "sequences": sizes.sequences}
+        values["q_tiles"] = -(-sizes.q_len // self.config["tile_q"])
+        for name, tensor in tensors.items():
+            values[name] = tensor
+            values |= {f"{name}_s{d}": n for d, n in zip("bhsd", tensor.stride(), strict=True)}
+        for i, buffer in enumerate(buffers):
+            values[f"b{i}"] = buffer
+            values |= {f"b{i}_s{d}": n for d, n in enumerate(buffer.stride())}
+            values |= {f"b{i}_n{d}": n for d, n in enumerate(buffer.shape)}
+        values |= {f"p{i}": float(x) for i, x in enumerate(params)}
+        if self.q_layout.kind == "packed":
+            values |= {"cu_q": buffers[self.q_layout.lengths or 0], "cu_kv": buffers[self.kv_layout.lengths or 0]}
+        elif self.kv_layout.lengths is not None:
+            values["lengths"] = buffers[self.kv_layout.lengths]
+        if self.attend.normalizer.sink is not None:
+            values["sinks"] = buffers[self.attend.normalizer.sink]
+        dropout = self.attend.dropout
+        if dropout is not None:
+            p = float(params[int(dropout.attr or 0)] if dropout.op == "param" else dropout.attr or 0)
+            threshold = math.ceil(p * 2.0**32)
+            none_kept = threshold == 2**32
+            values["dropped_below"] = threshold - none_kept
+            values["kept_times"] = 0.0 if none_kept else 1.0 / (1.0 - p)
+            held = isinstance(seed, int)
+            values["seed_at"] = tensors["q"].new_full((1,), _signed(seed), dtype=_dtype(tensors["q"], "long")) if held else seed
+        return values
+
+
+def padded(width: int) -> int:
+    """Channels of a tile: a power of two, and enough for a matrix product."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _dtype(like: Any, name: str) -> Any:
+    """The dtype that ``tensor.float()`` and its like give: nothing here imports torch."""
+    return getattr(like.new_empty(0), name)().dtype
+
+
+def _signed(seed: int) -> int:
+    """The int64 of the same bits."""
+    return (seed + 2**63) % 2**64 - 2**63

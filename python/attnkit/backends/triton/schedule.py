@@ -1,0 +1,35 @@
+"""How kernels are laid out on a GPU: tiles, warps and stages by architecture, element size and head dim.
+
+Found by compiling (docs/design/triton.md): the largest tiles that spill nothing and fit shared memory. Not timed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Schedule(NamedTuple):
+    """Rows and columns of a tile of pairs, warps of a program, tiles of keys (queries) in flight."""
+
+    tile_q: int
+    tile_kv: int
+    warps: int
+    stages: int
+
+
+# (architecture, element bytes) -> by width of the widest head: up to 64, 128, 256.
+FORWARD: dict[tuple[int, int], tuple[Schedule, Schedule, Schedule]] = {
+    (80, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
+    (90, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(128, 32, 8, 2)),
+    (100, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
+    (80, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
+    (90, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
+    (100, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
+}
+ARCHITECTURES = (80, 90, 100)
+
+
+def schedule(table: dict[tuple[int, int], tuple[Schedule, ...]], arch: int, size: int, width: int) -> Schedule:
+    """The row of a table for an architecture of the same family or the next older one."""
+    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    return table[known, size][0 if width <= 64 else 1 if width <= 128 else 2]
