@@ -139,7 +139,7 @@ class Printer:
             name = f"in{len(self._outside)}"
             printed.append(f"{name} = {within}")
             self._outside[node] = f"~({name})"
-            masks = [name if not masks else f"{name} & live" if self._streamed else name]
+            masks = [name]
         mask = f", mask={masks[0]}" if masks else ""
         cast = {"f32": ".to(tl.float32)", "bool": " != 0"}.get(buffer.dtype, "")
         if buffer.dtype == "i32" and self._int == "tl.int64":

@@ -44,6 +44,12 @@ def kernel_of(traced: Traceable, q: Any, v: Any, config: dict[str, int]) -> tupl
 
 
 @pytest.fixture
+def build() -> Callable[..., tuple[TritonKernel, list[Any], list[float]]]:
+    """`kernel_of`."""
+    return kernel_of
+
+
+@pytest.fixture
 def compare() -> Callable[..., testing.Measured]:
     """``compare(q, k, v, oracle={...}, config={...}, **fields of Traceable)``: o and lse against both gates."""
 

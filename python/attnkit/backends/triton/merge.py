@@ -17,14 +17,18 @@ def merge(
     parts += entry * part_sb + head * part_sh + place * part_ss
     part_lse += entry * lse_sb + head * lse_sh + place
     #if sink
-    top, total = tl.load(sinks + head).to(tl.float32), 1.0
+    top = tl.load(sinks + head).to(tl.float32)
+    total = tl.where(top == float("-inf"), 0.0, 1.0)
     #else
-    top, total = tl.full((), float("-inf"), tl.float32), 0.0
+    top = tl.full((), float("-inf"), tl.float32)
+    total = tl.full((), 0.0, tl.float32)
     #end
     acc = tl.zeros([V_PADDED], tl.float32)
     for i in tl.range(0, splits):
-        found = tl.load(part_lse + i.to(tl.int64) * lse_split)
-        part = tl.load(parts + i.to(tl.int64) * part_split + channels, mask=channels < V_HEAD_DIM, other=0.0)
+        found = tl.load(part_lse)
+        part = tl.load(parts + channels, mask=channels < V_HEAD_DIM, other=0.0)
+        part_lse += lse_split
+        parts += part_split
         above = tl.maximum(top, found)
         pivot = tl.where(above == float("-inf"), 0.0, above)
         shrink = tl.exp2((top - pivot) * 1.4426950408889634)
