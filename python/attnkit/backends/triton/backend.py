@@ -7,13 +7,17 @@ from pathlib import Path
 
 from attnkit.backends import Kernel
 from attnkit.backends.triton.kernel import TritonKernel
-from attnkit.backends.triton.schedule import FORWARD, schedule
-from attnkit.plan.spec import Config, Field, KernelSpec, Space
+from attnkit.backends.triton.schedule import SCHEDULES, schedule
+from attnkit.plan.spec import Config, Field, FieldKind, KernelSpec, Space
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # asked of the file system: a driver that was started would not survive a fork
 _LAYOUTS = ("bhsd", "packed", "padded")
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+_FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
+    "tile_q": ("schedule", (16, 32, 64, 128)), "tile_kv": ("numeric", (16, 32, 64, 128)), "warps": ("schedule", (1, 2, 4, 8)),
+    "stages": ("schedule", (1, 2, 3, 4)),
+}  # fmt: skip
 _ARCH = 90  # whose numbers are the defaults until a device is known
 
 
@@ -49,24 +53,24 @@ class TritonBackend:
         return tuple(reasons)
 
     def space(self, spec: KernelSpec) -> Space:
-        """Tiles, warps and stages of each kernel."""
-        size = _DTYPES.get(spec.dtype, 4)
-        found = schedule(FORWARD, _ARCH, size, max(spec.head_dim, spec.v_head_dim))
-        return {
-            "tile_q": Field("schedule", found.tile_q, (32, 64, 128)),
-            "tile_kv": Field("numeric", found.tile_kv, (32, 64, 128)),
-            "decode_tile_q": Field("schedule", 16, (16, 32, 64)),
-            "decode_tile_kv": Field("numeric", 64, (32, 64, 128)),
-            "decode_warps": Field("schedule", 4, (2, 4, 8)),
-            "decode_stages": Field("schedule", 2, (1, 2, 3, 4)),
-            "split_kv": Field("numeric", 512, (256, 512, 1024, 2048)),
-            "warps": Field("schedule", found.warps, (4, 8)),
-            "stages": Field("schedule", found.stages, (1, 2, 3, 4)),
-        }
+        """Tiles, warps and stages of each kernel, for the device at hand."""
+        return space(spec, _ARCH)
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """The kernels of a program, printed and compiled at the first call of each kind."""
         return TritonKernel(spec, config)
+
+
+def space(spec: KernelSpec, arch: int) -> Space:
+    """The fields of an architecture, with the defaults that were found by compiling for it."""
+    size, width = _DTYPES.get(spec.dtype, 4), max(spec.head_dim, spec.v_head_dim)
+    fields: Space = {}
+    for kind, table in SCHEDULES.items():
+        found = schedule(table, arch, size, width)
+        for name, default in found._asdict().items():
+            fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1])
+    fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))
+    return fields
 
 
 backend = TritonBackend()

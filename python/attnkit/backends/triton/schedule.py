@@ -26,6 +26,16 @@ FORWARD: dict[tuple[int, int], tuple[Schedule, Schedule, Schedule]] = {
     (90, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
     (100, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
 }
+DECODE: dict[tuple[int, int], tuple[Schedule, Schedule, Schedule]] = {
+    (80, 2): (Schedule(16, 64, 4, 2), Schedule(16, 64, 4, 2), Schedule(16, 32, 4, 2)),
+    (90, 2): (Schedule(16, 64, 4, 2), Schedule(16, 64, 4, 2), Schedule(16, 32, 4, 2)),
+    (100, 2): (Schedule(16, 64, 4, 2), Schedule(16, 64, 4, 2), Schedule(16, 32, 4, 2)),
+    (80, 4): (Schedule(16, 16, 4, 2), Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 1)),
+    (90, 4): (Schedule(16, 16, 4, 2), Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 1)),
+    (100, 4): (Schedule(16, 16, 4, 2), Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 1)),
+}
+# By what stands before the names of their fields.
+SCHEDULES = {"": FORWARD, "decode_": DECODE}
 ARCHITECTURES = (80, 90, 100)
 
 
