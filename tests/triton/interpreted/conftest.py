@@ -5,7 +5,7 @@ files so, each in a process of its own.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ CONFIG = {"tile_q": 128, "tile_kv": 64, "decode_tile_q": 16, "decode_tile_kv": 6
 
 def pytest_configure(config: pytest.Config) -> None:
     """What Triton's interpreter says of itself under numpy."""
-    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim:DeprecationWarning")
+    for said in ("Conversion of an array with ndim:DeprecationWarning", "All-NaN slice:RuntimeWarning"):
+        config.addinivalue_line("filterwarnings", f"ignore:{said}")
 
 
 def kernel_of(traced: Traceable, q: Any, v: Any, config: dict[str, int]) -> tuple[TritonKernel, list[Any], list[float]]:
@@ -41,6 +42,13 @@ def kernel_of(traced: Traceable, q: Any, v: Any, config: dict[str, int]) -> tupl
     kernel = backend.build(spec, default_config(backend.space(spec)) | CONFIG | config)
     assert isinstance(kernel, TritonKernel)
     return kernel, list(buffers), [p.current() for p in params]
+
+
+@pytest.fixture(autouse=True)
+def _numpy_is_quiet() -> Iterator[None]:
+    """The interpreter computes with numpy, where infinities are worth a warning."""
+    with np.errstate(all="ignore"):
+        yield
 
 
 @pytest.fixture
@@ -62,8 +70,7 @@ def compare() -> Callable[..., testing.Measured]:
         kernel, buffers, params = kernel_of(Traceable(score, mask, **fields), tensors[0], tensors[2], config or {})
         o = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=tensors[0].dtype)
         lse = torch.full(q.shape[:3], float("nan"))
-        with np.errstate(all="ignore"):
-            kernel(*tensors, o, lse, buffers, params)
+        kernel(*tensors, o, lse, buffers, params)
         expected = testing.attention(*arrays, dtype=dtype, **(oracle or {}))
         return testing.check(
             o.float().numpy(), lse.numpy(), expected, kernel="triton", mostly_dead=mostly_dead

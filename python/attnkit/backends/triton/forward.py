@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnkit.backends.triton.parts import OWNER, QUERIES, TILES, VISITS
+from attnkit.backends.triton.parts import LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
 from attnkit.backends.triton.pairs import LOG2E, Pairs, number
 from attnkit.backends.triton.source import Arguments, part, render, whole
 from attnkit.ir.program import Layout
@@ -20,15 +20,7 @@ def fold(
     """Folds `count` tiles of keys, in PARTS, into a tile of queries: weighted sums, largest exponent, sums of weights."""
     lanes = tl.arange(0, TILE_KV)
     for i in tl.range(0, count * PARTS, num_stages=STAGES):
-        #if lists
-        tile = tl.load(tiles + (i // PARTS) * step)
-        #else
-        tile = first + i // PARTS
-        if PARTIAL:
-            tile += tl.where(i // PARTS < before, 0, between)
-        #end
-        start = tile * (TILE_KV * PARTS) + i % PARTS * TILE_KV
-        present = start + lanes < kv_len
+        $tile
         #if paged
         slots = start + lanes
         page = tl.load(table + slots // PAGE, mask=present, other=0).to(tl.int64)
@@ -39,27 +31,7 @@ def fold(
         value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         #end
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        #if indices
-        kv_idx = (start + lanes).to({int})[None, :]
-        #end
-        #if score
-        s *= {scale}
-        if PARTIAL:
-            live = present[None, :]
-        else:
-            live = None
-        $score
-        logit = {score_name} * 1.4426950408889634
-        #else
-        logit = s * {scale_log2e}
-        #end
-        exists = None
-        if PARTIAL:
-            live = present[None, :]
-            $mask
-            exists = tl.broadcast_to({exists}, [TILE_Q, TILE_KV])
-            $poison
-            logit = tl.where(exists, logit, float("-inf"))
+        $logits
         above = tl.maximum(top, tl.max(logit, 1))
         pivot = tl.where(above == float("-inf"), 0.0, above)
         weights = tl.exp2(logit - pivot[:, None])
@@ -211,7 +183,8 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
         "arguments": "".join(f"{name}, " for name, _ in arguments).rstrip(), "constants": "".join(constants),
         "bounds": [] if shape.lists else pairs.bounds(outer), **QUERIES, "head": "heads", "times": " * GROUP" if shape.grouped else "",
     }  # fmt: skip
-    holes["owner"], holes["visits"] = part(OWNER, on, holes), part(VISITS, on, holes)
+    pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS))
+    holes |= {name: part(template, on, holes) for name, template in pieces}
     return whole(TILES + render(FORWARD, on, holes)), arguments
 
 

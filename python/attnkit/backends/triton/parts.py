@@ -134,3 +134,41 @@ VISITS = '''
 # The names by which a kernel owns tiles of queries, or of keys.
 QUERIES = {"own": "q", "OWN": "TILE_Q", "other": "kv", "OTHER": "TILE_KV"}
 KEYS = {"own": "kv", "OWN": "TILE_KV", "other": "q", "OTHER": "TILE_Q"}
+
+# In the loop of a fold: the tile to visit, and the indices of its columns. Rows are what a program owns.
+TILE = '''
+        #if lists
+        tile = tl.load(tiles + (i // PARTS) * step)
+        #else
+        tile = first + i // PARTS
+        if PARTIAL:
+            tile += tl.where(i // PARTS < before, 0, between)
+        #end
+        start = tile * ({OTHER} * PARTS) + i % PARTS * {OTHER}
+        present = start + lanes < {other}_len
+'''
+
+# The logits of a tile, base 2, from its products `s`.
+LOGITS = '''
+        #if indices
+        {other}_idx = (start + lanes).to({int})[None, :]
+        #end
+        #if score
+        s *= {scale}
+        if PARTIAL:
+            live = present[None, :]
+        else:
+            live = None
+        $score
+        logit = {score_name} * 1.4426950408889634
+        #else
+        logit = s * {scale_log2e}
+        #end
+        exists = None
+        if PARTIAL:
+            live = present[None, :]
+            $mask
+            exists = tl.broadcast_to({exists}, [{OWN}, {OTHER}])
+            $poison
+            logit = tl.where(exists, logit, float("-inf"))
+'''

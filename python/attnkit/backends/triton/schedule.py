@@ -18,28 +18,36 @@ class Schedule(NamedTuple):
 
 
 # (architecture, element bytes) -> by width of the widest head: up to 64, 128, 256.
-FORWARD: dict[tuple[int, int], tuple[Schedule, Schedule, Schedule]] = {
-    (80, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
-    (90, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(128, 32, 8, 2)),
-    (100, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
-    (80, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
-    (90, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
-    (100, 4): (Schedule(64, 32, 4, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
+Table = dict[tuple[int, int], tuple[Schedule, Schedule, Schedule]]
+# Exact products of float32 are made without tensor cores, from operands in registers: small tiles.
+FORWARD: Table = {
+    (80, 2): (Schedule(128, 64, 8, 2), Schedule(128, 32, 8, 3), Schedule(64, 32, 8, 2)),
+    (90, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
+    (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
+    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(32, 32, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2))),
 }
-DECODE: dict[tuple[int, int], tuple[Schedule, Schedule, Schedule]] = {
-    (80, 2): (Schedule(16, 64, 4, 2), Schedule(16, 64, 4, 2), Schedule(16, 32, 4, 2)),
-    (90, 2): (Schedule(16, 64, 4, 2), Schedule(16, 64, 4, 2), Schedule(16, 32, 4, 2)),
-    (100, 2): (Schedule(16, 64, 4, 2), Schedule(16, 64, 4, 2), Schedule(16, 32, 4, 2)),
-    (80, 4): (Schedule(16, 16, 4, 2), Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 1)),
-    (90, 4): (Schedule(16, 16, 4, 2), Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 1)),
-    (100, 4): (Schedule(16, 16, 4, 2), Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 1)),
+DECODE: Table = {
+    **dict.fromkeys(((80, 2), (90, 2), (100, 2)), (Schedule(16, 64, 8, 2), Schedule(16, 64, 8, 2), Schedule(16, 32, 4, 2))),
+    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 2))),
+}
+DQ: Table = {
+    (80, 2): (Schedule(128, 32, 8, 2), Schedule(64, 32, 8, 2), Schedule(32, 32, 8, 2)),
+    (90, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
+    (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
+    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1), Schedule(16, 16, 8, 1))),
+}
+DKV: Table = {
+    (80, 2): (Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2), Schedule(16, 32, 8, 1)),
+    (90, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
+    (100, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
+    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1), Schedule(16, 16, 8, 1))),
 }
 # By what stands before the names of their fields.
-SCHEDULES = {"": FORWARD, "decode_": DECODE}
+SCHEDULES = {"": FORWARD, "decode_": DECODE, "dq_": DQ, "dkv_": DKV}
 ARCHITECTURES = (80, 90, 100)
 
 
-def schedule(table: dict[tuple[int, int], tuple[Schedule, ...]], arch: int, size: int, width: int) -> Schedule:
+def schedule(table: Table, arch: int, size: int, width: int) -> Schedule:
     """The row of a table for an architecture of the same family or the next older one."""
     known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
     return table[known, size][0 if width <= 64 else 1 if width <= 128 else 2]
