@@ -136,10 +136,31 @@ def test_dropout(agree: Callable[..., None]) -> None:
     agree(SMALL, dropout_p=0.4, seed=987654321987654321, mask=ak.causal())
 
 
-def test_what_is_not_a_number_reaches_those_who_see_it(agree: Callable[..., None]) -> None:
-    """Keys and values from those who do not see them, and cotangents of those rows from other keys."""
-
-    def plant(q: Any, k: Any, v: Any, d_o: Any) -> None:
-        v[0, 0, 85, 3], k[0, 0, 88, 2], d_o[0, 0, 5, 1], q[0, 1, 3, 4] = np.nan, np.inf, np.nan, np.nan
-
-    agree(SMALL, mask=ak.causal(), plant=plant)
+@pytest.mark.parametrize("where", ["keys", "queries"])
+def test_what_is_not_a_number_reaches_those_who_see_it(
+    where: str, build: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    """A key or value those queries that see it, a query or cotangent those keys; nothing else changes."""
+    q, k, v = (torch.from_numpy(x) for x in qkv("gaussian", rng, SMALL))
+    d_o = torch.from_numpy(rng.standard_normal((1, 2, 70, 24)).astype(np.float32))
+    if where == "keys":
+        v[0, 0, 85, 3], k[0, 0, 88, 2] = np.nan, np.inf
+    else:
+        d_o[0, 0, 5, 1], q[0, 1, 3, 4] = np.inf, np.nan
+    kernel, buffers, params = build(Traceable(None, ak.causal()), q, v, TILES)
+    got = gradients(kernel, [q, k, v], buffers, params, d_o, None, None)
+    want = [torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v)]
+    for h in range(2):
+        for i in range(70):  # a row at a time, over the keys that it sees
+            seen = slice(0, i + 21)
+            rows = [q[0, h, i].double(), k[0, 0, seen].double(), v[0, 0, seen].double()]
+            leaves = [row.requires_grad_() for row in rows]
+            (torch.softmax(leaves[1] @ leaves[0] / 4, 0) @ leaves[2]).backward(d_o[0, h, i].double())
+            places = (want[0][0, h, i], want[1][0, 0, seen], want[2][0, 0, seen])
+            for to, leaf in zip(places, leaves, strict=True):
+                to += leaf.grad
+    for mine, other in zip(got, want, strict=True):
+        finite = torch.isfinite(other)
+        assert torch.equal(torch.isfinite(mine), finite)
+        assert not finite.any() or (mine[finite] - other[finite]).abs().max() < 1e-5
+    assert 0 < torch.isfinite(want[0 if where == "keys" else 1]).sum() < want[0].numel()

@@ -97,6 +97,10 @@ def attend_dq(
 ):
     """dq of a tile of queries of one head."""
     $owner
+    #if mend
+    if tl.load(flags + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) == 0:
+        return
+    #end
     q_rows = tile_of * TILE_Q + tl.arange(0, TILE_Q)
     heads = tl.program_id(1)
     kv_head = heads // GROUP
@@ -107,10 +111,10 @@ def attend_dq(
     $visits
     rows = (q_start + places).to(tl.int64)
     of_head = heads.to(tl.int64)
-    query = load_tile(q + entry.to(tl.int64) * q_sb + of_head * q_sh, rows * q_ss, 1, q_sd, q_live, HEAD_DIM, PADDED, False)
-    d_out = load_tile(
-        d_o + entry.to(tl.int64) * d_o_sb + of_head * d_o_sh, rows * d_o_ss, 1, d_o_sd, q_live, V_HEAD_DIM, V_PADDED, False
-    )
+    q += entry.to(tl.int64) * q_sb + of_head * q_sh
+    d_o += entry.to(tl.int64) * d_o_sb + of_head * d_o_sh
+    query = load_tile(q, rows * q_ss, 1, q_sd, q_live, HEAD_DIM, PADDED, False)
+    d_out = load_tile(d_o, rows * d_o_ss, 1, d_o_sd, q_live, V_HEAD_DIM, V_PADDED, False)
     lse_at = entry.to(tl.int64) * lse_sb + of_head * lse_sh + rows
     log_sum = tl.load(lse + lse_at)
     log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)  # no weight in a dead row
@@ -124,17 +128,19 @@ def attend_dq(
     no_sum = tl.zeros([TILE_Q], tl.float32)
     #end
     found = tl.zeros([TILE_Q, PADDED], tl.float32)
+    #if mend
+    PARTS: tl.constexpr = TILE_KV // 16
+    found{sums_lost} = fold(found, {sums_start}{fold_full}, {careful}, False, True, PARTS, 1)
+    found{sums_lost} = fold(found, {sums_start}{fold_partial}, {careful}, True, True, PARTS, 1)
+    #else
     found{sums_out} = fold(found, {sums_start}{fold_full}, {numbers}, False)
     found{sums_out} = fold(found, {sums_in}{fold_partial}, {numbers}, True)
-    if has_nan(found):  # rare: again, in narrow tiles, with care where there are pairs that do not exist
-        PARTS: tl.constexpr = TILE_KV // 16
-        found = tl.zeros([TILE_Q, PADDED], tl.float32)
-        found{sums_lost} = fold(found, {sums_start}{fold_full}, {careful}, False, True, PARTS, 1)
-        found{sums_lost} = fold(found, {sums_start}{fold_partial}, {careful}, True, True, PARTS, 1)
+    tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + heads, has_nan(found).to(tl.int32))
+    $store_sums
+    #end
     store_tile(
         dq + entry.to(tl.int64) * dq_sb + of_head * dq_sh, rows * dq_ss, 1, dq_sd, q_live, found * {scale}, HEAD_DIM, PADDED
     )
-    $store_sums
 '''
 
 DKV = '''
@@ -142,10 +148,13 @@ DKV = '''
 def fold(
     dk, dv, {sums_in}key, value, q, d_o, lse, deltas, q_ss, q_sd, d_o_ss, d_o_sd, b, h, kv_idx, q_len, kv_len,
     {captured}{dropout}{tiles}, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr, ONLY: tl.constexpr,
     CAREFUL: tl.constexpr = False, PARTS: tl.constexpr = 1, STAGES: tl.constexpr = None,
 ):
-    """Adds what `count` tiles of queries, in PARTS, give to dk and dv. Pairs lie as [keys, queries]."""
+    """Adds what `count` tiles of queries, in PARTS, give to dk and dv, if ONLY is 1 or 2 to the one or the other.
+
+    Pairs lie as [keys, queries].
+    """
     lanes = tl.arange(0, TILE_Q)
     for i in tl.range(0, count * PARTS, num_stages=STAGES):
         $tile
@@ -165,23 +174,26 @@ def fold(
         #else
         kept = weights.to(d_out.dtype)
         #end
-        dv = add_product(
-            dv, kept, exists, d_out, d_o + start.to(tl.int64) * d_o_ss, d_o_ss, d_o_sd, V_HEAD_DIM, V_PADDED, PRECISION,
-            CAREFUL and PARTIAL
-        )
+        if ONLY != 1:
+            dv = add_product(
+                dv, kept, exists, d_out, d_o + start.to(tl.int64) * d_o_ss, d_o_ss, d_o_sd, V_HEAD_DIM, V_PADDED, PRECISION,
+                CAREFUL and PARTIAL
+            )
         $slopes
-        dk = add_product(
-            dk, d_logit.to(query.dtype), exists, query, q + start.to(tl.int64) * q_ss, q_ss, q_sd, HEAD_DIM, PADDED,
-            PRECISION, CAREFUL and PARTIAL
-        )
+        if ONLY != 2:
+            dk = add_product(
+                dk, d_logit.to(query.dtype), exists, query, q + start.to(tl.int64) * q_ss, q_ss, q_sd, HEAD_DIM, PADDED,
+                PRECISION, CAREFUL and PARTIAL
+            )
     return dk, dv{sums_out}
 
 
 @triton.jit
 def group(
-    {group_arguments}b, entry, kv_head, kv_rows, tile_of, row, key, value, {lengths}kv_idx,
+    {group_arguments}b, entry, kv_head, kv_rows, tile_of, row, rows, kv_live, {lengths}kv_idx,
     TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, ONLY: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):
     """dk and dv of a tile of keys, from all query heads that share them."""
     found_k = tl.zeros([TILE_KV, PADDED], tl.float32)
@@ -195,6 +207,9 @@ def group(
         heads = kv_head * GROUP + g
         h = heads.to({int})
         $visits
+        # Loaded for each head again, to lie in shared memory and not in registers meanwhile.
+        key = load_tile(k, rows * k_ss, 1, k_sd, kv_live, HEAD_DIM, PADDED, False)
+        value = load_tile(v, rows * v_ss, 1, v_sd, kv_live, V_HEAD_DIM, V_PADDED, False)
         of_head = heads.to(tl.int64)
         q_of = q + entry.to(tl.int64) * q_sb + of_head * q_sh + q_start.to(tl.int64) * q_ss
         d_o_of = d_o + entry.to(tl.int64) * d_o_sb + of_head * d_o_sh + q_start.to(tl.int64) * d_o_ss
@@ -202,8 +217,8 @@ def group(
         #if sums
         no_sum = tl.zeros([TILE_KV], tl.float32)
         #end
-        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_start}{fold_full}, {numbers}, False, CAREFUL, PARTS, STAGES)
-        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_in}{fold_partial}, {numbers}, True, CAREFUL, PARTS, STAGES)
+        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_start}{fold_full}, {numbers}, False, ONLY, CAREFUL, PARTS, STAGES)
+        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_in}{fold_partial}, {numbers}, True, ONLY, CAREFUL, PARTS, STAGES)
         $store_sums
     return found_k, found_v
 
@@ -212,10 +227,14 @@ def group(
 def attend_dkv(
     {arguments}
     TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
-    PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, ONLY: tl.constexpr,
 ):
-    """dk and dv of a tile of keys of one kv head."""
+    """dk and dv of a tile of keys of one kv head; if ONLY is 1 or 2, the one or the other."""
     $owner
+    #if mend
+    if tl.load(flags + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) == 0:
+        return
+    #end
     kv_rows = tile_of * TILE_KV + tl.arange(0, TILE_KV)
     kv_head = tl.program_id(1)
     kv_live = kv_rows < kv_len
@@ -223,15 +242,28 @@ def attend_dkv(
     kv_idx = places.to({int})[:, None]
     rows = (kv_start + places).to(tl.int64)
     of_head = kv_head.to(tl.int64)
-    key = load_tile(k + entry.to(tl.int64) * k_sb + of_head * k_sh, rows * k_ss, 1, k_sd, kv_live, HEAD_DIM, PADDED, False)
-    value = load_tile(v + entry.to(tl.int64) * v_sb + of_head * v_sh, rows * v_ss, 1, v_sd, kv_live, V_HEAD_DIM, V_PADDED, False)
-    found_k, found_v = group({group_call}, False)
-    if has_nan(found_k) | has_nan(found_v):  # rare: again, with care where there are pairs that do not exist
-        found_k, found_v = group({group_call}, True)
-    store_tile(
-        dk + entry.to(tl.int64) * dk_sb + of_head * dk_sh, rows * dk_ss, 1, dk_sd, kv_live, found_k * {scale}, HEAD_DIM, PADDED
-    )
-    store_tile(dv + entry.to(tl.int64) * dv_sb + of_head * dv_sh, rows * dv_ss, 1, dv_sd, kv_live, found_v, V_HEAD_DIM, V_PADDED)
+    k += entry.to(tl.int64) * k_sb + of_head * k_sh
+    v += entry.to(tl.int64) * v_sb + of_head * v_sh
+    #if mend
+    found_k, found_v = group({group_call}, ONLY, True)
+    #else
+    found_k, found_v = group({group_call}, ONLY, False)
+    #end
+    lost = row * 0
+    if ONLY != 2:
+        lost += has_nan(found_k).to(tl.int32)
+        store_tile(
+            dk + entry.to(tl.int64) * dk_sb + of_head * dk_sh, rows * dk_ss, 1, dk_sd, kv_live, found_k * {scale},
+            HEAD_DIM, PADDED
+        )
+    if ONLY != 1:
+        lost += has_nan(found_v).to(tl.int32)
+        store_tile(
+            dv + entry.to(tl.int64) * dv_sb + of_head * dv_sh, rows * dv_ss, 1, dv_sd, kv_live, found_v, V_HEAD_DIM, V_PADDED
+        )
+    #if not mend
+    tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + kv_head, lost)
+    #end
 '''
 
 PAIRS = '''
@@ -330,14 +362,19 @@ def delta(d_lse: bool, sink: bool) -> tuple[str, Arguments]:
     return whole(TILES + render(DELTA, on, holes)), arguments
 
 
-def backward(kind: str, pairs: Pairs, scale: float, found: Sums, lists: bool) -> tuple[str, Arguments]:
-    """The text of the kernel ``attend_dq`` or ``attend_dkv`` (``kind`` is "dq" or "dkv") and its arguments."""
+def backward(
+    kind: str, pairs: Pairs, scale: float, found: Sums, lists: bool, mend: bool = False
+) -> tuple[str, Arguments]:
+    """The text of the kernel ``attend_dq`` or ``attend_dkv`` (``kind`` is "dq" or "dkv") and its arguments.
+
+    The kernel flags tiles that came out as no number; ``mend`` is the one that makes those again, with care.
+    """
     own = QUERIES if kind == "dq" else KEYS
     of_loads = found.of_rows if kind == "dq" else found.of_columns
     inner, outer = pairs.printer(), pairs.printer()
     flags, holes = _common(pairs, inner, scale, found, of_loads)
     packed, lengths = "packed" in flags, "lengths" in flags
-    flags |= {name for name, held in (("lists", lists), ("sums", bool(of_loads)), ("last_first", kind == "dq")) if held}
+    flags |= {name for name, held in (("lists", lists), ("mend", mend), ("sums", bool(of_loads)), ("last_first", kind == "dq")) if held}
     if packed or (lengths and kind == "dkv"):
         flags.add("ragged")
     if not lists and pairs.stretch is None:
@@ -364,8 +401,8 @@ def backward(kind: str, pairs: Pairs, scale: float, found: Sums, lists: bool) ->
         for i in count
     ]
     if kind == "dkv" and store:
-        store = ["if not CAREFUL:", *(f"    {line}" for line in store)]
-    given = [name for name, _ in arguments if name not in ("k", "v", "dk", "dv") and not name.startswith(("k_s", "v_s", "dk_s", "dv_s"))]
+        store = ["if ONLY != 2 and not CAREFUL:", *(f"    {line}" for line in store)]
+    given = [name for name, _ in arguments if name not in ("dk", "dv", "flags") and not name.startswith(("dk_s", "dv_s"))]
     if packed:
         given = [name for name in given if name not in ("cu_q", "cu_kv", "sequences")]
     elif lengths:
@@ -385,7 +422,7 @@ def backward(kind: str, pairs: Pairs, scale: float, found: Sums, lists: bool) ->
     constants = "TILE_Q, TILE_KV, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, GROUP, PRECISION"
     holes["group_call"] = (
         "".join(f"{name}, " for name in given)
-        + f"b, entry, kv_head, kv_rows, tile_of, row, key, value, {holes['lengths']}kv_idx, {constants}"
+        + f"b, entry, kv_head, kv_rows, tile_of, row, rows, kv_live, {holes['lengths']}kv_idx, {constants}"
     )
     pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS), ("slopes", SLOPES))
     holes |= {name: part(template, flags, holes) for name, template in pieces}
@@ -447,7 +484,7 @@ def _common(
 
 def _arguments(kind: str, on: set[str], captured: Arguments, sums: int) -> Arguments:
     results = ["dq"] if kind == "dq" else ["dk", "dv"]
-    pointers = ["q", "k", "v", "d_o", "lse", "deltas", *results, *(f"sums{i}" for i in range(sums))]
+    pointers = ["q", "k", "v", "d_o", "lse", "deltas", "flags", *results, *(f"sums{i}" for i in range(sums))]
     pointers += ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["lists", "counts"] * ("lists" in on)
     pointers += ["seed_at"] * ("dropout" in on)
     strides = [f"{x}_s{d}" for x in ("q", "k", "v", "d_o", *results) for d in "bhsd"]

@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.backend import space
+from attnkit.backends.triton.backward import backward, delta, of_pairs, sums
 from attnkit.backends.triton.blocks import blocks
 from attnkit.backends.triton.forward import Shape, forward
 from attnkit.backends.triton.kernel import TritonKernel
@@ -41,6 +42,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
     "padded": {"layouts": "bhsd padded[b0] padded[b0]", "buffers": "b0: i32[1]"},
 }
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_ALIKE = ("window", "sink", "padded")  # programs that other kernels have no more lines for
 _GROUP = 4  # query heads of a kv head
 
 
@@ -110,15 +112,42 @@ def _blocks(kernel: TritonKernel, pairs: Pairs) -> Printed:
     return "blocks", *blocks(pairs), {name: kernel.numbers(_GROUP)[name] for name in ("TILE_Q", "TILE_KV")}, "blocks_"
 
 
+def _backward(kind: str, mend: bool = False) -> Callable[[TritonKernel, Pairs], Printed]:
+    def printed(kernel: TritonKernel, pairs: Pairs) -> Printed:
+        pairs = replace(pairs, streamed="kv_idx" if kind == "dq" else "q_idx")
+        lists = kernel.attend.mask is not None and pairs.stretch is None
+        found = sums(pairs, frozenset(range(len(kernel.program.buffers))))
+        config, prefix = kernel.config, kind + "_"
+        numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
+        numbers |= {"TILE_Q": config[prefix + "tile_q"], "TILE_KV": config[prefix + "tile_kv"]}
+        numbers |= kernel.sweeps(kind)[0]
+        return f"attend_{kind}", *backward(kind, pairs, kernel.scale, found, lists, mend), numbers, prefix
+
+    return printed
+
+
+def _pairs(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
+    numbers |= {"TILE_Q": kernel.config["dq_tile_q"], "TILE_KV": kernel.config["dq_tile_kv"]}
+    return "attend_pairs", *of_pairs(pairs, kernel.scale, sums(pairs, frozenset([0])), 0), numbers, "dq_"
+
+
+def _delta(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    numbers = {name: kernel.numbers(_GROUP)[name] for name in ("V_HEAD_DIM", "V_PADDED")}
+    return "delta", *delta(True, kernel.attend.normalizer.sink is not None), {"TILE": 64} | numbers, "delta_"
+
+
 KERNELS: dict[str, Callable[[TritonKernel, Pairs], Printed]] = {
     "forward": _forward, "decode": _decode, "merge": _merge, "blocks": _blocks,
+    "dq": _backward("dq"), "dkv": _backward("dkv"), "dq mend": _backward("dq", True), "dkv mend": _backward("dkv", True),
+    "pairs": _pairs, "delta": _delta,
 }  # fmt: skip
 
 
 def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
     """The default kernels: every program at one shape, causal attention at all."""
     for arch in architectures:
-        for kernel in ("forward", "decode"):
+        for kernel in ("forward", "decode", "dq", "dkv"):
             for width in (64, 128, 256):
                 yield Case(kernel, "causal", "bfloat16", width, width, arch)
             yield Case(kernel, "causal", "bfloat16", 192, 128, arch)
@@ -127,9 +156,11 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
                 yield Case(kernel, "causal", "float32", 64, 64, arch, precision)
                 yield Case(kernel, "causal", "float32", 128, 128, arch, precision)
             for name in PROGRAMS:
-                if name != "causal":
+                if name != "causal" and (kernel == "forward" or name not in _ALIKE):
                     yield Case(kernel, name, "bfloat16", 128, 128, arch)
         yield Case("merge", "sink", "bfloat16", 128, 128, arch)
+        yield Case("delta", "sink", "bfloat16", 128, 128, arch)
+        yield Case("pairs", "bias", "bfloat16", 128, 128, arch)
         yield Case("blocks", "document", "bfloat16", 128, 128, arch)
 
 

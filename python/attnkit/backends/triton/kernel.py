@@ -195,12 +195,25 @@ class TritonKernel:
         partial = [values["lse"].new_zeros((sizes.entries, sizes.heads, length)) for _ in of_loads]
         values |= {f"sums{i}": each for i, each in enumerate(partial)}
         values |= {"sums_sb": sizes.heads * length, "sums_sh": length}
-        printed = self._print((kind, pairs, found), lambda: backward(kind, pairs, self.scale, found, lists))
         numbers = self.numbers(sizes.group) | {"TILE_Q": tile_q, "TILE_KV": tile_kv, "PRECISION": self.precision}
         own, tile, heads = ("q", tile_q, sizes.heads) if kind == "dq" else ("kv", tile_kv, sizes.heads // sizes.group)
-        self._run(f"attend_{kind}", printed, numbers, (self._rows(sizes, tile, own), heads), values, prefix)
+        grid = self._rows(sizes, tile, own), heads
+        values["flags"] = values["q"].new_empty(grid, dtype=_dtype(values["q"], "int"))
+        for only in self.sweeps(kind):
+            for mend in (False, True):
+                printed = self._print(
+                    (kind, pairs, found, mend), lambda mend=mend: backward(kind, pairs, self.scale, found, lists, mend)
+                )
+                self._run(f"attend_{kind}", printed, numbers | only, grid, values, prefix)
         for (load, _), each in zip(of_loads, partial, strict=True):
             add_sums(d_buffers[int(load.attr or 0)], each, load, "bh" + ("q" if kind == "dq" else "k"))
+
+    def sweeps(self, kind: str) -> tuple[dict[str, int], ...]:
+        """The launches of a backward kernel: sums of wide heads do not fit the registers beside each other."""
+        if kind == "dq":
+            return ({},)
+        wide = max(self.spec.head_dim, self.spec.v_head_dim) > 128
+        return ({"ONLY": 1}, {"ONLY": 2}) if wide else ({"ONLY": 0},)
 
     def _of_pairs(
         self, which: int, load: Expr, found: Sums, sizes: Sizes, values: dict[str, Any], buffers: Sequence[Any],
