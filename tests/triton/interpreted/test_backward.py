@@ -161,6 +161,6 @@ def test_what_is_not_a_number_reaches_those_who_see_it(
                 to += leaf.grad
     for mine, other in zip(got, want, strict=True):
         finite = torch.isfinite(other)
-        assert torch.equal(torch.isfinite(mine), finite)
+        assert torch.equal(torch.isfinite(mine), finite), (torch.isfinite(mine) != finite).nonzero().tolist()[:9]
         assert not finite.any() or (mine[finite] - other[finite]).abs().max() < 1e-5
     assert 0 < torch.isfinite(want[0 if where == "keys" else 1]).sum() < want[0].numel()

@@ -14,6 +14,7 @@ from attnkit.backends.triton.pairs import LOG2E, Pairs, number
 from attnkit.backends.triton.parts import KEYS, LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
 from attnkit.backends.triton.source import Arguments, part, render, whole
 from attnkit.ir.expr import Expr, const, topological, var
+from attnkit.plan.ranges import reads
 from attnkit.plan.triton import Printer
 
 DELTA = '''
@@ -143,11 +144,24 @@ def attend_dq(
     )
 '''
 
+SWEEP = '''
+        of_head = heads.to(tl.int64)
+        q_of = q + entry.to(tl.int64) * q_sb + of_head * q_sh + q_start.to(tl.int64) * q_ss
+        d_o_of = d_o + entry.to(tl.int64) * d_o_sb + of_head * d_o_sh + q_start.to(tl.int64) * d_o_ss
+        lse_at = entry.to(tl.int64) * lse_sb + of_head * lse_sh + q_start
+        #if sums
+        no_sum = tl.zeros([TILE_KV], tl.float32)
+        #end
+        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_start}{fold_full}, {numbers}, False, ONLY, CAREFUL, PARTS, STAGES)
+        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_in}{fold_partial}, {numbers}, True, ONLY, CAREFUL, PARTS, STAGES)
+        $store_sums
+'''
+
 DKV = '''
 @triton.jit
 def fold(
-    dk, dv, {sums_in}key, value, q, d_o, lse, deltas, q_ss, q_sd, d_o_ss, d_o_sd, b, h, kv_idx, q_len, kv_len,
-    {captured}{dropout}{tiles}, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
+    dk, dv, {sums_in}key, value, q, d_o, lse, deltas, q_sh, q_ss, q_sd, d_o_sh, d_o_ss, d_o_sd, lse_sh, b, heads, kv_idx,
+    q_len, kv_len, {captured}{dropout}{tiles}, HEADS: tl.constexpr, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr, PADDED: tl.constexpr, V_PADDED: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr, ONLY: tl.constexpr,
     CAREFUL: tl.constexpr = False, PARTS: tl.constexpr = 1, STAGES: tl.constexpr = None,
 ):
@@ -156,16 +170,24 @@ def fold(
     Pairs lie as [keys, queries].
     """
     lanes = tl.arange(0, TILE_Q)
-    for i in tl.range(0, count * PARTS, num_stages=STAGES):
+    for j in tl.range(0, HEADS * count * PARTS, num_stages=STAGES):
+        i = j % (count * PARTS)
+        g = (heads * 0 + j // (count * PARTS)).to(tl.int64)
+        h = (heads + g).to({int})
         $tile
-        query = load_tile(q + start.to(tl.int64) * q_ss, lanes, q_ss, q_sd, present, HEAD_DIM, PADDED, PARTIAL)
-        d_out = load_tile(d_o + start.to(tl.int64) * d_o_ss, lanes, d_o_ss, d_o_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
-        log_sum = tl.load(lse + start + lanes, mask=present, other=float("inf"))
+        q_at = q + g * q_sh + start.to(tl.int64) * q_ss
+        d_o_at = d_o + g * d_o_sh + start.to(tl.int64) * d_o_ss
+        query = load_tile(q_at, lanes, q_ss, q_sd, present, HEAD_DIM, PADDED, PARTIAL)
+        d_out = load_tile(d_o_at, lanes, d_o_ss, d_o_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
+        row_at = g * lse_sh + start + lanes
+        log_sum = tl.load(lse + row_at, mask=present, other=float("inf"))
         log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)  # no weight in a dead row
-        of_row = tl.load(deltas + start + lanes, mask=present, other=0.0)
+        of_row = tl.load(deltas + row_at, mask=present, other=0.0)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         $logits
         weights = tl.exp2(logit - log_sum[None, :])
+        if PARTIAL:
+            weights = tl.where(exists, weights, 0.0)  # lse may be no number, and is not that of keys nobody sees
         d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
         #if dropout
         word, _, _, _ = tl.philox(seed, b, h, q_idx, kv_idx)
@@ -176,13 +198,13 @@ def fold(
         #end
         if ONLY != 1:
             dv = add_product(
-                dv, kept, exists, d_out, d_o + start.to(tl.int64) * d_o_ss, d_o_ss, d_o_sd, V_HEAD_DIM, V_PADDED, PRECISION,
+                dv, kept, exists, d_out, d_o_at, d_o_ss, d_o_sd, V_HEAD_DIM, V_PADDED, PRECISION,
                 CAREFUL and PARTIAL
             )
         $slopes
         if ONLY != 2:
             dk = add_product(
-                dk, d_logit.to(query.dtype), exists, query, q + start.to(tl.int64) * q_ss, q_ss, q_sd, HEAD_DIM, PADDED,
+                dk, d_logit.to(query.dtype), exists, query, q_at, q_ss, q_sd, HEAD_DIM, PADDED,
                 PRECISION, CAREFUL and PARTIAL
             )
     return dk, dv{sums_out}
@@ -203,23 +225,21 @@ def group(
     #if dropout
     seed = tl.load(seed_at)
     #end
+    key = load_tile(k, rows * k_ss, 1, k_sd, kv_live, HEAD_DIM, PADDED, False)
+    value = load_tile(v, rows * v_ss, 1, v_sd, kv_live, V_HEAD_DIM, V_PADDED, False)
+    #if alike
+    HEADS: tl.constexpr = GROUP  # all of them visit the same tiles: one loop
+    heads = kv_head * GROUP
+    $visits
+    $sweep
+    #else
+    HEADS: tl.constexpr = 1
     for g in tl.range(0, GROUP):
         heads = kv_head * GROUP + g
         h = heads.to({int})
         $visits
-        # Loaded for each head again, to lie in shared memory and not in registers meanwhile.
-        key = load_tile(k, rows * k_ss, 1, k_sd, kv_live, HEAD_DIM, PADDED, False)
-        value = load_tile(v, rows * v_ss, 1, v_sd, kv_live, V_HEAD_DIM, V_PADDED, False)
-        of_head = heads.to(tl.int64)
-        q_of = q + entry.to(tl.int64) * q_sb + of_head * q_sh + q_start.to(tl.int64) * q_ss
-        d_o_of = d_o + entry.to(tl.int64) * d_o_sb + of_head * d_o_sh + q_start.to(tl.int64) * d_o_ss
-        lse_at = entry.to(tl.int64) * lse_sb + of_head * lse_sh + q_start
-        #if sums
-        no_sum = tl.zeros([TILE_KV], tl.float32)
-        #end
-        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_start}{fold_full}, {numbers}, False, ONLY, CAREFUL, PARTS, STAGES)
-        found_k, found_v{sums_out} = fold(found_k, found_v, {sums_in}{fold_partial}, {numbers}, True, ONLY, CAREFUL, PARTS, STAGES)
-        $store_sums
+        $sweep
+    #end
     return found_k, found_v
 
 
@@ -373,8 +393,9 @@ def backward(
     of_loads = found.of_rows if kind == "dq" else found.of_columns
     inner, outer = pairs.printer(), pairs.printer()
     flags, holes = _common(pairs, inner, scale, found, of_loads)
+    alike = not of_loads and (pairs.attend.mask is None or not reads(pairs.attend.mask, "h"))
     packed, lengths = "packed" in flags, "lengths" in flags
-    flags |= {name for name, held in (("lists", lists), ("mend", mend), ("sums", bool(of_loads)), ("last_first", kind == "dq")) if held}
+    flags |= {name for name, held in (("lists", lists), ("mend", mend), ("alike", alike), ("sums", bool(of_loads)), ("last_first", kind == "dq")) if held}
     if packed or (lengths and kind == "dkv"):
         flags.add("ragged")
     if not lists and pairs.stretch is None:
@@ -387,10 +408,10 @@ def backward(
     partial = "tiles, 1, partial" if lists else "partial, first, whole_first - first, full"
     tensors = {
         "dq": "query, d_out, log_sum, of_row, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, ",
-        "dkv": "key, value, q_of, d_o_of, lse + lse_at, deltas + lse_at, q_ss, q_sd, d_o_ss, d_o_sd, b, h, kv_idx, q_len, "
-        "kv_len, ",
+        "dkv": "key, value, q_of, d_o_of, lse + lse_at, deltas + lse_at, q_sh, q_ss, q_sd, d_o_sh, d_o_ss, d_o_sd, lse_sh, "
+        "b, heads, kv_idx, q_len, kv_len, ",
     }[kind]
-    narrow = {"dq": ("TILE_Q, TILE_KV", "TILE_Q, TILE_KV // PARTS"), "dkv": ("TILE_Q // PARTS, TILE_KV",) * 2}[kind]
+    narrow = {"dq": ("TILE_Q, TILE_KV", "TILE_Q, TILE_KV // PARTS"), "dkv": ("HEADS, TILE_Q // PARTS, TILE_KV",) * 2}[kind]
     widths = ", HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
     arguments = _arguments(kind, flags, captured, len(of_loads))
     count = range(len(of_loads))
@@ -424,7 +445,7 @@ def backward(
         "".join(f"{name}, " for name in given)
         + f"b, entry, kv_head, kv_rows, tile_of, row, rows, kv_live, {holes['lengths']}kv_idx, {constants}"
     )
-    pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS), ("slopes", SLOPES))
+    pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS), ("slopes", SLOPES), ("sweep", SWEEP))
     holes |= {name: part(template, flags, holes) for name, template in pieces}
     return whole(TILES + render(DQ if kind == "dq" else DKV, flags, holes)), arguments
 
