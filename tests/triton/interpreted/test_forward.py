@@ -173,3 +173,10 @@ def test_dropout(decode: bool, build: Callable[..., Any], rng: np.random.Generat
         weights /= weights.sum(-1, keepdims=True)
         weights *= kept(seed, b, weights.shape, p) / (1 - p)
         np.testing.assert_allclose(o[b], weights @ np.repeat(v[b], 2, 0).astype(float), atol=2e-6)
+
+
+def test_wide_heads(compare: Compare, rng: np.random.Generator) -> None:
+    """Tiles that came out as no number are made again by a second kernel."""
+    q, k, v = arrays(rng, 1, 2, 1, 40, 50, 192, 130)
+    v[0, 0, 45, 3] = np.nan
+    compare(q, k, v, oracle={"mask": lambda p: p.kv_idx <= p.position}, mask=ak.causal())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from attnkit.backends.triton.parts import LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
 from attnkit.backends.triton.pairs import LOG2E, Pairs, number
@@ -58,6 +59,10 @@ def attend(
 ):
     """o and lse of a tile of queries of one head."""
     $owner
+    #if mend
+    if tl.load(flags + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) == 0:
+        return
+    #end
     q_rows = tile_of * TILE_Q + tl.arange(0, TILE_Q)
     #if grouped
     kv_head = tl.program_id(1)
@@ -90,8 +95,16 @@ def attend(
     acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
     top = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
+    #if mend
+    PARTS: tl.constexpr = TILE_KV // 16
+    acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
+    acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
+    #else
     acc, top, total = fold(acc, top, total, {fold_full}, {numbers}, False)
     acc, top, total = fold(acc, top, total, {fold_partial}, {numbers}, True)
+    #if flag
+    tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + heads, has_nan(acc).to(tl.int32))
+    #else
     if has_nan(acc):  # rare: again, in narrow tiles, with care where there are pairs that do not exist
         PARTS: tl.constexpr = TILE_KV // 16
         acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
@@ -99,6 +112,8 @@ def attend(
         total = tl.zeros([TILE_Q], tl.float32)
         acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
         acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
+    #end
+    #end
     #if sink
     sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
     above = tl.maximum(top, sink)
@@ -132,13 +147,15 @@ class Shape:
     """What of a call decides which lines a forward kernel has.
 
     ``grouped``: the query heads that share a kv head are rows of one tile; ``split``: the keys are split between programs,
-    which leave sums to merge; ``lists``: the tiles to visit stand in lists.
+    which leave sums to merge; ``lists``: the tiles to visit stand in lists. What came out as no number is made again with
+    care: by the kernel itself (``care`` is ``""``), or it says so (``"flag"``) to a second one (``"mend"``).
     """
 
     need_lse: bool = True
     grouped: bool = False
     split: bool = False
     lists: bool = False
+    care: Literal["", "flag", "mend"] = ""
 
 
 def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
@@ -157,7 +174,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     flags["ragged"] = flags["packed"]
     flags["last_first"] = True
     flags["unknown"] = not shape.lists and pairs.stretch is None
-    on = {name for name, held in flags.items() if held}
+    on = {name for name, held in flags.items() if held} | {shape.care}
     inner, outer = pairs.printer(), pairs.printer()
     score, score_name = pairs.score(inner)
     mask, exists, poison = pairs.mask(inner)
@@ -192,7 +209,7 @@ def _arguments(on: set[str], captured: Arguments) -> Arguments:
     pointers = ["q", "k", "v", "o", *["lse"] * ("lse" in on), *["sinks"] * ("sink" in on)]
     pointers += ["seed_at"] * ("dropout" in on)
     pointers += ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
-    pointers += ["lists", "counts"] * ("lists" in on)
+    pointers += ["lists", "counts"] * ("lists" in on) + ["flags"] * bool(on & {"flag", "mend"})
     kv = "ph" if "paged" in on else "bh"
     strides = [f"{x}_s{d}" for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd")) for d in dims]
     sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "lse_split"] * ("split" in on)

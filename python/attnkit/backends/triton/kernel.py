@@ -79,10 +79,19 @@ class TritonKernel:
         pairs = self.pairs(sizes, buffers)
         shape = Shape(need_lse=lse is not None, lists=self.attend.mask is not None and pairs.stretch is None)
         values |= self._lists(pairs, sizes, values, q) if shape.lists else {}
-        rows = self._rows(sizes, self.config["tile_q"], "q")
-        printed = self._print(("forward", pairs, shape), lambda: forward(pairs, self.scale, shape))
+        grid = self._rows(sizes, self.config["tile_q"], "q"), sizes.heads
+        if self.wide:
+            values["flags"] = q.new_empty(grid, dtype=_dtype(q, "int"))
         numbers = self.numbers(sizes.group) | {"PRECISION": self.precision}
-        self._run("attend", printed, numbers, (rows, sizes.heads), values)
+        for care_of in ("flag", "mend") if self.wide else ("",):
+            each = replace(shape, care=care_of)
+            printed = self._print(("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each))
+            self._run("attend", printed, numbers, grid, values)
+
+    @property
+    def wide(self) -> bool:
+        """Whether heads are so wide that registers are short of room for more than sums."""
+        return max(self.spec.head_dim, self.spec.v_head_dim) > 128
 
     def _decode(self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]) -> None:
         """The query heads of a kv head are rows of one tile, and the keys are split between programs."""
@@ -212,8 +221,7 @@ class TritonKernel:
         """The launches of a backward kernel: sums of wide heads do not fit the registers beside each other."""
         if kind == "dq":
             return ({},)
-        wide = max(self.spec.head_dim, self.spec.v_head_dim) > 128
-        return ({"ONLY": 1}, {"ONLY": 2}) if wide else ({"ONLY": 0},)
+        return ({"ONLY": 1}, {"ONLY": 2}) if self.wide else ({"ONLY": 0},)
 
     def _of_pairs(
         self, which: int, load: Expr, found: Sums, sizes: Sizes, values: dict[str, Any], buffers: Sequence[Any],
