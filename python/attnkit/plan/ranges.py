@@ -70,12 +70,12 @@ def _add_bound(found: Stretch, atom: Expr, streamed: str) -> bool:
     # x + R < 0 is x < -R
     bound, constant = None, -factor * form.constant
     for node, times in others.items():
-        times = -factor * times
-        term = node if abs(times) == 1 else make("mul", node, const(abs(times)))
+        signed = -factor * times
+        term = node if abs(signed) == 1 else make("mul", node, const(abs(signed)))
         if bound is None:
-            bound = term if times > 0 else make("neg", term)
+            bound = term if signed > 0 else make("neg", term)
         else:
-            bound = make("add" if times > 0 else "sub", bound, term)
+            bound = make("add" if signed > 0 else "sub", bound, term)
     if op in ("lt", "ge"):
         _append(found.upper if op == "lt" else found.lower, bound, constant)
     elif op == "le":

@@ -110,9 +110,7 @@ class Printer:
 
     def outside(self, roots: Sequence[Expr]) -> str:
         """An expression that is true where a load under the roots left its buffer; empty if none can."""
-        return " | ".join(
-            self._outside[node] for node in topological(roots) if node in self._outside
-        )
+        return " | ".join(self._outside[node] for node in topological(roots) if node in self._outside)
 
     def _text(self, node: Expr, printed: list[str]) -> str:
         if node.op == "const":

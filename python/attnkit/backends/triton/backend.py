@@ -11,7 +11,10 @@ from attnkit.backends.triton.schedule import SCHEDULES, schedule
 from attnkit.plan.spec import Config, Field, FieldKind, KernelSpec, Space
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # asked of the file system: a driver that was started would not survive a fork
+_DEVICES = (
+    "/dev/nvidiactl",
+    "/dev/dxg",
+)  # asked of the file system: a driver that was started would not survive a fork
 _LAYOUTS = ("bhsd", "packed", "padded")
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
@@ -38,7 +41,9 @@ class TritonBackend:
         """Float32, bfloat16 and float16 tensors on an NVIDIA GPU; heads of 1 to 256 channels."""
         program, reasons = spec.program, []
         if not (program.is_attention and program.attend.plain):
-            reasons.append("the program is more than softmax attention with a score, a mask, a sink and dropout")
+            reasons.append(
+                "the program is more than softmax attention with a score, a mask, a sink and dropout"
+            )
         elif any(layout.kind not in _LAYOUTS or layout.codec is not None for layout in program.inputs):
             reasons.append(f"an input is laid out otherwise than {', '.join(_LAYOUTS)}, or encoded")
         if spec.device != "cuda":

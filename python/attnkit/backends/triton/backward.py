@@ -50,7 +50,7 @@ def delta(
 '''
 
 # In the loop of a fold: what a pair's logit gets, from its weight.
-SLOPES = '''
+SLOPES = """
         d_logit = weights * (d_weights - {deltas})
         if PARTIAL:
             d_logit = tl.where(exists, d_logit, 0.0)
@@ -58,7 +58,7 @@ SLOPES = '''
         #if slope
         d_logit = tl.where(d_logit == 0.0, 0.0, d_logit * {slope_name})
         #end
-'''
+"""
 
 DQ = '''
 @triton.jit
@@ -144,7 +144,7 @@ def attend_dq(
     )
 '''
 
-SWEEP = '''
+SWEEP = """
         of_head = heads.to(tl.int64)
         q_of = q + entry.to(tl.int64) * q_sb + of_head * q_sh + q_start.to(tl.int64) * q_ss
         d_o_of = d_o + entry.to(tl.int64) * d_o_sb + of_head * d_o_sh + q_start.to(tl.int64) * d_o_ss
@@ -155,7 +155,7 @@ SWEEP = '''
         found_k, found_v{sums_out} = fold(found_k, found_v, {sums_start}{fold_full}, {numbers}, False, ONLY, CAREFUL, PARTS, STAGES)
         found_k, found_v{sums_out} = fold(found_k, found_v, {sums_in}{fold_partial}, {numbers}, True, ONLY, CAREFUL, PARTS, STAGES)
         $store_sums
-'''
+"""
 
 DKV = '''
 @triton.jit
@@ -395,12 +395,26 @@ def backward(
     flags, holes = _common(pairs, inner, scale, found, of_loads)
     alike = not of_loads and (pairs.attend.mask is None or not reads(pairs.attend.mask, "h"))
     packed, lengths = "packed" in flags, "lengths" in flags
-    flags |= {name for name, held in (("lists", lists), ("mend", mend), ("alike", alike), ("sums", bool(of_loads)), ("last_first", kind == "dq")) if held}
+    flags |= {
+        name
+        for name, held in (
+            ("lists", lists),
+            ("mend", mend),
+            ("alike", alike),
+            ("sums", bool(of_loads)),
+            ("last_first", kind == "dq"),
+        )
+        if held
+    }
     if packed or (lengths and kind == "dkv"):
         flags.add("ragged")
     if not lists and pairs.stretch is None:
         flags.add("unknown")
-    roots = [root for root in (pairs.attend.score, pairs.attend.mask, found.slope, *(g for _, g in of_loads)) if root]
+    roots = [
+        root
+        for root in (pairs.attend.score, pairs.attend.mask, found.slope, *(g for _, g in of_loads))
+        if root
+    ]
     captured = pairs.captured(roots)
     names = "".join(f"{name}, " for name, _ in captured)
     dropout = _DROPOUT if "dropout" in flags else ""
@@ -411,19 +425,28 @@ def backward(
         "dkv": "key, value, q_of, d_o_of, lse + lse_at, deltas + lse_at, q_sh, q_ss, q_sd, d_o_sh, d_o_ss, d_o_sd, lse_sh, "
         "b, heads, kv_idx, q_len, kv_len, ",
     }[kind]
-    narrow = {"dq": ("TILE_Q, TILE_KV", "TILE_Q, TILE_KV // PARTS"), "dkv": ("HEADS, TILE_Q // PARTS, TILE_KV",) * 2}[kind]
+    narrow = {
+        "dq": ("TILE_Q, TILE_KV", "TILE_Q, TILE_KV // PARTS"),
+        "dkv": ("HEADS, TILE_Q // PARTS, TILE_KV",) * 2,
+    }[kind]
     widths = ", HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
     arguments = _arguments(kind, flags, captured, len(of_loads))
     count = range(len(of_loads))
     sums_names = [f"sum{i}" for i in count]
-    axis = {"dq": ("heads", "rows", "q_live"), "dkv": ("heads", "kv_start + kv_rows", "kv_rows < kv_len")}[kind]
+    axis = {"dq": ("heads", "rows", "q_live"), "dkv": ("heads", "kv_start + kv_rows", "kv_rows < kv_len")}[
+        kind
+    ]
     store = [
         f"tl.store(sums{i} + entry.to(tl.int64) * sums_sb + {axis[0]}.to(tl.int64) * sums_sh + {axis[1]}, sum{i}, mask={axis[2]})"
         for i in count
     ]
     if kind == "dkv" and store:
         store = ["if ONLY != 2 and not CAREFUL:", *(f"    {line}" for line in store)]
-    given = [name for name, _ in arguments if name not in ("dk", "dv", "flags") and not name.startswith(("dk_s", "dv_s"))]
+    given = [
+        name
+        for name, _ in arguments
+        if name not in ("dk", "dv", "flags") and not name.startswith(("dk_s", "dv_s"))
+    ]
     if packed:
         given = [name for name in given if name not in ("cu_q", "cu_kv", "sequences")]
     elif lengths:
@@ -445,7 +468,14 @@ def backward(
         "".join(f"{name}, " for name in given)
         + f"b, entry, kv_head, kv_rows, tile_of, row, rows, kv_live, {holes['lengths']}kv_idx, {constants}"
     )
-    pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS), ("slopes", SLOPES), ("sweep", SWEEP))
+    pieces = (
+        ("owner", OWNER),
+        ("visits", VISITS),
+        ("tile", TILE),
+        ("logits", LOGITS),
+        ("slopes", SLOPES),
+        ("sweep", SWEEP),
+    )
     holes |= {name: part(template, flags, holes) for name, template in pieces}
     return whole(TILES + render(DQ if kind == "dq" else DKV, flags, holes)), arguments
 
@@ -455,12 +485,21 @@ def of_pairs(pairs: Pairs, scale: float, found: Sums, which: int) -> tuple[str, 
     load, slope = found.of_pairs[which]
     inner = pairs.printer()
     flags, holes = _common(pairs, inner, scale, found, ((load, slope),))
-    captured = pairs.captured([root for root in (pairs.attend.score, pairs.attend.mask, slope) if root is not None])
-    names = {"q_idx": "rows[:, None]", "kv_idx": "(start + lanes)[None, :]", "h": "tl.program_id(1)", "b": "tl.program_id(2)"}
+    captured = pairs.captured(
+        [root for root in (pairs.attend.score, pairs.attend.mask, slope) if root is not None]
+    )
+    names = {
+        "q_idx": "rows[:, None]",
+        "kv_idx": "(start + lanes)[None, :]",
+        "h": "tl.program_id(1)",
+        "b": "tl.program_id(2)",
+    }
     index = [str(arg.attr) if arg.op == "const" else names[str(arg.attr)] for arg in load.args]
     pointers = ["q", "k", "v", "d_o", "lse", "deltas", "d_buffer", *["lengths"] * ("lengths" in flags)]
     pointers += ["seed_at"] * ("dropout" in flags)
-    strides = [f"{x}_s{d}" for x in ("q", "k", "v", "d_o") for d in "bhsd"] + [f"d_buffer_s{d}" for d in range(len(index))]
+    strides = [f"{x}_s{d}" for x in ("q", "k", "v", "d_o") for d in "bhsd"] + [
+        f"d_buffer_s{d}" for d in range(len(index))
+    ]
     sizes = ["lse_sb", "lse_sh", "q_len", "kv_len_most", "heads_in", "sequences_in"]
     arguments = (
         *((n, "pointer") for n in pointers), *((n, "stride") for n in strides), *((n, "size") for n in sizes),
@@ -470,7 +509,9 @@ def of_pairs(pairs: Pairs, scale: float, found: Sums, which: int) -> tuple[str, 
         **QUERIES, "arguments": "".join(f"{name}, " for name, _ in arguments).rstrip(),
         "where": " + ".join(f"{i} * d_buffer_s{d}" for d, i in enumerate(index)),
     }  # fmt: skip
-    holes["sums"] = [line.replace("tl.sum(", "(").replace(", 1)", ")").replace("sum0", "found") for line in holes["sums"]]
+    holes["sums"] = [
+        line.replace("tl.sum(", "(").replace(", 1)", ")").replace("sum0", "found") for line in holes["sums"]
+    ]
     holes["logits"] = part(LOGITS, flags, holes)
     return whole(TILES + render(PAIRS, flags, holes)), arguments
 
@@ -487,7 +528,11 @@ def _common(
     score += inner.lines([found.slope, *(root for _, root in of_loads)])
     lines: list[str] = []
     for i, (_, root) in enumerate(of_loads):
-        value = "d_logit" if root is const(1.0) else f"tl.where(d_logit == 0.0, 0.0, d_logit * {inner.name(root)})"
+        value = (
+            "d_logit"
+            if root is const(1.0)
+            else f"tl.where(d_logit == 0.0, 0.0, d_logit * {inner.name(root)})"
+        )
         lines.append(f"sum{i} += tl.sum({value}, 1)")
     has_slope = found.slope is not const(1.0)
     mask, exists, poison = pairs.mask(inner)
@@ -506,13 +551,19 @@ def _common(
 def _arguments(kind: str, on: set[str], captured: Arguments, sums: int) -> Arguments:
     results = ["dq"] if kind == "dq" else ["dk", "dv"]
     pointers = ["q", "k", "v", "d_o", "lse", "deltas", "flags", *results, *(f"sums{i}" for i in range(sums))]
-    pointers += ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["lists", "counts"] * ("lists" in on)
+    pointers += (
+        ["cu_q", "cu_kv"] * ("packed" in on)
+        + ["lengths"] * ("lengths" in on)
+        + ["lists", "counts"] * ("lists" in on)
+    )
     pointers += ["seed_at"] * ("dropout" in on)
     strides = [f"{x}_s{d}" for x in ("q", "k", "v", "d_o", *results) for d in "bhsd"]
     sizes = ["lse_sb", "lse_sh"] + ["sums_sb", "sums_sh"] * bool(sums)
     sizes += ["list_length", "list_sb", "list_sh"] * ("lists" in on)
     own = "q" if kind == "dq" else "kv"
-    sizes += ["sequences"] if "packed" in on else [f"{own}_tiles", "q_len", *["kv_len"] * ("lengths" not in on)]
+    sizes += (
+        ["sequences"] if "packed" in on else [f"{own}_tiles", "q_len", *["kv_len"] * ("lengths" not in on)]
+    )
     return (
         *((n, "pointer") for n in pointers), *((n, "stride") for n in strides), *((n, "size") for n in sizes),
         *_dropout_arguments(on), *captured,

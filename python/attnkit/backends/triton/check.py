@@ -31,14 +31,23 @@ CAUSAL = "mask = kv_idx <= q_idx + (kv_len - q_len)"
 PROGRAMS: dict[str, dict[str, str]] = {
     "full": {},
     "causal": {"body": CAUSAL},
-    "window": {"body": "mask = (kv_idx <= q_idx + (kv_len - q_len)) & (q_idx + (kv_len - q_len) - kv_idx <= 1024)"},
+    "window": {
+        "body": "mask = (kv_idx <= q_idx + (kv_len - q_len)) & (q_idx + (kv_len - q_len) - kv_idx <= 1024)"
+    },
     "softcap": {"body": f"score = 30 * tanh(s / 30)\n{CAUSAL}"},
-    "alibi": {"buffers": "b0: f32[1]", "body": f"score = s - b0[h] * abs(q_idx + (kv_len - q_len) - kv_idx)\n{CAUSAL}"},
+    "alibi": {
+        "buffers": "b0: f32[1]",
+        "body": f"score = s - b0[h] * abs(q_idx + (kv_len - q_len) - kv_idx)\n{CAUSAL}",
+    },
     "bias": {"buffers": "b0: f32[4]", "body": "score = s + b0[b, h, q_idx, kv_idx]"},
     "document": {"buffers": "b0: i32[2]", "body": "mask = b0[b, q_idx] == b0[b, kv_idx]"},
     "sink": {"buffers": "b0: f32[1]", "body": CAUSAL, "normalizer": "softmax(sink = b0)"},
     "dropout": {"body": CAUSAL, "attributes": ", dropout = 0.1"},
-    "packed": {"layouts": "packed[b0] packed[b1] packed[b1]", "buffers": "b0: i32[1], b1: i32[1]", "body": CAUSAL},
+    "packed": {
+        "layouts": "packed[b0] packed[b1] packed[b1]",
+        "buffers": "b0: i32[1], b1: i32[1]",
+        "body": CAUSAL,
+    },
     "padded": {"layouts": "bhsd padded[b0] padded[b0]", "buffers": "b0: i32[1]"},
 }
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -57,7 +66,7 @@ class Case:
     head_dim: int
     v_head_dim: int
     arch: int
-    precision: str = "ieee"
+    precision: str = "highest"
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,16 @@ def program(name: str) -> Program:
 
 def kernel_of(case: Case) -> TritonKernel:
     """The kernels of a case's program with the defaults of its architecture."""
-    spec = KernelSpec(program(case.program), case.dtype, case.head_dim, case.v_head_dim, "cuda")
+    spec = KernelSpec(
+        program(case.program), case.dtype, case.head_dim, case.v_head_dim, "cuda", case.precision
+    )
     config = {name: field.default for name, field in space(spec, case.arch).items()}
-    return TritonKernel(spec, config, case.precision)
+    return TritonKernel(spec, config)
 
 
-Printed = tuple[str, str, Arguments, dict[str, Any], str]  # entry, text, arguments, numbers, prefix of its fields
+Printed = tuple[
+    str, str, Arguments, dict[str, Any], str
+]  # entry, text, arguments, numbers, prefix of its fields
 
 
 def _forward(kernel: TritonKernel, pairs: Pairs) -> Printed:
@@ -101,7 +114,11 @@ def _forward(kernel: TritonKernel, pairs: Pairs) -> Printed:
 
 def _decode(kernel: TritonKernel, pairs: Pairs) -> Printed:
     config, numbers = kernel.config, kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
-    numbers |= {"TILE_Q": config["decode_tile_q"], "TILE_KV": config["decode_tile_kv"], "SPLIT_KV": config["split_kv"]}
+    numbers |= {
+        "TILE_Q": config["decode_tile_q"],
+        "TILE_KV": config["decode_tile_kv"],
+        "SPLIT_KV": config["split_kv"],
+    }
     return "attend", *forward(pairs, kernel.scale, Shape(grouped=True, split=True)), numbers, "decode_"
 
 
@@ -111,7 +128,12 @@ def _merge(kernel: TritonKernel, pairs: Pairs) -> Printed:
 
 
 def _blocks(kernel: TritonKernel, pairs: Pairs) -> Printed:
-    return "blocks", *blocks(pairs), {name: kernel.numbers(_GROUP)[name] for name in ("TILE_Q", "TILE_KV")}, "blocks_"
+    return (
+        "blocks",
+        *blocks(pairs),
+        {name: kernel.numbers(_GROUP)[name] for name in ("TILE_Q", "TILE_KV")},
+        "blocks_",
+    )
 
 
 def _backward(kind: str, mend: bool = False) -> Callable[[TritonKernel, Pairs], Printed]:
@@ -154,7 +176,7 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
                 yield Case(kernel, "causal", "bfloat16", width, width, arch)
             yield Case(kernel, "causal", "bfloat16", 192, 128, arch)
             yield Case(kernel, "causal", "float16", 128, 128, arch)
-            for precision in ("ieee", "tf32"):
+            for precision in ("highest", "high"):
                 yield Case(kernel, "causal", "float32", 64, 64, arch, precision)
                 yield Case(kernel, "causal", "float32", 128, 128, arch, precision)
             for name in PROGRAMS:
@@ -173,13 +195,20 @@ def compiled(case: Case) -> tuple[Any, TritonKernel, str]:
     entry, text, arguments, numbers, prefix = KERNELS[case.kernel](kernel, pairs)
     short = "*" + _SHORT[case.dtype]
     types = dict.fromkeys(("q", "k", "v", "o", "d_o", "dk", "dv"), short)
-    types |= {f"b{i}": "*" + {"f32": "fp32", "bool": "i1"}.get(b.dtype, b.dtype) for i, b in enumerate(kernel.program.buffers)}
-    types |= dict.fromkeys(("lists", "counts", "cu_q", "cu_kv", "lengths", "table"), "*i32") | {"seed_at": "*i64"}
+    types |= {
+        f"b{i}": "*" + {"f32": "fp32", "bool": "i1"}.get(b.dtype, b.dtype)
+        for i, b in enumerate(kernel.program.buffers)
+    }
+    types |= dict.fromkeys(("lists", "counts", "cu_q", "cu_kv", "lengths", "table"), "*i32") | {
+        "seed_at": "*i64"
+    }
     if case.kernel == "decode":
         types["o"] = "*fp32"
     described = launch.described_well(arguments, {name: types.get(name, "*fp32") for name, _ in arguments})
     made = launch.Program(text, entry, arguments, tuple(numbers.items()))
-    target = launch.Target(case.arch, kernel.config.get(prefix + "warps", 4), kernel.config.get(prefix + "stages", 2))
+    target = launch.Target(
+        case.arch, kernel.config.get(prefix + "warps", 4), kernel.config.get(prefix + "stages", 2)
+    )
     return launch.compile_kernel(made, described, target), kernel, prefix
 
 
@@ -187,8 +216,12 @@ def check(case: Case) -> Row:
     """Compile a case and look at what came of it."""
     found, kernel, prefix = compiled(case)
     taken = resources(found)
-    config = {n: kernel.config[prefix + n] for n in ("tile_q", "tile_kv", "warps", "stages") if prefix + n in kernel.config}
-    findings = lint(found, case.dtype, case.precision)
+    config = {
+        n: kernel.config[prefix + n]
+        for n in ("tile_q", "tile_kv", "warps", "stages")
+        if prefix + n in kernel.config
+    }
+    findings = lint(found, case.dtype, kernel.precision)
     if taken.shared > SHARED[case.arch]:
         findings.append(f"{taken.shared} bytes of shared memory, the architecture has {SHARED[case.arch]}")
     if taken.stack > (_BACKWARD_STACK if case.kernel in ("dq", "dkv", "pairs") else 0):
@@ -200,7 +233,9 @@ def main() -> int:
     """Print the table; exit with 1 where a kernel does not do."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the rows here too")
-    parser.add_argument("--arch", type=int, action="append", help="only this one (80, 90, 100); may be repeated")
+    parser.add_argument(
+        "--arch", type=int, action="append", help="only this one (80, 90, 100); may be repeated"
+    )
     parser.add_argument("--only", default="", help="only cases in whose name this occurs")
     args = parser.parse_args()
     rows = []
@@ -212,9 +247,14 @@ def main() -> int:
         rows.append(row)
         tiles = " ".join(f"{n}={x}" for n, x in row.config.items())
         r = row.resources
-        print(f"{name:64} {tiles:44} {r.registers:4} {r.stack:5} {r.shared:7} {r.blocks:2}  {'; '.join(row.findings)}", flush=True)
+        findings = "; ".join(row.findings)
+        sys.stdout.write(
+            f"{name:64} {tiles:44} {r.registers:4} {r.stack:5} {r.shared:7} {r.blocks:2}  {findings}\n"
+        )
+        sys.stdout.flush()
     if args.json:
         held = [asdict(row) | {"resources": row.resources._asdict()} for row in rows]
+        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"schema_version": 1, "rows": held}, indent=1) + "\n")
     return int(any(row.findings for row in rows))
 

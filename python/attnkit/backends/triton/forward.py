@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from attnkit.backends.triton.parts import LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
 from attnkit.backends.triton.pairs import LOG2E, Pairs, number
+from attnkit.backends.triton.parts import LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
 from attnkit.backends.triton.source import Arguments, part, render, whole
 from attnkit.ir.program import Layout
 
@@ -208,10 +208,16 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
 def _arguments(on: set[str], captured: Arguments) -> Arguments:
     pointers = ["q", "k", "v", "o", *["lse"] * ("lse" in on), *["sinks"] * ("sink" in on)]
     pointers += ["seed_at"] * ("dropout" in on)
-    pointers += ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
+    pointers += (
+        ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
+    )
     pointers += ["lists", "counts"] * ("lists" in on) + ["flags"] * bool(on & {"flag", "mend"})
     kv = "ph" if "paged" in on else "bh"
-    strides = [f"{x}_s{d}" for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd")) for d in dims]
+    strides = [
+        f"{x}_s{d}"
+        for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd"))
+        for d in dims
+    ]
     sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "lse_split"] * ("split" in on)
     sizes += ["table_sb"] * ("paged" in on) + ["list_length", "list_sb", "list_sh"] * ("lists" in on)
     sizes += ["sequences"] if "packed" in on else ["q_tiles", "q_len"]

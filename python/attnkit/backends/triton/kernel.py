@@ -21,6 +21,8 @@ from attnkit.ir.intervals import Interval, point
 from attnkit.plan.spec import Config, KernelSpec
 from attnkit.plan.triton import care
 
+# What torch's word for float32 products is in Triton: TF32 where torch's own would be.
+PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 _DELTA_TILE = 64  # rows of a program that only adds
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
 
@@ -40,8 +42,8 @@ class Sizes:
 class TritonKernel:
     """One program; see `attnkit.backends.Kernel`. The host looks at no tensor's elements."""
 
-    def __init__(self, spec: KernelSpec, config: Config, precision: str = "ieee") -> None:
-        self.spec, self.config, self.precision = spec, config, precision
+    def __init__(self, spec: KernelSpec, config: Config) -> None:
+        self.spec, self.config, self.precision = spec, config, PRECISIONS[spec.precision]
         self.program = canonical(spec.program)
         self.attend = attend = self.program.attend
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
@@ -85,7 +87,9 @@ class TritonKernel:
         numbers = self.numbers(sizes.group) | {"PRECISION": self.precision}
         for care_of in ("flag", "mend") if self.wide else ("",):
             each = replace(shape, care=care_of)
-            printed = self._print(("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each))
+            printed = self._print(
+                ("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each)
+            )
             self._run("attend", printed, numbers, grid, values)
 
     @property
@@ -93,7 +97,9 @@ class TritonKernel:
         """Whether heads are so wide that registers are short of room for more than sums."""
         return max(self.spec.head_dim, self.spec.v_head_dim) > 128
 
-    def _decode(self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]) -> None:
+    def _decode(
+        self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]
+    ) -> None:
         """The query heads of a kv head are rows of one tile, and the keys are split between programs."""
         pairs = self.pairs(sizes, buffers)
         shape = Shape(need_lse=True, grouped=True, split=True)
@@ -112,7 +118,14 @@ class TritonKernel:
         numbers |= {"PRECISION": self.precision, "SPLIT_KV": split_kv}
         printed = self._print(("decode", pairs, shape), lambda: forward(pairs, self.scale, shape))
         grid = (rows, sizes.heads // sizes.group, splits)
-        self._run("attend", printed, numbers, grid, values | tiles | names | {"o": parts, "lse": part_lse}, "decode_")
+        self._run(
+            "attend",
+            printed,
+            numbers,
+            grid,
+            values | tiles | names | {"o": parts, "lse": part_lse},
+            "decode_",
+        )
         merged = {"parts": parts, "part_lse": part_lse, "splits": splits, "q_total": q_total}
         merged |= {f"part_{name[2:]}": n for name, n in names.items() if name.startswith("o_")}
         merged |= {"lse_split": names["lse_split"], "lse_sb": names["lse_sb"], "lse_sh": names["lse_sh"]}
@@ -161,7 +174,13 @@ class TritonKernel:
             self._sums[wanted] = found
         values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o, d_o=d_o, dq=dq, dk=dk, dv=dv)
         deltas = lse.new_empty(lse.shape)
-        values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1), "deltas": deltas, "q_total": q.shape[2]}
+        values |= {
+            "lse": lse,
+            "lse_sb": lse.stride(0),
+            "lse_sh": lse.stride(1),
+            "deltas": deltas,
+            "q_total": q.shape[2],
+        }
         values |= {"kv_len_most": sizes.kv_len}
         self._deltas(values, d_lse, d_buffers)
         for kind in ("dq", "dkv"):
@@ -175,13 +194,19 @@ class TritonKernel:
         batch, heads, q_total, _ = values["o"].shape
         rows = -(-q_total // _DELTA_TILE) * batch
         if d_lse is not None:
-            values |= {"d_lse": d_lse} | {f"d_lse_s{d}": n for d, n in zip("bhs", d_lse.stride(), strict=True)}
+            values |= {"d_lse": d_lse} | {
+                f"d_lse_s{d}": n for d, n in zip("bhs", d_lse.stride(), strict=True)
+            }
         if d_sink is not None:
             values["sink_sums"] = values["deltas"].new_empty((rows, heads))
         printed = self._print(
             ("delta", d_lse is None, d_sink is None), lambda: delta(d_lse is not None, d_sink is not None)
         )
-        numbers = {"TILE": _DELTA_TILE, "V_HEAD_DIM": self.spec.v_head_dim, "V_PADDED": padded(self.spec.v_head_dim)}
+        numbers = {
+            "TILE": _DELTA_TILE,
+            "V_HEAD_DIM": self.spec.v_head_dim,
+            "V_PADDED": padded(self.spec.v_head_dim),
+        }
         self._run("delta", printed, numbers, (rows, heads), values, "delta_")
         if d_sink is not None:
             d_sink += values["sink_sums"].sum(0)
@@ -204,14 +229,21 @@ class TritonKernel:
         partial = [values["lse"].new_zeros((sizes.entries, sizes.heads, length)) for _ in of_loads]
         values |= {f"sums{i}": each for i, each in enumerate(partial)}
         values |= {"sums_sb": sizes.heads * length, "sums_sh": length}
-        numbers = self.numbers(sizes.group) | {"TILE_Q": tile_q, "TILE_KV": tile_kv, "PRECISION": self.precision}
-        own, tile, heads = ("q", tile_q, sizes.heads) if kind == "dq" else ("kv", tile_kv, sizes.heads // sizes.group)
+        numbers = self.numbers(sizes.group) | {
+            "TILE_Q": tile_q,
+            "TILE_KV": tile_kv,
+            "PRECISION": self.precision,
+        }
+        own, tile, heads = (
+            ("q", tile_q, sizes.heads) if kind == "dq" else ("kv", tile_kv, sizes.heads // sizes.group)
+        )
         grid = self._rows(sizes, tile, own), heads
         values["flags"] = values["q"].new_empty(grid, dtype=_dtype(values["q"], "int"))
         for only in self.sweeps(kind):
             for mend in (False, True):
                 printed = self._print(
-                    (kind, pairs, found, mend), lambda mend=mend: backward(kind, pairs, self.scale, found, lists, mend)
+                    (kind, pairs, found, mend),
+                    lambda mend=mend: backward(kind, pairs, self.scale, found, lists, mend),
                 )
                 self._run(f"attend_{kind}", printed, numbers | only, grid, values, prefix)
         for (load, _), each in zip(of_loads, partial, strict=True):
@@ -235,13 +267,21 @@ class TritonKernel:
         tile_q, tile_kv = self.config["dq_tile_q"], self.config["dq_tile_kv"]
         values = values | {"d_buffer": d_buffer, "heads_in": heads, "sequences_in": sequences}
         values |= {f"d_buffer_s{d}": n for d, n in enumerate(d_buffer.stride())}
-        printed = self._print(("pairs", pairs, found, which), lambda: of_pairs(pairs, self.scale, found, which))
-        numbers = self.numbers(sizes.group) | {"TILE_Q": tile_q, "TILE_KV": tile_kv, "PRECISION": self.precision}
+        printed = self._print(
+            ("pairs", pairs, found, which), lambda: of_pairs(pairs, self.scale, found, which)
+        )
+        numbers = self.numbers(sizes.group) | {
+            "TILE_Q": tile_q,
+            "TILE_KV": tile_kv,
+            "PRECISION": self.precision,
+        }
         tiles = -(-sizes.q_len // tile_q) * -(-sizes.kv_len // tile_kv)
         grid = (tiles, sizes.heads // heads, sizes.sequences // sequences)
         self._run("attend_pairs", printed, numbers, grid, values, "dq_")
 
-    def _lists(self, pairs: Pairs, sizes: Sizes, values: dict[str, Any], like: Any, kind: str = "") -> dict[str, Any]:
+    def _lists(
+        self, pairs: Pairs, sizes: Sizes, values: dict[str, Any], like: Any, kind: str = ""
+    ) -> dict[str, Any]:
         """The lists of tiles of a call, made now; ``kind`` names the kernel whose tiles they are of."""
         tile_q, tile_kv = self.config[kind + "tile_q"], self.config[kind + "tile_kv"]
         own, other = ("q", "kv") if pairs.streamed == "kv_idx" else ("kv", "q")
@@ -298,7 +338,9 @@ class TritonKernel:
     ) -> None:  # fmt: skip
         text, arguments = printed
         program = launch.Program(text, entry, arguments, tuple(numbers.items()))
-        target = launch.current_target(self.config.get(kind + "warps", 4), self.config.get(kind + "stages", 2))
+        target = launch.current_target(
+            self.config.get(kind + "warps", 4), self.config.get(kind + "stages", 2)
+        )
         launch.run(program, target, grid, [values[name] for name, _ in arguments])
 
     def _rows(self, sizes: Sizes, tile: int, own: str) -> int:
@@ -328,7 +370,10 @@ class TritonKernel:
             values |= {f"b{i}_n{d}": n for d, n in enumerate(buffer.shape)}
         values |= {f"p{i}": float(x) for i, x in enumerate(params)}
         if self.q_layout.kind == "packed":
-            values |= {"cu_q": buffers[self.q_layout.lengths or 0], "cu_kv": buffers[self.kv_layout.lengths or 0]}
+            values |= {
+                "cu_q": buffers[self.q_layout.lengths or 0],
+                "cu_kv": buffers[self.kv_layout.lengths or 0],
+            }
         elif self.kv_layout.lengths is not None:
             values["lengths"] = buffers[self.kv_layout.lengths]
         if self.attend.normalizer.sink is not None:
@@ -341,7 +386,11 @@ class TritonKernel:
             values["dropped_below"] = threshold - none_kept
             values["kept_times"] = 0.0 if none_kept else 1.0 / (1.0 - p)
             held = isinstance(seed, int)
-            values["seed_at"] = tensors["q"].new_full((1,), _signed(seed), dtype=_dtype(tensors["q"], "long")) if held else seed
+            values["seed_at"] = (
+                tensors["q"].new_full((1,), _signed(seed), dtype=_dtype(tensors["q"], "long"))
+                if held
+                else seed
+            )
         return values
 
 
@@ -355,10 +404,16 @@ def check_index(load: Expr, packed: bool) -> None:
         AttnkitNotImplementedError: AK503, it is not.
     """
     read = [str(arg.attr) for arg in load.args if arg.op == "var"]
-    plain = all(arg.op == "const" or arg.op == "var" and arg.attr in _AXES for arg in load.args)
+    plain = all(arg.op == "const" or (arg.op == "var" and arg.attr in _AXES) for arg in load.args)
     if not plain or len(set(read)) < len(read) or (packed and set(read) - {"h"}):
         allowed = "indices that are b, h, q_idx, kv_idx themselves, each once, or constants; of packed sequences h alone"
-        raise error("AK503", where="backend triton", what="no gradient of a tensor that is indexed so", given=repr(load), allowed=allowed)
+        raise error(
+            "AK503",
+            where="backend triton",
+            what="no gradient of a tensor that is indexed so",
+            given=repr(load),
+            allowed=allowed,
+        )
 
 
 def add_sums(to: Any, sums: Any, load: Expr, axes: str) -> None:

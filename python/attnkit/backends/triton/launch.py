@@ -98,7 +98,9 @@ def compile_kernel(program: Program, described: Sequence[Described], target: Tar
 
     function = getattr(load(program.text), program.entry)
     if interpreted():
-        raise error("AK501", where="backend triton", given="TRITON_INTERPRET is set", hint="unset it to compile")
+        raise error(
+            "AK501", where="backend triton", given="TRITON_INTERPRET is set", hint="unset it to compile"
+        )
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(program.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -150,7 +152,9 @@ def described_well(arguments: Arguments, types: Mapping[str, str]) -> tuple[Desc
     found = []
     for name, kind in arguments:
         if kind == "stride":
-            found.append(Described("i32", one=True) if name.endswith("_sd") else Described("i32", divisible=True))
+            found.append(
+                Described("i32", one=True) if name.endswith("_sd") else Described("i32", divisible=True)
+            )
         elif kind == "pointer":
             found.append(Described(types[name], divisible=True))
         else:

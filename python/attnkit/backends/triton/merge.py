@@ -50,11 +50,23 @@ def merge(
 def merge(sink: bool, need_lse: bool) -> tuple[str, Arguments]:
     """The text of the kernel ``merge`` and its arguments."""
     pointers = ["parts", "part_lse", "o", *["sinks"] * sink, *["lse"] * need_lse]
-    sizes = ["part_split", "part_sb", "part_sh", "part_ss", "lse_split", "lse_sb", "lse_sh", "splits", "q_total"]
+    sizes = [
+        "part_split",
+        "part_sb",
+        "part_sh",
+        "part_ss",
+        "lse_split",
+        "lse_sb",
+        "lse_sh",
+        "splits",
+        "q_total",
+    ]
     sizes += ["whole_sb", "whole_sh"] * need_lse
     strides = [f"o_s{d}" for d in "bhsd"]
     arguments = (
         *((n, "pointer") for n in pointers), *((n, "stride") for n in strides), *((n, "size") for n in sizes),
     )  # fmt: skip
     on = {name for name, held in (("sink", sink), ("lse", need_lse)) if held}
-    return whole(render(MERGE, on, {"arguments": "".join(f"{n}, " for n, _ in arguments).rstrip()})), arguments
+    return whole(
+        render(MERGE, on, {"arguments": "".join(f"{n}, " for n, _ in arguments).rstrip()})
+    ), arguments

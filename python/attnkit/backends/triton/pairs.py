@@ -65,7 +65,9 @@ class Pairs:
             found += [(f"b{slot}", "pointer"), *((f"b{slot}_s{d}", "stride") for d in dims)]
             if any(node in self.unproven and node.attr == slot for node in nodes):
                 found += [(f"b{slot}_n{d}", "size") for d in dims]
-        found += [(f"p{i}", "float") for i in sorted({int(node.attr or 0) for node in nodes if node.op == "param"})]
+        found += [
+            (f"p{i}", "float") for i in sorted({int(node.attr or 0) for node in nodes if node.op == "param"})
+        ]
         return tuple(found)
 
     def score(self, printer: Printer) -> tuple[list[str], str]:
@@ -109,7 +111,10 @@ class Pairs:
             lines.append(f"upper = tl.where({printer.name(each)}, upper, 0)")
             lines.append(f"lower = tl.where({printer.name(each)}, lower, {length})")
         if lines and self.wide:
-            lines += [f"lower = tl.minimum(lower, {length}).to(tl.int32)", "upper = tl.maximum(upper, 0).to(tl.int32)"]
+            lines += [
+                f"lower = tl.minimum(lower, {length}).to(tl.int32)",
+                "upper = tl.maximum(upper, 0).to(tl.int32)",
+            ]
         return lines
 
 

@@ -62,7 +62,7 @@ def has_nan(tile):
 
 # Where the tile is that a program owns, of queries ({own} is q) or keys (kv), and of which sequence. `row` numbers the tiles of
 # all sequences.
-OWNER = '''
+OWNER = """
     row = tl.program_id(0)
     #if packed
     low = row * 0
@@ -96,10 +96,10 @@ OWNER = '''
     if tile_of * {OWN} >= {own}_len{times}:
         return
     #end
-'''
+"""
 
 # Which tiles of the other index: `full` ones, and those in which not every pair exists.
-VISITS = '''
+VISITS = """
     #if lists
     #if packed
     list_row = row + {head} * list_sh
@@ -129,14 +129,14 @@ VISITS = '''
     full = whole_last - whole_first
     partial = last - first - full
     #end
-'''
+"""
 
 # The names by which a kernel owns tiles of queries, or of keys.
 QUERIES = {"own": "q", "OWN": "TILE_Q", "other": "kv", "OTHER": "TILE_KV"}
 KEYS = {"own": "kv", "OWN": "TILE_KV", "other": "q", "OTHER": "TILE_Q"}
 
 # In the loop of a fold: the tile to visit, and the indices of its columns. Rows are what a program owns.
-TILE = '''
+TILE = """
         #if lists
         tile = tl.load(tiles + (i // PARTS) * step)
         #else
@@ -146,10 +146,10 @@ TILE = '''
         #end
         start = tile * ({OTHER} * PARTS) + i % PARTS * {OTHER}
         present = start + lanes < {other}_len
-'''
+"""
 
 # The logits of a tile, base 2, from its products `s`.
-LOGITS = '''
+LOGITS = """
         #if indices
         {other}_idx = (start + lanes).to({int})[None, :]
         #end
@@ -171,4 +171,4 @@ LOGITS = '''
             exists = tl.broadcast_to({exists}, [{OWN}, {OTHER}])
             $poison
             logit = tl.where(exists, logit, float("-inf"))
-'''
+"""

@@ -24,23 +24,33 @@ FORWARD: Table = {
     (80, 2): (Schedule(128, 64, 8, 2), Schedule(128, 32, 8, 3), Schedule(64, 32, 8, 2)),
     (90, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
     (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
-    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(32, 32, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2))),
+    **dict.fromkeys(
+        ((80, 4), (90, 4), (100, 4)), (Schedule(32, 32, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2))
+    ),
 }
 DECODE: Table = {
-    **dict.fromkeys(((80, 2), (90, 2), (100, 2)), (Schedule(16, 64, 8, 2), Schedule(16, 64, 8, 2), Schedule(16, 32, 4, 2))),
-    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 2))),
+    **dict.fromkeys(
+        ((80, 2), (90, 2), (100, 2)), (Schedule(16, 64, 8, 2), Schedule(16, 64, 8, 2), Schedule(16, 32, 4, 2))
+    ),
+    **dict.fromkeys(
+        ((80, 4), (90, 4), (100, 4)), (Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 2))
+    ),
 }
 DQ: Table = {
     (80, 2): (Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(64, 32, 8, 2)),
     (90, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
     (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
-    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(32, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))),
+    **dict.fromkeys(
+        ((80, 4), (90, 4), (100, 4)), (Schedule(32, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))
+    ),
 }
 DKV: Table = {
     (80, 2): (Schedule(64, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
     (90, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
     (100, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
-    **dict.fromkeys(((80, 4), (90, 4), (100, 4)), (Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))),
+    **dict.fromkeys(
+        ((80, 4), (90, 4), (100, 4)), (Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))
+    ),
 }
 # By what stands before the names of their fields.
 SCHEDULES = {"": FORWARD, "decode_": DECODE, "dq_": DQ, "dkv_": DKV}

@@ -16,7 +16,9 @@ from attnkit.testing import Dims, qkv
 TILES = {"dq_tile_q": 64, "dq_tile_kv": 64, "dkv_tile_q": 64, "dkv_tile_kv": 64}
 
 
-def gradients(kernel: Any, tensors: list[Any], buffers: list[Any], params: list[float], d_o: Any, d_lse: Any, seed: Any) -> Any:
+def gradients(
+    kernel: Any, tensors: list[Any], buffers: list[Any], params: list[float], d_o: Any, d_lse: Any, seed: Any
+) -> Any:
     q, k, v = tensors
     o, lse = q.new_full((*q.shape[:3], v.shape[3]), float("nan")), torch.full(q.shape[:3], float("nan"))
     kernel(q, k, v, o, lse, buffers, params, 1, seed)
@@ -31,7 +33,13 @@ def agree(build: Callable[..., Any], rng: np.random.Generator) -> Callable[..., 
     """``agree(dims, **fields of Traceable)``: all gradients are as close to float64 as float32 rounding explains."""
 
     def run(
-        dims: Dims, *, dtype: str = "float32", plant: Any = None, d_lse: bool = True, seed: Any = None, **fields: Any
+        dims: Dims,
+        *,
+        dtype: str = "float32",
+        plant: Any = None,
+        d_lse: bool = True,
+        seed: Any = None,
+        **fields: Any,
     ) -> None:
         arrays = qkv("gaussian", rng, dims, dtype)
         d_o = rng.standard_normal((*arrays[0].shape[:3], arrays[2].shape[3])).astype(np.float32)
@@ -41,30 +49,51 @@ def agree(build: Callable[..., Any], rng: np.random.Generator) -> Callable[..., 
         tensors = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in arrays]
         traced = Traceable(fields.pop("score", None), fields.pop("mask", None), **fields)
         kernel, buffers, params = build(traced, tensors[0], tensors[2], TILES)
-        cotangents = torch.from_numpy(d_o).to(tensors[0].dtype), None if of_lse is None else torch.from_numpy(of_lse)
+        cotangents = (
+            torch.from_numpy(d_o).to(tensors[0].dtype),
+            None if of_lse is None else torch.from_numpy(of_lse),
+        )
         got = gradients(kernel, tensors, buffers, params, *cotangents, seed)
         spec = KernelSpec(kernel.spec.program, "float64", dims.head_dim, dims.v_head_dim, "cpu")
         reference = get("reference").build(spec, {})
         doubles = [t.double() for t in tensors]
         o, lse = reference_forward(reference, doubles, buffers, params, seed)
         want = [torch.zeros_like(x) for x in doubles]
-        d_buffers = [torch.zeros(b.shape, dtype=torch.float64) if b.is_floating_point() else None for b in buffers]
+        d_buffers = [
+            torch.zeros(b.shape, dtype=torch.float64) if b.is_floating_point() else None for b in buffers
+        ]
         reference.backward(  # type: ignore[attr-defined]
-            *doubles, o, lse, buffers, params, cotangents[0].double(), cotangents[1], *want, d_buffers, 1, seed
+            *doubles,
+            o,
+            lse,
+            buffers,
+            params,
+            cotangents[0].double(),
+            cotangents[1],
+            *want,
+            d_buffers,
+            1,
+            seed,
         )
-        for i, (mine, other) in enumerate(zip(got, [*want, *(d for d in d_buffers if d is not None)], strict=True)):
-            mine, other = mine.double().numpy(), other.numpy()
-            finite = np.isfinite(other)
-            np.testing.assert_array_equal(np.isfinite(mine), finite, err_msg=f"result {i}")
-            size = float(np.abs(np.where(finite, other, 0)).max(initial=0))
+        for i, (mine, other) in enumerate(
+            zip(got, [*want, *(d for d in d_buffers if d is not None)], strict=True)
+        ):
+            found, expected = mine.double().numpy(), other.numpy()
+            finite = np.isfinite(expected)
+            np.testing.assert_array_equal(np.isfinite(found), finite, err_msg=f"result {i}")
+            size = float(np.abs(np.where(finite, expected, 0)).max(initial=0))
             tolerance = {"float32": 4e-6, "float16": 4e-3}[dtype]
-            error = float(np.abs(np.where(finite, mine - other, 0)).max(initial=0))
-            assert error <= tolerance * max(size, 1.0), f"result {i}: error {error:.3g}, largest element {size:.3g}"
+            error = float(np.abs(np.where(finite, found - expected, 0)).max(initial=0))
+            assert error <= tolerance * max(size, 1.0), (
+                f"result {i}: error {error:.3g}, largest element {size:.3g}"
+            )
 
     return run
 
 
-def reference_forward(reference: Any, tensors: list[Any], buffers: Any, params: Any, seed: Any) -> tuple[Any, Any]:
+def reference_forward(
+    reference: Any, tensors: list[Any], buffers: Any, params: Any, seed: Any
+) -> tuple[Any, Any]:
     q, _, v = tensors
     o, lse = q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(q.shape[:3])
     reference(*tensors, o, lse, buffers, params, 1, seed)
@@ -157,10 +186,12 @@ def test_what_is_not_a_number_reaches_those_who_see_it(
             leaves = [row.requires_grad_() for row in rows]
             (torch.softmax(leaves[1] @ leaves[0] / 4, 0) @ leaves[2]).backward(d_o[0, h, i].double())
             places = (want[0][0, h, i], want[1][0, 0, seen], want[2][0, 0, seen])
-            for to, leaf in zip(places, leaves, strict=True):
-                to += leaf.grad
+            for place, leaf in zip(places, leaves, strict=True):
+                place.add_(leaf.grad)
     for mine, other in zip(got, want, strict=True):
         finite = torch.isfinite(other)
-        assert torch.equal(torch.isfinite(mine), finite), (torch.isfinite(mine) != finite).nonzero().tolist()[:9]
+        assert torch.equal(torch.isfinite(mine), finite), (
+            (torch.isfinite(mine) != finite).nonzero().tolist()[:9]
+        )
         assert not finite.any() or (mine[finite] - other[finite]).abs().max() < 1e-5
     assert 0 < torch.isfinite(want[0 if where == "keys" else 1]).sum() < want[0].numel()

@@ -1,6 +1,6 @@
 """Kernels under Triton's interpreter, on tensors of the CPU, against the float64 oracle.
 
-Collected only where ``TRITON_INTERPRET`` is set before Triton is imported: `tests/triton/test_interpreter.py` runs these
+Collected only where ``TRITON_INTERPRET`` is set before Triton is imported: `tests/kernels/test_interpreter.py` runs these
 files so, each in a process of its own.
 """
 
@@ -14,8 +14,8 @@ import torch
 
 from attnkit import backends, testing
 from attnkit.backends.triton.kernel import TritonKernel
-from attnkit.ops.traced import Traceable, bind
 from attnkit.ir.text import parse
+from attnkit.ops.traced import Traceable, bind
 from attnkit.plan.spec import KernelSpec
 from attnkit.testing.floats import rounded
 from attnkit.tune import default_config
@@ -32,7 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{said}")
 
 
-def kernel_of(traced: Traceable, q: Any, v: Any, config: dict[str, int]) -> tuple[TritonKernel, list[Any], list[float]]:
+def kernel_of(
+    traced: Traceable, q: Any, v: Any, config: dict[str, int]
+) -> tuple[TritonKernel, list[Any], list[float]]:
     """The kernel that a GPU would run, its buffers and params."""
     text, buffers, params = bind(traced, q)
     dtype = str(q.dtype).removeprefix("torch.")
@@ -67,7 +69,9 @@ def compare() -> Callable[..., testing.Measured]:
     ) -> testing.Measured:  # fmt: skip
         arrays = [rounded(x, dtype) for x in (q, k, v)] if dtype != "float32" else [q, k, v]
         tensors = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in arrays]
-        kernel, buffers, params = kernel_of(Traceable(score, mask, **fields), tensors[0], tensors[2], config or {})
+        kernel, buffers, params = kernel_of(
+            Traceable(score, mask, **fields), tensors[0], tensors[2], config or {}
+        )
         o = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=tensors[0].dtype)
         lse = torch.full(q.shape[:3], float("nan"))
         kernel(*tensors, o, lse, buffers, params)
