@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 
 from attnkit.backends import Kernel
+from attnkit.backends.triton import launch
 from attnkit.backends.triton.kernel import TritonKernel
-from attnkit.backends.triton.schedule import SCHEDULES, schedule
+from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
+from attnkit.plan.ranges import stretch
 from attnkit.plan.spec import Config, Field, FieldKind, KernelSpec, Space
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -59,7 +61,7 @@ class TritonBackend:
 
     def space(self, spec: KernelSpec) -> Space:
         """Tiles, warps and stages of each kernel, for the device at hand."""
-        return space(spec, _ARCH)
+        return space(spec, _ARCH if self.available() else launch.architecture())
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """The kernels of a program, printed and compiled at the first call of each kind."""
@@ -70,8 +72,10 @@ def space(spec: KernelSpec, arch: int) -> Space:
     """The fields of an architecture, with the defaults that were found by compiling for it."""
     size, width = _DTYPES.get(spec.dtype, 4), max(spec.head_dim, spec.v_head_dim)
     fields: Space = {}
+    attend = spec.program.attend
+    dropout, lists = attend.dropout is not None, stretch(attend.mask, "kv_idx") is None
     for kind, table in SCHEDULES.items():
-        found = schedule(table, arch, size, width)
+        found = with_room(schedule(table, arch, size, width), kind, arch, dropout=dropout, lists=lists)
         for name, default in found._asdict().items():
             fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1])
     fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))

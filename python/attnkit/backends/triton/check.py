@@ -152,8 +152,8 @@ def _backward(kind: str, mend: bool = False) -> Callable[[TritonKernel, Pairs], 
 
 def _pairs(kernel: TritonKernel, pairs: Pairs) -> Printed:
     numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
-    numbers |= {"TILE_Q": kernel.config["dq_tile_q"], "TILE_KV": kernel.config["dq_tile_kv"]}
-    return "attend_pairs", *of_pairs(pairs, kernel.scale, sums(pairs, frozenset([0])), 0), numbers, "dq_"
+    numbers |= {"TILE_Q": kernel.config["pairs_tile_q"], "TILE_KV": kernel.config["pairs_tile_kv"]}
+    return "attend_pairs", *of_pairs(pairs, kernel.scale, sums(pairs, frozenset([0])), 0), numbers, "pairs_"
 
 
 def _delta(kernel: TritonKernel, pairs: Pairs) -> Printed:
@@ -206,9 +206,7 @@ def compiled(case: Case) -> tuple[Any, TritonKernel, str]:
         types["o"] = "*fp32"
     described = launch.described_well(arguments, {name: types.get(name, "*fp32") for name, _ in arguments})
     made = launch.Program(text, entry, arguments, tuple(numbers.items()))
-    target = launch.Target(
-        case.arch, kernel.config.get(prefix + "warps", 4), kernel.config.get(prefix + "stages", 2)
-    )
+    target = launch.Target(case.arch, *kernel.layout(prefix))
     return launch.compile_kernel(made, described, target), kernel, prefix
 
 

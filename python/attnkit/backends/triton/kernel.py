@@ -14,6 +14,7 @@ from attnkit.backends.triton.blocks import blocks, varies
 from attnkit.backends.triton.forward import Shape, forward
 from attnkit.backends.triton.merge import merge
 from attnkit.backends.triton.pairs import Pairs
+from attnkit.backends.triton.schedule import WARPS
 from attnkit.backends.triton.source import Arguments
 from attnkit.errors import error
 from attnkit.ir.expr import Expr
@@ -264,7 +265,7 @@ class TritonKernel:
         d_buffer: Any = d_buffers[int(load.attr or 0)]
         read = {str(arg.attr) for arg in load.args if arg.op == "var"}
         heads, sequences = (1 if "h" in read else sizes.heads), (1 if "b" in read else sizes.sequences)
-        tile_q, tile_kv = self.config["dq_tile_q"], self.config["dq_tile_kv"]
+        tile_q, tile_kv = self.config["pairs_tile_q"], self.config["pairs_tile_kv"]
         values = values | {"d_buffer": d_buffer, "heads_in": heads, "sequences_in": sequences}
         values |= {f"d_buffer_s{d}": n for d, n in enumerate(d_buffer.stride())}
         printed = self._print(
@@ -277,7 +278,7 @@ class TritonKernel:
         }
         tiles = -(-sizes.q_len // tile_q) * -(-sizes.kv_len // tile_kv)
         grid = (tiles, sizes.heads // heads, sizes.sequences // sequences)
-        self._run("attend_pairs", printed, numbers, grid, values, "dq_")
+        self._run("attend_pairs", printed, numbers, grid, values, "pairs_")
 
     def _lists(
         self, pairs: Pairs, sizes: Sizes, values: dict[str, Any], like: Any, kind: str = ""
@@ -338,10 +339,12 @@ class TritonKernel:
     ) -> None:  # fmt: skip
         text, arguments = printed
         program = launch.Program(text, entry, arguments, tuple(numbers.items()))
-        target = launch.current_target(
-            self.config.get(kind + "warps", 4), self.config.get(kind + "stages", 2)
-        )
+        target = launch.current_target(*self.layout(kind))
         launch.run(program, target, grid, [values[name] for name, _ in arguments])
+
+    def layout(self, kind: str) -> tuple[int, int]:
+        """Warps and stages of a kernel."""
+        return self.config.get(kind + "warps") or WARPS[kind], self.config.get(kind + "stages", 2)
 
     def _rows(self, sizes: Sizes, tile: int, own: str) -> int:
         """How many tiles of queries or keys there are in all sequences, at most."""

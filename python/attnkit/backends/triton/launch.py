@@ -138,10 +138,11 @@ def kernel_cache() -> Path:
 
 def current_target(warps: int, stages: int) -> Target | None:
     """The device that the current stream runs on; None where kernels are interpreted."""
-    return None if interpreted() else Target(_arch(), warps, stages)
+    return None if interpreted() else Target(architecture(), warps, stages)
 
 
-def _arch() -> int:
+def architecture() -> int:
+    """The number of the current device's architecture, 90 for Hopper."""
     from triton.runtime import driver
 
     return int(driver.active.get_current_target().arch)
