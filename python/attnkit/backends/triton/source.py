@@ -42,7 +42,7 @@ def render(template: str, flags: Collection[str], holes: Mapping[str, list[str] 
         elif all(keep):
             kept += _filled(line, holes)
     assert len(keep) == 1, "an #if without its #end"
-    return "\n".join(part for line in kept for part in _wrapped(line)) + "\n"
+    return "\n".join(kept) + "\n"
 
 
 def part(template: str, flags: Collection[str], holes: Mapping[str, list[str] | str]) -> list[str]:
@@ -59,9 +59,10 @@ def _filled(line: str, holes: Mapping[str, list[str] | str]) -> list[str]:
 
 def _wrapped(line: str) -> list[str]:
     """A line of code, or several that are within brackets after the first."""
-    if len(line) <= _WIDTH or "(" not in line:
+    if len(line) <= _WIDTH or not ("(" in line or line.endswith(",")):
         return [line]
-    found, indent = [], line[: len(line) - len(line.lstrip())] + "    "
+    start = line[: len(line) - len(line.lstrip())]
+    found, indent = [], start if line.endswith(",") else start + "    "
     while len(line) > _WIDTH and (cut := line.rfind(", ", len(indent), _WIDTH)) > 0:
         found.append(line[: cut + 1])
         line = indent + line[cut + 2 :]
@@ -70,7 +71,9 @@ def _wrapped(line: str) -> list[str]:
 
 def whole(text: str) -> str:
     """The text of a module: imports, the helpers that are called, the kernels."""
-    return f"{HEAD}\n{helpers(text)}\n{text}"
+    lines = f"{HEAD}\n{helpers(text)}\n{text}".splitlines()
+    wrapped = "\n".join(part for line in lines for part in _wrapped(line))
+    return re.sub(r"\n{4,}", "\n\n\n", wrapped) + "\n"
 
 
 @lru_cache(maxsize=4096)
