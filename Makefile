@@ -5,10 +5,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints-dev.txt
 CSRC := $(shell find csrc -type f)
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test check sanitize fuzz lint docs peers wheel clean
+.PHONY: help dev demo test check sanitize fuzz lint compile-check gpu docs peers wheel clean
 
 help: ## Say what each target does
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 dev: .venv/.built ## Make .venv and build the package into it (again when csrc changed)
 
@@ -33,13 +33,19 @@ fuzz: dev ## Random cases of every kind with a fresh seed, fifty times more of t
 lint: dev ## The linters alone: ruff, mypy, import-linter, clang-format, codespell
 	$(BIN)/python -m pytest -q -n 2 -m lint
 
+compile-check: dev ## Compile every default GPU kernel for sm_80, sm_90 and sm_100 without a GPU; print what each takes
+	$(BIN)/python -m attnkit.backends.triton.check --json out/compile-check.json
+
+gpu: ## On a machine with a GPU: the GPU tests, then the GPU suites; JSON in out/gpu; resumes where it stopped
+	$(PYTHON) tests/gpu/run.py --out out/gpu
+
 docs: dev ## Build the documentation into out/site, strictly: a dead link fails
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo out/site/index.html
 
 peers: dev ## Install the libraries that `attnkit bench --suite cpu` measures beside torch
-	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot,peers]'
+	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot,triton,peers]'
 
 wheel: dev ## Build a wheel into dist/
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
@@ -56,5 +62,5 @@ clean: ## Remove what the other targets made
 	@touch $@
 
 .venv/.built: .venv/.deps CMakeLists.txt $(CSRC)
-	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot]'
+	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot,triton]'
 	@touch $@

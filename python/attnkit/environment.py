@@ -24,6 +24,12 @@ VARIABLES = {
         unset="the strongest of them",
         error="AK401",
     ),
+    "ATTNKIT_KERNEL_CACHE": Variable(
+        reader="the Triton backend, when it compiles a kernel or looks for a compiled one",
+        meaning="the folder of compiled GPU kernels, which only you may write to",
+        unset="`attnkit/kernels` in `$XDG_CACHE_HOME`, or in `~/.cache`",
+        error="AK401",
+    ),
     "ATTNKIT_TEST_SEED": Variable(
         reader="the tests, when they start",
         meaning="the seed of their random numbers, which the first lines of a run print",

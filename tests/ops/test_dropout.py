@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def seed(monkeypatch: pytest.MonkeyPatch) -> int:
     """The number that every call draws."""
     for module in ("functional", "sdpa"):
-        monkeypatch.setattr(f"attnkit.ops.{module}.draw", lambda p: torch.tensor(SEED) if p else None)
+        monkeypatch.setattr(f"attnkit.ops.{module}.draw", lambda p, like: torch.tensor(SEED) if p else None)
     return SEED
 
 
@@ -79,7 +79,7 @@ def test_thresholds(p: float, isa: str, seed: int) -> None:
 
 def test_far_indices_and_every_seed(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (0, 1, 2**32 - 1, 2**32, 2**63 - 1, -1, -(2**63)):
-        monkeypatch.setattr("attnkit.ops.functional.draw", lambda p, n=number: torch.tensor(n))
+        monkeypatch.setattr("attnkit.ops.functional.draw", lambda p, like, n=number: torch.tensor(n))
         assert torch.equal(seen(3, 1, 5, 90, 0.4)[0], kept(0, 3, 5, 90, 0.4, number)), number
 
 
@@ -290,7 +290,7 @@ def test_what_is_beside_a_sequence_changes_no_bit(
 
 def test_a_call_draws_one_number() -> None:
     torch.manual_seed(5)
-    number = seeds.draw(0.1)
+    number = seeds.draw(0.1, torch.zeros(1))
     assert number is not None
     assert (number.dtype, number.shape) == (torch.int64, ())
     torch.manual_seed(5)

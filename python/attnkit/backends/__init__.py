@@ -58,7 +58,7 @@ class _Broken:
         raise error("AK501", where=f"backend {self.name!r}", given=self._reason)
 
 
-_HOMES = {"cpu": "attnkit.backends.cpu:backend", "reference": "attnkit.backends.reference:backend"}
+_HOMES = {name: f"attnkit.backends.{name}:backend" for name in ("cpu", "triton", "reference")}
 
 
 @cache

@@ -50,7 +50,8 @@ class OpInfo:
     flat. Where it has a corner the derivative is the mean of its sides. ``cpu`` is the opcode's base name,
     ``ulp`` the error bound of a float32 implementation (inf for floor division and remainder of floats: they step, and
     a quotient's last bit decides on which side). ``torch`` names the functions and methods that trace
-    to it; a name that starts with ``__r`` takes its operands swapped.
+    to it; a name that starts with ``__r`` takes its operands swapped. ``triton`` spells it in a Triton kernel, with its
+    operands as ``{0} {1} {2}`` and its integers as ``{int}``; names without ``tl.`` are functions of `attnkit.plan.triton`.
     """
 
     name: str
@@ -64,6 +65,7 @@ class OpInfo:
     ulp: float
     torch: tuple[str, ...]
     derivative: tuple[str, ...] = ()
+    triton: str = ""
 
 
 # --- type rules -----------------------------------------------------------------------------------------
@@ -156,9 +158,16 @@ def _row(
     torch: str,
     cpu: str = "",
     derivative: tuple[str, ...] = (),
+    triton: str = "",
 ) -> OpInfo:
     names = tuple(torch.split())
-    return OpInfo(name, arity, rule, symbol, precedence, numpy, interval, cpu or name, ulp, names, derivative)
+    if not triton:
+        operands = [f"{{{i}}}" for i in range(arity)]
+        infix = f"({f' {symbol} '.join(operands)})" if arity == 2 else f"({symbol}{operands[0]})"
+        triton = infix if precedence else f"tl.{name}({', '.join(operands)})"
+    return OpInfo(
+        name, arity, rule, symbol, precedence, numpy, interval, cpu or name, ulp, names, derivative, triton
+    )
 
 
 COMPARISON, PREFIX = 1, 7  # precedences: as in Python, comparisons bind weakest and do not chain
@@ -180,15 +189,20 @@ _ROWS = (
          "div divide true_divide __div__ __rdiv__ __truediv__ __rtruediv__",
          derivative=("1.0 / y", "-w / y")),
     _row("floordiv", 2, _arithmetic, "//", 6, _floordiv, iv.floordiv, math.inf,
-         "floor_divide __floordiv__ __rfloordiv__"),
+         "floor_divide __floordiv__ __rfloordiv__",
+         triton="floor_div({0}, {1})"),
     _row("mod", 2, _arithmetic, "%", 6, _mod, iv.mod, math.inf, "remainder __mod__ __rmod__",
-         derivative=("1.0", "-floor(x / y)")),
+         derivative=("1.0", "-floor(x / y)"),
+         triton="floor_mod({0}, {1})"),
     _row("min", 2, _arithmetic, "min", 0, np.minimum, iv.minimum, 0, "minimum min clamp_max",
-         derivative=("where(x < y, 1.0, where(x == y, 0.5, 0.0))", "where(y < x, 1.0, where(x == y, 0.5, 0.0))")),
+         derivative=("where(x < y, 1.0, where(x == y, 0.5, 0.0))", "where(y < x, 1.0, where(x == y, 0.5, 0.0))"),
+         triton="tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     _row("max", 2, _arithmetic, "max", 0, np.maximum, iv.maximum, 0, "maximum max clamp_min",
-         derivative=("where(x > y, 1.0, where(x == y, 0.5, 0.0))", "where(y > x, 1.0, where(x == y, 0.5, 0.0))")),
+         derivative=("where(x > y, 1.0, where(x == y, 0.5, 0.0))", "where(y > x, 1.0, where(x == y, 0.5, 0.0))"),
+         triton="tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)"),
     _row("pow", 2, _floating, "pow", 0, np.power, iv.power, 16, "pow float_power __pow__ __rpow__",
-         derivative=("where(y == 0.0, 0.0, y * pow(x, y - 1.0))", "where((x == 0.0) & (y >= 0.0), 0.0, w * log(x))")),
+         derivative=("where(y == 0.0, 0.0, y * pow(x, y - 1.0))", "where((x == 0.0) & (y >= 0.0), 0.0, w * log(x))"),
+         triton="power({0}, {1})"),
     _row("exp", 1, _floating, "exp", 0, np.exp, iv.monotone(np.exp), 2, "exp",
          derivative=("w",)),
     _row("exp2", 1, _floating, "exp2", 0, np.exp2, iv.monotone(np.exp2), 2, "exp2",
@@ -198,11 +212,13 @@ _ROWS = (
     _row("log2", 1, _floating, "log2", 0, np.log2, iv.from_zero(np.log2), 2, "log2",
          derivative=("1.4426950408889634 / x",)),
     _row("sqrt", 1, _floating, "sqrt", 0, np.sqrt, iv.from_zero(np.sqrt), 0.5, "sqrt",
-         derivative=("0.5 / w",)),
+         derivative=("0.5 / w",),
+         triton="tl.sqrt_rn({0})"),
     _row("rsqrt", 1, _floating, "rsqrt", 0, _rsqrt, iv.rsqrt, 2, "rsqrt",
          derivative=("-0.5 * w / x",)),
     _row("tanh", 1, _floating, "tanh", 0, np.tanh, iv.monotone(np.tanh), 4, "tanh",
-         derivative=("1.0 - w * w",)),
+         derivative=("1.0 - w * w",),
+         triton="tanh({0})"),
     _row("sigmoid", 1, _floating, "sigmoid", 0, _sigmoid, iv.monotone(_sigmoid), 4, "sigmoid expit",
          derivative=("w * (1.0 - w)",)),
     _row("erf", 1, _floating, "erf", 0, _erf, iv.monotone(math.erf), 4, "erf",
@@ -227,8 +243,10 @@ _ROWS = (
          "logical_not bitwise_not __invert__"),
     _row("where", 3, _select, "where", 0, np.where, iv.where, 0, "where",
          derivative=("", "where(x, 1.0, 0.0)", "where(x, 0.0, 1.0)")),
-    _row("float", 1, _to_float, "float", 0, _to_float64, iv.to_float, 0.5, "float", cpu="to_f"),
-    _row("int", 1, _to_int, "int", 0, _to_int64, iv.to_int, 0, "int long", cpu="to_i"),
+    _row("float", 1, _to_float, "float", 0, _to_float64, iv.to_float, 0.5, "float", cpu="to_f",
+         triton="{0}.to(tl.float32)"),
+    _row("int", 1, _to_int, "int", 0, _to_int64, iv.to_int, 0, "int long", cpu="to_i",
+         triton="{0}.to({int})"),
 )
 # fmt: on
 

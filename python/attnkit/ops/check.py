@@ -44,17 +44,19 @@ def check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:
 
 
 def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
-    """q, k, v as torch's own attention takes them: under ``torch.autocast("cpu")`` in its dtype, float64 apart.
+    """q, k, v as torch's own attention takes them: under ``torch.autocast`` for their device in its dtype, float64 apart.
 
     Biases and what else functions capture stay as they are, as in torch's FlexAttention.
     """
-    if not torch.is_autocast_enabled("cpu"):
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
         return q, k, v
-    dtype = torch.get_autocast_dtype("cpu")
 
     def cast(t: Any) -> Any:
-        eligible = isinstance(t, Tensor) and t.is_cpu and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if eligible else t
+        if not isinstance(t, Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+            return t
+        device = t.device.type
+        known = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+        return t.to(torch.get_autocast_dtype(device)) if known else t
 
     return cast(q), cast(k), cast(v)
 
@@ -204,6 +206,8 @@ def _check_dropout(program: Program, params: Sequence[float], seed: Tensor | Non
 
 
 def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Tensor]) -> None:
+    if q.is_cuda:  # to look at lengths there would be to wait for them
+        return
     q_layout, kv_layout = program.inputs[program.attend.q], program.inputs[program.attend.k]
     if kv_layout.kind == "padded":
         assert kv_layout.lengths is not None

@@ -127,7 +127,7 @@ class _Override:
         self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         try:
             torch.compiler.config.cache_key_tag = f"{self._tag} attnkit {attnkit.__version__}"
-            for key in ("CPU", "AutogradCPU"):
+            for key in ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA"):
                 self._library.impl("scaled_dot_product_attention", _override, key)
             torch_sdpa.forget_dispatch()
         except BaseException:

@@ -87,7 +87,8 @@ def attention(
         cu_seqlens_kv: the same for k and v; both or neither.
         kv_lens: int32 ``[B]``: only the first ``kv_lens[b]`` keys of each batch entry exist.
         return_lse: also return the natural-log sum of exponentials, float32 ``[B, Hq, Sq]``, -inf where no key is seen.
-        backend: ``"auto"``, ``"cpu"``, or ``"reference"`` (float64 numpy, materialised, for checking).
+        backend: ``"auto"``, ``"cpu"``, ``"triton"`` (tensors on an NVIDIA GPU: compiled, not run on one yet), or ``"reference"``
+            (float64 numpy, materialised, for checking).
 
     Returns:
         ``o [B, Hq, Sq, Dv]`` in q's dtype, or ``(o, lse)``. A row that sees nothing is 0.
@@ -141,7 +142,7 @@ def attention(
         raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
     if cached:
         refuse_gradients("q", (q, *buffers))
-    seed = draw(dropout_p)
+    seed = draw(dropout_p, q)
     if backend in ("auto", q.device.type):
         o, lse = attend(q, k, v, text, buffers, values, return_lse, seed)
     else:

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnkit.errors import error
 from attnkit.ops.check import check_bindings, needs_derivatives, shape_of
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.warm import Ready, is_unwatched, ready, run
+from attnkit.ops.warm import Ready, is_unwatched, ready, run, seed_of
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -84,19 +84,32 @@ def run_backward(
         _check("d_lse", d_lse, shape[:3], torch.float32)
     new = torch.zeros_like if ready.ragged or o.numel() == 0 else torch.empty_like
     try:
-        dq = torch.zeros_like(q, dtype=_accumulated(q))
+        dq = new(q) if q.is_cuda else torch.zeros_like(q, dtype=_accumulated(q))
         dk, dv = new(k), new(v)
         sums = [
-            torch.zeros(b.shape, dtype=_accumulated(b)) if w else None
+            torch.zeros(b.shape, dtype=_accumulated(b), device=b.device) if w else None
             for b, w in zip(buffers, wanted, strict=True)
         ]
     except RuntimeError as exc:  # torch has no narrower one on the CPU
         raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
     if recorder() is None:
         kernel: Any = ready.prepared.kernel
-        key = None if seed is None else int(seed)
         kernel.backward(
-            q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads(), key
+            q,
+            k,
+            v,
+            o,
+            lse,
+            buffers,
+            params,
+            d_o,
+            d_lse,
+            dq,
+            dk,
+            dv,
+            sums,
+            torch.get_num_threads(),
+            seed_of(seed),
         )
         counts.run()
     d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
@@ -267,6 +280,7 @@ def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tenso
     return None, None, dq if of_q else None, dk if of_k else None, dv if of_v else None, *of_buffers
 
 
-_lib.impl("attend_backward", _kernel, "CPU")
-_lib.impl("attend_backward", _autograd, "AutogradCPU")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("attend_backward", _kernel, _device)
+    _lib.impl("attend_backward", _autograd, f"Autograd{_device}")
 torch.library.register_fake("attnkit::attend_backward", _fake, lib=_lib)

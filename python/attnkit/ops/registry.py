@@ -29,6 +29,7 @@ from attnkit.ops.warm import (
     is_plain,
     is_unwatched,
     layout_of_output,
+    precision,
     ready,
     run,
 )
@@ -122,7 +123,9 @@ def _attend_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Ten
         return torch.ops.attnkit.attend.default(*tensors, *others)  # type: ignore[no-any-return]
 
 
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
@@ -144,7 +147,7 @@ def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
                 n if type(n) is int else 1 for n in (q.shape[3], v.shape[3])
             ]  # symbolic in a dynamic graph
             dtype = str(q.dtype).removeprefix("torch.")
-            prepared = prepare(program, dtype, dims[0], dims[1], q.device.type)
+            prepared = prepare(program, dtype, dims[0], dims[1], q.device.type, precision=precision(q))
     except AttnkitError as exc:
         if exc.code != "AK502":
             raise
@@ -215,7 +218,8 @@ def _torch_form(program: Program, square: bool) -> tuple[bool, float | None] | N
     return None
 
 
-_lib.impl("attend", _attend_kernel, "CPU")
-_lib.impl("attend", _attend_autograd, "AutogradCPU")
-_lib.impl("attend", _attend_autocast, "AutocastCPU")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("attend", _attend_kernel, _device)
+    _lib.impl("attend", _attend_autograd, f"Autograd{_device}")
+    _lib.impl("attend", _attend_autocast, f"Autocast{_device}")
 torch.library.register_fake("attnkit::attend", _attend_fake, lib=_lib)

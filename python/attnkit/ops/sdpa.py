@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnkit import backends
 from attnkit.errors import error
 from attnkit.ops.check import autocast, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
@@ -54,7 +55,9 @@ def express(
         return reason
     index: tuple[str, ...] | None = None
     if attn_mask is not None:
-        broadcast = _broadcast(attn_mask, (*query.shape[-4:-1], key.shape[-2]), query.dim(), query.dtype)
+        broadcast = _broadcast(
+            attn_mask, (*query.shape[-4:-1], key.shape[-2]), query.dim(), query.dtype, query.device
+        )
         if isinstance(broadcast, str):
             return broadcast
         attn_mask, index = broadcast
@@ -86,7 +89,10 @@ def _declined(
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype}"
     if not (query.is_cpu and key.is_cpu and value.is_cpu):
-        return f"device {next(t.device.type for t in (query, key, value) if not t.is_cpu)}"
+        device = next(t.device for t in (query, key, value) if not t.is_cpu)
+        one = query.device == key.device == value.device
+        if device.type != "cuda" or not one or backends.get("triton").available() is not None:
+            return f"device {device.type}"
     if not query.layout == key.layout == value.layout == torch.strided:
         return "layout that is not strided"
     if scale is not None and not abs(scale) <= _FLOAT32_MAX:
@@ -113,7 +119,7 @@ def _heads_match(heads: int, kv_heads: int, enable_gqa: bool) -> bool:
 
 
 def _broadcast(
-    mask: Tensor, full: tuple[int, ...], rank: int, dtype: torch.dtype
+    mask: Tensor, full: tuple[int, ...], rank: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, tuple[str, ...]] | str:
     """The mask without leading dimensions of size 1, and how a program indexes it; or why it cannot.
 
@@ -121,7 +127,7 @@ def _broadcast(
     """
     if mask.dtype not in (torch.bool, torch.float32, dtype):
         return f"mask of dtype {mask.dtype}"
-    if mask.device.type != "cpu":
+    if mask.device != device:
         return "mask on another device"
     if mask.layout != torch.strided:
         return "layout that is not strided"
@@ -197,7 +203,7 @@ def _text(
 
 def run(form: Form, query: Tensor, unwatched: bool) -> Tensor:
     """Compute a form; the result has the query's leading dimensions. ``unwatched``: see `attend`."""
-    seed = draw(form.dropout_p)
+    seed = draw(form.dropout_p, form.q)
     o, _ = attend(form.q, form.k, form.v, form.text, form.buffers, [], False, seed, unwatched)
     return o if query.dim() == 4 else o.reshape(*query.shape[:-1], form.v.shape[-1])
 

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 
-def draw(dropout_p: float) -> Tensor | None:
-    """The key of dropout for one call, from torch's default generator; None where nothing is dropped.
+def draw(dropout_p: float, like: Tensor) -> Tensor | None:
+    """The key of dropout for one call, from the default generator of a tensor's device; None where nothing is dropped.
 
     It is drawn outside the op: a compiled graph draws a new one at every call, and recomputation, which restores the
     generator, the same one again.
     """
-    return None if dropout_p == 0.0 else torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+    if dropout_p == 0.0:
+        return None
+    device = like.device if like.is_cuda else "cpu"
+    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)

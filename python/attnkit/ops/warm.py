@@ -27,9 +27,11 @@ def _bits(*keys: Any) -> int:
 
 
 # What torch's dispatcher looks at: a tensor's keys, and those that modes and transforms have added in this thread.
-_NOT_OF_TENSORS = ~_bits(_Key.CPU, _Key.ADInplaceOrView, _Key.AutogradCPU, _Key.AutocastCPU)
+_NOT_OF_TENSORS = ~_bits(
+    _Key.ADInplaceOrView, _Key.CPU, _Key.AutogradCPU, _Key.AutocastCPU, _Key.CUDA, _Key.AutogradCUDA, _Key.AutocastCUDA
+)  # fmt: skip
 _NOT_OF_THREADS = ~_bits(_Key.BackendSelect, _Key.ADInplaceOrView)
-_AUTOGRAD = _bits(_Key.AutogradCPU) & ~_bits(_Key.CPU)
+_AUTOGRAD = _bits(_Key.AutogradCPU, _Key.AutogradCUDA) & ~_bits(_Key.CPU, _Key.CUDA)
 
 # Asked at every call: looked up once.
 _keys_of, _raw = _C._dispatch_keys, _C.DispatchKeySet.raw_repr
@@ -42,7 +44,7 @@ _autocasts = torch.is_autocast_enabled
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors are dense memory on the CPU and nothing else, and no mode or transform wants to see the call.
+    """Whether the tensors are dense memory of the CPU or a GPU and nothing else, and no mode or transform wants to see the call.
 
     Not so: subclasses, lazy views, functional, sparse and nested tensors, tensors of other devices, functorch's.
     """
@@ -58,7 +60,9 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
 
 def is_unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing could tell a call of the op from a call of what the op does. To be asked outside dynamo."""
-    return _function_modes() == 0 and not _is_profiling() and not _autocasts("cpu") and is_plain(tensors)
+    if _function_modes() or _is_profiling() or _autocasts("cpu") or _autocasts("cuda"):
+        return False
+    return is_plain(tensors)
 
 
 def is_below_autograd() -> bool:
@@ -89,13 +93,14 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     Raises:
         AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
     """
-    key = (text, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, backend)
+    exact = precision(q)
+    key = (text, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, backend, exact)
     found = _ready.get(key)
     if found is not None:
         return found
     check_qkv(q, k, v, is_paged(parse(text)))
     prepared = prepare(
-        text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend
+        text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend, exact
     )
     program = prepared.spec.program
     new = Ready(
@@ -109,6 +114,16 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     if len(_ready) >= _MAX_ENTRIES:
         _ready.clear()
     return _ready.setdefault(key, new)
+
+
+def precision(q: Tensor) -> str:
+    """How exact products of q are to be: torch's setting for float32 on a GPU; everything else is exact anyway."""
+    return torch.get_float32_matmul_precision() if q.is_cuda and q.dtype == torch.float32 else "highest"
+
+
+def seed_of(seed: Tensor | None) -> int | Tensor | None:
+    """The seed of a call as a kernel takes it: a number, or on a GPU a tensor, which nobody waits for."""
+    return seed if seed is None or seed.is_cuda else int(seed)
 
 
 def has_backward(prepared: Prepared) -> bool:
@@ -151,7 +166,6 @@ def run(
     if record is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), None if lse is None else lse.zero_()
-    key = None if seed is None else int(seed)
-    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads(), key)
+    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads(), seed_of(seed))
     counts.run()
     return o, lse

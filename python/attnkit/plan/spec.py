@@ -14,7 +14,8 @@ FieldKind = Literal["numeric", "schedule"]
 class KernelSpec:
     """The problem a kernel is built for: everything that may change its code, nothing that may not.
 
-    ``dtype`` is torch's name of the element type (``"float32"``), ``device`` its device type.
+    ``dtype`` is torch's name of the element type (``"float32"``), ``device`` its device type, ``precision`` torch's word for how
+    exact products of float32 are to be on a GPU.
     """
 
     program: Program
@@ -22,6 +23,7 @@ class KernelSpec:
     head_dim: int
     v_head_dim: int
     device: str = "cpu"
+    precision: str = "highest"
 
 
 @dataclass(frozen=True)

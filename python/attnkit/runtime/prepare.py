@@ -27,7 +27,7 @@ class Prepared:
     rejected: dict[str, tuple[str, ...]]
 
 
-_cache: dict[tuple[str, str, int, int, str, str], Prepared] = {}
+_cache: dict[tuple[str, str, int, int, str, str, str], Prepared] = {}
 _lock = threading.RLock()  # a signal handler, or a finalizer, may come back here
 
 
@@ -58,7 +58,7 @@ def choose(spec: KernelSpec, backend: str = "auto") -> tuple[str, dict[str, tupl
             "AK502",
             where=f"backend {backend!r}",
             given=given,
-            allowed="float32, bfloat16 or float16 tensors on the CPU",
+            allowed="float32, bfloat16 or float16 tensors on the CPU or an NVIDIA GPU",
         )
     if backend == "auto":
         rejected["reference"] = ("runs only when it is asked for",)
@@ -66,18 +66,19 @@ def choose(spec: KernelSpec, backend: str = "auto") -> tuple[str, dict[str, tupl
 
 
 def prepare(
-    text: str, dtype: str, head_dim: int, v_head_dim: int, device: str = "cpu", backend: str = "auto"
-) -> Prepared:
+    text: str, dtype: str, head_dim: int, v_head_dim: int, device: str = "cpu", backend: str = "auto",
+    precision: str = "highest",
+) -> Prepared:  # fmt: skip
     """The kernel for a program text, built on first use.
 
     Raises:
         AttnkitError: AK1xx or AK2xx, the text is not a valid program; AK5xx, no backend can run it.
     """
-    key = (text, dtype, head_dim, v_head_dim, device, backend)
+    key = (text, dtype, head_dim, v_head_dim, device, backend, precision)
     found = _cache.get(key)
     if found is not None:
         return found
-    spec = KernelSpec(parse(text), dtype, head_dim, v_head_dim, device)
+    spec = KernelSpec(parse(text), dtype, head_dim, v_head_dim, device, precision)
     name, rejected = choose(spec, backend)
     chosen = backends.get(name)
     config = default_config(chosen.space(spec))

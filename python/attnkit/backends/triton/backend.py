@@ -1,0 +1,85 @@
+"""Triton as a backend: a program becomes the text of a kernel, which Triton compiles for the GPU at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from attnkit.backends import Kernel
+from attnkit.backends.triton import launch
+from attnkit.backends.triton.kernel import TritonKernel
+from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
+from attnkit.plan.ranges import stretch
+from attnkit.plan.spec import Config, Field, FieldKind, KernelSpec, Space
+
+_DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_DEVICES = (
+    "/dev/nvidiactl",
+    "/dev/dxg",
+)  # asked of the file system: a driver that was started would not survive a fork
+_LAYOUTS = ("bhsd", "packed", "padded")
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+_FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
+    "tile_q": ("schedule", (16, 32, 64, 128)), "tile_kv": ("numeric", (16, 32, 64, 128)), "warps": ("schedule", (1, 2, 4, 8)),
+    "stages": ("schedule", (1, 2, 3, 4)),
+}  # fmt: skip
+_ARCH = 90  # whose numbers are the defaults until a device is known
+
+
+class TritonBackend:
+    """See `attnkit.backends.Backend`."""
+
+    name = "triton"
+
+    def available(self) -> str | None:
+        """None if Triton is installed and the machine has an NVIDIA GPU. Imports neither Triton nor a driver."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install attnkit[triton])"
+        if not any(Path(device).exists() for device in _DEVICES):
+            return "there is no NVIDIA GPU here"
+        return None
+
+    def supports(self, spec: KernelSpec) -> tuple[str, ...]:
+        """Float32, bfloat16 and float16 tensors on an NVIDIA GPU; heads of 1 to 256 channels."""
+        program, reasons = spec.program, []
+        if not (program.is_attention and program.attend.plain):
+            reasons.append(
+                "the program is more than softmax attention with a score, a mask, a sink and dropout"
+            )
+        elif any(layout.kind not in _LAYOUTS or layout.codec is not None for layout in program.inputs):
+            reasons.append(f"an input is laid out otherwise than {', '.join(_LAYOUTS)}, or encoded")
+        if spec.device != "cuda":
+            reasons.append(f"tensors are on {spec.device}, not on an NVIDIA GPU")
+        if spec.dtype not in _DTYPES:
+            reasons.append(f"dtype is {spec.dtype}, the kernels take {', '.join(_DTYPES)}")
+        if not (1 <= spec.head_dim <= 256 and 1 <= spec.v_head_dim <= 256):
+            reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..256")
+        scale = program.attend.scale
+        if scale is not None and scale > _FLOAT32_MAX:
+            reasons.append(f"scale is {scale}, beyond float32")
+        return tuple(reasons)
+
+    def space(self, spec: KernelSpec) -> Space:
+        """Tiles, warps and stages of each kernel, for the device at hand."""
+        return space(spec, _ARCH if self.available() else launch.architecture())
+
+    def build(self, spec: KernelSpec, config: Config) -> Kernel:
+        """The kernels of a program, printed and compiled at the first call of each kind."""
+        return TritonKernel(spec, config)
+
+
+def space(spec: KernelSpec, arch: int) -> Space:
+    """The fields of an architecture, with the defaults that were found by compiling for it."""
+    size, width = _DTYPES.get(spec.dtype, 4), max(spec.head_dim, spec.v_head_dim)
+    fields: Space = {}
+    attend = spec.program.attend
+    dropout, lists = attend.dropout is not None, stretch(attend.mask, "kv_idx") is None
+    for kind, table in SCHEDULES.items():
+        found = with_room(schedule(table, arch, size, width), kind, arch, dropout=dropout, lists=lists)
+        for name, default in found._asdict().items():
+            fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1])
+    fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))
+    return fields
+
+
+backend = TritonBackend()

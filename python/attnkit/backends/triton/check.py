@@ -1,0 +1,261 @@
+"""``make compile-check``: every default kernel, compiled for every architecture without a GPU, and what it takes of one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from attnkit.backends.triton import launch
+from attnkit.backends.triton.backend import space
+from attnkit.backends.triton.backward import backward, delta, of_pairs, sums
+from attnkit.backends.triton.blocks import blocks
+from attnkit.backends.triton.forward import Shape, forward
+from attnkit.backends.triton.kernel import TritonKernel
+from attnkit.backends.triton.lints import lint
+from attnkit.backends.triton.merge import merge
+from attnkit.backends.triton.pairs import Pairs
+from attnkit.backends.triton.resources import SHARED, Resources, resources
+from attnkit.backends.triton.schedule import ARCHITECTURES
+from attnkit.backends.triton.source import Arguments
+from attnkit.ir.program import Program
+from attnkit.ir.text import parse
+from attnkit.plan.spec import KernelSpec
+
+# Programs by what they add to attention: buffers, score, mask, attributes, layout.
+CAUSAL = "mask = kv_idx <= q_idx + (kv_len - q_len)"
+PROGRAMS: dict[str, dict[str, str]] = {
+    "full": {},
+    "causal": {"body": CAUSAL},
+    "window": {
+        "body": "mask = (kv_idx <= q_idx + (kv_len - q_len)) & (q_idx + (kv_len - q_len) - kv_idx <= 1024)"
+    },
+    "softcap": {"body": f"score = 30 * tanh(s / 30)\n{CAUSAL}"},
+    "alibi": {
+        "buffers": "b0: f32[1]",
+        "body": f"score = s - b0[h] * abs(q_idx + (kv_len - q_len) - kv_idx)\n{CAUSAL}",
+    },
+    "bias": {"buffers": "b0: f32[4]", "body": "score = s + b0[b, h, q_idx, kv_idx]"},
+    "document": {"buffers": "b0: i32[2]", "body": "mask = b0[b, q_idx] == b0[b, kv_idx]"},
+    "sink": {"buffers": "b0: f32[1]", "body": CAUSAL, "normalizer": "softmax(sink = b0)"},
+    "dropout": {"body": CAUSAL, "attributes": ", dropout = 0.1"},
+    "packed": {
+        "layouts": "packed[b0] packed[b1] packed[b1]",
+        "buffers": "b0: i32[1], b1: i32[1]",
+        "body": CAUSAL,
+    },
+    "padded": {"layouts": "bhsd padded[b0] padded[b0]", "buffers": "b0: i32[1]"},
+}
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_ALIKE = ("window", "sink", "padded")  # programs that other kernels have no more lines for
+_BACKWARD_STACK = 64  # bytes a thread that a backward kernel may spill; they are recorded
+_GROUP = 4  # query heads of a kv head
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel of one program for one architecture."""
+
+    kernel: str
+    program: str
+    dtype: str
+    head_dim: int
+    v_head_dim: int
+    arch: int
+    precision: str = "highest"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of a case. ``roofline``: the share of peak that the tile's arithmetic intensity allows at most."""
+
+    case: Case
+    config: dict[str, int]
+    resources: Resources
+    findings: list[str]
+
+
+def program(name: str) -> Program:
+    """One of `PROGRAMS`."""
+    row = PROGRAMS[name]
+    q, k, v = row.get("layouts", "bhsd bhsd bhsd").split()
+    buffers = f" buffers({row['buffers']})" if "buffers" in row else ""
+    return parse(
+        f"attnkit 1\nprogram (q: {q}, k: {k}, v: {v}){buffers} {{\n"
+        f"  o, lse = attend(q, k, v, scale = default{row.get('attributes', '')}) {{\n"
+        f"{row.get('body', '')}\nnormalizer = {row.get('normalizer', 'softmax')}\n}}\n  return o, lse\n}}\n"
+    )
+
+
+def kernel_of(case: Case) -> TritonKernel:
+    """The kernels of a case's program with the defaults of its architecture."""
+    spec = KernelSpec(
+        program(case.program), case.dtype, case.head_dim, case.v_head_dim, "cuda", case.precision
+    )
+    config = {name: field.default for name, field in space(spec, case.arch).items()}
+    return TritonKernel(spec, config)
+
+
+Printed = tuple[
+    str, str, Arguments, dict[str, Any], str
+]  # entry, text, arguments, numbers, prefix of its fields
+
+
+def _forward(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    lists = kernel.attend.mask is not None and pairs.stretch is None
+    shape = Shape(lists=lists, care="flag" if kernel.wide else "")
+    numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
+    return "attend", *forward(pairs, kernel.scale, shape), numbers, ""
+
+
+def _decode(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    config, numbers = kernel.config, kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
+    numbers |= {
+        "TILE_Q": config["decode_tile_q"],
+        "TILE_KV": config["decode_tile_kv"],
+        "SPLIT_KV": config["split_kv"],
+    }
+    return "attend", *forward(pairs, kernel.scale, Shape(grouped=True, split=True)), numbers, "decode_"
+
+
+def _merge(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    numbers = {name: kernel.numbers(_GROUP)[name] for name in ("V_HEAD_DIM", "V_PADDED")}
+    return "merge", *merge(kernel.attend.normalizer.sink is not None, True), numbers, "merge_"
+
+
+def _blocks(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    return (
+        "blocks",
+        *blocks(pairs),
+        {name: kernel.numbers(_GROUP)[name] for name in ("TILE_Q", "TILE_KV")},
+        "blocks_",
+    )
+
+
+def _backward(kind: str, mend: bool = False) -> Callable[[TritonKernel, Pairs], Printed]:
+    def printed(kernel: TritonKernel, pairs: Pairs) -> Printed:
+        pairs = replace(pairs, streamed="kv_idx" if kind == "dq" else "q_idx")
+        lists = kernel.attend.mask is not None and pairs.stretch is None
+        found = sums(pairs, frozenset(range(len(kernel.program.buffers))))
+        config, prefix = kernel.config, kind + "_"
+        numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
+        numbers |= {"TILE_Q": config[prefix + "tile_q"], "TILE_KV": config[prefix + "tile_kv"]}
+        numbers |= kernel.sweeps(kind)[0]
+        return f"attend_{kind}", *backward(kind, pairs, kernel.scale, found, lists, mend), numbers, prefix
+
+    return printed
+
+
+def _pairs(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
+    numbers |= {"TILE_Q": kernel.config["pairs_tile_q"], "TILE_KV": kernel.config["pairs_tile_kv"]}
+    return "attend_pairs", *of_pairs(pairs, kernel.scale, sums(pairs, frozenset([0])), 0), numbers, "pairs_"
+
+
+def _delta(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    numbers = {name: kernel.numbers(_GROUP)[name] for name in ("V_HEAD_DIM", "V_PADDED")}
+    return "delta", *delta(True, kernel.attend.normalizer.sink is not None), {"TILE": 64} | numbers, "delta_"
+
+
+KERNELS: dict[str, Callable[[TritonKernel, Pairs], Printed]] = {
+    "forward": _forward, "decode": _decode, "merge": _merge, "blocks": _blocks,
+    "dq": _backward("dq"), "dkv": _backward("dkv"), "dq mend": _backward("dq", True), "dkv mend": _backward("dkv", True),
+    "pairs": _pairs, "delta": _delta,
+}  # fmt: skip
+
+
+def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
+    """The default kernels: every program at one shape, causal attention at all."""
+    for arch in architectures:
+        for kernel in ("forward", "decode", "dq", "dkv"):
+            for width in (64, 128, 256):
+                yield Case(kernel, "causal", "bfloat16", width, width, arch)
+            yield Case(kernel, "causal", "bfloat16", 192, 128, arch)
+            yield Case(kernel, "causal", "float16", 128, 128, arch)
+            for precision in ("highest", "high"):
+                yield Case(kernel, "causal", "float32", 64, 64, arch, precision)
+                yield Case(kernel, "causal", "float32", 128, 128, arch, precision)
+            for name in PROGRAMS:
+                if name != "causal" and (kernel == "forward" or name not in _ALIKE):
+                    yield Case(kernel, name, "bfloat16", 128, 128, arch)
+        yield Case("merge", "sink", "bfloat16", 128, 128, arch)
+        yield Case("delta", "sink", "bfloat16", 128, 128, arch)
+        yield Case("pairs", "bias", "bfloat16", 128, 128, arch)
+        yield Case("blocks", "document", "bfloat16", 128, 128, arch)
+
+
+def compiled(case: Case) -> tuple[Any, TritonKernel, str]:
+    """Triton's compiled kernel of a case, the kernel it belongs to, and the prefix of its fields."""
+    kernel = kernel_of(case)
+    pairs = Pairs(kernel.program)
+    entry, text, arguments, numbers, prefix = KERNELS[case.kernel](kernel, pairs)
+    short = "*" + _SHORT[case.dtype]
+    types = dict.fromkeys(("q", "k", "v", "o", "d_o", "dk", "dv"), short)
+    types |= {
+        f"b{i}": "*" + {"f32": "fp32", "bool": "i1"}.get(b.dtype, b.dtype)
+        for i, b in enumerate(kernel.program.buffers)
+    }
+    types |= dict.fromkeys(("lists", "counts", "cu_q", "cu_kv", "lengths", "table"), "*i32") | {
+        "seed_at": "*i64"
+    }
+    if case.kernel == "decode":
+        types["o"] = "*fp32"
+    described = launch.described_well(arguments, {name: types.get(name, "*fp32") for name, _ in arguments})
+    made = launch.Program(text, entry, arguments, tuple(numbers.items()))
+    target = launch.Target(case.arch, *kernel.layout(prefix))
+    return launch.compile_kernel(made, described, target), kernel, prefix
+
+
+def check(case: Case) -> Row:
+    """Compile a case and look at what came of it."""
+    found, kernel, prefix = compiled(case)
+    taken = resources(found)
+    config = {
+        n: kernel.config[prefix + n]
+        for n in ("tile_q", "tile_kv", "warps", "stages")
+        if prefix + n in kernel.config
+    }
+    findings = lint(found, case.dtype, kernel.precision)
+    if taken.shared > SHARED[case.arch]:
+        findings.append(f"{taken.shared} bytes of shared memory, the architecture has {SHARED[case.arch]}")
+    if taken.stack > (_BACKWARD_STACK if case.kernel in ("dq", "dkv", "pairs") else 0):
+        findings.append(f"spills {taken.stack} bytes a thread")
+    return Row(case, config, taken, findings)
+
+
+def main() -> int:
+    """Print the table; exit with 1 where a kernel does not do."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument(
+        "--arch", type=int, action="append", help="only this one (80, 90, 100); may be repeated"
+    )
+    parser.add_argument("--only", default="", help="only cases in whose name this occurs")
+    args = parser.parse_args()
+    rows = []
+    for case in cases(tuple(args.arch or ARCHITECTURES)):
+        name = f"sm_{case.arch} {case.kernel} {case.program} {case.dtype} {case.head_dim}/{case.v_head_dim} {case.precision}"
+        if args.only not in name:
+            continue
+        row = check(case)
+        rows.append(row)
+        tiles = " ".join(f"{n}={x}" for n, x in row.config.items())
+        r = row.resources
+        findings = "; ".join(row.findings)
+        sys.stdout.write(
+            f"{name:64} {tiles:44} {r.registers:4} {r.stack:5} {r.shared:7} {r.blocks:2}  {findings}\n"
+        )
+        sys.stdout.flush()
+    if args.json:
+        held = [asdict(row) | {"resources": row.resources._asdict()} for row in rows]
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"schema_version": 1, "rows": held}, indent=1) + "\n")
+    return int(any(row.findings for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

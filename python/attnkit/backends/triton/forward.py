@@ -1,0 +1,228 @@
+"""The forward kernel: a tile of queries reads the tiles of keys that it can see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from attnkit.backends.triton.pairs import LOG2E, Pairs, number
+from attnkit.backends.triton.parts import LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
+from attnkit.backends.triton.source import Arguments, part, render, whole
+from attnkit.ir.program import Layout
+
+FORWARD = '''
+@triton.jit
+def fold(
+    acc, top, total, query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {captured}{paging}{dropout}
+    {tiles}, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr, V_PADDED: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
+    CAREFUL: tl.constexpr = False, PARTS: tl.constexpr = 1, STAGES: tl.constexpr = None,
+):
+    """Folds `count` tiles of keys, in PARTS, into a tile of queries: weighted sums, largest exponent, sums of weights."""
+    lanes = tl.arange(0, TILE_KV)
+    for i in tl.range(0, count * PARTS, num_stages=STAGES):
+        $tile
+        #if paged
+        slots = start + lanes
+        page = tl.load(table + slots // PAGE, mask=present, other=0).to(tl.int64)
+        key = load_tile(k, page * k_sp + (slots % PAGE) * k_ss, 1, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
+        value = load_tile(v, page * v_sp + (slots % PAGE) * v_ss, 1, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
+        #else
+        key = load_tile(k + start.to(tl.int64) * k_ss, lanes, k_ss, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
+        value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
+        #end
+        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        $logits
+        above = tl.maximum(top, tl.max(logit, 1))
+        pivot = tl.where(above == float("-inf"), 0.0, above)
+        weights = tl.exp2(logit - pivot[:, None])
+        shrink = tl.exp2(top - pivot)
+        total = total * shrink + tl.sum(weights, 1)
+        #if dropout
+        word, _, _, _ = tl.philox(seed, b, h, q_idx, kv_idx)
+        weights = tl.where(word >= dropped_below, weights, 0.0)
+        #end
+        acc *= shrink[:, None]
+        weights = weights.to(value.dtype)
+        acc = add_product(
+            acc, weights, exists, value, v + start.to(tl.int64) * v_ss, v_ss, v_sd, V_HEAD_DIM, V_PADDED, PRECISION, CAREFUL and PARTIAL
+        )
+        top = above
+    return acc, top, total
+
+
+@triton.jit
+def attend(
+    {arguments}
+    TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
+    PADDED: tl.constexpr, V_PADDED: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,{constants}
+):
+    """o and lse of a tile of queries of one head."""
+    $owner
+    #if mend
+    if tl.load(flags + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) == 0:
+        return
+    #end
+    q_rows = tile_of * TILE_Q + tl.arange(0, TILE_Q)
+    #if grouped
+    kv_head = tl.program_id(1)
+    q_live = q_rows < q_len * GROUP
+    heads = kv_head * GROUP + q_rows % GROUP
+    places = tl.minimum(q_rows // GROUP, q_len - 1)  # what is beyond the last query is the last query again
+    h = heads.to({int})[:, None]
+    #else
+    heads = tl.program_id(1)
+    kv_head = heads // GROUP
+    q_live = q_rows < q_len
+    places = tl.minimum(q_rows, q_len - 1)  # what is beyond the last query is the last query again
+    h = heads.to({int})
+    #end
+    q_idx = places.to({int})[:, None]
+    $visits
+    q_at = heads.to(tl.int64) * q_sh + (q_start + places).to(tl.int64) * q_ss
+    query = load_tile(q + entry.to(tl.int64) * q_sb, q_at, 1, q_sd, q_live, HEAD_DIM, PADDED, False)
+    #if paged
+    k += kv_head.to(tl.int64) * k_sh
+    v += kv_head.to(tl.int64) * v_sh
+    table += b.to(tl.int64) * table_sb
+    #else
+    k += entry.to(tl.int64) * k_sb + kv_head.to(tl.int64) * k_sh + kv_start.to(tl.int64) * k_ss
+    v += entry.to(tl.int64) * v_sb + kv_head.to(tl.int64) * v_sh + kv_start.to(tl.int64) * v_ss
+    #end
+    #if dropout
+    seed = tl.load(seed_at)
+    #end
+    acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
+    top = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    #if mend
+    PARTS: tl.constexpr = TILE_KV // 16
+    acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
+    acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
+    #else
+    acc, top, total = fold(acc, top, total, {fold_full}, {numbers}, False)
+    acc, top, total = fold(acc, top, total, {fold_partial}, {numbers}, True)
+    #if flag
+    tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + heads, has_nan(acc).to(tl.int32))
+    #else
+    if has_nan(acc):  # rare: again, in narrow tiles, with care where there are pairs that do not exist
+        PARTS: tl.constexpr = TILE_KV // 16
+        acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
+        top = tl.full([TILE_Q], float("-inf"), tl.float32)
+        total = tl.zeros([TILE_Q], tl.float32)
+        acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
+        acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
+    #end
+    #end
+    #if sink
+    sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
+    above = tl.maximum(top, sink)
+    pivot = tl.where(above == float("-inf"), 0.0, above)
+    shrink = tl.exp2(top - pivot)
+    total = total * shrink + tl.exp2(sink - pivot)
+    acc *= shrink[:, None]
+    top = above
+    #end
+    dead = total == 0.0
+    #if dropout
+    acc *= kept_times
+    #end
+    acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
+    #if split
+    o += tl.program_id(2).to(tl.int64) * o_split
+    lse += tl.program_id(2).to(tl.int64) * lse_split
+    #end
+    o_at = heads.to(tl.int64) * o_sh + (q_start + places).to(tl.int64) * o_ss
+    store_tile(o + entry.to(tl.int64) * o_sb, o_at, 1, o_sd, q_live, acc, V_HEAD_DIM, V_PADDED)
+    #if lse
+    lse_at = entry.to(tl.int64) * lse_sb + heads.to(tl.int64) * lse_sh + (q_start + places)
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(lse + lse_at, pivot * 0.6931471805599453 + tl.log(total), mask=q_live)
+    #end
+'''
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a call decides which lines a forward kernel has.
+
+    ``grouped``: the query heads that share a kv head are rows of one tile; ``split``: the keys are split between programs,
+    which leave sums to merge; ``lists``: the tiles to visit stand in lists. What came out as no number is made again with
+    care: by the kernel itself (``care`` is ``""``), or it says so (``"flag"``) to a second one (``"mend"``).
+    """
+
+    need_lse: bool = True
+    grouped: bool = False
+    split: bool = False
+    lists: bool = False
+    care: Literal["", "flag", "mend"] = ""
+
+
+def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
+    """The text of the forward kernel ``attend`` and its arguments."""
+    attend = pairs.attend
+    kv: Layout = pairs.program.inputs[attend.k]
+    roots = [root for root in (attend.score, attend.mask) if root is not None]
+    captured = pairs.captured(roots)
+    flags = {
+        "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
+        "score": pairs.has_score, "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
+        "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
+        "lengths": kv.kind in ("padded", "paged"),
+    }  # fmt: skip
+    flags["sink"] &= not shape.split
+    flags["ragged"] = flags["packed"]
+    flags["last_first"] = True
+    flags["unknown"] = not shape.lists and pairs.stretch is None
+    on = {name for name, held in flags.items() if held} | {shape.care}
+    inner, outer = pairs.printer(), pairs.printer()
+    score, score_name = pairs.score(inner)
+    mask, exists, poison = pairs.mask(inner)
+    paging = "table, k_sp, v_sp, " if "paged" in on else ""
+    paging_types = "table, k_sp, v_sp, PAGE: tl.constexpr, " if "paged" in on else ""
+    dropout = "seed, dropped_below, " if "dropout" in on else ""
+    names = "".join(f"{name}, " for name, _ in captured)
+    tiles = "tiles, step, count" if shape.lists else "count, first, before, between"
+    full = "tiles + list_length - 1, -1, full" if shape.lists else "full, whole_first, full, 0"
+    partial = "tiles, 1, partial" if shape.lists else "partial, first, whole_first - first, full"
+    common = f"query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {names}"
+    common += f"{'table, k_sp, v_sp, PAGE, ' if paging else ''}{dropout}"
+    numbers = "TILE_Q, {}, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
+    arguments = _arguments(on, captured)
+    constants = [f" {name}: tl.constexpr," for name in ("SPLIT_KV",) * shape.split + ("PAGE",) * bool(paging)]
+    holes: dict[str, list[str] | str] = {
+        "int": "tl.int64" if pairs.wide else "tl.int32",
+        "captured": names, "paging": paging_types, "dropout": dropout, "tiles": tiles,
+        "score": score, "score_name": score_name, "mask": [*mask], "exists": exists, "poison": poison,
+        "scale": number(scale), "scale_log2e": number(scale * LOG2E),
+        "fold_full": common + full, "fold_partial": common + partial,
+        "numbers": numbers.format("TILE_KV"), "careful": numbers.format("TILE_KV // PARTS"),
+        "arguments": "".join(f"{name}, " for name, _ in arguments).rstrip(), "constants": "".join(constants),
+        "bounds": [] if shape.lists else pairs.bounds(outer), **QUERIES, "head": "heads", "times": " * GROUP" if shape.grouped else "",
+    }  # fmt: skip
+    pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS))
+    holes |= {name: part(template, on, holes) for name, template in pieces}
+    return whole(TILES + render(FORWARD, on, holes)), arguments
+
+
+def _arguments(on: set[str], captured: Arguments) -> Arguments:
+    pointers = ["q", "k", "v", "o", *["lse"] * ("lse" in on), *["sinks"] * ("sink" in on)]
+    pointers += ["seed_at"] * ("dropout" in on)
+    pointers += (
+        ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
+    )
+    pointers += ["lists", "counts"] * ("lists" in on) + ["flags"] * bool(on & {"flag", "mend"})
+    kv = "ph" if "paged" in on else "bh"
+    strides = [
+        f"{x}_s{d}"
+        for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd"))
+        for d in dims
+    ]
+    sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "lse_split"] * ("split" in on)
+    sizes += ["table_sb"] * ("paged" in on) + ["list_length", "list_sb", "list_sh"] * ("lists" in on)
+    sizes += ["sequences"] if "packed" in on else ["q_tiles", "q_len"]
+    sizes += [] if on & {"packed", "lengths"} else ["kv_len"]
+    sizes += ["dropped_below"] * ("dropout" in on)
+    found = [(name, "pointer") for name in pointers] + [(name, "stride") for name in strides]
+    found += [(name, "size") for name in sizes] + [("kept_times", "float")] * ("dropout" in on)
+    return (*found, *captured)

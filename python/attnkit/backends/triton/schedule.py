@@ -1,0 +1,72 @@
+"""How kernels are laid out on a GPU: tiles, warps and stages by architecture, element size and head dim.
+
+Found by compiling (docs/design/triton.md): the largest tiles that spill nothing and fit shared memory. Not timed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Schedule(NamedTuple):
+    """Rows and columns of a tile of pairs, warps of a program, tiles of keys (queries) in flight."""
+
+    tile_q: int
+    tile_kv: int
+    warps: int
+    stages: int
+
+
+# (architecture, element bytes) -> by width of the widest head: up to 64, 128, 256.
+Table = dict[tuple[int, int], tuple[Schedule, Schedule, Schedule]]
+# Exact products of float32 are made without tensor cores, from operands in registers: small tiles.
+_SINGLE = ((80, 4), (90, 4), (100, 4))
+FORWARD: Table = {
+    (80, 2): (Schedule(128, 64, 8, 2), Schedule(128, 32, 8, 2), Schedule(64, 32, 8, 2)),
+    (90, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
+    (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
+    **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 1), Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2))),
+}
+DECODE: Table = {
+    (80, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
+    (90, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
+    (100, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
+    **dict.fromkeys(_SINGLE, (Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 2))),
+}
+DQ: Table = {
+    (80, 2): (Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(64, 32, 8, 2)),
+    (90, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
+    (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
+    **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))),
+}
+DKV: Table = {
+    (80, 2): (Schedule(64, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
+    (90, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
+    (100, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
+    **dict.fromkeys(_SINGLE, (Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))),
+}
+PAIRS: Table = {
+    **dict.fromkeys(
+        ((80, 2), (90, 2), (100, 2)), (Schedule(64, 32, 8, 1), Schedule(64, 32, 8, 1), Schedule(32, 32, 8, 1))
+    ),
+    **dict.fromkeys(_SINGLE, (Schedule(16, 32, 8, 1), Schedule(16, 16, 8, 1), Schedule(16, 16, 8, 1))),
+}
+# By what stands before the names of their fields.
+SCHEDULES = {"": FORWARD, "decode_": DECODE, "dq_": DQ, "dkv_": DKV, "pairs_": PAIRS}
+WARPS = {"blocks_": 8, "delta_": 8, "merge_": 4}  # of kernels that have nothing to choose
+ARCHITECTURES = (80, 90, 100)
+
+
+def with_room(found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool) -> Schedule:
+    """A schedule with narrower tiles where a program needs more registers: for random numbers, for masks of any shape."""
+    if (kind == "" and (dropout or (lists and arch != 90))) and found.tile_kv > 32:
+        return found._replace(tile_kv=found.tile_kv // 2)
+    if kind == "dkv_" and dropout and found.tile_q > 32:
+        return found._replace(tile_q=found.tile_q // 2)
+    return found
+
+
+def schedule(table: Table, arch: int, size: int, width: int) -> Schedule:
+    """The row of a table for an architecture of the same family or the next older one."""
+    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    return table[known, size][0 if width <= 64 else 1 if width <= 128 else 2]

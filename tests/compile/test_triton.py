@@ -1,0 +1,152 @@
+"""GPU kernels, compiled without a GPU: they fit, spill nothing, and are what they should be by reading them."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnkit.backends.triton import check, launch, lints
+from attnkit.backends.triton.check import Case
+from attnkit.ops.traced import Traceable, bind
+
+CASES = [
+    Case("forward", "causal", "bfloat16", 128, 128, 90),
+    Case("dq", "alibi", "bfloat16", 64, 64, 90),
+    Case("dkv", "causal", "bfloat16", 128, 128, 90),
+    Case("decode", "causal", "float16", 128, 128, 80),
+    Case("forward", "document", "bfloat16", 64, 64, 100),
+    Case("forward", "causal", "float32", 64, 64, 80),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile, whatever was compiled before."""
+    folder = tmp_path / "kernels"
+    monkeypatch.setenv("ATTNKIT_KERNEL_CACHE", str(folder))
+
+
+@pytest.mark.shows
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda c: f"sm_{c.arch}-{c.kernel}-{c.program}-{c.dtype}-{c.head_dim}"
+)
+def test_default_kernels_fit_and_do_not_spill(case: Case) -> None:
+    row = check.check(case)
+    assert row.findings == []
+    assert row.resources.blocks >= 1
+    assert row.resources.stack == 0 or case.kernel == "dkv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(check.cases()), ids=str)
+def test_every_default_kernel(case: Case) -> None:
+    assert check.check(case).findings == []
+
+
+@pytest.mark.slow
+def test_products_do_not_wait_for_each_other() -> None:
+    for case in CASES[:3]:
+        assert lints.serialized(check.compiled(case)[0]) == []
+
+
+def test_float32_products_say_how_exact_they_are() -> None:
+    """A GPU takes TF32 where nothing is said, and the interpreter is exact whatever is said."""
+    exact, fast = (
+        check.compiled(Case("dq", "causal", "float32", 64, 64, 90, precision))[0]
+        for precision in ("highest", "high")
+    )
+    assert "inputPrecision" not in exact.asm["ttir"]
+    assert "tf32" not in exact.asm["ptx"]
+    assert "inputPrecision = tf32" in fast.asm["ttir"]
+    assert ".tf32" in fast.asm["ptx"]
+    assert lints.lint(exact, "float32", "tf32") == ["products are ieee, not tf32"]
+    assert lints.lint(fast, "float32", "ieee")[0] == "products are tf32, not ieee"
+
+
+def test_arguments_that_are_not_aligned_are_found() -> None:
+    text = "tt.func public @f(%arg0: !tt.ptr<bf16>, %arg1: i32)"
+    assert lints._attributes(text) == [
+        "a pointer is not known to be aligned",
+        "no stride is known to be aligned",
+    ]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """What would be launched on a Hopper GPU: (entry, grid, arguments), after compiling it."""
+    from triton.compiler import CompiledKernel
+
+    calls: list[Any] = []
+    monkeypatch.setattr(launch, "current_target", lambda warps, stages: launch.Target(90, warps, stages))
+    monkeypatch.setattr(
+        CompiledKernel,
+        "__getitem__",
+        lambda self, grid: lambda *args: calls.append((self.name, grid, self, args)),
+    )
+    launch._compiled.cache_clear()
+    yield calls
+    launch._compiled.cache_clear()
+
+
+@pytest.mark.shows
+def test_a_call_down_to_the_launch(launched: list[Any]) -> None:
+    """What a call on a GPU does but for the launch: tensors here, kernels compiled for a Hopper GPU."""
+    from attnkit import backends
+    from attnkit.ir.text import parse
+    from attnkit.plan.spec import KernelSpec
+    from attnkit.tune import default_config
+
+    q, k, v = (torch.randn(2, heads, 256, 64).bfloat16() for heads in (4, 2, 2))
+    slopes = torch.rand(4)
+    mask = lambda b, h, q_idx, kv_idx: kv_idx <= q_idx  # noqa: E731
+    text, buffers, _ = bind(Traceable(lambda s, b, h, i, j: s - slopes[h] * (i - j).abs(), mask), q)
+    spec = KernelSpec(parse(text), "bfloat16", 64, 64, "cuda")
+    backend = backends.get("triton")
+    kernel: Any = backend.build(spec, default_config(backend.space(spec)))
+    o, lse = torch.empty_like(q), torch.empty(2, 4, 256)
+    kernel(q, k, v, o, lse, list(buffers), [])
+    d_slopes = [torch.zeros(4)]
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    kernel.backward(q, k, v, o, lse, list(buffers), [], torch.randn_like(o), None, *grads, d_slopes)
+    names = [name for name, _, _, _ in launched]
+    assert names == ["attend", "delta", "attend_dq", "attend_dq", "attend_dkv", "attend_dkv"]
+    assert launched[0][1] == (2 * 2, 4, 1)  # tiles of all sequences, heads
+    for _, _, compiled, args in launched:
+        assert len(args) == len(compiled.src.signature)
+    before = len(launched)
+    kernel(q, k, v, o, lse, list(buffers), [])
+    assert launched[before][2] is launched[0][2]  # found again, not compiled again
+
+
+def test_the_kernel_cache_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnkit.errors import AttnkitError
+
+    folder = tmp_path / "mine"
+    monkeypatch.setenv("ATTNKIT_KERNEL_CACHE", str(folder))
+    assert launch.kernel_cache() == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(AttnkitError) as raised:
+        launch.kernel_cache()
+    assert raised.value.code == "AK401"
+    monkeypatch.delenv("ATTNKIT_KERNEL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert launch.kernel_cache() == tmp_path / "attnkit/kernels"
+    assert os.path.isdir(tmp_path / "attnkit/kernels")  # noqa: PTH112
+
+
+def test_cpu_tensors_are_refused_with_a_reason() -> None:
+    import attnkit as ak
+    from attnkit.errors import AttnkitError
+
+    q = torch.randn(1, 1, 8, 16)
+    with pytest.raises(AttnkitError) as raised:
+        ak.attention(q, q, q, backend="triton")
+    assert raised.value.code == "AK502"
+    assert "no NVIDIA GPU" in raised.value.given or "tensors are on cpu" in raised.value.given
+    report = ak.explain(lambda: ak.attention(q, q, q))
+    assert report.calls[0].backend == "cpu"
+    assert "triton" in report.calls[0].rejected

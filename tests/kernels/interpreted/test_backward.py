@@ -1,0 +1,197 @@
+"""The backward kernels against the float64 reference, and against how close the naive float32 computation comes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attnkit as ak
+from attnkit.backends import get
+from attnkit.ops.traced import Traceable
+from attnkit.plan.spec import KernelSpec
+from attnkit.testing import Dims, qkv
+
+TILES = {"dq_tile_q": 64, "dq_tile_kv": 64, "dkv_tile_q": 64, "dkv_tile_kv": 64}
+
+
+def gradients(
+    kernel: Any, tensors: list[Any], buffers: list[Any], params: list[float], d_o: Any, d_lse: Any, seed: Any
+) -> Any:
+    q, k, v = tensors
+    o, lse = q.new_full((*q.shape[:3], v.shape[3]), float("nan")), torch.full(q.shape[:3], float("nan"))
+    kernel(q, k, v, o, lse, buffers, params, 1, seed)
+    dq, dk, dv = (torch.zeros_like(x) for x in tensors)
+    d_buffers = [torch.zeros(b.shape) if b.is_floating_point() else None for b in buffers]
+    kernel.backward(q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, d_buffers, 1, seed)
+    return [dq, dk, dv, *(d for d in d_buffers if d is not None)]
+
+
+@pytest.fixture
+def agree(build: Callable[..., Any], rng: np.random.Generator) -> Callable[..., None]:
+    """``agree(dims, **fields of Traceable)``: all gradients are as close to float64 as float32 rounding explains."""
+
+    def run(
+        dims: Dims,
+        *,
+        dtype: str = "float32",
+        plant: Any = None,
+        d_lse: bool = True,
+        seed: Any = None,
+        **fields: Any,
+    ) -> None:
+        arrays = qkv("gaussian", rng, dims, dtype)
+        d_o = rng.standard_normal((*arrays[0].shape[:3], arrays[2].shape[3])).astype(np.float32)
+        of_lse = rng.standard_normal(arrays[0].shape[:3]).astype(np.float32) if d_lse else None
+        if plant is not None:
+            plant(*arrays, d_o)
+        tensors = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in arrays]
+        traced = Traceable(fields.pop("score", None), fields.pop("mask", None), **fields)
+        kernel, buffers, params = build(traced, tensors[0], tensors[2], TILES)
+        cotangents = (
+            torch.from_numpy(d_o).to(tensors[0].dtype),
+            None if of_lse is None else torch.from_numpy(of_lse),
+        )
+        got = gradients(kernel, tensors, buffers, params, *cotangents, seed)
+        spec = KernelSpec(kernel.spec.program, "float64", dims.head_dim, dims.v_head_dim, "cpu")
+        reference = get("reference").build(spec, {})
+        doubles = [t.double() for t in tensors]
+        o, lse = reference_forward(reference, doubles, buffers, params, seed)
+        want = [torch.zeros_like(x) for x in doubles]
+        d_buffers = [
+            torch.zeros(b.shape, dtype=torch.float64) if b.is_floating_point() else None for b in buffers
+        ]
+        reference.backward(  # type: ignore[attr-defined]
+            *doubles,
+            o,
+            lse,
+            buffers,
+            params,
+            cotangents[0].double(),
+            cotangents[1],
+            *want,
+            d_buffers,
+            1,
+            seed,
+        )
+        for i, (mine, other) in enumerate(
+            zip(got, [*want, *(d for d in d_buffers if d is not None)], strict=True)
+        ):
+            found, expected = mine.double().numpy(), other.numpy()
+            finite = np.isfinite(expected)
+            np.testing.assert_array_equal(np.isfinite(found), finite, err_msg=f"result {i}")
+            size = float(np.abs(np.where(finite, expected, 0)).max(initial=0))
+            tolerance = {"float32": 4e-6, "float16": 4e-3}[dtype]
+            error = float(np.abs(np.where(finite, found - expected, 0)).max(initial=0))
+            assert error <= tolerance * max(size, 1.0), (
+                f"result {i}: error {error:.3g}, largest element {size:.3g}"
+            )
+
+    return run
+
+
+def reference_forward(
+    reference: Any, tensors: list[Any], buffers: Any, params: Any, seed: Any
+) -> tuple[Any, Any]:
+    q, _, v = tensors
+    o, lse = q.new_empty((*q.shape[:3], v.shape[3])), torch.empty(q.shape[:3])
+    reference(*tensors, o, lse, buffers, params, 1, seed)
+    return o, lse
+
+
+SMALL = Dims(1, 2, 1, 70, 90, 16, 24)
+
+
+def test_plain(agree: Callable[..., None]) -> None:
+    agree(SMALL)
+    agree(Dims(2, 2, 2, 64, 64, 16, 16), d_lse=False)
+
+
+def test_causal(agree: Callable[..., None]) -> None:
+    agree(Dims(1, 4, 2, 130, 100, 16, 16), mask=ak.causal())
+
+
+def test_window(agree: Callable[..., None]) -> None:
+    agree(SMALL, mask=ak.window(20, 9))
+
+
+def test_lists(agree: Callable[..., None]) -> None:
+    agree(SMALL, mask=lambda b, h, q_idx, kv_idx: (q_idx // 16 + kv_idx // 16 + h) % 2 == 0)
+
+
+def test_float16(agree: Callable[..., None]) -> None:
+    agree(SMALL, dtype="float16", mask=ak.causal())
+
+
+def test_softcap(agree: Callable[..., None]) -> None:
+    agree(SMALL, score=ak.softcap(2.0), mask=ak.causal())
+
+
+def test_sink(agree: Callable[..., None], rng: np.random.Generator) -> None:
+    agree(SMALL, sink=torch.from_numpy(rng.standard_normal(2).astype(np.float32)), mask=ak.causal())
+
+
+@pytest.mark.parametrize("shape", ["h", "bh", "hq", "k", "hk", "bhqk", "qk", "hqk", "1hqk", "kq"])
+def test_captured(shape: str, agree: Callable[..., None], rng: np.random.Generator) -> None:
+    dims = Dims(2, 2, 1, 70, 90, 16, 16)
+    sizes = {"b": 2, "h": 2, "q": 70, "k": 90, "1": 1}
+    tensor = torch.from_numpy(rng.standard_normal([sizes[d] for d in shape]).astype(np.float32))
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        index = {"b": b, "h": h, "q": q_idx, "k": kv_idx, "1": 0}
+        return s + tensor[tuple(index[d] for d in shape)] * torch.sigmoid(s)
+
+    agree(dims, score=score, mask=ak.causal())
+
+
+def test_padded(agree: Callable[..., None]) -> None:
+    lens = torch.tensor([90, 0, 33], dtype=torch.int32)
+
+    def plant(q: Any, k: Any, v: Any, d_o: Any) -> None:
+        k[2, :, 33:], v[2, :, 33:], k[1], v[1] = np.nan, np.inf, np.nan, np.nan
+
+    agree(Dims(3, 2, 1, 30, 90, 16, 16), kv_lens=lens, plant=plant)
+
+
+def test_packed(agree: Callable[..., None]) -> None:
+    cu_q, cu_kv = torch.tensor([0, 0, 5, 70, 71]).int(), torch.tensor([0, 9, 40, 40, 200]).int()
+    agree(Dims(1, 2, 1, 71, 200, 16, 16), cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, mask=ak.causal())
+    agree(Dims(1, 2, 1, 71, 200, 16, 16), cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv,
+          mask=lambda b, h, q_idx, kv_idx: (q_idx + kv_idx + h) % 3 != 0)  # fmt: skip
+
+
+def test_dropout(agree: Callable[..., None]) -> None:
+    agree(SMALL, dropout_p=0.4, seed=987654321987654321, mask=ak.causal())
+
+
+@pytest.mark.parametrize("where", ["keys", "queries"])
+def test_what_is_not_a_number_reaches_those_who_see_it(
+    where: str, build: Callable[..., Any], rng: np.random.Generator
+) -> None:
+    """A key or value those queries that see it, a query or cotangent those keys; nothing else changes."""
+    q, k, v = (torch.from_numpy(x) for x in qkv("gaussian", rng, SMALL))
+    d_o = torch.from_numpy(rng.standard_normal((1, 2, 70, 24)).astype(np.float32))
+    if where == "keys":
+        v[0, 0, 85, 3], k[0, 0, 88, 2] = np.nan, np.inf
+    else:
+        d_o[0, 0, 5, 1], q[0, 1, 3, 4] = np.inf, np.nan
+    kernel, buffers, params = build(Traceable(None, ak.causal()), q, v, TILES)
+    got = gradients(kernel, [q, k, v], buffers, params, d_o, None, None)
+    want = [torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v)]
+    for h in range(2):
+        for i in range(70):  # a row at a time, over the keys that it sees
+            seen = slice(0, i + 21)
+            rows = [q[0, h, i].double(), k[0, 0, seen].double(), v[0, 0, seen].double()]
+            leaves = [row.requires_grad_() for row in rows]
+            (torch.softmax(leaves[1] @ leaves[0] / 4, 0) @ leaves[2]).backward(d_o[0, h, i].double())
+            places = (want[0][0, h, i], want[1][0, 0, seen], want[2][0, 0, seen])
+            for place, leaf in zip(places, leaves, strict=True):
+                place.add_(leaf.grad)
+    for mine, other in zip(got, want, strict=True):
+        finite = torch.isfinite(other)
+        assert torch.equal(torch.isfinite(mine), finite), (
+            (torch.isfinite(mine) != finite).nonzero().tolist()[:9]
+        )
+        assert not finite.any() or (mine[finite] - other[finite]).abs().max() < 1e-5
+    assert 0 < torch.isfinite(want[0 if where == "keys" else 1]).sum() < want[0].numel()

@@ -1,0 +1,182 @@
+"""The forward kernels over the gallery of scores and masks, layouts, tails, dead rows and dead slots."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import attnkit as ak
+from attnkit.backends.reference.philox import kept
+from attnkit.ops.traced import Traceable
+from attnkit.testing import Dims, qkv
+
+Compare = Callable[..., Any]
+
+
+def _gallery() -> Any:
+    """The variants of tests/conformance, each with its equation for the oracle."""
+    path = Path(__file__).parents[2] / "conformance/test_modifiers.py"
+    spec = importlib.util.spec_from_file_location("gallery_of_modifiers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+GALLERY = _gallery()
+
+
+@pytest.mark.parametrize("name", GALLERY.VARIANTS)
+def test_gallery(name: str, compare: Compare, rng: np.random.Generator) -> None:
+    dims = Dims(1, 2, 1, 140, 130, 16, 24)
+    variant = GALLERY.VARIANTS[name](rng, dims)
+    call = dict(variant.mods or variant.plain)
+    weighting = call.pop("normalizer", None)
+    fields = call | ({} if weighting is None else {"sink": weighting.sink})
+    compare(*qkv("gaussian", rng, dims), oracle=variant.oracle, **fields)
+
+
+def arrays(rng: np.random.Generator, *dims: int, dtype: str = "float32") -> tuple[Any, Any, Any]:
+    return qkv("gaussian", rng, Dims(*dims), dtype)
+
+
+@pytest.mark.parametrize("kv_len", [1, 63, 64, 65, 129])
+def test_tails(kv_len: int, compare: Compare, rng: np.random.Generator) -> None:
+    for q_len in (1, 129):
+        compare(*arrays(rng, 1, 2, 1, q_len, kv_len, 20, 33), oracle={"mask": lambda p: p.kv_idx <= p.position},
+                mask=ak.causal(), mostly_dead=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("distribution", ["outlier", "near_tie", "huge", "tiny", "constant", "one_hot"])
+def test_distributions(distribution: str, compare: Compare, rng: np.random.Generator) -> None:
+    compare(*qkv(distribution, rng, Dims(1, 1, 1, 128, 192, 32, 32)), mostly_dead=distribution == "tiny")
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_float16(masked: bool, compare: Compare, rng: np.random.Generator) -> None:
+    masks = {"oracle": {"mask": lambda p: p.kv_idx <= p.position}, "mask": ak.causal()} if masked else {}
+    compare(*arrays(rng, 1, 2, 1, 128, 160, 64, 64, dtype="float16"), dtype="float16", **masks)
+
+
+def test_padded(compare: Compare, rng: np.random.Generator) -> None:
+    q, k, v = arrays(rng, 4, 2, 1, 40, 150, 16, 16)
+    lens = np.array([150, 0, 7, 64], np.int32)
+    for b, n in enumerate(lens):
+        k[b, :, n:], v[b, :, n:] = np.nan, np.inf
+    oracle = {"kv_lens": lens, "mask": lambda p: p.kv_idx <= p.position}
+    compare(q, k, v, oracle=oracle, mask=ak.causal(), kv_lens=torch.from_numpy(lens), mostly_dead=True)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_packed(lists: bool, compare: Compare, rng: np.random.Generator) -> None:
+    q, k, v = arrays(rng, 1, 2, 1, 300, 400, 16, 16)
+    cu_q = np.array([0, 0, 5, 133, 134, 300], np.int32)
+    cu_kv = np.array([0, 9, 100, 100, 165, 400], np.int32)
+    fields = {"cu_seqlens_q": torch.from_numpy(cu_q), "cu_seqlens_kv": torch.from_numpy(cu_kv)}
+    oracle: dict[str, Any] = {"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}
+    mask: Any = ak.causal()
+    oracle["mask"] = lambda p: p.kv_idx <= p.position
+    if lists:
+        mask = lambda b, h, q_idx, kv_idx: (kv_idx + b + h) % 3 != q_idx % 2  # noqa: E731
+        oracle["mask"] = lambda p: (p.kv_idx + p.b + p.h) % 3 != p.q_idx % 2
+    compare(q, k, v, oracle=oracle, mask=mask, mostly_dead=True, **fields)
+
+
+@pytest.mark.parametrize("kind", ["plain", "causal", "score", "lists", "sink", "float16"])
+def test_decode(kind: str, compare: Compare, rng: np.random.Generator) -> None:
+    """Few queries: heads of a group are rows of one tile, keys are split, parts are merged."""
+    dtype = "float16" if kind == "float16" else "float32"
+    q, k, v = arrays(rng, 2, 6, 2, 3, 330, 32, 24, dtype=dtype)
+    fields: dict[str, Any] = {}
+    oracle: dict[str, Any] = {}
+    if kind == "score":
+        fields["score"] = lambda s, b, h, q_idx, kv_idx: s - (h + 1) * (q_idx + 327 - kv_idx).abs() * 0.01
+        oracle["score"] = lambda s, p: s - (p.h + 1) * abs(p.position - p.kv_idx) * 0.01
+    if kind == "lists":
+        fields["mask"] = lambda b, h, q_idx, kv_idx: (kv_idx + q_idx + h) % 3 != 0
+        oracle["mask"] = lambda p: (p.kv_idx + p.q_idx + p.h) % 3 != 0
+    elif kind != "plain":
+        fields["mask"], oracle["mask"] = ak.causal(), lambda p: p.kv_idx <= p.position
+    if kind == "sink":
+        sink = rng.standard_normal(6).astype(np.float32)
+        fields["sink"], oracle["sink"] = torch.from_numpy(sink), sink
+    compare(q, k, v, oracle=oracle, dtype=dtype, **fields)
+
+
+def test_decode_of_packed_and_padded(compare: Compare, rng: np.random.Generator) -> None:
+    q, k, v = arrays(rng, 3, 4, 2, 2, 200, 16, 16)
+    lens = np.array([200, 0, 70], np.int32)
+    compare(q, k, v, oracle={"kv_lens": lens}, kv_lens=torch.from_numpy(lens), mostly_dead=True)
+    q, k, v = arrays(rng, 1, 4, 2, 5, 300, 16, 16)
+    cu_q, cu_kv = np.array([0, 1, 1, 5], np.int32), np.array([0, 150, 160, 300], np.int32)
+    fields = {"cu_seqlens_q": torch.from_numpy(cu_q), "cu_seqlens_kv": torch.from_numpy(cu_kv)}
+    compare(q, k, v, oracle={"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}, **fields)
+
+
+def test_no_keys(compare: Compare, rng: np.random.Generator) -> None:
+    sink = rng.standard_normal(2).astype(np.float32)
+    for fields in ({}, {"sink": torch.from_numpy(sink)}):
+        q, k, v = arrays(rng, 1, 2, 1, 5, 3, 16, 16)
+        oracle = {"sink": sink} if fields else {}
+        compare(q, k[:, :, :0], v[:, :, :0], oracle=oracle, mostly_dead=True, **fields)
+
+
+def test_what_is_not_a_number_reaches_those_who_see_it(compare: Compare, rng: np.random.Generator) -> None:
+    q, k, v = arrays(rng, 1, 2, 1, 130, 150, 16, 16)
+    v[0, 0, 20, 3], v[0, 0, 70, 4], v[0, 0, 70, 5], k[0, 0, 100] = np.nan, np.inf, -np.inf, np.nan
+    compare(q, k, v, oracle={"mask": lambda p: p.kv_idx <= p.position}, mask=ak.causal())
+    table = rng.random((130, 150)) < 0.5
+    tensor = torch.from_numpy(table)
+    compare(q, k, v, oracle={"mask": lambda p: table}, mask=lambda b, h, q_idx, kv_idx: tensor[q_idx, kv_idx])
+
+
+def test_a_load_outside_its_buffer_is_not_a_number(compare: Compare, rng: np.random.Generator) -> None:
+    """No kernel can raise AK601 without waiting for it: the rows that read outside say so themselves."""
+    q, k, v = arrays(rng, 1, 2, 1, 70, 150, 16, 16)
+    table = rng.standard_normal(140).astype(np.float32)
+    tensor = torch.from_numpy(table)
+    causal = {"mask": lambda p: p.kv_idx <= p.position - 20}
+    inside = lambda s, p: s + np.append(table, np.zeros(10, np.float32))[p.kv_idx]  # noqa: E731
+    outside = lambda s, p: s + np.append(table, np.full(10, np.nan, np.float32))[p.kv_idx]  # noqa: E731
+    score = lambda s, b, h, q_idx, kv_idx: s + tensor[kv_idx]  # noqa: E731
+    mask = lambda b, h, q_idx, kv_idx: kv_idx <= q_idx + 60  # noqa: E731
+    compare(q, k, v, oracle=causal | {"score": inside}, score=score, mask=mask)
+    compare(q, k, v, oracle={"score": outside}, score=score, mostly_dead=True)
+
+
+def test_integers_beyond_32_bits(compare: Compare, rng: np.random.Generator) -> None:
+    q, k, v = arrays(rng, 1, 2, 1, 70, 150, 16, 16)
+    mask = lambda b, h, q_idx, kv_idx: (q_idx * 100000000 - kv_idx * 60000000) // 1000000000 % 2 == 0  # noqa: E731
+    oracle = lambda p: (p.q_idx * 100000000 - p.kv_idx * 60000000) // 1000000000 % 2 == 0  # noqa: E731
+    compare(q, k, v, oracle={"mask": oracle}, mask=mask)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_dropout(decode: bool, build: Callable[..., Any], rng: np.random.Generator) -> None:
+    """The bits of the contract: those that the reference draws."""
+    q, k, v = arrays(rng, 2, 4, 2, 3 if decode else 130, 200, 16, 16)
+    seed, p = 0x1234_5678_9ABC_DEF0, 0.3
+    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    kernel, buffers, params = build(Traceable(None, None, dropout_p=p), tensors[0], tensors[2], {})
+    o, lse = torch.full(q.shape, float("nan")), torch.full(q.shape[:3], float("nan"))
+    kernel(*tensors, o, lse, buffers, params, 1, seed)
+    for b in range(2):
+        s = np.einsum("hid,hjd->hij", q[b].astype(float), np.repeat(k[b], 2, 0)) / 4
+        weights = np.exp(s - s.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        weights *= kept(seed, b, weights.shape, p) / (1 - p)
+        np.testing.assert_allclose(o[b], weights @ np.repeat(v[b], 2, 0).astype(float), atol=2e-6)
+
+
+def test_wide_heads(compare: Compare, rng: np.random.Generator) -> None:
+    """Tiles that came out as no number are made again by a second kernel."""
+    q, k, v = arrays(rng, 1, 2, 1, 40, 50, 192, 130)
+    v[0, 0, 45, 3] = np.nan
+    compare(q, k, v, oracle={"mask": lambda p: p.kv_idx <= p.position}, mask=ak.causal())
