@@ -21,16 +21,18 @@ ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
   return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(kShuffle), both);
 }
 
-// exp_weights for what is rounded to 8 bits next: a polynomial of third degree, with an error of 1e-4, is exact enough.
+// exp_weight for what is rounded to 8 bits next: a polynomial of second degree is exact enough.
 template <int kCount>
 ATTNKIT_INLINE void exp_rough(vf* x) {
-  vf r[kCount], p[kCount];
-  ATTNKIT_EACH x[i] = x[i] * set1(kLog2e);
-  ATTNKIT_EACH r[i] = remainder_of<0>(x[i]);
-  // Minimax of (2^r - 1)/r for 0 <= r <= 1 with no error at 1.
-  ATTNKIT_EACH p[i] = fma(set1(0.07826822996139526f), r[i], set1(0.22630727291107178f));
-  ATTNKIT_EACH p[i] = fma(p[i], r[i], set1(0.695424497127533f));
-  ATTNKIT_EACH x[i] = scale_by_power(fma(p[i], r[i], set1(1.0f)), x[i]);
+  const vf magic = set1(786432.0f);
+  vf t[kCount], n[kCount], r[kCount], power[kCount];
+  ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
+  ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
+  ATTNKIT_EACH n[i] = t[i] - magic;
+  ATTNKIT_EACH r[i] = fma(n[i], set1(-0.693147182464599609375f), x[i]);
+  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  ATTNKIT_EACH r[i] = fma(set1(0.5f), r[i], set1(1.0f)) * r[i];
+  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], r[i], power[i]), n[i]);
 }
 ATTNKIT_INLINE vf exp_rough(vf x) {
   exp_rough<1>(&x);
