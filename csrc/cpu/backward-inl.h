@@ -7,11 +7,14 @@
 // per task, and queries and cotangents are read as they lie in memory. dk and dv grow in the task's own memory; dq is
 // added to in the order of key blocks, which the scheduler sees to.
 
+// Rows of a part of a partial tile; fewer would make short sums of dk and dv.
+inline constexpr int32_t kPart = 2 * kStrip;
+
 struct BackwardLayout {
   Places places;
   int32_t bn, dk, dv;  // key lanes; channels rounded up to whole vectors
   TileLayout tile;
-  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, alive, random, kept;
+  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, live, alive, random, kept;
 
   explicit BackwardLayout(const BackwardCall& c)
       : bn(round_up(c.tile_kv, kLanes)),
@@ -31,6 +34,7 @@ struct BackwardLayout {
     q = places.take(c.tile_q, dk);
     d_o = places.take(c.tile_q, dv);
     dq = places.take(c.tile_q, dk);
+    live = places.take(kPart, bn / kLanes);
     alive = places.take(c.tile_q, bn);
     const bool thinned = p.dropout.threshold != 0;
     random = places.take(thinned ? SplitWords<KeyWords>::kVector : 0, bn / kLanes);
@@ -152,9 +156,8 @@ class Backward {
   }
 
  protected:
-  static constexpr int32_t kPart = 2 * kStrip;  // fewer rows would make short sums of dk and dv
-
-  // From the first to the last key that a row of the tile sees, in whole vectors of the lanes given.
+  // Which pairs of a part exist, a bit for each; and from the first to the last key that one of its rows sees, in whole
+  // vectors of the lanes given.
   Span find_live(const BackwardTile& tile, int32_t lane, int32_t lanes) {
     Span keys{lanes, 0};
     tile_.queries(tile.queries);
@@ -162,12 +165,15 @@ class Backward {
     for (int32_t strip = 0; strip < tile.queries.q_count; strip += kStrip) {
       const int32_t left = tile.queries.q_count - strip, rows = left < kStrip ? left : kStrip;
       tile_.run_strip(strip, rows, false, true);
+      tile_.check_loads(strip, rows, tile.count, false);
       const Operand mask = tile_.operand(c_.code.mask, kTile, strip);
       with(mask.vec, [&](auto vec) {
         for (int32_t r = 0; r < rows; ++r) {
           const Row<vec.value> row(mask, r);
           for (int32_t j = 0; j < lanes; j += kLanes) {
-            if (!any(as_int(row.at(j)))) continue;
+            const auto bits = static_cast<int32_t>(lane_bits(as_int(row.at(j))));
+            __builtin_memcpy(live_bits(strip + r, lane + j), &bits, 4);
+            if (bits == 0) continue;
             if (j < keys.first) keys.first = j;
             if (j + kLanes > keys.end) keys.end = j + kLanes;
           }
@@ -175,6 +181,10 @@ class Backward {
       });
     }
     return keys;
+  }
+
+  float* live_bits(int32_t row, int32_t lane) const {
+    return ws_ + at_.live + static_cast<int64_t>(row) * (at_.bn / kLanes) + lane / kLanes;
   }
 
   // Where a tile lies among the task's keys.

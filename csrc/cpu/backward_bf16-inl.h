@@ -64,7 +64,10 @@ ATTNKIT_INLINE void exp2_rough(vf* x) {
 }
 
 // Weights and slopes of rows from their scores and do . v, where no program changes them.
+template <bool kFull>
 struct PlainSlopes {
+  const float* live;  // unless all pairs exist, the bits of those that do, for each row and vector of keys
+  int32_t live_stride;
   const float *lse, *delta;
   float scale;
   float* weights;
@@ -83,11 +86,19 @@ struct PlainSlopes {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) w[i][v] = fma(load(s + i * kWidth + v * kLanes), factor, lses[i]);
     exp2_rough<2 * kVecs>(w[0]);
+    const auto exists = [&](vf x, int i, int v) {
+      if constexpr (kFull) return x;
+      const float* bits = live + (i == 0 ? row : next) * live_stride + lane / kLanes + v;
+      return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(int_at(bits)), (__m512)x);
+    };
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      const auto slope = [&](int i) { return w[i][v] * (load(dp + i * kWidth + v * kLanes) - deltas[i]); };
+      const auto weight = [&](int i) { return exists(w[i][v], i, v); };
+      const auto slope = [&](int i) {
+        return exists(w[i][v] * (load(dp + i * kWidth + v * kLanes) - deltas[i]), i, v);
+      };
       const int32_t at = lane + v * kLanes;
-      store(weights + row / 2 * to.stride + at, pairs_of(w[0][v], two ? w[1][v] : vf{}));
+      store(weights + row / 2 * to.stride + at, pairs_of(weight(0), two ? weight(1) : vf{}));
       to.put(slope(0), two ? slope(1) : vf{}, row, two, at);
     }
   }
@@ -118,10 +129,14 @@ class PairBackward : public Backward {
     const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
     float *s = ws_ + at_.s, *dp = ws_ + at_.dp, *weights = ws_ + pairs_.weights;
     slopes_.stride = lanes;
-    if (exists(tile) && !c_.has_score && !thinned() && depth_k <= kChannels && depth_v <= kChannels) {
-      const PlainSlopes slopes{tile.rows.lse, tile.rows.delta, p_.scale, weights, slopes_};
-      in_columns(lanes, [&]<int kVecs>(int32_t lane) {
-        plain_columns<kVecs>(qs, depth_k, kt, dos, depth_v, vt, at_.bn, rows, lane, slopes);
+    if (!c_.has_score && !thinned() && !tile.rows.dead && !guarded(tile) && depth_k <= kChannels &&
+        depth_v <= kChannels) {
+      with(tile.full, [&](auto full) {
+        const PlainSlopes<full.value> slopes{
+            live_bits(0, of.lane), at_.bn / kLanes, tile.rows.lse, tile.rows.delta, p_.scale, weights, slopes_};
+        in_columns(lanes, [&]<int kVecs>(int32_t lane) {
+          plain_columns<kVecs>(qs, depth_k, kt, dos, depth_v, vt, at_.bn, rows, lane, slopes);
+        });
       });
     } else {
       in_stretches<PairDot>(qs, rows, kt, depth_k, lanes, StoreScaled{s, lanes, p_.scale},
@@ -152,7 +167,7 @@ class PairBackward : public Backward {
   template <int kVecs>
   static __attribute__((noinline)) void plain_columns(Rows qs, int32_t depth_k, const float* kt, Rows dos,
                                                       int32_t depth_v, const float* vt, int64_t stride, int32_t rows,
-                                                      int32_t lane, const PlainSlopes& slopes) {
+                                                      int32_t lane, const auto& slopes) {
     constexpr int kRows = tile_rows(kVecs), kWidth = kVecs * kLanes;
     alignas(kBytes) float s[kRows * kWidth], dp[kRows * kWidth];
     const auto product = [=](float* to, Rows a, const float* b, int32_t depth,
@@ -169,7 +184,7 @@ class PairBackward : public Backward {
       product(dp, dos, vt, depth_v, m);
       const int32_t count = rows - m < kRows ? rows - m : kRows;
       for (int32_t r = 0; r < count; r += 2)
-        slopes.put<kVecs>(s + r * kWidth, dp + r * kWidth, m + r, r + 1 < count, lane);
+        slopes.template put<kVecs>(s + r * kWidth, dp + r * kWidth, m + r, r + 1 < count, lane);
     }
   }
 
