@@ -452,7 +452,8 @@ int32_t backward_as(const BackwardCall& c, const BackwardTask& t, const Tiles& t
       task.visit(tile, tiles);
     } else {
       task.parts(tile, [&](const BackwardTile& part) { task.visit(part, tiles); });
-      tiles.wait(tiles.state, tile);  // there may be no part, and turns are taken in order
+      tiles.order(tiles.state, tile);  // there may be no part, and turns are taken in order
+      tiles.wait(tiles.state, tile);
     }
     tiles.done(tiles.state, tile);
   }
