@@ -7,11 +7,14 @@
 // per task, and queries and cotangents are read as they lie in memory. dk and dv grow in the task's own memory; dq is
 // added to in the order of key blocks, which the scheduler sees to.
 
+// Rows of a part of a partial tile; fewer would make short sums of dk and dv.
+inline constexpr int32_t kPart = 2 * kStrip;
+
 struct BackwardLayout {
   Places places;
   int32_t bn, dk, dv;  // key lanes; channels rounded up to whole vectors
   TileLayout tile;
-  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, alive, random, kept;
+  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, live, alive, random, kept;
 
   explicit BackwardLayout(const BackwardCall& c)
       : bn(round_up(c.tile_kv, kLanes)),
@@ -31,6 +34,7 @@ struct BackwardLayout {
     q = places.take(c.tile_q, dk);
     d_o = places.take(c.tile_q, dv);
     dq = places.take(c.tile_q, dk);
+    live = places.take(kPart, bn / kLanes);
     alive = places.take(c.tile_q, bn);
     const bool thinned = p.dropout.threshold != 0;
     random = places.take(thinned ? SplitWords<KeyWords>::kVector : 0, bn / kLanes);
@@ -41,36 +45,36 @@ struct BackwardLayout {
 // ---- what a product's result becomes ----
 
 struct Store {
-  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t) const { return x; }
 };
 
 struct Add {
-  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return load(at) + x; }
 };
 
 struct Weigh {  // scores to weights
-  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   const float* lse;
   ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t row) const { return exp_weight(x - set1(lse[row])); }
 };
 
-struct Slope {  // do . v to scale * ds, over the weights
-  static constexpr bool kPairs = false;
+struct AddScaled {
+  float* c;
+  int64_t stride;
+  float scale;
+  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return fma(x, set1(scale), load(at)); }
+};
+
+struct Slope {  // do . v to ds, over the weights
   float* c;
   int64_t stride;
   const float* delta;
-  float scale;
-  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t row) const {
-    return load(at) * (x - set1(delta[row])) * set1(scale);
-  }
+  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t row) const { return load(at) * (x - set1(delta[row])); }
 };
 
 class Backward {
@@ -111,8 +115,7 @@ class Backward {
     if (exists(tile) && !c_.has_score && !thinned() && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
       rows_times(qs.data, qs.stride, rows, kt, at_.bn, lanes, p_.head_dim, Weigh{s, lanes, tile.rows.lse});
       add_to_values(tile, s, dos);
-      rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim,
-                 Slope{s, lanes, tile.rows.delta, p_.scale});
+      rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim, Slope{s, lanes, tile.rows.delta});
     } else {
       ds = ws_ + at_.dp;
       in_stretches<FloatDot>(qs, rows, kt, p_.head_dim, lanes, Store{s, lanes}, Add{s, lanes});
@@ -123,17 +126,67 @@ class Backward {
     }
     columns_times(ds, lanes, tile.count, qs.data, qs.stride, at_.dk, rows, d_keys(of), at_.dk);
     add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
-      rows_times(ds, lanes, rows, k_.data + of.lane * k_.stride, k_.stride, at_.dk, tile.count, Add{sum, stride});
+      rows_times(ds, lanes, rows, k_.data + of.lane * k_.stride, k_.stride, at_.dk, tile.count,
+                 AddScaled{sum, stride, p_.scale});
     });
   }
 
+  // Calls f with the parts of a partial tile that hold pairs, as tiles: a few rows each, and the keys these see.
+  template <class F>
+  void parts(const BackwardTile& tile, F f) {
+    const int32_t lane = extent(tile).lane, lanes = extent(tile).lanes;
+    for (int32_t m = 0; m < tile.queries.q_count; m += kPart) {
+      BackwardTile part = tile;
+      part.queries.q_first += m;
+      part.queries.q_count = tile.queries.q_count - m < kPart ? tile.queries.q_count - m : kPart;
+      part.rows.lse += m;
+      part.rows.delta += m;
+      const Span keys = find_live(part, lane, lanes);
+      if (keys.first >= keys.end) continue;
+      part.first += keys.first;
+      part.count = (keys.end < tile.count ? keys.end : tile.count) - keys.first;
+      f(part);
+    }
+  }
+
   int32_t finish() {
-    put(g_.dk, at_.d_keys, at_.dk, p_.head_dim, 1);
+    put(g_.dk, at_.d_keys, at_.dk, p_.head_dim, p_.scale);
     put(g_.dv, at_.d_values, at_.dv, p_.v_head_dim, p_.dropout.factor);
     return tile_.bad_load();
   }
 
  protected:
+  // Which pairs of a part exist, a bit for each; and from the first to the last key that one of its rows sees, in whole
+  // vectors of the lanes given.
+  Span find_live(const BackwardTile& tile, int32_t lane, int32_t lanes) {
+    Span keys{lanes, 0};
+    tile_.queries(tile.queries);
+    tile_.narrow(lane, lanes);
+    for (int32_t strip = 0; strip < tile.queries.q_count; strip += kStrip) {
+      const int32_t left = tile.queries.q_count - strip, rows = left < kStrip ? left : kStrip;
+      tile_.run_strip(strip, rows, false, true);
+      tile_.check_loads(strip, rows, tile.count, false);
+      const Operand mask = tile_.operand(c_.code.mask, kTile, strip);
+      with(mask.vec, [&](auto vec) {
+        for (int32_t r = 0; r < rows; ++r) {
+          const Row<vec.value> row(mask, r);
+          for (int32_t j = 0; j < lanes; j += kLanes) {
+            const auto bits = static_cast<int32_t>(lane_bits(as_int(row.at(j))));
+            __builtin_memcpy(live_bits(strip + r, lane + j), &bits, 4);
+            if (bits == 0) continue;
+            if (j < keys.first) keys.first = j;
+            if (j + kLanes > keys.end) keys.end = j + kLanes;
+          }
+        }
+      });
+    }
+    return keys;
+  }
+
+  float* live_bits(int32_t row, int32_t lane) const {
+    return ws_ + at_.live + static_cast<int64_t>(row) * (at_.bn / kLanes) + lane / kLanes;
+  }
+
   // Where a tile lies among the task's keys.
   struct Extent {
     int32_t rows, lane, lanes;
@@ -218,7 +271,7 @@ class Backward {
     }
   }
 
-  // s becomes p, and do . v becomes scale * ds.
+  // s becomes p, and do . v becomes ds.
   void modify(const BackwardTile& tile, const Tiles& tiles) {
     const auto [rows, lane, lanes] = extent(tile);
     if (c_.has_score || !tile.full) {
@@ -317,14 +370,12 @@ class Backward {
             for (int32_t j = 0; j < shape.lanes; ++j) row[static_cast<int64_t>(r) * shape.lanes + j] = 0;
   }
 
-  // dscore becomes scale * ds. A pair without weight has none, whatever the slope is there.
+  // dscore becomes ds. A pair without weight has none, whatever the slope is there.
   void follow(int32_t strip, Shape shape) {
+    if (c_.code.slope < 0) return;
     float* dp = ws_ + at_.dp + static_cast<int64_t>(strip) * shape.lanes;
-    const vf scale = set1(p_.scale);
-    const Operand x{dp, shape.lanes, true};
-    if (c_.code.slope < 0) return map1(dp, shape, x, [=](vf d) { return d * scale; });
-    map2(dp, shape, x, tile_.operand(c_.code.slope, kTile, strip),
-         [=](vf d, vf slope) { return select(d == vf{}, vf{}, d * slope * scale); });
+    map2(dp, shape, {dp, shape.lanes, true}, tile_.operand(c_.code.slope, kTile, strip),
+         [](vf d, vf slope) { return select(d == vf{}, vf{}, d * slope); });
   }
 
   void put(const View& view, size_t at, int32_t padded, int32_t width, float factor) const {
@@ -338,9 +389,9 @@ class Backward {
   // ---- values that not every pair may see ----
 
   // The same sums in the same order as the products, but a pair that does not exist is skipped:
-  // C[i] += sum_j A[i][j] B[j] with A[i][j] at a[i * i_step + j * j_step].
+  // C[i] += factor sum_j A[i][j] B[j] with A[i][j] at a[i * i_step + j * j_step].
   void add_guarded(const float* a, int64_t i_step, int64_t j_step, int32_t count_i, int32_t count_j, Rows b,
-                   int32_t width, float* c, int64_t c_stride) {
+                   int32_t width, float factor, float* c, int64_t c_stride) {
     const float* alive = ws_ + at_.alive;
     for (int32_t i = 0; i < count_i; ++i)
       for (int32_t d = 0; d < width; d += kLanes) {
@@ -349,7 +400,7 @@ class Backward {
           if (alive[i * i_step + j * j_step] != 0)
             acc = fma(set1(a[i * i_step + j * j_step]), load(b.data + j * b.stride + d), acc);
         float* x = c + i * c_stride + d;
-        store(x, load(x) + acc);
+        store(x, fma(acc, set1(factor), load(x)));
       }
   }
 
@@ -357,11 +408,11 @@ class Backward {
     const Extent of = extent(tile);
     const float *s = ws_ + at_.s, *ds = ws_ + at_.dp;
     find_alive(tile, of.rows, of.lanes);
-    add_guarded(s, 1, of.lanes, tile.count, of.rows, dos, at_.dv, d_values(of), at_.dv);
-    add_guarded(ds, 1, of.lanes, tile.count, of.rows, qs, at_.dk, d_keys(of), at_.dk);
+    add_guarded(s, 1, of.lanes, tile.count, of.rows, dos, at_.dv, 1, d_values(of), at_.dv);
+    add_guarded(ds, 1, of.lanes, tile.count, of.rows, qs, at_.dk, 1, d_keys(of), at_.dk);
     add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
       const Rows k{k_.data + of.lane * k_.stride, k_.stride};
-      add_guarded(ds, of.lanes, 1, of.rows, tile.count, k, at_.dk, sum, stride);
+      add_guarded(ds, of.lanes, 1, of.rows, tile.count, k, at_.dk, p_.scale, sum, stride);
     });
   }
 
@@ -397,7 +448,13 @@ int32_t backward_as(const BackwardCall& c, const BackwardTask& t, const Tiles& t
   BackwardTile tile;
   for (bool begun = false; tiles.next(tiles.state, &tile); begun = true) {
     if (!begun) task.begin();
-    task.visit(tile, tiles);
+    if (tile.full) {
+      task.visit(tile, tiles);
+    } else {
+      task.parts(tile, [&](const BackwardTile& part) { task.visit(part, tiles); });
+      tiles.order(tiles.state, tile);  // there may be no part, and turns are taken in order
+      tiles.wait(tiles.state, tile);
+    }
     tiles.done(tiles.state, tile);
   }
   return task.finish();

@@ -28,36 +28,10 @@ struct PairLayout : BackwardLayout {
 // ---- what a product's result becomes ----
 
 struct StoreScaled {
-  static constexpr bool kPairs = false;
   float* c;
   int64_t stride;
   float scale;
   ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t) const { return x * set1(scale); }
-};
-
-struct AddScaled {
-  static constexpr bool kPairs = false;
-  float* c;
-  int64_t stride;
-  float scale;
-  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return fma(x, set1(scale), load(at)); }
-};
-
-struct WeighPairs {  // sums to weights
-  static constexpr bool kPairs = true;
-  float *p, *pairs;
-  int64_t stride;
-  const float* lse;
-  float scale;
-
-  ATTNKIT_INLINE vf weight(vf x, int32_t row) const { return exp_rough(fma(x, set1(scale), set1(-lse[row]))); }
-  ATTNKIT_INLINE void put(vf x, vf next, int32_t row, bool two, int32_t lane) const {
-    const vf first = weight(x, row), second = two ? weight(next, row + 1) : vf{};
-    float* at = p + row * stride + lane;
-    store(at, first);
-    if (two) store(at + stride, second);
-    store(pairs + row / 2 * stride + lane, pairs_of(first, second));
-  }
 };
 
 struct Slopes {  // the same pairs, twice
@@ -65,28 +39,68 @@ struct Slopes {  // the same pairs, twice
   int64_t stride;
 
   ATTNKIT_INLINE void put(vf first, vf second, int32_t row, bool two, int32_t lane) const {
-    store(pairs + row / 2 * stride + lane, pairs_of(first, second));
+    const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    store(pairs + row / 2 * stride + lane, in_pairs(both));
     float* at = rows + (row * stride + lane) / 2;
-    put_row(at, first);
-    if (two) put_row(at + stride / 2, second);
+    put_row(at, _mm512_castsi512_si256(both));
+    if (two) put_row(at + stride / 2, _mm512_extracti64x4_epi64(both, 1));
   }
-  static ATTNKIT_INLINE void put_row(float* at, vf x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), (__m256i)_mm512_cvtneps_pbh((__m512)x));
-  }
+  static ATTNKIT_INLINE void put_row(float* at, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), x); }
 };
 
-struct SlopePairs {  // do . v to scale * ds
-  static constexpr bool kPairs = true;
-  const float* p;
-  Slopes to;
-  const float* delta;
-  float scale;
+// 2^x of what is rounded to 8 bits next, several vectors in step. Between sixteenths a straight line is right
+// to 1.2e-4, a sixteenth of that rounding. Multiplications wait for dot products, additions do not: there are as few as
+// can be.
+template <int kCount>
+ATTNKIT_INLINE void exp2_rough(vf* x) {
+  const vf magic = set1(786432.0f);
+  vf t[kCount], n[kCount], power[kCount];
+  ATTNKIT_EACH x[i] = max_or_second(set1(-160.0f), x[i]);
+  ATTNKIT_EACH t[i] = x[i] + magic;
+  ATTNKIT_EACH n[i] = t[i] - magic;
+  ATTNKIT_EACH x[i] = fma(x[i] - n[i], set1(kLn2), set1(1.17e-4f));
+  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], x[i], power[i]), n[i]);
+}
 
-  ATTNKIT_INLINE vf slope(vf x, int32_t row, int32_t lane) const {
-    return load(p + row * to.stride + lane) * ((x - set1(delta[row])) * set1(scale));
-  }
-  ATTNKIT_INLINE void put(vf x, vf next, int32_t row, bool two, int32_t lane) const {
-    to.put(slope(x, row, lane), two ? slope(next, row + 1, lane) : vf{}, row, two, lane);
+// Weights and slopes of rows from their scores and do . v, where no program changes them.
+template <bool kFull>
+struct PlainSlopes {
+  const float* live;  // unless all pairs exist, the bits of those that do, for each row and vector of keys
+  int32_t live_stride;
+  const float *lse, *delta;
+  float scale;
+  float* weights;
+  Slopes to;
+
+  // Of row `row` and (`two`) the next. `s`, `dp`: sums of both rows, kVecs vectors each.
+  template <int kVecs>
+  ATTNKIT_INLINE void put(const float* s, const float* dp, int32_t row, bool two, int32_t lane) const {
+    constexpr int kWidth = kVecs * kLanes;
+    const int32_t next = two ? row + 1 : row;
+    const vf factor = set1(scale * kLog2e), lses[2] = {set1(-lse[row] * kLog2e), set1(-lse[next] * kLog2e)},
+             deltas[2] = {set1(delta[row]), set1(delta[next])};
+    vf w[2][kVecs];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) w[i][v] = fma(load(s + i * kWidth + v * kLanes), factor, lses[i]);
+    exp2_rough<2 * kVecs>(w[0]);
+    const auto exists = [&](vf x, int i, int v) {
+      if constexpr (kFull) return x;
+      const float* bits = live + (i == 0 ? row : next) * live_stride + lane / kLanes + v;
+      return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(int_at(bits)), (__m512)x);
+    };
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const auto weight = [&](int i) { return exists(w[i][v], i, v); };
+      const auto slope = [&](int i) {
+        return exists(w[i][v] * (load(dp + i * kWidth + v * kLanes) - deltas[i]), i, v);
+      };
+      const int32_t at = lane + v * kLanes;
+      store(weights + row / 2 * to.stride + at, pairs_of(weight(0), two ? weight(1) : vf{}));
+      to.put(slope(0), two ? slope(1) : vf{}, row, two, at);
+    }
   }
 };
 
@@ -115,11 +129,15 @@ class PairBackward : public Backward {
     const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
     float *s = ws_ + at_.s, *dp = ws_ + at_.dp, *weights = ws_ + pairs_.weights;
     slopes_.stride = lanes;
-    if (exists(tile) && !c_.has_score && !thinned() && depth_k <= kChannels && depth_v <= kChannels) {
-      rows_times<PairDot>(qs.data, qs.stride, rows, kt, at_.bn, lanes, depth_k,
-                          WeighPairs{s, weights, lanes, tile.rows.lse, p_.scale});
-      rows_times<PairDot>(dos.data, dos.stride, rows, vt, at_.bn, lanes, depth_v,
-                          SlopePairs{s, slopes_, tile.rows.delta, p_.scale});
+    if (!c_.has_score && !thinned() && !tile.rows.dead && !guarded(tile) && depth_k <= kChannels &&
+        depth_v <= kChannels) {
+      with(tile.full, [&](auto full) {
+        const PlainSlopes<full.value> slopes{
+            live_bits(0, of.lane), at_.bn / kLanes, tile.rows.lse, tile.rows.delta, p_.scale, weights, slopes_};
+        in_columns(lanes, [&]<int kVecs>(int32_t lane) {
+          plain_columns<kVecs>(qs, depth_k, kt, dos, depth_v, vt, at_.bn, rows, lane, slopes);
+        });
+      });
     } else {
       in_stretches<PairDot>(qs, rows, kt, depth_k, lanes, StoreScaled{s, lanes, p_.scale},
                             AddScaled{s, lanes, p_.scale});
@@ -140,11 +158,36 @@ class PairBackward : public Backward {
     add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
       const float* k = ws_ + pairs_.k_pairs + static_cast<int64_t>(of.lane) * pairs_.units_k;
       rows_times<PairDot>(slopes_.rows, lanes / 2, rows, k, 2 * pairs_.units_k, at_.dk, (tile.count + 1) / 2,
-                          Add{sum, stride});
+                          AddScaled{sum, stride, p_.scale});
     });
   }
 
  private:
+  // Both products of a micro-tile, then what becomes of them: sums go no further than the first cache.
+  template <int kVecs>
+  static __attribute__((noinline)) void plain_columns(Rows qs, int32_t depth_k, const float* kt, Rows dos,
+                                                      int32_t depth_v, const float* vt, int64_t stride, int32_t rows,
+                                                      int32_t lane, const auto& slopes) {
+    constexpr int kRows = tile_rows(kVecs), kWidth = kVecs * kLanes;
+    alignas(kBytes) float s[kRows * kWidth], dp[kRows * kWidth];
+    const auto product = [=](float* to, Rows a, const float* b, int32_t depth,
+                             int32_t m) __attribute__((always_inline)) {
+      vf sums[kRows][kVecs];
+      rows_tile<PairDot>(sums, a.data + m * a.stride, a.stride, rows - m, b + lane, stride, depth);
+#pragma GCC unroll 32
+      for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) store(to + r * kWidth + v * kLanes, sums[r][v]);
+    };
+    for (int32_t m = 0; m < rows; m += kRows) {
+      product(s, qs, kt, depth_k, m);
+      product(dp, dos, vt, depth_v, m);
+      const int32_t count = rows - m < kRows ? rows - m : kRows;
+      for (int32_t r = 0; r < count; r += 2)
+        slopes.template put<kVecs>(s + r * kWidth, dp + r * kWidth, m + r, r + 1 < count, lane);
+    }
+  }
+
   // Pairs of channels, padded with zeros to whole vectors; where they lie, if they lie so.
   Rows units_of(const View& view, int32_t head, int64_t token, int32_t rows, int32_t width, size_t at) const {
     const Bf16* from = row_of<const Bf16*>(view, seq_.batch, head, token);

@@ -1,6 +1,9 @@
 // The matrix products of the backward, in registers. Micro-tiles have kAccumulators sums; their shapes order no sum.
 // A, B and depths are in units, as products-inl.h has them.
 
+// The rows of a micro-tile of so many vectors.
+constexpr int tile_rows(int vecs) { return kAccumulators / vecs < kMaxKeyRows ? kAccumulators / vecs : kMaxKeyRows; }
+
 // How many vectors of a row of `left` vectors the next micro-tile takes.
 inline constexpr int kMostVecs = kQueryVecs > kOutVecs ? kQueryVecs : kOutVecs;
 template <class F>
@@ -25,55 +28,53 @@ ATTNKIT_INLINE void in_columns(int32_t width, F columns) {
   }
 }
 
+// sums[r][v] = sum_d A[r][d] B[d][v], v a vector; rows past the last repeat it.
+template <class Dot, int kRows, int kVecs>
+ATTNKIT_INLINE void rows_tile(vf (&sums)[kRows][kVecs], const float* a, int64_t a_stride, int32_t rows, const float* b,
+                              int64_t b_stride, int32_t depth) {
+  const float* row[kRows];
+  for (int r = 0; r < kRows; ++r) row[r] = a + (r < rows ? r : rows - 1) * a_stride;
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[r][v] = vf{};
+  for (int32_t d = 0; d < depth; ++d) {
+    vf x[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) x[v] = load(b + d * b_stride + v * kLanes);
+#pragma GCC unroll 32
+    for (int r = 0; r < kRows; ++r) {
+      const vf y = set1_bits(row[r] + d);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = Dot::run(y, x[v], sums[r][v]);
+    }
+  }
+}
+
 template <class Dot, int kRows, int kVecs, class Out>
 __attribute__((noinline)) void rows_times_columns(const float* a, int64_t a_stride, int32_t rows, const float* b,
                                                   int64_t b_stride, int32_t depth, int32_t column, const Out& out) {
-  b += column;
   for (int32_t m = 0; m < rows; m += kRows) {
-    const float* row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = a + (m + r < rows ? m + r : rows - 1) * a_stride;  // tails repeat the last
-    vf acc[kRows][kVecs];
+    vf sums[kRows][kVecs];
+    rows_tile<Dot>(sums, a + m * a_stride, a_stride, rows - m, b + column, b_stride, depth);
 #pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[r][v] = vf{};
-    for (int32_t d = 0; d < depth; ++d) {
-      vf x[kVecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) x[v] = load(b + d * b_stride + v * kLanes);
-#pragma GCC unroll 32
-      for (int r = 0; r < kRows; ++r) {
-        const vf y = set1_bits(row[r] + d);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) acc[r][v] = Dot::run(y, x[v], acc[r][v]);
-      }
-    }
-#pragma GCC unroll 32
-    for (int r = 0; r < kRows; ++r) {
+    for (int32_t r = 0; r < kRows; ++r) {
       if (m + r >= rows) break;
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        const int32_t at = column + v * kLanes;
-        if constexpr (Out::kPairs) {
-          static_assert(kRows % 2 == 0);
-          if (r % 2 == 0) out.put(acc[r][v], acc[r + 1][v], m + r, m + r + 1 < rows, at);
-        } else {
-          float* x = out.c + (m + r) * out.stride + at;
-          store(x, out(acc[r][v], x, m + r));
-        }
+        float* x = out.c + (m + r) * out.stride + column + v * kLanes;
+        store(x, out(sums[r][v], x, m + r));
       }
     }
   }
 }
 
-// C[m][c] = out(sum_d A[m][d] B[d][c], C[m][c], m) for `width` columns, a whole number of vectors. Where it says
-// kPairs, `out` takes the sums of two rows together and puts them where it likes.
+// C[m][c] = out(sum_d A[m][d] B[d][c], C[m][c], m) for `width` columns, a whole number of vectors.
 template <class Dot = FloatDot, class Out>
 void rows_times(const float* a, int64_t a_stride, int32_t rows, const float* b, int64_t b_stride, int32_t width,
                 int32_t depth, const Out& out) {
   in_columns(width, [&]<int kVecs>(int32_t c) {
-    constexpr int kRows = kAccumulators / kVecs < kMaxKeyRows ? kAccumulators / kVecs : kMaxKeyRows;
-    rows_times_columns<Dot, kRows, kVecs>(a, a_stride, rows, b, b_stride, depth, c, out);
+    rows_times_columns<Dot, tile_rows(kVecs), kVecs>(a, a_stride, rows, b, b_stride, depth, c, out);
   });
 }
 
@@ -109,7 +110,7 @@ ATTNKIT_INLINE void columns_tile(const float* a, int64_t a_stride, const float* 
 template <class Dot, int kVecs>
 __attribute__((noinline)) void columns_times_vecs(const float* a, int64_t a_stride, int32_t columns, const float* b,
                                                   int64_t b_stride, int32_t depth, float* c, int64_t c_stride) {
-  constexpr int kRows = kAccumulators / kVecs < kMaxKeyRows ? kAccumulators / kVecs : kMaxKeyRows;
+  constexpr int kRows = tile_rows(kVecs);
   int32_t n = 0;
   const auto group = [&]<int kCount>() {
     columns_tile<Dot, kCount, kVecs>(a + n, a_stride, b, b_stride, depth, c + n * c_stride, c_stride);

@@ -9,7 +9,7 @@
 namespace attnkit::cpu {
 
 inline constexpr int kMaxTileQ = 96;  // lanes: two micro-tiles of 48 queries
-inline constexpr int kMaxTileKv = 128;
+inline constexpr int kMaxTileKv = 192;
 inline constexpr int kStrip = 16;  // keys a tile instruction handles at once: its operands stay in L1
 
 // A view of the program without std types, for the files compiled per instruction set.

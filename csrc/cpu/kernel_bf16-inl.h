@@ -13,12 +13,15 @@ ATTNKIT_INLINE uint32_t pair_of(Bf16 first, Bf16 second) {
   return first.bits | static_cast<uint32_t>(second.bits) << 16;
 }
 
-// Rounds to nearest; the conversion puts one vector after the other, and pairs want them shuffled together.
-ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
+// The conversion puts one vector after the other, and pairs want them shuffled together.
+ATTNKIT_INLINE vf in_pairs(__m512i both) {
   alignas(64) static constexpr int16_t kShuffle[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(kShuffle), both);
+}
+// Rounds to nearest.
+ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
+  return in_pairs((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 
 // exp_weight for what is rounded to 8 bits next: a polynomial of second degree is exact enough.

@@ -1,6 +1,6 @@
 // The functions that an instruction set has no instruction for, on the vectors of simd-inl.h.
 
-inline constexpr float kLog2e = 1.44269504088896340736f;
+inline constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 inline constexpr float kInfinity = __builtin_inff();
 
 // 2^f for |f| <= 1/2, exactly 1 at 0. Coefficients: minimax of (2^f - 1)/f, error 2e-9.

@@ -64,14 +64,15 @@ class CpuBackend:
         """Tile sizes, and how many keys are summed before they are merged.
 
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
+        Backwards, more keys at a time mean that queries are paired and dq is added to less often.
         """
-        tile_kv = 128 if spec.dtype == "bfloat16" else 64
+        tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
         return {
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
             "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128)),
             "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
             "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96)),
-            "backward_tile_kv": Field("numeric", 96, (32, 48, 64, 96, 128)),
+            "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192)),
         }
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
