@@ -162,7 +162,7 @@ CODES: dict[str, Code] = {
         "load reads outside its buffer",
         "clamp the index, min(max(i, 0), n - 1): one below zero does not count from the end",
     ),
-    "AK602": Code(_VALUE, "lengths are not valid"),
+    "AK602": Code(_VALUE, "lengths or pages are not valid"),
     "AK603": Code(_VALUE, "kernel ran out of memory"),
     "AK604": Code(
         _VALUE, "integer of a score or mask may leave 32 bits", "compute it in float, or bound it first"

@@ -258,6 +258,67 @@ def test_select(layout: Any, randn: Randn) -> None:
             assert torch.equal(held[1][b, :, : len(row)], v[b, :, row])
 
 
+# --- any steps -------------------------------------------------------------------------------------------
+
+Rng = np.random.Generator
+Rows = list[Tensor]  # keys and values of each row, side by side
+Step = tuple[Callable[[ak.KVCache], None], Rows]  # what it does to a cache, and what there is after it
+
+
+def appended(rng: Rng, rows: Rows, ragged: bool) -> Step:
+    room = min(MAX - row.shape[1] for row in rows)
+    count = int(rng.integers(0, min(room, 40) + 1))
+    new = torch.from_numpy(rng.standard_normal((B, HKV, count, D + DV), np.float32))
+    lens = torch.from_numpy(rng.integers(0, count + 1, B)).int() if ragged else None
+    kept = [count] * B if lens is None else lens.tolist()
+    after = [torch.cat([row, new[b, :, : kept[b]]], 1) for b, row in enumerate(rows)]
+    return lambda cache: cache.append(new[..., :D], new[..., D:], lens), after
+
+
+def truncated(rng: Rng, rows: Rows) -> Step:
+    most = torch.from_numpy(rng.integers(0, MAX, B))
+    return lambda cache: cache.truncate(most), [row[:, : most[b]] for b, row in enumerate(rows)]
+
+
+def selected(rng: Rng, rows: Rows) -> Step:
+    counts = [int(rng.integers(0, row.shape[1] + 1)) for row in rows]
+    chosen = torch.full((B, max(counts)), -1)
+    for b, n in enumerate(counts):
+        chosen[b, :n] = torch.from_numpy(rng.integers(0, max(rows[b].shape[1], 1), n))
+    return lambda cache: cache.select(chosen), [row[:, chosen[b, : counts[b]]] for b, row in enumerate(rows)]
+
+
+def reordered(rng: Rng, rows: Rows) -> Step:
+    index = torch.from_numpy(rng.integers(0, B, B))
+    return lambda cache: cache.reorder(index), [rows[b] for b in index.tolist()]
+
+
+STEPS: list[Callable[[Rng, Rows], Step]] = [
+    lambda rng, rows: appended(rng, rows, ragged=False), lambda rng, rows: appended(rng, rows, ragged=True), truncated,
+    selected, reordered,
+]  # fmt: skip
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("external", [False, True])
+def test_random_steps(external: bool, rng: Rng, randn: Randn, effort: int) -> None:
+    """Several layouts beside a list of tokens for each row, through whatever can happen to a cache."""
+    steps = STEPS[:-1] if external else STEPS  # pages of somebody else's are not reordered
+    for _ in range(6 * effort):
+        caches = [make(layout, rng=rng) for layout in ([None, *LAYOUTS[3:]] if external else LAYOUTS[:3])]
+        rows = [torch.empty(HKV, 0, D + DV) for _ in range(B)]
+        for _ in range(12):
+            step, rows = steps[rng.integers(len(steps))](rng, rows)
+            q, answers = randn(B, HQ, 2, D), []
+            for cache in caches:
+                step(cache)
+                assert cache.lengths.tolist() == [row.shape[1] for row in rows]
+                held = torch.cat(cache.dequantize(), 3)
+                assert all(torch.equal(held[b, :, : row.shape[1]], row) for b, row in enumerate(rows))
+                answers.append(ak.attention(q, cache, mask=ak.causal()))
+            assert all(_equal(answer, answers[0]) for answer in answers)
+
+
 # --- sizes -----------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from attnkit.backends.cpu.engine import engine
 from attnkit.bench import bars, checks, peers, records, report, runner, scaling
@@ -55,15 +56,15 @@ def test_every_row_asks_for_something_that_it_measures() -> None:
 
 def test_the_table_has_every_case_that_was_promised() -> None:
     counted = Counter((w.direction, w.dtype, w.grad) for w in (row.workload for row in CPU_ROWS))
-    mods, small = 9 * 2, 6
+    mods, small, pages = 9 * 2, 6, 2
     assert counted == {
         ("fwd", "float32", False): 4 + mods + 2 + 1 + small,
         ("fwd", "float32", True): small,
         ("fwd", "bfloat16", False): 8 + mods + 2 + 1,
         ("fwdbwd", "float32", False): 2 + small,
         ("fwdbwd", "bfloat16", False): 2,
-        ("decode", "float32", False): 2,
-        ("decode", "bfloat16", False): 2,
+        ("decode", "float32", False): 2 + pages,
+        ("decode", "bfloat16", False): 2 + pages,
     }
     against_flex = {row.workload.variant for row in CPU_ROWS if peers.FLEX in row.peers}
     assert against_flex == {
@@ -82,7 +83,7 @@ def test_no_bar_names_a_peer_that_cannot_run_its_row(row: Row) -> None:
 
 def test_rows_are_picked_by_parts_of_their_names() -> None:
     decode = select("cpu", patterns=["decode"])
-    assert [row.workload.direction for row in decode] == ["decode"] * 4
+    assert [row.workload.direction for row in decode] == ["decode"] * 8
     assert {row.name for row in select("cpu", patterns=["causal b1*fwdbwd bfloat16", "s32768*decode"])} == {
         "causal b1 h8 s4096 d64 fwdbwd bfloat16", "causal b1 h8 s4096 d128 fwdbwd bfloat16",
     }  # fmt: skip
@@ -455,3 +456,17 @@ def test_scaling_runs_over_growing_lengths_in_both_directions() -> None:
         for d in ("fwd", "fwdbwd")
     }
     assert lengths["fwd"] == lengths["fwdbwd"] == [1024, 2048, 4096, 8192, 16384, 32768, 65536]
+
+
+# --- caches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pages", "shuffled"), [(0, False), (16, False), (16, True)])
+def test_workloads_in_a_cache(pages: int, shuffled: bool) -> None:
+    """The same numbers as without one, in each of the caches that decoding goes through."""
+    workload = Workload(
+        "full", Shape(2, 4, 2, 1, 70, 16, 8), direction="decode", pages=pages, shuffled=shuffled
+    )
+    plain = peers.CPU.prepare(make_inputs(dataclasses.replace(workload, pages=None, shuffled=False))).run()
+    assert torch.equal(peers.CPU.prepare(make_inputs(workload)).run(), plain)
+    assert workload.name.endswith("pages of 16 shuffled" if shuffled else "pages of 16" if pages else "cache")

@@ -126,6 +126,19 @@ _DECODE = [
     )
 ]
 
+# What pages cost a decoder, beside a cache without them.
+_PAGES = [
+    Row(
+        Workload("full", shape, direction="decode", dtype=dtype, pages=64, shuffled=shuffled),
+        (),
+        (Bar("beside", most=1.03),),
+        beside=Workload("full", shape, direction="decode", dtype=dtype, pages=0),
+    )
+    for shape in (Shape(1, 32, 8, 1, 8192, 128, 128),)
+    for dtype in (FP32, BF16)
+    for shuffled in (False, True)
+]
+
 # Through Python: without gradients; in grad mode, forward alone; and a whole training step.
 _SMALL = [
     _row("full", Shape.of(b, 12, s, 64), (TORCH,), Bar("torch", least=least, stretch=stretch), **changes)
@@ -155,7 +168,7 @@ suites: dict[str, list[Row]] = {
     # Every named variant on a shape small enough for tests: all paths, no meaningful times.
     "smoke": [Row(Workload(name, Shape(1, 2, 1, 96, 130, 16, 16))) for name in dense.CASES],
     # What is promised of the CPU engine.
-    "cpu": [*_FORWARD, *_TRAINING, *_MODS, *_OVERHEAD, *_DECODE, *_SMALL],
+    "cpu": [*_FORWARD, *_TRAINING, *_MODS, *_OVERHEAD, *_DECODE, *_PAGES, *_SMALL],
     # Time and memory against length: attnkit alone, a head for each of two threads.
     "scaling": [
         Row(Workload("causal", Shape.of(1, 2, s, 64), direction=direction), ())

@@ -39,7 +39,8 @@ class Workload:
     """One problem to be measured. ``variant`` is a name in `attnkit.variants.dense.CASES`.
 
     Direction ``fwdbwd`` is a call and the gradients of q, k and v; ``decode`` reads another KV cache at every call, so
-    that none is warm. ``grad``: forward alone, but of inputs that want gradients.
+    that none is warm. ``grad``: forward alone, but of inputs that want gradients. ``pages``: keys and values are in an
+    `ak.KVCache`, of pages of so many tokens, ``shuffled`` or in turn; or (0) without pages.
     """
 
     variant: str
@@ -48,6 +49,8 @@ class Workload:
     dtype: str = "float32"
     seed: int = 0
     grad: bool = False
+    pages: int | None = None
+    shuffled: bool = False
 
     @property
     def name(self) -> str:
@@ -58,6 +61,9 @@ class Workload:
         dims = f"d{s.d}" if s.d == s.dv else f"d{s.d}/{s.dv}"
         rest = [x for x, usual in ((self.direction, "fwd"), (self.dtype, "float32")) if x != usual]
         rest += ["grad"] if self.grad else []
+        if self.pages is not None:
+            rest += [f"pages of {self.pages}" if self.pages else "cache"]
+        rest += ["shuffled"] if self.shuffled else []
         return " ".join([self.variant, f"b{s.b}", heads, lengths, dims, *rest])
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from attnkit.ops.warm import is_unwatched
 
 _QUANTISED = ("fp8", "int8", "int4", "int2")
 _LEAST_PAGE = 16
-_MEMORY_PAGE = 4096
 
 
 class Segment(NamedTuple):
@@ -336,14 +334,7 @@ def _is_page_size(n: int) -> bool:
 
 
 def _memory(outer: int, heads: int, inner: int, dim: int, dtype: torch.dtype, paged: bool) -> Tensor:
-    """``[outer, heads, inner, dim]``, unset; of pages, those of a head follow each other, as do the tokens of a row.
-
-    numpy asks the system for huge pages where torch does not, and rows that begin with a page of memory do not
-    straddle two: see docs/design/decode.md.
-    """
-    shape = (heads, outer, inner, dim) if paged else (outer, heads, inner, dim)
-    size = outer * heads * inner * dim * dtype.itemsize
-    memory = torch.from_numpy(np.empty(size + _MEMORY_PAGE, np.uint8))
-    first = -memory.data_ptr() % _MEMORY_PAGE
-    tensor = memory[first : first + size].view(dtype).view(shape)
-    return tensor.transpose(0, 1) if paged else tensor
+    """``[outer, heads, inner, dim]``, unset; of pages, those of a head follow each other, as do the tokens of a row."""
+    if paged:
+        return torch.empty(heads, outer, inner, dim, dtype=dtype).transpose(0, 1)
+    return torch.empty(outer, heads, inner, dim, dtype=dtype)

@@ -33,15 +33,34 @@ def _attnkit(inputs: Inputs) -> Call:
     """
     from attnkit.ops import report
 
-    mods = torch_mods(inputs.workload)
+    mods, held = torch_mods(inputs.workload), _held(inputs)
 
     def call() -> Any:
-        return attnkit.attention(inputs.q, inputs.k, inputs.v, backend="cpu", **mods)
+        return attnkit.attention(inputs.q, *held, backend="cpu", **mods)
 
     runs = report.explain(call).calls[0]
     if runs.backend != CPU.name:
         raise error("AK502", given=f"{runs.backend}: {'; '.join(runs.notes)}")
     return Call(call, config=runs.config)
+
+
+def _held(inputs: Inputs) -> tuple[Any, ...]:
+    """Keys and values as attention takes them: tensors, or a cache."""
+    import torch
+
+    shape, pages = inputs.workload.shape, inputs.workload.pages
+    if pages is None:
+        return inputs.k, inputs.v
+    codec = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[inputs.k.dtype]
+    cache = attnkit.KVCache(
+        shape.b, shape.hkv, shape.d, shape.dv, max_len=shape.skv, codec=codec, page_size=pages or None
+    )
+    table = cache.segment.page_table
+    if table is not None and inputs.workload.shuffled:
+        generator = torch.Generator().manual_seed(inputs.workload.seed)
+        table.copy_(torch.randperm(table.numel(), generator=generator).view(table.shape))
+    cache.append(inputs.k, inputs.v)
+    return (cache,)
 
 
 CPU = Peer("cpu", lambda: attnkit.__version__, lambda workload: None, _attnkit)
