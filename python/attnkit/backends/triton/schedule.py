@@ -28,9 +28,9 @@ FORWARD: Table = {
     **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 1), Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2))),
 }
 DECODE: Table = {
-    (80, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
-    (90, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
-    (100, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
+    (80, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 4, 2)),
+    (90, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 4, 2)),
+    (100, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 4, 2)),
     **dict.fromkeys(_SINGLE, (Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 2))),
 }
 DQ: Table = {
