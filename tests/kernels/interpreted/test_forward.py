@@ -11,9 +11,13 @@ import pytest
 import torch
 
 import attnkit as ak
+from attnkit import backends, testing
 from attnkit.backends.reference.philox import kept
+from attnkit.ir.text import parse
 from attnkit.ops.traced import Traceable
+from attnkit.plan.spec import KernelSpec
 from attnkit.testing import Dims, qkv
+from attnkit.tune import default_config
 
 Compare = Callable[..., Any]
 
@@ -180,3 +184,31 @@ def test_wide_heads(compare: Compare, rng: np.random.Generator) -> None:
     q, k, v = arrays(rng, 1, 2, 1, 40, 50, 192, 130)
     v[0, 0, 45, 3] = np.nan
     compare(q, k, v, oracle={"mask": lambda p: p.kv_idx <= p.position}, mask=ak.causal())
+
+
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_paged(q_len: int, compare: Compare, rng: np.random.Generator) -> None:
+    """Keys in pages of any order; stale pages and the rest of the last one hold what is no number."""
+    q, k, v = arrays(rng, 2, 4, 2, q_len, 240, 16, 24)
+    lens, page = np.array([240, 133], np.int32), 16
+    table = rng.permutation(40)[:30].reshape(2, 15).astype(np.int32)
+    pages = [np.full((40, 2, page, x.shape[3]), np.nan, np.float32) for x in (k, v)]
+    for b in range(2):
+        for j in range(lens[b]):
+            for to, x in zip(pages, (k, v), strict=True):
+                to[table[b, j // page], :, j % page] = x[b, :, j]
+    text = (
+        "attnkit 1\nprogram (q: bhsd, k: paged[b0, b1], v: paged[b0, b1]) buffers(b0: i32[2], b1: i32[1]) {\n"
+        " o, lse = attend(q, k, v, scale = default) {\n mask = kv_idx <= q_idx + (kv_len - q_len)\n"
+        " normalizer = softmax\n }\n return o, lse\n}\n"
+    )
+    backend = backends.get("triton")
+    spec = KernelSpec(parse(text), "float32", 16, 24, "cuda")
+    assert backend.supports(spec) == ()
+    tiles = {"tile_q": 128, "tile_kv": 64, "split_kv": 64, "decode_tile_kv": 64}
+    kernel = backend.build(spec, default_config(backend.space(spec)) | tiles)
+    o, lse = torch.full((2, 4, q_len, 24), float("nan")), torch.full((2, 4, q_len), float("nan"))
+    tensors = [torch.from_numpy(x) for x in (q, *pages)]
+    kernel(*tensors, o, lse, [torch.from_numpy(table), torch.from_numpy(lens)], [])
+    expected = testing.attention(q, k, v, mask=lambda p: p.kv_idx <= p.position, kv_lens=lens)
+    testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")

@@ -83,10 +83,7 @@ def fold(
         d_weights = tl.where(word >= dropped_below, d_weights * kept_times, 0.0)
         #end
         $slopes
-        dq = add_product(
-            dq, d_logit.to(key.dtype), exists, key, k + start.to(tl.int64) * k_ss, k_ss, k_sd, HEAD_DIM, PADDED, PRECISION,
-            CAREFUL and PARTIAL
-        )
+        dq = add_product(dq, d_logit.to(key.dtype), exists, key, PRECISION, CAREFUL and PARTIAL)
     return dq{sums_out}
 
 
@@ -197,16 +194,10 @@ def fold(
         kept = weights.to(d_out.dtype)
         #end
         if ONLY != 1:
-            dv = add_product(
-                dv, kept, exists, d_out, d_o_at, d_o_ss, d_o_sd, V_HEAD_DIM, V_PADDED, PRECISION,
-                CAREFUL and PARTIAL
-            )
+            dv = add_product(dv, kept, exists, d_out, PRECISION, CAREFUL and PARTIAL)
         $slopes
         if ONLY != 2:
-            dk = add_product(
-                dk, d_logit.to(query.dtype), exists, query, q_at, q_ss, q_sd, HEAD_DIM, PADDED,
-                PRECISION, CAREFUL and PARTIAL
-            )
+            dk = add_product(dk, d_logit.to(query.dtype), exists, query, PRECISION, CAREFUL and PARTIAL)
     return dk, dv{sums_out}
 
 

@@ -44,9 +44,7 @@ def fold(
         #end
         acc *= shrink[:, None]
         weights = weights.to(value.dtype)
-        acc = add_product(
-            acc, weights, exists, value, v + start.to(tl.int64) * v_ss, v_ss, v_sd, V_HEAD_DIM, V_PADDED, PRECISION, CAREFUL and PARTIAL
-        )
+        acc = add_product(acc, weights, exists, value, PRECISION, CAREFUL and PARTIAL)
         top = above
     return acc, top, total
 

@@ -85,7 +85,7 @@ class TritonKernel:
         grid = self._rows(sizes, self.config["tile_q"], "q"), sizes.heads
         if self.wide:
             values["flags"] = q.new_empty(grid, dtype=_dtype(q, "int"))
-        numbers = self.numbers(sizes.group) | {"PRECISION": self.precision}
+        numbers = self.numbers(sizes.group) | {"PRECISION": self.precision} | self._page(values)
         for care_of in ("flag", "mend") if self.wide else ("",):
             each = replace(shape, care=care_of)
             printed = self._print(
@@ -116,7 +116,7 @@ class TritonKernel:
             rows = sizes.q_len * sizes.group // tile_q + sizes.sequences
         tiles = {"q_tiles": -(-sizes.q_len * sizes.group // tile_q)}
         numbers = self.numbers(sizes.group) | {"TILE_Q": tile_q, "TILE_KV": self.config["decode_tile_kv"]}
-        numbers |= {"PRECISION": self.precision, "SPLIT_KV": split_kv}
+        numbers |= {"PRECISION": self.precision, "SPLIT_KV": split_kv} | self._page(values)
         printed = self._print(("decode", pairs, shape), lambda: forward(pairs, self.scale, shape))
         grid = (rows, sizes.heads // sizes.group, splits)
         self._run(
@@ -165,6 +165,10 @@ class TritonKernel:
         """
         if o.numel() == 0:
             return
+        if self.kv_layout.table is not None:
+            raise error(
+                "AK503", where="backend triton", given="keys in pages", allowed="keys that lie in order"
+            )
         sizes, lse = self._sizes(q, k, buffers), lse.contiguous()
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
         found = self._sums.get(wanted)
@@ -342,6 +346,9 @@ class TritonKernel:
         target = launch.current_target(*self.layout(kind))
         launch.run(program, target, grid, [values[name] for name, _ in arguments])
 
+    def _page(self, values: dict[str, Any]) -> dict[str, int]:
+        return {"PAGE": values["PAGE"]} if "PAGE" in values else {}
+
     def layout(self, kind: str) -> tuple[int, int]:
         """Warps and stages of a kernel."""
         return self.config.get(kind + "warps") or WARPS[kind], self.config.get(kind + "stages", 2)
@@ -356,7 +363,10 @@ class TritonKernel:
     def _sizes(self, q: Any, k: Any, buffers: Sequence[Any]) -> Sizes:
         packed = self.q_layout.kind == "packed"
         sequences = len(buffers[self.q_layout.lengths or 0]) - 1 if packed else q.shape[0]
-        return Sizes(sequences, q.shape[1], q.shape[1] // k.shape[1], q.shape[0], q.shape[2], k.shape[2])
+        kv_len = k.shape[2]
+        if self.kv_layout.table is not None:  # of pages: as many as the table has room for
+            kv_len *= buffers[self.kv_layout.table].shape[1]
+        return Sizes(sequences, q.shape[1], q.shape[1] // k.shape[1], q.shape[0], q.shape[2], kv_len)
 
     def _values(
         self, sizes: Sizes, buffers: Sequence[Any], params: Sequence[float], seed: Any, **tensors: Any
@@ -366,7 +376,8 @@ class TritonKernel:
         values["q_tiles"] = -(-sizes.q_len // self.config["tile_q"])
         for name, tensor in tensors.items():
             values[name] = tensor
-            values |= {f"{name}_s{d}": n for d, n in zip("bhsd", tensor.stride(), strict=True)}
+            first = "p" if self.kv_layout.table is not None and name in ("k", "v") else "b"
+            values |= {f"{name}_s{d}": n for d, n in zip(first + "hsd", tensor.stride(), strict=True)}
         for i, buffer in enumerate(buffers):
             values[f"b{i}"] = buffer
             values |= {f"b{i}_s{d}": n for d, n in enumerate(buffer.stride())}
@@ -379,6 +390,9 @@ class TritonKernel:
             }
         elif self.kv_layout.lengths is not None:
             values["lengths"] = buffers[self.kv_layout.lengths]
+        if self.kv_layout.table is not None:
+            table = buffers[self.kv_layout.table].contiguous()
+            values |= {"table": table, "table_sb": table.stride(0), "PAGE": tensors["k"].shape[2]}
         if self.attend.normalizer.sink is not None:
             values["sinks"] = buffers[self.attend.normalizer.sink]
         dropout = self.attend.dropout

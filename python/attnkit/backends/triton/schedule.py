@@ -25,7 +25,7 @@ FORWARD: Table = {
     (80, 2): (Schedule(128, 64, 8, 2), Schedule(128, 32, 8, 2), Schedule(64, 32, 8, 2)),
     (90, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
     (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
-    **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 1), Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2))),
+    **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 1), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 2))),
 }
 DECODE: Table = {
     (80, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 4, 2)),
@@ -59,8 +59,12 @@ ARCHITECTURES = (80, 90, 100)
 
 def with_room(found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool) -> Schedule:
     """A schedule with narrower tiles where a program needs more registers: for random numbers, for masks of any shape."""
-    if (kind == "" and (dropout or (lists and arch != 90))) and found.tile_kv > 32:
-        return found._replace(tile_kv=found.tile_kv // 2)
+    if kind == "" and (dropout or (lists and arch != 90)):
+        if found.tile_kv > 32:
+            return found._replace(tile_kv=found.tile_kv // 2)
+        return found._replace(tile_q=min(found.tile_q, 64))
+    if kind == "decode_" and dropout and arch < 90:
+        return found._replace(warps=4)
     if kind == "dkv_" and dropout and found.tile_q > 32:
         return found._replace(tile_q=found.tile_q // 2)
     return found
