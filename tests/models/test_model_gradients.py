@@ -1,7 +1,7 @@
 """Gradients of every weight of whole models on attnkit, against eager's in float64."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,15 @@ def whole(found: dict[str, Tensor]) -> Tensor:
     return torch.stack([g.norm().double() for g in found.values()]).norm()
 
 
+@pytest.fixture
+def _torch_is_deterministic() -> Iterator[None]:
+    """Torch adds up the gradients of experts' biases with atomics, in any order, unless it is told not to."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_torch_is_deterministic")
 @pytest.mark.parametrize("name", ["mistral", "gpt_oss", "gemma2"])
 def test_checkpointed_layers_and_repeats_give_the_same(name: str, make: Any, tokens: Any) -> None:
     inputs, targets = inputs_and_targets(ARCHITECTURES[name], tokens, (37, 7, 20))
