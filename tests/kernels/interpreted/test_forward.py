@@ -118,8 +118,8 @@ def test_decode_of_packed_and_padded(compare: Compare, rng: np.random.Generator)
     q, k, v = arrays(rng, 3, 4, 2, 2, 200, 16, 16)
     lens = np.array([200, 0, 70], np.int32)
     compare(q, k, v, oracle={"kv_lens": lens}, kv_lens=torch.from_numpy(lens), mostly_dead=True)
-    q, k, v = arrays(rng, 1, 4, 2, 5, 300, 16, 16)
-    cu_q, cu_kv = np.array([0, 1, 1, 5], np.int32), np.array([0, 150, 160, 300], np.int32)
+    q, k, v = arrays(rng, 1, 4, 2, 30, 300, 16, 16)
+    cu_q, cu_kv = np.array([0, 1, 1, 30], np.int32), np.array([0, 150, 160, 300], np.int32)
     fields = {"cu_seqlens_q": torch.from_numpy(cu_q), "cu_seqlens_kv": torch.from_numpy(cu_kv)}
     compare(q, k, v, oracle={"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}, **fields)
 
@@ -184,6 +184,32 @@ def test_wide_heads(compare: Compare, rng: np.random.Generator) -> None:
     q, k, v = arrays(rng, 1, 2, 1, 40, 50, 192, 130)
     v[0, 0, 45, 3] = np.nan
     compare(q, k, v, oracle={"mask": lambda p: p.kv_idx <= p.position}, mask=ak.causal())
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(130, 100), (2, 200)])
+def test_launches_of_a_call_are_made_again(
+    q_len: int, kv_len: int, build: Any, rng: np.random.Generator
+) -> None:
+    """With other tensors of the same shapes, other contents of masks and other params."""
+    ids = torch.zeros(kv_len, dtype=torch.int32)
+    cap = ak.param("cap", 2.0)
+    traced = Traceable(ak.softcap(cap), lambda b, h, q_idx, kv_idx: (ids[kv_idx] == 0) | (kv_idx % 2 == 0))
+    dims = Dims(1, 4, 2, q_len, kv_len, 16, 16)
+    shapes = [torch.from_numpy(x) for x in qkv("gaussian", rng, dims)]
+    kernel, buffers, _ = build(traced, shapes[0], shapes[2], {})
+    for step, c in enumerate((2.0, 3.0)):
+        arrays = qkv("gaussian", rng, dims)
+        captured = [torch.from_numpy(rng.integers(0, 2, kv_len).astype(np.int32)) for _ in buffers]
+        o, lse = torch.full((1, 4, q_len, 16), float("nan")), torch.full((1, 4, q_len), float("nan"))
+        kernel(*map(torch.from_numpy, arrays), o, lse, captured, [c])
+        assert len(kernel._recorded) == 1
+        seen = captured[0].numpy() == 0
+        expected = testing.attention(
+            *arrays,
+            score=lambda s, p, c=c: c * np.tanh(s / c),
+            mask=lambda p, seen=seen: seen[p.kv_idx] | (p.kv_idx % 2 == 0),
+        )
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton", what=f"call {step}")
 
 
 @pytest.mark.parametrize("q_len", [1, 70])

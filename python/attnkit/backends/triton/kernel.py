@@ -24,6 +24,7 @@ from attnkit.plan.triton import care
 
 # What torch's word for float32 products is in Triton: TF32 where torch's own would be.
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+_MAX_ENTRIES = 4096  # a decoder meets new lengths at every step; the bound only stops a leak
 _DELTA_TILE = 64  # rows of a program that only adds
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
 
@@ -49,6 +50,10 @@ class TritonKernel:
         self.attend = attend = self.program.attend
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self.q_layout, self.kv_layout = self.program.inputs[attend.q], self.program.inputs[attend.k]
+        # Where a number that kernels take, or a copy, comes of what a call brings, its launches are its own.
+        param = attend.dropout is not None and attend.dropout.op == "param"
+        self._changes = param or self.kv_layout.table is not None
+        self._recorded: dict[Any, launch.Recording] = {}
         self._pairs: dict[Any, Pairs] = {}
         self._sums: dict[frozenset[int], Sums] = {}
         self._printed: dict[Any, tuple[str, Arguments]] = {}
@@ -72,8 +77,30 @@ class TritonKernel:
         """
         if o.numel() == 0:
             return
+        inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
+        inputs |= {name: t for name, t in (("lse", lse), ("seed_at", seed)) if t is not None}
+        if self._changes or isinstance(seed, int):
+            self._launch(inputs, lse, buffers, params, seed, None)
+            return
+        key = (q.device, *inputs, *launch.signature(inputs.values()))
+        found = self._recorded.get(key)
+        if found is not None:
+            found.run(inputs | {f"p{i}": x for i, x in enumerate(params)})
+            return
+        recording = launch.Recording(inputs)
+        self._launch(inputs, lse, buffers, params, seed, recording)
+        recording.finish()
+        if len(self._recorded) >= _MAX_ENTRIES:
+            self._recorded.clear()
+        self._recorded[key] = recording
+
+    def _launch(
+        self, inputs: dict[str, Any], lse: Any | None, buffers: list[Any], params: list[float], seed: Any,
+        recording: launch.Recording | None,
+    ) -> None:  # fmt: skip
+        q, k, v, o = (inputs[name] for name in "qkvo")
         sizes = self._sizes(q, k, buffers)
-        values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o)
+        values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
         if lse is not None:
             values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
         if sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]:
@@ -312,16 +339,22 @@ class TritonKernel:
     def pairs(self, sizes: Sizes, buffers: Sequence[Any], streamed: str = "kv_idx") -> Pairs:
         """What the kernels of a call print about pairs, as careful as its sizes ask for."""
         shapes = [tuple(b.shape) for b in buffers]
+        roots = [root for root in (self.attend.score, self.attend.mask) if root is not None]
+        if (
+            not buffers
+        ):  # nothing is read by index: a bound will do for lengths, and a decoder meets few bounds
+            sizes = replace(sizes, q_len=_bound(sizes.q_len), kv_len=_bound(sizes.kv_len))
         key = (sizes, streamed, *shapes)
         found = self._pairs.get(key)
         if found is None:
-            roots = [root for root in (self.attend.score, self.attend.mask) if root is not None]
             counts = {"b": sizes.sequences, "h": sizes.heads, "q_idx": sizes.q_len, "kv_idx": sizes.kv_len}
             box = {name: Interval(0, max(n - 1, 0)) for name, n in counts.items()}
-            ragged = self.kv_layout.lengths is not None
-            packed = self.q_layout.kind == "packed"
+            ragged = self.kv_layout.lengths is not None or not buffers
+            packed = self.q_layout.kind == "packed" or not buffers
             box["q_len"] = Interval(0, sizes.q_len) if packed else point(sizes.q_len)
             box["kv_len"] = Interval(0, sizes.kv_len) if ragged else point(sizes.kv_len)
+            if len(self._pairs) >= _MAX_ENTRIES:
+                self._pairs.clear()
             found = self._pairs[key] = Pairs(self.program, streamed, *care(self.program, roots, box, shapes))
         return found
 
@@ -344,7 +377,12 @@ class TritonKernel:
         text, arguments = printed
         program = launch.Program(text, entry, arguments, tuple(numbers.items()))
         target = launch.current_target(*self.layout(kind))
-        launch.run(program, target, grid, [values[name] for name, _ in arguments])
+        args = [values[name] for name, _ in arguments]
+        ready = launch.ready(program, target, grid, args)
+        ready(args)
+        recording = values.get("recording")
+        if recording is not None:
+            recording.add(ready, arguments, args)
 
     def _page(self, values: dict[str, Any]) -> dict[str, int]:
         return {"PAGE": values["PAGE"]} if "PAGE" in values else {}
@@ -443,6 +481,11 @@ def add_sums(to: Any, sums: Any, load: Expr, axes: str) -> None:
     part = to[tuple(int(arg.attr or 0) if arg.op == "const" else slice(None) for arg in load.args)]
     both = tuple(slice(0, min(n, m)) for n, m in zip(part.shape, found.shape, strict=True))
     part[both] += found[both]
+
+
+def _bound(length: int) -> int:
+    """The next power of two."""
+    return 1 << max(length - 1, 0).bit_length()
 
 
 def padded(width: int) -> int:

@@ -64,9 +64,9 @@ OWNER = """
     #if packed
     low = row * 0
     high = low + sequences
-    while low + 1 < high:  # tiles of sequence n start at row cu[n] // {OWN} + n
+    while low + 1 < high:  # tiles of sequence n start at row cu[n]{times} // {OWN} + n
         middle = (low + high) // 2
-        here = tl.load(cu_{own} + middle) // {OWN} + middle <= row
+        here = tl.load(cu_{own} + middle){times} // {OWN} + middle <= row
         low = tl.where(here, middle, low)
         high = tl.where(here, high, middle)
     b = low
@@ -75,7 +75,7 @@ OWNER = """
     kv_start = tl.load(cu_kv + b)
     q_len = tl.load(cu_q + b + 1) - q_start
     kv_len = tl.load(cu_kv + b + 1) - kv_start
-    tile_of = row - {own}_start // {OWN} - b
+    tile_of = row - {own}_start{times} // {OWN} - b
     #else
     b = row // {own}_tiles
     entry = b
