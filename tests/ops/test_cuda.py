@@ -50,9 +50,8 @@ def test_gradients_have_the_dtype_and_device_of_their_tensors(a_gpu: None) -> No
 
 
 def test_autocast_is_that_of_the_device(a_gpu: None) -> None:
-    with FakeTensorMode():
-        with torch.autocast("cpu", torch.bfloat16):
-            assert ak.attention(*tensors(torch.float32)).dtype == torch.float32
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        assert ak.attention(*tensors(torch.float32)).dtype == torch.float32
 
 
 def test_the_drop_in_takes_them(a_gpu: None) -> None:

@@ -299,6 +299,7 @@ class TritonKernel:
         tile_q, tile_kv = self.config["pairs_tile_q"], self.config["pairs_tile_kv"]
         values = values | {"d_buffer": d_buffer, "heads_in": heads, "sequences_in": sequences}
         values |= {f"d_buffer_s{d}": n for d, n in enumerate(d_buffer.stride())}
+        values |= {f"d_buffer_n{d}": n for d, n in enumerate(d_buffer.shape)}
         printed = self._print(
             ("pairs", pairs, found, which), lambda: of_pairs(pairs, self.scale, found, which)
         )

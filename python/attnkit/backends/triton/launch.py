@@ -64,16 +64,19 @@ def interpreted() -> bool:
 
 def describe(arguments: Arguments, values: Sequence[Any]) -> tuple[Described, ...]:
     """What a call's arguments are. Sizes of sequences are not looked at: every length runs the same kernel."""
-    found = []
-    for (_, kind), value in zip(arguments, values, strict=True):
+    found: list[Described] = []
+    far: dict[str, bool] = {}  # tensors whose last element is beyond 32 bits: all offsets into them take 64
+    for (name, kind), value in zip(arguments, values, strict=True):
         if kind == "pointer":
+            far[name] = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) >= 2**31
             dtype = _TYPES[str(value.dtype).removeprefix("torch.")]
             found.append(Described("*" + dtype, value.data_ptr() % _ALIGNED == 0))
         elif kind == "float":
             found.append(Described("fp32"))
         else:
-            width = "i32" if -(2**31) <= value < 2**31 else "i64"
             special = kind == "stride"
+            beyond = not -(2**31) <= value < 2**31
+            width = "i64" if beyond or (special and far[name.rpartition("_s")[0]]) else "i32"
             found.append(Described(width, special and value % _ALIGNED == 0, special and value == 1))
     return tuple(found)
 
