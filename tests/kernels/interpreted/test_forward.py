@@ -212,6 +212,26 @@ def test_launches_of_a_call_are_made_again(
         testing.check(o.numpy(), lse.numpy(), expected, kernel="triton", what=f"call {step}")
 
 
+def test_tensors_that_were_one_may_be_two_the_next_time(build: Any, rng: np.random.Generator) -> None:
+    tensors = [torch.from_numpy(x) for x in arrays(rng, 1, 2, 2, 70, 70, 16, 16)]
+    kernel, _, _ = build(Traceable(None, None), tensors[0], tensors[2], {})
+    for q, k, v in ((tensors[0],) * 3, tensors):
+        o, lse = torch.full_like(q, float("nan")), torch.full((1, 2, 70), float("nan"))
+        kernel(q, k, v, o, lse, [], [])
+        expected = testing.attention(*(x.numpy() for x in (q, k, v)))
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")
+    assert len(kernel._recorded) == 1
+    sequences = torch.tensor([0, 30, 70], dtype=torch.int32)  # the lengths of queries and keys, in one tensor
+    traced = Traceable(None, None, cu_seqlens_q=sequences, cu_seqlens_kv=sequences.clone())
+    kernel, _, _ = build(traced, tensors[0], tensors[2], {})
+    for other in (sequences, torch.tensor([0, 50, 70], dtype=torch.int32)):
+        o, lse = torch.full_like(tensors[0], float("nan")), torch.full((1, 2, 70), float("nan"))
+        kernel(*tensors, o, lse, [sequences, other], [])
+        lengths = {"cu_seqlens_q": sequences.numpy(), "cu_seqlens_kv": other.numpy()}
+        expected = testing.attention(*(x.numpy() for x in tensors), **lengths)
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")
+
+
 @pytest.mark.parametrize("q_len", [1, 70])
 def test_paged(q_len: int, compare: Compare, rng: np.random.Generator) -> None:
     """Keys in pages of any order; stale pages and the rest of the last one hold what is no number."""

@@ -54,6 +54,13 @@ class TritonKernel:
         param = attend.dropout is not None and attend.dropout.op == "param"
         self._changes = param or self.kv_layout.table is not None
         self._recorded: dict[Any, launch.Recording] = {}
+        slots = {
+            "sinks": attend.normalizer.sink,
+            "lengths": self.kv_layout.lengths,
+            "cu_q": self.q_layout.lengths,
+        }
+        slots["cu_kv"] = self.kv_layout.lengths
+        self._aliases = {name: f"b{slot}" for name, slot in slots.items() if slot is not None}
         self._pairs: dict[Any, Pairs] = {}
         self._sums: dict[frozenset[int], Sums] = {}
         self._printed: dict[Any, tuple[str, Arguments]] = {}
@@ -87,7 +94,7 @@ class TritonKernel:
         if found is not None:
             found.run(inputs | {f"p{i}": x for i, x in enumerate(params)})
             return
-        recording = launch.Recording(inputs)
+        recording = launch.Recording(inputs, self._aliases)
         self._launch(inputs, lse, buffers, params, seed, recording)
         recording.finish()
         if len(self._recorded) >= _MAX_ENTRIES:

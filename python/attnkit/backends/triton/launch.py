@@ -98,11 +98,12 @@ def ready(program: Program, target: Target | None, grid: tuple[int, ...], values
 class Recording:
     """The launches of one call, to be made again with other tensors of the same shapes, strides and alignment.
 
-    ``inputs`` are the tensors of the call by name; any other tensor among the arguments is memory of the call's own.
+    ``inputs`` are the tensors of the call by name, ``aliases`` other names of some; any other tensor among the arguments
+    is memory of the call's own. Names decide, not tensors: the next call may give two where this one gave one twice.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
-        self._names = {id(tensor): name for name, tensor in inputs.items()}
+    def __init__(self, inputs: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+        self._inputs, self._aliases = inputs, aliases
         self._own: dict[int, tuple[str, Any]] = {}
         self._steps: list[tuple[Launch, list[Any], tuple[tuple[int, str], ...]]] = []
 
@@ -111,8 +112,8 @@ class Recording:
         slots = []
         for i, ((name, kind), value) in enumerate(zip(arguments, values, strict=True)):
             if kind == "pointer":
-                known = self._names.get(id(value))
-                if known is None:
+                known = self._aliases.get(name, name)
+                if self._inputs.get(known) is not value:
                     known = self._own.setdefault(id(value), (f"own {len(self._own)}", value))[0]
                 slots.append((i, known))
             elif kind == "float" and name.startswith("p"):
@@ -124,7 +125,7 @@ class Recording:
     def finish(self) -> None:
         """Forget the tensors, but for their shapes."""
         self._memory = [(name, tuple(t.shape), t.dtype) for name, t in self._own.values()]
-        self._names, self._own = {}, {}
+        self._inputs, self._own = {}, {}
 
     def run(self, values: dict[str, Any]) -> None:
         """All launches, with the inputs and params of another call."""
