@@ -121,6 +121,19 @@ def test_a_call_down_to_the_launch(launched: list[Any]) -> None:
     assert launched[before][2] is launched[0][2]  # found again, not compiled again
 
 
+def test_offsets_beyond_32_bits_take_64() -> None:
+    """A tensor of the size of no memory: only its shape is looked at."""
+    near = torch.empty(1, 4, 64, 64, device="meta")
+    far = torch.empty(1, 4, 2**14, 2**16, device="meta")
+    arguments = (("b0", "pointer"), *((f"b0_s{d}", "stride") for d in range(4)), ("q_len", "size"))
+    for tensor, width in ((near, "i32"), (far, "i64")):
+        tensor.data_ptr = lambda: 256
+        found = launch.describe(arguments, [tensor, *tensor.stride(), 7])
+        assert [each.type for each in found] == ["*fp32", *[width] * 4, "i32"]
+        assert [each.divisible for each in found] == [True, True, True, True, False, False]
+        assert found[4].one
+
+
 def test_the_kernel_cache_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnkit.errors import AttnkitError
 

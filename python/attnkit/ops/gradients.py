@@ -71,6 +71,9 @@ def run_backward(
         AttnkitError: AK4xx, the tensors do not go together; AK603, out of memory; as the kernel.
     """
     q, k, v, o, lse = saved
+    if q.is_cuda and q.device.index != torch.cuda.current_device():  # as in `run`
+        with torch.cuda.device(q.device):
+            return run_backward(ready, d_o, d_lse, saved, buffers, params, seed, wanted)
     if ready.bound or buffers or params or seed is not None:
         check_bindings(ready.prepared.spec.program, q, k, buffers, params, seed)
     if len(wanted) != len(buffers):

@@ -153,6 +153,9 @@ def run(
     Raises:
         AttnkitError: as `check_bindings`; AK603, out of memory; as the kernel.
     """
+    if q.is_cuda and q.device.index != torch.cuda.current_device():  # kernels run where the current stream is
+        with torch.cuda.device(q.device):
+            return run(ready, q, k, v, buffers, params, seed, need_lse)
     prepared = ready.prepared
     if ready.bound or buffers or params or seed is not None:
         check_bindings(prepared.spec.program, q, k, buffers, params, seed)

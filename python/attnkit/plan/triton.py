@@ -124,7 +124,15 @@ class Printer:
         if all(arg.op == "const" for arg in node.args):
             return _literal_of(node, OPS[node.op].numpy(*(arg.attr for arg in node.args)))
         spelling, names = OPS[node.op].triton, [self._names[arg] for arg in node.args]
+        if spelling.partition("(")[0] in HELPERS:  # functions ask for the type of what they are given
+            names = [self._tensor(arg) for arg in node.args]
         return spelling.format(*(map(_bare, names) if spelling[0].isalpha() else names), int=self._int)
+
+    def _tensor(self, node: Expr) -> str:
+        name = self._names[node]
+        if node.op != "const" or name.startswith("tl."):
+            return name
+        return f"tl.full((), {_bare(name)}, {'tl.float32' if node.dtype == 'float' else self._int})"
 
     def _load(self, node: Expr, printed: list[str]) -> str:
         slot = int(node.attr or 0)

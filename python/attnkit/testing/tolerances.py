@@ -48,6 +48,7 @@ KAPPA: dict[str, Kappa] = {
     # Interpreted, where exponentials are numpy's; on a GPU nothing was measured yet.
     "triton": Kappa(o=5, lse=6),
     "triton float16": Kappa(o=5, lse=6, rounded_p=0.125),
+    "triton bfloat16": Kappa(o=5, lse=6, rounded_p=1),
 }
 
 FACTOR = 2.0  # of the naive computation's error

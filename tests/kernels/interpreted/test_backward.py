@@ -145,6 +145,16 @@ def test_captured(shape: str, agree: Callable[..., None], rng: np.random.Generat
     agree(dims, score=score, mask=ak.causal())
 
 
+def test_a_tensor_smaller_than_the_pairs(agree: Callable[..., None], rng: np.random.Generator) -> None:
+    """What the mask leaves reads within it; nothing beyond it is written."""
+    tensor = torch.from_numpy(rng.standard_normal((70, 60)).astype(np.float32))
+    agree(
+        SMALL,
+        score=lambda s, b, h, q_idx, kv_idx: s + tensor[q_idx, kv_idx],
+        mask=lambda b, h, q_idx, kv_idx: kv_idx < 60,
+    )
+
+
 def test_padded(agree: Callable[..., None]) -> None:
     lens = torch.tensor([90, 0, 33], dtype=torch.int32)
 

@@ -11,9 +11,13 @@ import pytest
 import torch
 
 import attnkit as ak
+from attnkit import backends, testing
 from attnkit.backends.reference.philox import kept
+from attnkit.ir.text import parse
 from attnkit.ops.traced import Traceable
+from attnkit.plan.spec import KernelSpec
 from attnkit.testing import Dims, qkv
+from attnkit.tune import default_config
 
 Compare = Callable[..., Any]
 
@@ -114,8 +118,8 @@ def test_decode_of_packed_and_padded(compare: Compare, rng: np.random.Generator)
     q, k, v = arrays(rng, 3, 4, 2, 2, 200, 16, 16)
     lens = np.array([200, 0, 70], np.int32)
     compare(q, k, v, oracle={"kv_lens": lens}, kv_lens=torch.from_numpy(lens), mostly_dead=True)
-    q, k, v = arrays(rng, 1, 4, 2, 5, 300, 16, 16)
-    cu_q, cu_kv = np.array([0, 1, 1, 5], np.int32), np.array([0, 150, 160, 300], np.int32)
+    q, k, v = arrays(rng, 1, 4, 2, 30, 300, 16, 16)
+    cu_q, cu_kv = np.array([0, 1, 1, 30], np.int32), np.array([0, 150, 160, 300], np.int32)
     fields = {"cu_seqlens_q": torch.from_numpy(cu_q), "cu_seqlens_kv": torch.from_numpy(cu_kv)}
     compare(q, k, v, oracle={"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}, **fields)
 
@@ -180,3 +184,77 @@ def test_wide_heads(compare: Compare, rng: np.random.Generator) -> None:
     q, k, v = arrays(rng, 1, 2, 1, 40, 50, 192, 130)
     v[0, 0, 45, 3] = np.nan
     compare(q, k, v, oracle={"mask": lambda p: p.kv_idx <= p.position}, mask=ak.causal())
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(130, 100), (2, 200)])
+def test_launches_of_a_call_are_made_again(
+    q_len: int, kv_len: int, build: Any, rng: np.random.Generator
+) -> None:
+    """With other tensors of the same shapes, other contents of masks and other params."""
+    ids = torch.zeros(kv_len, dtype=torch.int32)
+    cap = ak.param("cap", 2.0)
+    traced = Traceable(ak.softcap(cap), lambda b, h, q_idx, kv_idx: (ids[kv_idx] == 0) | (kv_idx % 2 == 0))
+    dims = Dims(1, 4, 2, q_len, kv_len, 16, 16)
+    shapes = [torch.from_numpy(x) for x in qkv("gaussian", rng, dims)]
+    kernel, buffers, _ = build(traced, shapes[0], shapes[2], {})
+    for step, c in enumerate((2.0, 3.0)):
+        arrays = qkv("gaussian", rng, dims)
+        captured = [torch.from_numpy(rng.integers(0, 2, kv_len).astype(np.int32)) for _ in buffers]
+        o, lse = torch.full((1, 4, q_len, 16), float("nan")), torch.full((1, 4, q_len), float("nan"))
+        kernel(*map(torch.from_numpy, arrays), o, lse, captured, [c])
+        assert len(kernel._recorded) == 1
+        seen = captured[0].numpy() == 0
+        expected = testing.attention(
+            *arrays,
+            score=lambda s, p, c=c: c * np.tanh(s / c),
+            mask=lambda p, seen=seen: seen[p.kv_idx] | (p.kv_idx % 2 == 0),
+        )
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton", what=f"call {step}")
+
+
+def test_tensors_that_were_one_may_be_two_the_next_time(build: Any, rng: np.random.Generator) -> None:
+    tensors = [torch.from_numpy(x) for x in arrays(rng, 1, 2, 2, 70, 70, 16, 16)]
+    kernel, _, _ = build(Traceable(None, None), tensors[0], tensors[2], {})
+    for q, k, v in ((tensors[0],) * 3, tensors):
+        o, lse = torch.full_like(q, float("nan")), torch.full((1, 2, 70), float("nan"))
+        kernel(q, k, v, o, lse, [], [])
+        expected = testing.attention(*(x.numpy() for x in (q, k, v)))
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")
+    assert len(kernel._recorded) == 1
+    sequences = torch.tensor([0, 30, 70], dtype=torch.int32)  # the lengths of queries and keys, in one tensor
+    traced = Traceable(None, None, cu_seqlens_q=sequences, cu_seqlens_kv=sequences.clone())
+    kernel, _, _ = build(traced, tensors[0], tensors[2], {})
+    for other in (sequences, torch.tensor([0, 50, 70], dtype=torch.int32)):
+        o, lse = torch.full_like(tensors[0], float("nan")), torch.full((1, 2, 70), float("nan"))
+        kernel(*tensors, o, lse, [sequences, other], [])
+        lengths = {"cu_seqlens_q": sequences.numpy(), "cu_seqlens_kv": other.numpy()}
+        expected = testing.attention(*(x.numpy() for x in tensors), **lengths)
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")
+
+
+@pytest.mark.parametrize("q_len", [1, 70])
+def test_paged(q_len: int, compare: Compare, rng: np.random.Generator) -> None:
+    """Keys in pages of any order; stale pages and the rest of the last one hold what is no number."""
+    q, k, v = arrays(rng, 2, 4, 2, q_len, 240, 16, 24)
+    lens, page = np.array([240, 133], np.int32), 16
+    table = rng.permutation(40)[:30].reshape(2, 15).astype(np.int32)
+    pages = [np.full((40, 2, page, x.shape[3]), np.nan, np.float32) for x in (k, v)]
+    for b in range(2):
+        for j in range(lens[b]):
+            for to, x in zip(pages, (k, v), strict=True):
+                to[table[b, j // page], :, j % page] = x[b, :, j]
+    text = (
+        "attnkit 1\nprogram (q: bhsd, k: paged[b0, b1], v: paged[b0, b1]) buffers(b0: i32[2], b1: i32[1]) {\n"
+        " o, lse = attend(q, k, v, scale = default) {\n mask = kv_idx <= q_idx + (kv_len - q_len)\n"
+        " normalizer = softmax\n }\n return o, lse\n}\n"
+    )
+    backend = backends.get("triton")
+    spec = KernelSpec(parse(text), "float32", 16, 24, "cuda")
+    assert backend.supports(spec) == ()
+    tiles = {"tile_q": 128, "tile_kv": 64, "split_kv": 64, "decode_tile_kv": 64}
+    kernel = backend.build(spec, default_config(backend.space(spec)) | tiles)
+    o, lse = torch.full((2, 4, q_len, 24), float("nan")), torch.full((2, 4, q_len), float("nan"))
+    tensors = [torch.from_numpy(x) for x in (q, *pages)]
+    kernel(*tensors, o, lse, [torch.from_numpy(table), torch.from_numpy(lens)], [])
+    expected = testing.attention(q, k, v, mask=lambda p: p.kv_idx <= p.position, kv_lens=lens)
+    testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")

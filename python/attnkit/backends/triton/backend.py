@@ -17,7 +17,7 @@ _DEVICES = (
     "/dev/nvidiactl",
     "/dev/dxg",
 )  # asked of the file system: a driver that was started would not survive a fork
-_LAYOUTS = ("bhsd", "packed", "padded")
+_LAYOUTS = ("bhsd", "packed", "padded", "paged")
 _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
     "tile_q": ("schedule", (16, 32, 64, 128)), "tile_kv": ("numeric", (16, 32, 64, 128)), "warps": ("schedule", (1, 2, 4, 8)),

@@ -79,14 +79,11 @@ def fold(
         weights = tl.exp2(logit - log_sum[:, None])
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
         #if dropout
-        word, _, _, _ = tl.philox(seed, b, h, q_idx, kv_idx)
+        word, _, _, _ = tl.philox(seed, {counter})
         d_weights = tl.where(word >= dropped_below, d_weights * kept_times, 0.0)
         #end
         $slopes
-        dq = add_product(
-            dq, d_logit.to(key.dtype), exists, key, k + start.to(tl.int64) * k_ss, k_ss, k_sd, HEAD_DIM, PADDED, PRECISION,
-            CAREFUL and PARTIAL
-        )
+        dq = add_product(dq, d_logit.to(key.dtype), exists, key, PRECISION, CAREFUL and PARTIAL)
     return dq{sums_out}
 
 
@@ -190,23 +187,17 @@ def fold(
             weights = tl.where(exists, weights, 0.0)  # lse may be no number, and is not that of keys nobody sees
         d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
         #if dropout
-        word, _, _, _ = tl.philox(seed, b, h, q_idx, kv_idx)
+        word, _, _, _ = tl.philox(seed, {counter})
         d_weights = tl.where(word >= dropped_below, d_weights * kept_times, 0.0)
         kept = tl.where(word >= dropped_below, weights * kept_times, 0.0).to(d_out.dtype)
         #else
         kept = weights.to(d_out.dtype)
         #end
         if ONLY != 1:
-            dv = add_product(
-                dv, kept, exists, d_out, d_o_at, d_o_ss, d_o_sd, V_HEAD_DIM, V_PADDED, PRECISION,
-                CAREFUL and PARTIAL
-            )
+            dv = add_product(dv, kept, exists, d_out, PRECISION, CAREFUL and PARTIAL)
         $slopes
         if ONLY != 2:
-            dk = add_product(
-                dk, d_logit.to(query.dtype), exists, query, q_at, q_ss, q_sd, HEAD_DIM, PADDED,
-                PRECISION, CAREFUL and PARTIAL
-            )
+            dk = add_product(dk, d_logit.to(query.dtype), exists, query, PRECISION, CAREFUL and PARTIAL)
     return dk, dv{sums_out}
 
 
@@ -331,13 +322,13 @@ def attend_pairs(
         weights = tl.exp2(logit - log_sum[:, None])
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
         #if dropout
-        word, _, _, _ = tl.philox(tl.load(seed_at), b, h, q_idx, kv_idx)
+        word, _, _, _ = tl.philox(tl.load(seed_at), {counter})
         d_weights = tl.where(word >= dropped_below, d_weights * kept_times, 0.0)
         #end
         d_logit = tl.where(exists, weights * (d_weights - of_row[:, None]), 0.0)
         $sums
     to = d_buffer + {where}
-    inside = q_live[:, None] & (start + lanes < kv_len_most)[None, :]
+    inside = q_live[:, None] & (start + lanes < kv_len_most)[None, :] & {within}
     tl.store(to, tl.load(to, mask=inside, other=0.0) + found, mask=inside)
 '''
 _DROPOUT = "seed, dropped_below, kept_times, "
@@ -501,12 +492,14 @@ def of_pairs(pairs: Pairs, scale: float, found: Sums, which: int) -> tuple[str, 
         f"d_buffer_s{d}" for d in range(len(index))
     ]
     sizes = ["lse_sb", "lse_sh", "q_len", "kv_len_most", "heads_in", "sequences_in"]
+    sizes += [f"d_buffer_n{d}" for d in range(len(index))]
     arguments = (
         *((n, "pointer") for n in pointers), *((n, "stride") for n in strides), *((n, "size") for n in sizes),
         *(_dropout_arguments(flags)), *captured,
     )  # fmt: skip
     holes |= {
         **QUERIES, "arguments": "".join(f"{name}, " for name, _ in arguments).rstrip(),
+        "within": " & ".join(f"({i} < d_buffer_n{d})" for d, i in enumerate(index)),
         "where": " + ".join(f"{i} * d_buffer_s{d}" for d, i in enumerate(index)),
     }  # fmt: skip
     holes["sums"] = [
@@ -541,7 +534,7 @@ def _common(
         "lengths": kv.kind == "padded", "dropout": pairs.attend.dropout is not None,
     }  # fmt: skip
     holes: Holes = {
-        "int": "tl.int64" if pairs.wide else "tl.int32", "score": score, "score_name": score_name, "mask": mask,
+        "counter": pairs.counter, "int": "tl.int64" if pairs.wide else "tl.int32", "score": score, "score_name": score_name, "mask": mask,
         "exists": exists, "poison": poison, "scale": number(scale), "scale_log2e": number(scale * LOG2E),
         "slope_name": inner.name(found.slope) if has_slope else "", "sums": lines,
     }  # fmt: skip

@@ -48,6 +48,11 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "buffers": "b0: i32[1], b1: i32[1]",
         "body": CAUSAL,
     },
+    "paged": {
+        "layouts": "bhsd paged[b0,b1] paged[b0,b1]",
+        "buffers": "b0: i32[2], b1: i32[1]",
+        "body": CAUSAL,
+    },
     "padded": {"layouts": "bhsd padded[b0] padded[b0]", "buffers": "b0: i32[1]"},
 }
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -108,7 +113,7 @@ Printed = tuple[
 def _forward(kernel: TritonKernel, pairs: Pairs) -> Printed:
     lists = kernel.attend.mask is not None and pairs.stretch is None
     shape = Shape(lists=lists, care="flag" if kernel.wide else "")
-    numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
+    numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision} | _page(kernel)
     return "attend", *forward(pairs, kernel.scale, shape), numbers, ""
 
 
@@ -118,7 +123,7 @@ def _decode(kernel: TritonKernel, pairs: Pairs) -> Printed:
         "TILE_Q": config["decode_tile_q"],
         "TILE_KV": config["decode_tile_kv"],
         "SPLIT_KV": config["split_kv"],
-    }
+    } | _page(kernel)
     return "attend", *forward(pairs, kernel.scale, Shape(grouped=True, split=True)), numbers, "decode_"
 
 
@@ -172,6 +177,7 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
     """The default kernels: every program at one shape, causal attention at all."""
     for arch in architectures:
         for kernel in ("forward", "decode", "dq", "dkv"):
+            programs = [name for name in PROGRAMS if kernel in ("forward", "decode") or name != "paged"]
             for width in (64, 128, 256):
                 yield Case(kernel, "causal", "bfloat16", width, width, arch)
             yield Case(kernel, "causal", "bfloat16", 192, 128, arch)
@@ -179,13 +185,17 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
             for precision in ("highest", "high"):
                 yield Case(kernel, "causal", "float32", 64, 64, arch, precision)
                 yield Case(kernel, "causal", "float32", 128, 128, arch, precision)
-            for name in PROGRAMS:
+            for name in programs:
                 if name != "causal" and (kernel == "forward" or name not in _ALIKE):
                     yield Case(kernel, name, "bfloat16", 128, 128, arch)
         yield Case("merge", "sink", "bfloat16", 128, 128, arch)
         yield Case("delta", "sink", "bfloat16", 128, 128, arch)
         yield Case("pairs", "bias", "bfloat16", 128, 128, arch)
         yield Case("blocks", "document", "bfloat16", 128, 128, arch)
+
+
+def _page(kernel: TritonKernel) -> dict[str, int]:
+    return {"PAGE": 16} if kernel.kv_layout.table is not None else {}
 
 
 def compiled(case: Case) -> tuple[Any, TritonKernel, str]:

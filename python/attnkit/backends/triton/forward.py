@@ -39,14 +39,12 @@ def fold(
         shrink = tl.exp2(top - pivot)
         total = total * shrink + tl.sum(weights, 1)
         #if dropout
-        word, _, _, _ = tl.philox(seed, b, h, q_idx, kv_idx)
+        word, _, _, _ = tl.philox(seed, {counter})
         weights = tl.where(word >= dropped_below, weights, 0.0)
         #end
         acc *= shrink[:, None]
         weights = weights.to(value.dtype)
-        acc = add_product(
-            acc, weights, exists, value, v + start.to(tl.int64) * v_ss, v_ss, v_sd, V_HEAD_DIM, V_PADDED, PRECISION, CAREFUL and PARTIAL
-        )
+        acc = add_product(acc, weights, exists, value, PRECISION, CAREFUL and PARTIAL)
         top = above
     return acc, top, total
 
@@ -191,6 +189,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     arguments = _arguments(on, captured)
     constants = [f" {name}: tl.constexpr," for name in ("SPLIT_KV",) * shape.split + ("PAGE",) * bool(paging)]
     holes: dict[str, list[str] | str] = {
+        "counter": pairs.counter,
         "int": "tl.int64" if pairs.wide else "tl.int32",
         "captured": names, "paging": paging_types, "dropout": dropout, "tiles": tiles,
         "score": score, "score_name": score_name, "mask": [*mask], "exists": exists, "poison": poison,

@@ -24,6 +24,7 @@ from attnkit.plan.triton import care
 
 # What torch's word for float32 products is in Triton: TF32 where torch's own would be.
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+_MAX_ENTRIES = 4096  # a decoder meets new lengths at every step; the bound only stops a leak
 _DELTA_TILE = 64  # rows of a program that only adds
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
 
@@ -49,6 +50,17 @@ class TritonKernel:
         self.attend = attend = self.program.attend
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self.q_layout, self.kv_layout = self.program.inputs[attend.q], self.program.inputs[attend.k]
+        # Where a number that kernels take, or a copy, comes of what a call brings, its launches are its own.
+        param = attend.dropout is not None and attend.dropout.op == "param"
+        self._changes = param or self.kv_layout.table is not None
+        self._recorded: dict[Any, launch.Recording] = {}
+        slots = {
+            "sinks": attend.normalizer.sink,
+            "lengths": self.kv_layout.lengths,
+            "cu_q": self.q_layout.lengths,
+        }
+        slots["cu_kv"] = self.kv_layout.lengths
+        self._aliases = {name: f"b{slot}" for name, slot in slots.items() if slot is not None}
         self._pairs: dict[Any, Pairs] = {}
         self._sums: dict[frozenset[int], Sums] = {}
         self._printed: dict[Any, tuple[str, Arguments]] = {}
@@ -72,8 +84,30 @@ class TritonKernel:
         """
         if o.numel() == 0:
             return
+        inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
+        inputs |= {name: t for name, t in (("lse", lse), ("seed_at", seed)) if t is not None}
+        if self._changes or isinstance(seed, int):
+            self._launch(inputs, lse, buffers, params, seed, None)
+            return
+        key = (q.device, *inputs, *launch.signature(inputs.values()))
+        found = self._recorded.get(key)
+        if found is not None:
+            found.run(inputs | {f"p{i}": x for i, x in enumerate(params)})
+            return
+        recording = launch.Recording(inputs, self._aliases)
+        self._launch(inputs, lse, buffers, params, seed, recording)
+        recording.finish()
+        if len(self._recorded) >= _MAX_ENTRIES:
+            self._recorded.clear()
+        self._recorded[key] = recording
+
+    def _launch(
+        self, inputs: dict[str, Any], lse: Any | None, buffers: list[Any], params: list[float], seed: Any,
+        recording: launch.Recording | None,
+    ) -> None:  # fmt: skip
+        q, k, v, o = (inputs[name] for name in "qkvo")
         sizes = self._sizes(q, k, buffers)
-        values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o)
+        values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
         if lse is not None:
             values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
         if sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]:
@@ -85,7 +119,7 @@ class TritonKernel:
         grid = self._rows(sizes, self.config["tile_q"], "q"), sizes.heads
         if self.wide:
             values["flags"] = q.new_empty(grid, dtype=_dtype(q, "int"))
-        numbers = self.numbers(sizes.group) | {"PRECISION": self.precision}
+        numbers = self.numbers(sizes.group) | {"PRECISION": self.precision} | self._page(values)
         for care_of in ("flag", "mend") if self.wide else ("",):
             each = replace(shape, care=care_of)
             printed = self._print(
@@ -116,7 +150,7 @@ class TritonKernel:
             rows = sizes.q_len * sizes.group // tile_q + sizes.sequences
         tiles = {"q_tiles": -(-sizes.q_len * sizes.group // tile_q)}
         numbers = self.numbers(sizes.group) | {"TILE_Q": tile_q, "TILE_KV": self.config["decode_tile_kv"]}
-        numbers |= {"PRECISION": self.precision, "SPLIT_KV": split_kv}
+        numbers |= {"PRECISION": self.precision, "SPLIT_KV": split_kv} | self._page(values)
         printed = self._print(("decode", pairs, shape), lambda: forward(pairs, self.scale, shape))
         grid = (rows, sizes.heads // sizes.group, splits)
         self._run(
@@ -165,6 +199,10 @@ class TritonKernel:
         """
         if o.numel() == 0:
             return
+        if self.kv_layout.table is not None:
+            raise error(
+                "AK503", where="backend triton", given="keys in pages", allowed="keys that lie in order"
+            )
         sizes, lse = self._sizes(q, k, buffers), lse.contiguous()
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
         found = self._sums.get(wanted)
@@ -268,6 +306,7 @@ class TritonKernel:
         tile_q, tile_kv = self.config["pairs_tile_q"], self.config["pairs_tile_kv"]
         values = values | {"d_buffer": d_buffer, "heads_in": heads, "sequences_in": sequences}
         values |= {f"d_buffer_s{d}": n for d, n in enumerate(d_buffer.stride())}
+        values |= {f"d_buffer_n{d}": n for d, n in enumerate(d_buffer.shape)}
         printed = self._print(
             ("pairs", pairs, found, which), lambda: of_pairs(pairs, self.scale, found, which)
         )
@@ -308,16 +347,22 @@ class TritonKernel:
     def pairs(self, sizes: Sizes, buffers: Sequence[Any], streamed: str = "kv_idx") -> Pairs:
         """What the kernels of a call print about pairs, as careful as its sizes ask for."""
         shapes = [tuple(b.shape) for b in buffers]
+        roots = [root for root in (self.attend.score, self.attend.mask) if root is not None]
+        if (
+            not buffers
+        ):  # nothing is read by index: a bound will do for lengths, and a decoder meets few bounds
+            sizes = replace(sizes, q_len=_bound(sizes.q_len), kv_len=_bound(sizes.kv_len))
         key = (sizes, streamed, *shapes)
         found = self._pairs.get(key)
         if found is None:
-            roots = [root for root in (self.attend.score, self.attend.mask) if root is not None]
             counts = {"b": sizes.sequences, "h": sizes.heads, "q_idx": sizes.q_len, "kv_idx": sizes.kv_len}
             box = {name: Interval(0, max(n - 1, 0)) for name, n in counts.items()}
-            ragged = self.kv_layout.lengths is not None
-            packed = self.q_layout.kind == "packed"
+            ragged = self.kv_layout.lengths is not None or not buffers
+            packed = self.q_layout.kind == "packed" or not buffers
             box["q_len"] = Interval(0, sizes.q_len) if packed else point(sizes.q_len)
             box["kv_len"] = Interval(0, sizes.kv_len) if ragged else point(sizes.kv_len)
+            if len(self._pairs) >= _MAX_ENTRIES:
+                self._pairs.clear()
             found = self._pairs[key] = Pairs(self.program, streamed, *care(self.program, roots, box, shapes))
         return found
 
@@ -340,7 +385,15 @@ class TritonKernel:
         text, arguments = printed
         program = launch.Program(text, entry, arguments, tuple(numbers.items()))
         target = launch.current_target(*self.layout(kind))
-        launch.run(program, target, grid, [values[name] for name, _ in arguments])
+        args = [values[name] for name, _ in arguments]
+        ready = launch.ready(program, target, grid, args)
+        ready(args)
+        recording = values.get("recording")
+        if recording is not None:
+            recording.add(ready, arguments, args)
+
+    def _page(self, values: dict[str, Any]) -> dict[str, int]:
+        return {"PAGE": values["PAGE"]} if "PAGE" in values else {}
 
     def layout(self, kind: str) -> tuple[int, int]:
         """Warps and stages of a kernel."""
@@ -356,7 +409,10 @@ class TritonKernel:
     def _sizes(self, q: Any, k: Any, buffers: Sequence[Any]) -> Sizes:
         packed = self.q_layout.kind == "packed"
         sequences = len(buffers[self.q_layout.lengths or 0]) - 1 if packed else q.shape[0]
-        return Sizes(sequences, q.shape[1], q.shape[1] // k.shape[1], q.shape[0], q.shape[2], k.shape[2])
+        kv_len = k.shape[2]
+        if self.kv_layout.table is not None:  # of pages: as many as the table has room for
+            kv_len *= buffers[self.kv_layout.table].shape[1]
+        return Sizes(sequences, q.shape[1], q.shape[1] // k.shape[1], q.shape[0], q.shape[2], kv_len)
 
     def _values(
         self, sizes: Sizes, buffers: Sequence[Any], params: Sequence[float], seed: Any, **tensors: Any
@@ -366,7 +422,8 @@ class TritonKernel:
         values["q_tiles"] = -(-sizes.q_len // self.config["tile_q"])
         for name, tensor in tensors.items():
             values[name] = tensor
-            values |= {f"{name}_s{d}": n for d, n in zip("bhsd", tensor.stride(), strict=True)}
+            first = "p" if self.kv_layout.table is not None and name in ("k", "v") else "b"
+            values |= {f"{name}_s{d}": n for d, n in zip(first + "hsd", tensor.stride(), strict=True)}
         for i, buffer in enumerate(buffers):
             values[f"b{i}"] = buffer
             values |= {f"b{i}_s{d}": n for d, n in enumerate(buffer.stride())}
@@ -379,6 +436,9 @@ class TritonKernel:
             }
         elif self.kv_layout.lengths is not None:
             values["lengths"] = buffers[self.kv_layout.lengths]
+        if self.kv_layout.table is not None:
+            table = buffers[self.kv_layout.table].contiguous()
+            values |= {"table": table, "table_sb": table.stride(0), "PAGE": tensors["k"].shape[2]}
         if self.attend.normalizer.sink is not None:
             values["sinks"] = buffers[self.attend.normalizer.sink]
         dropout = self.attend.dropout
@@ -429,6 +489,11 @@ def add_sums(to: Any, sums: Any, load: Expr, axes: str) -> None:
     part = to[tuple(int(arg.attr or 0) if arg.op == "const" else slice(None) for arg in load.args)]
     both = tuple(slice(0, min(n, m)) for n, m in zip(part.shape, found.shape, strict=True))
     part[both] += found[both]
+
+
+def _bound(length: int) -> int:
+    """The next power of two."""
+    return 1 << max(length - 1, 0).bit_length()
 
 
 def padded(width: int) -> int:

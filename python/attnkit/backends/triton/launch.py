@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,11 +34,15 @@ class Described(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What a kernel is compiled for: the number of the architecture (90) and how a program is laid out on it."""
+    """What a kernel is compiled for: the number of the architecture (90) and how a program is laid out on it.
+
+    A compiled kernel belongs to the device on which it was loaded.
+    """
 
     arch: int
     warps: int
     stages: int
+    device: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,29 +64,84 @@ def interpreted() -> bool:
 
 def describe(arguments: Arguments, values: Sequence[Any]) -> tuple[Described, ...]:
     """What a call's arguments are. Sizes of sequences are not looked at: every length runs the same kernel."""
-    found = []
-    for (_, kind), value in zip(arguments, values, strict=True):
+    found: list[Described] = []
+    far: dict[str, bool] = {}  # tensors whose last element is beyond 32 bits: all offsets into them take 64
+    for (name, kind), value in zip(arguments, values, strict=True):
         if kind == "pointer":
+            far[name] = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) >= 2**31
             dtype = _TYPES[str(value.dtype).removeprefix("torch.")]
             found.append(Described("*" + dtype, value.data_ptr() % _ALIGNED == 0))
         elif kind == "float":
             found.append(Described("fp32"))
         else:
-            width = "i32" if -(2**31) <= value < 2**31 else "i64"
             special = kind == "stride"
+            beyond = not -(2**31) <= value < 2**31
+            width = "i64" if beyond or (special and far[name.rpartition("_s")[0]]) else "i32"
             found.append(Described(width, special and value % _ALIGNED == 0, special and value == 1))
     return tuple(found)
 
 
-def run(program: Program, target: Target | None, grid: tuple[int, ...], values: Sequence[Any]) -> None:
-    """Launch a kernel on the current stream, or interpret it (no target)."""
+Launch = Callable[[Sequence[Any]], None]
+
+
+def ready(program: Program, target: Target | None, grid: tuple[int, ...], values: Sequence[Any]) -> Launch:
+    """What launches a kernel on the current stream, or interprets it (no target), for arguments like these."""
     grid = (*grid, 1, 1)[:3]
+    constants = tuple(value for _, value in program.constants)
     if target is None:
-        kernel = getattr(load(program.text), program.entry)
-        kernel[grid](*values, **dict(program.constants))
-        return
+        kernel, named = getattr(load(program.text), program.entry), dict(program.constants)
+        return lambda args: kernel[grid](*args, **named)
     compiled = _compiled(program, describe(program.arguments, values), target)
-    compiled[grid](*values, *(value for _, value in program.constants))
+    return lambda args: compiled[grid](*args, *constants)
+
+
+class Recording:
+    """The launches of one call, to be made again with other tensors of the same shapes, strides and alignment.
+
+    ``inputs`` are the tensors of the call by name, ``aliases`` other names of some; any other tensor among the arguments
+    is memory of the call's own. Names decide, not tensors: the next call may give two where this one gave one twice.
+    """
+
+    def __init__(self, inputs: Mapping[str, Any], aliases: Mapping[str, str]) -> None:
+        self._inputs, self._aliases = inputs, aliases
+        self._own: dict[int, tuple[str, Any]] = {}
+        self._steps: list[tuple[Launch, list[Any], tuple[tuple[int, str], ...]]] = []
+
+    def add(self, launch: Launch, arguments: Arguments, values: Sequence[Any]) -> None:
+        """One more launch."""
+        slots = []
+        for i, ((name, kind), value) in enumerate(zip(arguments, values, strict=True)):
+            if kind == "pointer":
+                known = self._aliases.get(name, name)
+                if self._inputs.get(known) is not value:
+                    known = self._own.setdefault(id(value), (f"own {len(self._own)}", value))[0]
+                slots.append((i, known))
+            elif kind == "float" and name.startswith("p"):
+                slots.append((i, name))
+        taken = {i for i, _ in slots}
+        fixed = [None if i in taken else value for i, value in enumerate(values)]
+        self._steps.append((launch, fixed, tuple(slots)))
+
+    def finish(self) -> None:
+        """Forget the tensors, but for their shapes."""
+        self._memory = [(name, tuple(t.shape), t.dtype) for name, t in self._own.values()]
+        self._inputs, self._own = {}, {}
+
+    def run(self, values: dict[str, Any]) -> None:
+        """All launches, with the inputs and params of another call."""
+        like = values["q"]
+        for name, shape, dtype in self._memory:
+            values[name] = like.new_empty(shape, dtype=dtype)
+        for launch, fixed, slots in self._steps:
+            args = fixed.copy()
+            for i, name in slots:
+                args[i] = values[name]
+            launch(args)
+
+
+def signature(tensors: Iterable[Any]) -> tuple[Any, ...]:
+    """What decides which kernels a call launches, and with which numbers."""
+    return tuple([(t.shape, t.stride(), t.dtype, t.data_ptr() % _ALIGNED == 0) for t in tensors])
 
 
 @cache
@@ -138,7 +197,11 @@ def kernel_cache() -> Path:
 
 def current_target(warps: int, stages: int) -> Target | None:
     """The device that the current stream runs on; None where kernels are interpreted."""
-    return None if interpreted() else Target(architecture(), warps, stages)
+    if interpreted():
+        return None
+    from triton.runtime import driver
+
+    return Target(architecture(), warps, stages, driver.active.get_current_device())
 
 
 def architecture() -> int:

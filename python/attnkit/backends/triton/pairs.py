@@ -52,6 +52,15 @@ class Pairs:
         roots = [root for root in (self.attend.score, self.attend.mask) if root is not None]
         return self.attend.dropout is not None or any(reads(root, self.streamed) for root in roots)
 
+    @property
+    def counter(self) -> str:
+        """The counter of a pair's random word: 32 bits each."""
+        return (
+            "b, h.to(tl.int32), q_idx.to(tl.int32), kv_idx.to(tl.int32)"
+            if self.wide
+            else "b, h, q_idx, kv_idx"
+        )
+
     def printer(self) -> Printer:
         """A new one: names are a kernel's own."""
         return Printer(self.program, self.streamed, self.unproven, self.wide)

@@ -31,21 +31,18 @@ def store_tile(x, rows, row_stride, channel_stride, live, tile, WIDTH: tl.conste
 
 
 @triton.jit
-def add_product(
-    total, weights, exists, values, at, row_stride, channel_stride, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
-):
-    """total + weights . values, the rows at `at`. If CAREFUL, infinities and NaN in a row reach only those that see it."""
+def add_product(total, weights, exists, values, PRECISION: tl.constexpr, CAREFUL: tl.constexpr):
+    """total + weights . values. If CAREFUL, infinities and NaN in a row of values reach only those that see it."""
     if CAREFUL:
         finite = tl.where(tl.abs(values) < float("inf"), values, 0.0).to(values.dtype)
         total = tl.dot(weights, finite, total, input_precision=PRECISION)
         ROWS: tl.constexpr = values.shape[0]
-        channels = tl.arange(0, PADDED)
+        rows = tl.arange(0, ROWS)
+        others = tl.where(tl.abs(values) < float("inf"), 0.0, values.to(tl.float32))
         for j in tl.range(0, ROWS, num_stages=1):
-            here = (tl.arange(0, ROWS) == j)[None, :]
+            here = (rows == j)[None, :]
             seen = tl.max((exists & here).to(tl.int32), 1) > 0
-            row = tl.load(at + j * row_stride + channels * channel_stride, mask=(channels < WIDTH) & (tl.max(seen.to(tl.int32), 0) > 0), other=0.0)
-            row = tl.where(tl.abs(row) < float("inf"), 0.0, row.to(tl.float32))
+            row = tl.sum(tl.where((rows == j)[:, None], others, 0.0), 0)
             if tl.max((row != 0.0).to(tl.int32), 0) > 0:
                 weight = tl.sum(tl.where(here, weights.to(tl.float32), 0.0), 1)
                 total += tl.where(seen[:, None] & (row != 0.0)[None, :], weight[:, None] * row[None, :], 0.0)
@@ -67,9 +64,9 @@ OWNER = """
     #if packed
     low = row * 0
     high = low + sequences
-    while low + 1 < high:  # tiles of sequence n start at row cu[n] // {OWN} + n
+    while low + 1 < high:  # tiles of sequence n start at row cu[n]{times} // {OWN} + n
         middle = (low + high) // 2
-        here = tl.load(cu_{own} + middle) // {OWN} + middle <= row
+        here = tl.load(cu_{own} + middle){times} // {OWN} + middle <= row
         low = tl.where(here, middle, low)
         high = tl.where(here, high, middle)
     b = low
@@ -78,7 +75,7 @@ OWNER = """
     kv_start = tl.load(cu_kv + b)
     q_len = tl.load(cu_q + b + 1) - q_start
     kv_len = tl.load(cu_kv + b + 1) - kv_start
-    tile_of = row - {own}_start // {OWN} - b
+    tile_of = row - {own}_start{times} // {OWN} - b
     #else
     b = row // {own}_tiles
     entry = b

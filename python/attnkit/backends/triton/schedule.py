@@ -25,22 +25,23 @@ FORWARD: Table = {
     (80, 2): (Schedule(128, 64, 8, 2), Schedule(128, 32, 8, 2), Schedule(64, 32, 8, 2)),
     (90, 2): (Schedule(128, 128, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2)),
     (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
-    **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 1), Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2))),
+    **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 1), Schedule(16, 32, 8, 1), Schedule(16, 16, 8, 2))),
 }
 DECODE: Table = {
-    (80, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
-    (90, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
-    (100, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 8, 2)),
-    **dict.fromkeys(_SINGLE, (Schedule(16, 16, 4, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 2))),
+    (80, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 64, 8, 2)),
+    (90, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 4, 2)),
+    (100, 2): (Schedule(16, 64, 8, 2), Schedule(16, 32, 8, 2), Schedule(16, 32, 4, 2)),
+    (80, 4): (Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1), Schedule(16, 16, 8, 2)),
+    **dict.fromkeys(_SINGLE[1:], (Schedule(16, 16, 8, 2), Schedule(16, 32, 8, 1), Schedule(16, 16, 8, 2))),
 }
 DQ: Table = {
-    (80, 2): (Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(64, 32, 8, 2)),
+    (80, 2): (Schedule(128, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 32, 8, 2)),
     (90, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
     (100, 2): (Schedule(128, 64, 8, 2), Schedule(128, 64, 8, 2), Schedule(64, 32, 8, 2)),
     **dict.fromkeys(_SINGLE, (Schedule(32, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))),
 }
 DKV: Table = {
-    (80, 2): (Schedule(64, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
+    (80, 2): (Schedule(64, 64, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 32, 8, 2)),
     (90, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
     (100, 2): (Schedule(64, 128, 8, 2), Schedule(64, 64, 8, 2), Schedule(32, 64, 8, 2)),
     **dict.fromkeys(_SINGLE, (Schedule(16, 32, 8, 2), Schedule(16, 16, 8, 2), Schedule(16, 16, 8, 1))),
@@ -59,14 +60,22 @@ ARCHITECTURES = (80, 90, 100)
 
 def with_room(found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool) -> Schedule:
     """A schedule with narrower tiles where a program needs more registers: for random numbers, for masks of any shape."""
-    if (kind == "" and (dropout or (lists and arch != 90))) and found.tile_kv > 32:
-        return found._replace(tile_kv=found.tile_kv // 2)
+    if kind == "" and (dropout or (lists and family(arch) != 90)):
+        if found.tile_kv > 32:
+            return found._replace(tile_kv=found.tile_kv // 2)
+        return found._replace(tile_q=min(found.tile_q, 64))
+    if kind == "decode_" and dropout and family(arch) == 80:
+        return found._replace(warps=4)
     if kind == "dkv_" and dropout and found.tile_q > 32:
         return found._replace(tile_q=found.tile_q // 2)
     return found
 
 
+def family(arch: int) -> int:
+    """The architecture whose numbers an architecture takes: its own, or those of Ampere, which fit 99 KiB of memory too."""
+    return 90 if arch == 90 else 100 if 100 <= arch < 110 else 80
+
+
 def schedule(table: Table, arch: int, size: int, width: int) -> Schedule:
-    """The row of a table for an architecture of the same family or the next older one."""
-    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
-    return table[known, size][0 if width <= 64 else 1 if width <= 128 else 2]
+    """The row of a table for an architecture, an element size in bytes, and the wider of the head dims."""
+    return table[family(arch), size][0 if width <= 64 else 1 if width <= 128 else 2]
