@@ -116,7 +116,8 @@ class Fetches {
   const char *near_, *far_;
 };
 
-inline const Lines kNoLines;
+inline const char kNowhere = 0;
+inline const Lines kNoLines{&kNowhere, 0, 0, 0};
 inline const Ahead kNothing{kNoLines, kNoLines};
 
 // ---- scores ----

@@ -43,7 +43,11 @@ ATTNKIT_INLINE vf exp_rough(vf x) {
 }
 
 inline void copy_row(const Bf16* from, int64_t stride, int32_t width, int32_t padded, Bf16* to) {
-  for (int32_t d = 0; d < padded; ++d) to[d] = d < width ? from[d * stride] : Bf16{0};
+  if (stride == 1)
+    __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(Bf16));
+  else
+    for (int32_t d = 0; d < width; ++d) to[d] = from[d * stride];
+  for (int32_t d = width; d < padded; ++d) to[d] = Bf16{0};
 }
 
 class PairForward : public Forward {
