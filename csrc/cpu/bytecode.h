@@ -89,7 +89,7 @@ namespace attnkit::cpu {
 // What the engine makes for itself: no program may hold it. The weight of the softmax, for tests; then what it makes of
 // several instructions at once (fuse.h).
 #define ATTNKIT_INTERNAL_OPS(X) \
-  X(exp2_weight, 'f', "f")      \
+  X(exp_weight, 'f', "f")       \
   X(softcap, 'f', "ff")         \
   X(mul_add, 'f', "fff")        \
   X(mul_sub_from, 'f', "fff")   \

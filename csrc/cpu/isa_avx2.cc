@@ -21,12 +21,6 @@ ATTNKIT_INLINE vf round_nearest(vf x) {
 }
 ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, to_int(floor(n))); }
-ATTNKIT_INLINE vf splittable(vf x) { return max_or_second(set1(-160.0f), x); }
-ATTNKIT_INLINE vi sixteenths(vf x) { return to_int(floor(x * set1(16.0f))); }
-template <int kBits>
-ATTNKIT_INLINE vf remainder_of(vf x) {
-  return x - floor(x * set1(1 << kBits)) * set1(1.0f / (1 << kBits));
-}
 ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0; }
 ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask)); }

@@ -29,12 +29,6 @@ ATTNKIT_INLINE vf floor(vf x) {
   return lanes_of([&](int i) { return __builtin_floorf(x[i]); });
 }
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, to_int(floor(n))); }
-ATTNKIT_INLINE vf splittable(vf x) { return max_or_second(set1(-160.0f), x); }
-ATTNKIT_INLINE vi sixteenths(vf x) { return to_int(floor(x * set1(16.0f))); }
-template <int kBits>
-ATTNKIT_INLINE vf remainder_of(vf x) {
-  return x - floor(x * set1(1 << kBits)) * set1(1.0f / (1 << kBits));
-}
 ATTNKIT_INLINE vf sqrt(vf x) {
   return lanes_of([&](int i) { return __builtin_sqrtf(x[i]); });
 }

@@ -7,9 +7,6 @@
 //   max_or_second, min_or_second   of a and b; b when either is NaN
 //   round_nearest, floor, sqrt     as IEEE has them; ties to even
 //   scale_by_power(p, n)           p * 2^floor(n); over- and underflows as IEEE does
-//   splittable(x)                  x, or what the three around this take in its place where 2^x vanishes
-//   sixteenths(x)                  integers whose last four bits are those of floor(16 x)
-//   remainder_of<b>(x)             x - floor(2^b x) / 2^b
 //   look_up(table, i)              table[i % n] of each lane, of a table of n = 16 or 32
 //   any(mask)                      whether a bit of any lane is set
 //   lane_bits(mask)                a bit for each lane, from its sign

@@ -15,14 +15,6 @@ ATTNKIT_INLINE vf round_nearest(vf x) {
 }
 ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return (vf)_mm512_scalef_ps((__m512)p, (__m512)n); }
-ATTNKIT_INLINE vf splittable(vf x) { return x; }
-ATTNKIT_INLINE vi sixteenths(vf x) {  // adding 1.5 * 2^19 leaves four bits of the fraction
-  return (vi)_mm512_add_round_ps((__m512)x, _mm512_set1_ps(786432.0f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
-template <int kBits>
-ATTNKIT_INLINE vf remainder_of(vf x) {
-  return (vf)_mm512_reduce_ps((__m512)x, kBits << 4 | _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-}
 ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return _mm512_movepi32_mask((__m512i)mask); }

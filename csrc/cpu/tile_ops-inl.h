@@ -304,7 +304,7 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
     case Op::b_to_f: return un([one](vf x) { return as_float(as_int(x) & as_int(one)); });
     case Op::b_to_i: return un_i([](vi x) { return x & 1; });
     case Op::f_to_i: return un_i([](vi x) { return to_int(as_float(x)); });
-    case Op::exp2_weight: return un([](vf x) { return exp2_weight(x); });
+    case Op::exp_weight: return un([](vf x) { return exp_weight(x); });
     case Op::softcap: return softcap(dst, s, a);
     case Op::mul_add: return map<3>(dst, s, a, [](vf x, vf y, vf z) { return fma(x, y, z); });
     case Op::mul_sub_from: return map<3>(dst, s, a, [](vf x, vf y, vf z) { return fma(-x, y, z); });

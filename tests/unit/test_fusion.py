@@ -82,4 +82,4 @@ def test_what_derivatives_need_stays() -> None:
 
 
 def test_no_program_holds_a_fused_opcode() -> None:
-    assert not {"softcap", "mul_add", "add_gap", "exp2_weight"} & set(OPCODES)
+    assert not {"softcap", "mul_add", "add_gap", "exp_weight"} & set(OPCODES)
