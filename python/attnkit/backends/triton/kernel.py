@@ -75,11 +75,7 @@ class TritonKernel:
         threads: int = 0,
         seed: Any = None,
     ) -> None:
-        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
-
-        Raises:
-            AttnkitError: AK502, a tensor that no kernel reads.
-        """
+        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor."""
         if o.numel() == 0:
             return
         inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
