@@ -8,7 +8,7 @@ CSRC := $(shell find csrc -type f)
 .PHONY: help dev demo test check sanitize fuzz lint compile-check gpu docs peers wheel clean
 
 help: ## Say what each target does
-	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
 
 dev: .venv/.built ## Make .venv and build the package into it (again when csrc changed)
 

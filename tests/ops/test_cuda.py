@@ -83,7 +83,7 @@ def test_without_a_gpu_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradients_of_other_indices_are_refused() -> None:
-    from attnkit.backends.triton.kernel import check_index
+    from attnkit.backends.triton.gradients import check_index
     from attnkit.ir.expr import load, make, var
 
     table = load(0, var("h"), make("sub", var("kv_idx"), var("q_idx")))

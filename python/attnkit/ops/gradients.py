@@ -112,7 +112,7 @@ def run_backward(
             dv,
             sums,
             torch.get_num_threads(),
-            seed_of(seed),
+            None if seed is None else seed_of(seed),
         )
         counts.run()
     d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]

@@ -40,7 +40,7 @@ _included, _excluded = (
     _C._dispatch_tls_local_exclude_set,
 )  # in this thread
 _function_modes, _is_profiling = _C._len_torch_function_stack, _C._autograd._profiler_enabled
-_autocasts = torch.is_autocast_enabled
+_autocasts = _C._is_any_autocast_enabled
 
 
 def is_plain(tensors: Sequence[Tensor]) -> bool:
@@ -60,9 +60,7 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
 
 def is_unwatched(tensors: Sequence[Tensor]) -> bool:
     """Whether nothing could tell a call of the op from a call of what the op does. To be asked outside dynamo."""
-    if _function_modes() or _is_profiling() or _autocasts("cpu") or _autocasts("cuda"):
-        return False
-    return is_plain(tensors)
+    return _function_modes() == 0 and not _is_profiling() and not _autocasts() and is_plain(tensors)
 
 
 def is_below_autograd() -> bool:
@@ -93,7 +91,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     Raises:
         AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
     """
-    exact = precision(q)
+    exact = precision(q) if q.is_cuda else "highest"
     key = (text, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, backend, exact)
     found = _ready.get(key)
     if found is not None:
@@ -121,9 +119,9 @@ def precision(q: Tensor) -> str:
     return torch.get_float32_matmul_precision() if q.is_cuda and q.dtype == torch.float32 else "highest"
 
 
-def seed_of(seed: Tensor | None) -> int | Tensor | None:
+def seed_of(seed: Tensor) -> int | Tensor:
     """The seed of a call as a kernel takes it: a number, or on a GPU a tensor, which nobody waits for."""
-    return seed if seed is None or seed.is_cuda else int(seed)
+    return seed if seed.is_cuda else int(seed)
 
 
 def has_backward(prepared: Prepared) -> bool:
@@ -169,6 +167,8 @@ def run(
     if record is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), None if lse is None else lse.zero_()
-    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads(), seed_of(seed))
+    prepared.kernel(
+        q, k, v, o, lse, buffers, params, torch.get_num_threads(), None if seed is None else seed_of(seed)
+    )
     counts.run()
     return o, lse

@@ -77,7 +77,7 @@ def compare() -> Callable[..., testing.Measured]:
         kernel(*tensors, o, lse, buffers, params)
         expected = testing.attention(*arrays, dtype=dtype, **(oracle or {}))
         return testing.check(
-            o.float().numpy(), lse.numpy(), expected, kernel="triton", mostly_dead=mostly_dead
+            o.float().numpy(), lse.numpy(), expected, kernel="interpreted", mostly_dead=mostly_dead
         )
 
     return run

@@ -108,6 +108,10 @@ def test_plain(agree: Callable[..., None]) -> None:
     agree(Dims(2, 2, 2, 64, 64, 16, 16), d_lse=False)
 
 
+def test_no_keys(agree: Callable[..., None]) -> None:
+    agree(Dims(1, 2, 1, 5, 3, 16, 16)._replace(kv_len=0))
+
+
 def test_causal(agree: Callable[..., None]) -> None:
     agree(Dims(1, 4, 2, 130, 100, 16, 16), mask=ak.causal())
 

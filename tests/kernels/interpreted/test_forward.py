@@ -209,7 +209,7 @@ def test_launches_of_a_call_are_made_again(
             score=lambda s, p, c=c: c * np.tanh(s / c),
             mask=lambda p, seen=seen: seen[p.kv_idx] | (p.kv_idx % 2 == 0),
         )
-        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton", what=f"call {step}")
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="interpreted", what=f"call {step}")
 
 
 def test_tensors_that_were_one_may_be_two_the_next_time(build: Any, rng: np.random.Generator) -> None:
@@ -219,7 +219,7 @@ def test_tensors_that_were_one_may_be_two_the_next_time(build: Any, rng: np.rand
         o, lse = torch.full_like(q, float("nan")), torch.full((1, 2, 70), float("nan"))
         kernel(q, k, v, o, lse, [], [])
         expected = testing.attention(*(x.numpy() for x in (q, k, v)))
-        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="interpreted")
     assert len(kernel._recorded) == 1
     sequences = torch.tensor([0, 30, 70], dtype=torch.int32)  # the lengths of queries and keys, in one tensor
     traced = Traceable(None, None, cu_seqlens_q=sequences, cu_seqlens_kv=sequences.clone())
@@ -229,7 +229,7 @@ def test_tensors_that_were_one_may_be_two_the_next_time(build: Any, rng: np.rand
         kernel(*tensors, o, lse, [sequences, other], [])
         lengths = {"cu_seqlens_q": sequences.numpy(), "cu_seqlens_kv": other.numpy()}
         expected = testing.attention(*(x.numpy() for x in tensors), **lengths)
-        testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")
+        testing.check(o.numpy(), lse.numpy(), expected, kernel="interpreted")
 
 
 @pytest.mark.parametrize("q_len", [1, 70])
@@ -257,4 +257,4 @@ def test_paged(q_len: int, compare: Compare, rng: np.random.Generator) -> None:
     tensors = [torch.from_numpy(x) for x in (q, *pages)]
     kernel(*tensors, o, lse, [torch.from_numpy(table), torch.from_numpy(lens)], [])
     expected = testing.attention(q, k, v, mask=lambda p: p.kv_idx <= p.position, kv_lens=lens)
-    testing.check(o.numpy(), lse.numpy(), expected, kernel="triton")
+    testing.check(o.numpy(), lse.numpy(), expected, kernel="interpreted")

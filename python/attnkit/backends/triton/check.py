@@ -19,7 +19,7 @@ from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.lints import lint
 from attnkit.backends.triton.merge import merge
 from attnkit.backends.triton.pairs import Pairs
-from attnkit.backends.triton.resources import SHARED, Resources, resources
+from attnkit.backends.triton.resources import SHARED, Resources, ceiling, resources
 from attnkit.backends.triton.schedule import ARCHITECTURES
 from attnkit.backends.triton.source import Arguments
 from attnkit.ir.program import Program
@@ -57,7 +57,8 @@ PROGRAMS: dict[str, dict[str, str]] = {
 }
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _ALIKE = ("window", "sink", "padded")  # programs that other kernels have no more lines for
-_BACKWARD_STACK = 64  # bytes a thread that a backward kernel may spill; they are recorded
+# Bytes a thread that a kernel may spill; they are recorded. Those that mend run where something was not a number.
+_STACK = {"dq": 64, "dkv": 64, "pairs": 64, "forward mend": 2048, "dq mend": 2048, "dkv mend": 2048}
 _GROUP = 4  # query heads of a kv head
 
 
@@ -76,11 +77,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a case. ``roofline``: the share of peak that the tile's arithmetic intensity allows at most."""
+    """What came of a case; ``roofline`` as `resources.ceiling`."""
 
     case: Case
     config: dict[str, int]
     resources: Resources
+    roofline: float | None
     findings: list[str]
 
 
@@ -110,9 +112,9 @@ Printed = tuple[
 ]  # entry, text, arguments, numbers, prefix of its fields
 
 
-def _forward(kernel: TritonKernel, pairs: Pairs) -> Printed:
+def _forward(kernel: TritonKernel, pairs: Pairs, mend: bool = False) -> Printed:
     lists = kernel.attend.mask is not None and pairs.stretch is None
-    shape = Shape(lists=lists, care="flag" if kernel.wide else "")
+    shape = Shape(lists=lists, care="mend" if mend else "flag" if kernel.wide else "")
     numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision} | _page(kernel)
     return "attend", *forward(pairs, kernel.scale, shape), numbers, ""
 
@@ -167,7 +169,8 @@ def _delta(kernel: TritonKernel, pairs: Pairs) -> Printed:
 
 
 KERNELS: dict[str, Callable[[TritonKernel, Pairs], Printed]] = {
-    "forward": _forward, "decode": _decode, "merge": _merge, "blocks": _blocks,
+    "forward": _forward, "forward mend": lambda kernel, pairs: _forward(kernel, pairs, mend=True),
+    "decode": _decode, "merge": _merge, "blocks": _blocks,
     "dq": _backward("dq"), "dkv": _backward("dkv"), "dq mend": _backward("dq", True), "dkv mend": _backward("dkv", True),
     "pairs": _pairs, "delta": _delta,
 }  # fmt: skip
@@ -188,6 +191,10 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
             for name in programs:
                 if name != "causal" and (kernel == "forward" or name not in _ALIKE):
                     yield Case(kernel, name, "bfloat16", 128, 128, arch)
+        yield Case("forward mend", "causal", "bfloat16", 256, 256, arch)
+        for width in (128, 256):
+            yield Case("dq mend", "causal", "bfloat16", width, width, arch)
+            yield Case("dkv mend", "causal", "bfloat16", width, width, arch)
         yield Case("merge", "sink", "bfloat16", 128, 128, arch)
         yield Case("delta", "sink", "bfloat16", 128, 128, arch)
         yield Case("pairs", "bias", "bfloat16", 128, 128, arch)
@@ -232,9 +239,11 @@ def check(case: Case) -> Row:
     findings = lint(found, case.dtype, kernel.precision)
     if taken.shared > SHARED[case.arch]:
         findings.append(f"{taken.shared} bytes of shared memory, the architecture has {SHARED[case.arch]}")
-    if taken.stack > (_BACKWARD_STACK if case.kernel in ("dq", "dkv", "pairs") else 0):
+    if taken.stack > _STACK.get(case.kernel, 0):
         findings.append(f"spills {taken.stack} bytes a thread")
-    return Row(case, config, taken, findings)
+    exact = kernel.precision if case.dtype == "float32" else ""
+    roofline = ceiling(case.kernel, case.arch, exact, case.head_dim, case.v_head_dim)
+    return Row(case, config, taken, roofline, findings)
 
 
 def main() -> int:
@@ -246,6 +255,8 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="only cases in whose name this occurs")
     args = parser.parse_args()
+    head = f"{'kernel':64} {'numbers':44} {'regs':>4} {'spill':>5} {'shared':>7} {'on an SM':>2} {'roof':>4}"
+    sys.stdout.write(f"{head}\n")
     rows = []
     for case in cases(tuple(args.arch or ARCHITECTURES)):
         name = f"sm_{case.arch} {case.kernel} {case.program} {case.dtype} {case.head_dim}/{case.v_head_dim} {case.precision}"
@@ -255,9 +266,9 @@ def main() -> int:
         rows.append(row)
         tiles = " ".join(f"{n}={x}" for n, x in row.config.items())
         r = row.resources
-        findings = "; ".join(row.findings)
+        findings, bound = "; ".join(row.findings), "  - " if row.roofline is None else f"{row.roofline:.2f}"
         sys.stdout.write(
-            f"{name:64} {tiles:44} {r.registers:4} {r.stack:5} {r.shared:7} {r.blocks:2}  {findings}\n"
+            f"{name:64} {tiles:44} {r.registers:4} {r.stack:5} {r.shared:7} {r.blocks:2} {bound}  {findings}\n"
         )
         sys.stdout.flush()
     if args.json:

@@ -9,15 +9,14 @@ from typing import Any
 
 from attnkit.analysis.canonical import canonical
 from attnkit.backends.triton import launch
-from attnkit.backends.triton.backward import Sums, backward, delta, of_pairs, sums
 from attnkit.backends.triton.blocks import blocks, varies
 from attnkit.backends.triton.forward import Shape, forward
+from attnkit.backends.triton.gradients import Gradients
 from attnkit.backends.triton.merge import merge
 from attnkit.backends.triton.pairs import Pairs
+from attnkit.backends.triton.parts import padded
 from attnkit.backends.triton.schedule import WARPS
 from attnkit.backends.triton.source import Arguments
-from attnkit.errors import error
-from attnkit.ir.expr import Expr
 from attnkit.ir.intervals import Interval, point
 from attnkit.plan.spec import Config, KernelSpec
 from attnkit.plan.triton import care
@@ -25,7 +24,6 @@ from attnkit.plan.triton import care
 # What torch's word for float32 products is in Triton: TF32 where torch's own would be.
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 _MAX_ENTRIES = 4096  # a decoder meets new lengths at every step; the bound only stops a leak
-_DELTA_TILE = 64  # rows of a program that only adds
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
 
 
@@ -62,7 +60,7 @@ class TritonKernel:
         slots["cu_kv"] = self.kv_layout.lengths
         self._aliases = {name: f"b{slot}" for name, slot in slots.items() if slot is not None}
         self._pairs: dict[Any, Pairs] = {}
-        self._sums: dict[frozenset[int], Sums] = {}
+        self._gradients = Gradients(self)
         self._printed: dict[Any, tuple[str, Arguments]] = {}
 
     def __call__(
@@ -77,11 +75,7 @@ class TritonKernel:
         threads: int = 0,
         seed: Any = None,
     ) -> None:
-        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
-
-        Raises:
-            AttnkitError: AK502, a tensor that no kernel reads.
-        """
+        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor."""
         if o.numel() == 0:
             return
         inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
@@ -106,8 +100,8 @@ class TritonKernel:
         recording: launch.Recording | None,
     ) -> None:  # fmt: skip
         q, k, v, o = (inputs[name] for name in "qkvo")
-        sizes = self._sizes(q, k, buffers)
-        values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
+        sizes = self.sizes(q, k, buffers)
+        values = self.values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
         if lse is not None:
             values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
         if sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]:
@@ -115,17 +109,17 @@ class TritonKernel:
             return
         pairs = self.pairs(sizes, buffers)
         shape = Shape(need_lse=lse is not None, lists=self.attend.mask is not None and pairs.stretch is None)
-        values |= self._lists(pairs, sizes, values, q) if shape.lists else {}
-        grid = self._rows(sizes, self.config["tile_q"], "q"), sizes.heads
+        values |= self.lists(pairs, sizes, values, q) if shape.lists else {}
+        grid = self.rows(sizes, self.config["tile_q"], "q"), sizes.heads
         if self.wide:
-            values["flags"] = q.new_empty(grid, dtype=_dtype(q, "int"))
+            values["flags"] = q.new_empty(grid, dtype=launch.dtype_of(q, "int"))
         numbers = self.numbers(sizes.group) | {"PRECISION": self.precision} | self._page(values)
         for care_of in ("flag", "mend") if self.wide else ("",):
             each = replace(shape, care=care_of)
-            printed = self._print(
+            printed = self.printed(
                 ("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each)
             )
-            self._run("attend", printed, numbers, grid, values)
+            self.run("attend", printed, numbers, grid, values)
 
     @property
     def wide(self) -> bool:
@@ -141,19 +135,19 @@ class TritonKernel:
         split_kv, tile_q = self.config["split_kv"], self.config["decode_tile_q"]
         splits = -(-sizes.kv_len // split_kv)
         batch, heads, q_total, width = o.shape
-        parts = o.new_empty((splits, batch, heads, q_total, width), dtype=_dtype(o, "float"))
-        part_lse = o.new_empty((splits, batch, heads, q_total), dtype=_dtype(o, "float"))
+        parts = o.new_empty((splits, batch, heads, q_total, width), dtype=launch.dtype_of(o, "float"))
+        part_lse = o.new_empty((splits, batch, heads, q_total), dtype=launch.dtype_of(o, "float"))
         names = dict(zip(("o_split", "o_sb", "o_sh", "o_ss", "o_sd"), parts.stride(), strict=True))
         names |= dict(zip(("lse_split", "lse_sb", "lse_sh"), part_lse.stride()[:3], strict=True))
-        rows = self._rows(replace(sizes, q_len=sizes.q_len * sizes.group), tile_q, "q")
+        rows = self.rows(replace(sizes, q_len=sizes.q_len * sizes.group), tile_q, "q")
         if self.q_layout.kind == "packed":
             rows = sizes.q_len * sizes.group // tile_q + sizes.sequences
         tiles = {"q_tiles": -(-sizes.q_len * sizes.group // tile_q)}
         numbers = self.numbers(sizes.group) | {"TILE_Q": tile_q, "TILE_KV": self.config["decode_tile_kv"]}
         numbers |= {"PRECISION": self.precision, "SPLIT_KV": split_kv} | self._page(values)
-        printed = self._print(("decode", pairs, shape), lambda: forward(pairs, self.scale, shape))
+        printed = self.printed(("decode", pairs, shape), lambda: forward(pairs, self.scale, shape))
         grid = (rows, sizes.heads // sizes.group, splits)
-        self._run(
+        self.run(
             "attend",
             printed,
             numbers,
@@ -167,9 +161,9 @@ class TritonKernel:
         if lse is not None:
             merged |= {"whole_sb": lse.stride(0), "whole_sh": lse.stride(1)}
         sink, need_lse = self.attend.normalizer.sink is not None, lse is not None
-        printed = self._print(("merge", need_lse), lambda: merge(sink, need_lse))
+        printed = self.printed(("merge", need_lse), lambda: merge(sink, need_lse))
         numbers = {"V_HEAD_DIM": self.spec.v_head_dim, "V_PADDED": padded(self.spec.v_head_dim)}
-        self._run("merge", printed, numbers, (batch * q_total, heads), values | merged, "merge_")
+        self.run("merge", printed, numbers, (batch * q_total, heads), values | merged, "merge_")
 
     def backward(
         self,
@@ -197,96 +191,7 @@ class TritonKernel:
         Raises:
             AttnkitNotImplementedError: AK503, a captured tensor's gradient is not a sum over rows, columns or pairs.
         """
-        if o.numel() == 0:
-            return
-        if self.kv_layout.table is not None:
-            raise error(
-                "AK503", where="backend triton", given="keys in pages", allowed="keys that lie in order"
-            )
-        sizes, lse = self._sizes(q, k, buffers), lse.contiguous()
-        wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
-        found = self._sums.get(wanted)
-        if found is None:
-            found = sums(self.pairs(sizes, buffers), wanted)
-            for load, _ in (*found.of_rows, *found.of_columns, *found.of_pairs):
-                check_index(load, self.q_layout.kind == "packed")
-            self._sums[wanted] = found
-        values = self._values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o, d_o=d_o, dq=dq, dk=dk, dv=dv)
-        deltas = lse.new_empty(lse.shape)
-        values |= {
-            "lse": lse,
-            "lse_sb": lse.stride(0),
-            "lse_sh": lse.stride(1),
-            "deltas": deltas,
-            "q_total": q.shape[2],
-        }
-        values |= {"kv_len_most": sizes.kv_len}
-        self._deltas(values, d_lse, d_buffers)
-        for kind in ("dq", "dkv"):
-            self._sweep(kind, found, sizes, values, buffers, d_buffers)
-        for which, (load, _) in enumerate(found.of_pairs):
-            self._of_pairs(which, load, found, sizes, values, buffers, d_buffers)
-
-    def _deltas(self, values: dict[str, Any], d_lse: Any | None, d_buffers: Sequence[Any | None]) -> None:
-        sink = self.attend.normalizer.sink
-        d_sink = None if sink is None else d_buffers[sink]
-        batch, heads, q_total, _ = values["o"].shape
-        rows = -(-q_total // _DELTA_TILE) * batch
-        if d_lse is not None:
-            values |= {"d_lse": d_lse} | {
-                f"d_lse_s{d}": n for d, n in zip("bhs", d_lse.stride(), strict=True)
-            }
-        if d_sink is not None:
-            values["sink_sums"] = values["deltas"].new_empty((rows, heads))
-        printed = self._print(
-            ("delta", d_lse is None, d_sink is None), lambda: delta(d_lse is not None, d_sink is not None)
-        )
-        numbers = {
-            "TILE": _DELTA_TILE,
-            "V_HEAD_DIM": self.spec.v_head_dim,
-            "V_PADDED": padded(self.spec.v_head_dim),
-        }
-        self._run("delta", printed, numbers, (rows, heads), values, "delta_")
-        if d_sink is not None:
-            d_sink += values["sink_sums"].sum(0)
-
-    def _sweep(
-        self, kind: str, found: Sums, sizes: Sizes, values: dict[str, Any], buffers: Sequence[Any],
-        d_buffers: Sequence[Any | None],
-    ) -> None:  # fmt: skip
-        """One of the two kernels, and what it sums for captured tensors."""
-        pairs = self.pairs(sizes, buffers, "kv_idx" if kind == "dq" else "q_idx")
-        lists, prefix = self.attend.mask is not None and pairs.stretch is None, kind + "_"
-        tile_q, tile_kv = self.config[prefix + "tile_q"], self.config[prefix + "tile_kv"]
-        values = values | {"q_tiles": -(-sizes.q_len // tile_q), "kv_tiles": -(-sizes.kv_len // tile_kv)}
-        if sizes.kv_len == 0:
-            return
-        if lists:
-            values |= self._lists(pairs, sizes, values, values["q"], prefix)
-        of_loads = found.of_rows if kind == "dq" else found.of_columns
-        length = values["q" if kind == "dq" else "k"].shape[2]
-        partial = [values["lse"].new_zeros((sizes.entries, sizes.heads, length)) for _ in of_loads]
-        values |= {f"sums{i}": each for i, each in enumerate(partial)}
-        values |= {"sums_sb": sizes.heads * length, "sums_sh": length}
-        numbers = self.numbers(sizes.group) | {
-            "TILE_Q": tile_q,
-            "TILE_KV": tile_kv,
-            "PRECISION": self.precision,
-        }
-        own, tile, heads = (
-            ("q", tile_q, sizes.heads) if kind == "dq" else ("kv", tile_kv, sizes.heads // sizes.group)
-        )
-        grid = self._rows(sizes, tile, own), heads
-        values["flags"] = values["q"].new_empty(grid, dtype=_dtype(values["q"], "int"))
-        for only in self.sweeps(kind):
-            for mend in (False, True):
-                printed = self._print(
-                    (kind, pairs, found, mend),
-                    lambda mend=mend: backward(kind, pairs, self.scale, found, lists, mend),
-                )
-                self._run(f"attend_{kind}", printed, numbers | only, grid, values, prefix)
-        for (load, _), each in zip(of_loads, partial, strict=True):
-            add_sums(d_buffers[int(load.attr or 0)], each, load, "bh" + ("q" if kind == "dq" else "k"))
+        self._gradients.run((q, k, v, o, lse), buffers, params, d_o, d_lse, (dq, dk, dv), d_buffers, seed)
 
     def sweeps(self, kind: str) -> tuple[dict[str, int], ...]:
         """The launches of a backward kernel: sums of wide heads do not fit the registers beside each other."""
@@ -294,32 +199,7 @@ class TritonKernel:
             return ({},)
         return ({"ONLY": 1}, {"ONLY": 2}) if self.wide else ({"ONLY": 0},)
 
-    def _of_pairs(
-        self, which: int, load: Expr, found: Sums, sizes: Sizes, values: dict[str, Any], buffers: Sequence[Any],
-        d_buffers: Sequence[Any | None],
-    ) -> None:  # fmt: skip
-        """What a captured tensor of pairs gets by one load."""
-        pairs = self.pairs(sizes, buffers)
-        d_buffer: Any = d_buffers[int(load.attr or 0)]
-        read = {str(arg.attr) for arg in load.args if arg.op == "var"}
-        heads, sequences = (1 if "h" in read else sizes.heads), (1 if "b" in read else sizes.sequences)
-        tile_q, tile_kv = self.config["pairs_tile_q"], self.config["pairs_tile_kv"]
-        values = values | {"d_buffer": d_buffer, "heads_in": heads, "sequences_in": sequences}
-        values |= {f"d_buffer_s{d}": n for d, n in enumerate(d_buffer.stride())}
-        values |= {f"d_buffer_n{d}": n for d, n in enumerate(d_buffer.shape)}
-        printed = self._print(
-            ("pairs", pairs, found, which), lambda: of_pairs(pairs, self.scale, found, which)
-        )
-        numbers = self.numbers(sizes.group) | {
-            "TILE_Q": tile_q,
-            "TILE_KV": tile_kv,
-            "PRECISION": self.precision,
-        }
-        tiles = -(-sizes.q_len // tile_q) * -(-sizes.kv_len // tile_kv)
-        grid = (tiles, sizes.heads // heads, sizes.sequences // sequences)
-        self._run("attend_pairs", printed, numbers, grid, values, "pairs_")
-
-    def _lists(
+    def lists(
         self, pairs: Pairs, sizes: Sizes, values: dict[str, Any], like: Any, kind: str = ""
     ) -> dict[str, Any]:
         """The lists of tiles of a call, made now; ``kind`` names the kernel whose tiles they are of."""
@@ -327,10 +207,10 @@ class TritonKernel:
         own, other = ("q", "kv") if pairs.streamed == "kv_idx" else ("kv", "q")
         lengths, tile = {"q": sizes.q_len, "kv": sizes.kv_len}, {"q": tile_q, "kv": tile_kv}
         by_sequence, by_head = varies(pairs)
-        per_head = self._rows(sizes if by_sequence else replace(sizes, sequences=1), tile[own], own)
+        per_head = self.rows(sizes if by_sequence else replace(sizes, sequences=1), tile[own], own)
         length = -(-lengths[other] // tile[other])
         heads = sizes.heads if by_head else 1
-        integers = _dtype(like, "int")
+        integers = launch.dtype_of(like, "int")
         lists = like.new_empty((heads * per_head, length), dtype=integers)
         counts = like.new_empty((heads * per_head, 2), dtype=integers)
         per_sequence = -(-lengths[own] // tile[own])
@@ -339,9 +219,9 @@ class TritonKernel:
             "list_sb": per_sequence if by_sequence else 0, "q_tiles": -(-sizes.q_len // tile_q),
             "kv_tiles": -(-sizes.kv_len // tile_kv),
         }  # fmt: skip
-        printed = self._print(("blocks", pairs), lambda: blocks(pairs))
+        printed = self.printed(("blocks", pairs), lambda: blocks(pairs))
         numbers = {"TILE_Q": tile_q, "TILE_KV": tile_kv}
-        self._run("blocks", printed, numbers, (per_head, heads), values | found, "blocks_")
+        self.run("blocks", printed, numbers, (per_head, heads), values | found, "blocks_")
         return found
 
     def pairs(self, sizes: Sizes, buffers: Sequence[Any], streamed: str = "kv_idx") -> Pairs:
@@ -374,11 +254,11 @@ class TritonKernel:
             "PADDED": padded(self.spec.head_dim), "V_PADDED": padded(self.spec.v_head_dim), "GROUP": group,
         }  # fmt: skip
 
-    def _print(self, key: Any, text: Any) -> tuple[str, Arguments]:
+    def printed(self, key: Any, text: Any) -> tuple[str, Arguments]:
         found = self._printed.get(key)
         return found if found is not None else self._printed.setdefault(key, text())
 
-    def _run(
+    def run(
         self, entry: str, printed: tuple[str, Arguments], numbers: dict[str, Any], grid: tuple[int, ...],
         values: dict[str, Any], kind: str = "",
     ) -> None:  # fmt: skip
@@ -399,14 +279,14 @@ class TritonKernel:
         """Warps and stages of a kernel."""
         return self.config.get(kind + "warps") or WARPS[kind], self.config.get(kind + "stages", 2)
 
-    def _rows(self, sizes: Sizes, tile: int, own: str) -> int:
+    def rows(self, sizes: Sizes, tile: int, own: str) -> int:
         """How many tiles of queries or keys there are in all sequences, at most."""
         length = sizes.q_len if own == "q" else sizes.kv_len
         if self.q_layout.kind == "packed":
             return length // tile + sizes.sequences
         return -(-length // tile) * sizes.sequences
 
-    def _sizes(self, q: Any, k: Any, buffers: Sequence[Any]) -> Sizes:
+    def sizes(self, q: Any, k: Any, buffers: Sequence[Any]) -> Sizes:
         packed = self.q_layout.kind == "packed"
         sequences = len(buffers[self.q_layout.lengths or 0]) - 1 if packed else q.shape[0]
         kv_len = k.shape[2]
@@ -414,7 +294,7 @@ class TritonKernel:
             kv_len *= buffers[self.kv_layout.table].shape[1]
         return Sizes(sequences, q.shape[1], q.shape[1] // k.shape[1], q.shape[0], q.shape[2], kv_len)
 
-    def _values(
+    def values(
         self, sizes: Sizes, buffers: Sequence[Any], params: Sequence[float], seed: Any, **tensors: Any
     ) -> dict[str, Any]:
         """Every argument that a kernel may have, by name."""
@@ -450,60 +330,16 @@ class TritonKernel:
             values["kept_times"] = 0.0 if none_kept else 1.0 / (1.0 - p)
             held = isinstance(seed, int)
             values["seed_at"] = (
-                tensors["q"].new_full((1,), _signed(seed), dtype=_dtype(tensors["q"], "long"))
+                tensors["q"].new_full((1,), _signed(seed), dtype=launch.dtype_of(tensors["q"], "long"))
                 if held
                 else seed
             )
         return values
 
 
-_AXES = {"b": "b", "h": "h", "q_idx": "q", "kv_idx": "k"}
-
-
-def check_index(load: Expr, packed: bool) -> None:
-    """Whether a captured tensor's gradient is a sum over rows, columns or pairs.
-
-    Raises:
-        AttnkitNotImplementedError: AK503, it is not.
-    """
-    read = [str(arg.attr) for arg in load.args if arg.op == "var"]
-    plain = all(arg.op == "const" or (arg.op == "var" and arg.attr in _AXES) for arg in load.args)
-    if not plain or len(set(read)) < len(read) or (packed and set(read) - {"h"}):
-        allowed = "indices that are b, h, q_idx, kv_idx themselves, each once, or constants; of packed sequences h alone"
-        raise error(
-            "AK503",
-            where="backend triton",
-            what="no gradient of a tensor that is indexed so",
-            given=repr(load),
-            allowed=allowed,
-        )
-
-
-def add_sums(to: Any, sums: Any, load: Expr, axes: str) -> None:
-    """Add ``sums``, of these axes (``bhq`` or ``bhk``), where a load has read: summed over the axes that it has not."""
-    kept = [_AXES[str(arg.attr)] for arg in load.args if arg.op == "var"]
-    absent = [i for i, axis in enumerate(axes) if axis not in kept]
-    found = sums.sum(absent) if absent else sums
-    left = [axis for axis in axes if axis in kept]
-    found = found.permute([left.index(axis) for axis in kept])
-    part = to[tuple(int(arg.attr or 0) if arg.op == "const" else slice(None) for arg in load.args)]
-    both = tuple(slice(0, min(n, m)) for n, m in zip(part.shape, found.shape, strict=True))
-    part[both] += found[both]
-
-
 def _bound(length: int) -> int:
     """The next power of two."""
     return 1 << max(length - 1, 0).bit_length()
-
-
-def padded(width: int) -> int:
-    """Channels of a tile: a power of two, and enough for a matrix product."""
-    return max(16, 1 << (width - 1).bit_length())
-
-
-def _dtype(like: Any, name: str) -> Any:
-    """The dtype that ``tensor.float()`` and its like give: nothing here imports torch."""
-    return getattr(like.new_empty(0), name)().dtype
 
 
 def _signed(seed: int) -> int:

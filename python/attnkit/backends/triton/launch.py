@@ -224,3 +224,8 @@ def described_well(arguments: Arguments, types: Mapping[str, str]) -> tuple[Desc
         else:
             found.append(Described("fp32" if kind == "float" else "i32"))
     return tuple(found)
+
+
+def dtype_of(like: Any, name: str) -> Any:
+    """The dtype that ``tensor.float()`` and its like give: nothing here imports torch."""
+    return getattr(like.new_empty(0), name)().dtype

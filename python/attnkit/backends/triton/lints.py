@@ -20,7 +20,7 @@ def lint(compiled: Any, dtype: str, precision: str) -> list[str]:
     ):
         found += [] if "wgmma.mma_async" in ptx else ["a tile of 64 rows and four warps runs without WGMMA"]
     if re.search(r"tt\.load .*tensor<\d+x\d+x!tt\.ptr<(bf16|f16)", ttir) and dtype != "float32":
-        loops = "scf.for" in ttir and compiled.metadata.num_stages > 1
+        loops = ttir.count("scf.for") > ttir.count("tt.num_stages = 1") and compiled.metadata.num_stages > 1
         found += ["tiles are not loaded asynchronously"] if loops and "cp.async" not in ptx else []
     return found + (_attributes(ttir) if "tt.dot" in ttir else [])
 

@@ -169,3 +169,8 @@ LOGITS = """
             $poison
             logit = tl.where(exists, logit, float("-inf"))
 """
+
+
+def padded(width: int) -> int:
+    """Channels of a tile: a power of two, and enough for a matrix product."""
+    return max(16, 1 << (width - 1).bit_length())

@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 # By architecture: shared memory of one block in bytes. Registers: 65,536 on all of them.
 SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 REGISTERS = 65_536
+# Of one SM in one cycle, by the makers' data sheets: operations of 16-bit matrix products (TF32: half of them), and of exact
+# float32; and exponentials.
+_PRODUCTS = {80: 2048, 90: 4096, 100: 8192}
+_EXACT, _EXPONENTIALS = 256, 16
+# Products of a pair by kernel: by keys' width, by values' width.
+_DOTS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
 
 
 class Resources(NamedTuple):
@@ -20,6 +26,19 @@ class Resources(NamedTuple):
     stack: int
     shared: int
     blocks: int
+
+
+def ceiling(kernel: str, arch: int, precision: str, head_dim: int, v_head_dim: int) -> float | None:
+    """The share of the peak of products that a kernel can reach if nothing overlaps its exponentials; None if memory binds it.
+
+    A prediction from data sheets: nothing was measured.
+    """
+    dots = _DOTS.get(kernel)
+    if dots is None:
+        return None
+    rate = {"ieee": float(_EXACT), "tf32": _PRODUCTS[arch] / 2}.get(precision, float(_PRODUCTS[arch]))
+    products = 2 * (dots[0] * head_dim + dots[1] * v_head_dim) / rate
+    return products / (products + 1 / _EXPONENTIALS)
 
 
 def resources(compiled: Any) -> Resources:

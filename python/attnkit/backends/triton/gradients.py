@@ -1,0 +1,184 @@
+"""The launches of a call's backward, and where its sums for captured tensors go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from attnkit.backends.triton import launch
+from attnkit.backends.triton.backward import Sums, backward, delta, of_pairs, sums
+from attnkit.backends.triton.parts import padded
+from attnkit.errors import error
+from attnkit.ir.expr import Expr
+
+if TYPE_CHECKING:
+    from attnkit.backends.triton.kernel import Sizes, TritonKernel
+
+_DELTA_TILE = 64  # rows of a program that only adds
+
+
+class Gradients:
+    """Of one program: see `TritonKernel.backward`."""
+
+    def __init__(self, kernel: TritonKernel) -> None:
+        self._kernel = kernel
+        self._sums: dict[frozenset[int], Sums] = {}
+
+    def run(
+        self, saved: Sequence[Any], buffers: list[Any], params: list[float], d_o: Any, d_lse: Any | None,
+        results: Sequence[Any], d_buffers: list[Any | None], seed: Any,
+    ) -> None:  # fmt: skip
+        """``saved`` are q, k, v, o and lse, ``results`` dq, dk and dv."""
+        (q, k, v, o, lse), (dq, dk, dv) = saved, results
+        if o.numel() == 0:
+            return
+        if self._kernel.kv_layout.table is not None:
+            raise error(
+                "AK503", where="backend triton", given="keys in pages", allowed="keys that lie in order"
+            )
+        sizes, lse = self._kernel.sizes(q, k, buffers), lse.contiguous()
+        wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
+        found = self._sums.get(wanted)
+        if found is None:
+            found = sums(self._kernel.pairs(sizes, buffers), wanted)
+            for load, _ in (*found.of_rows, *found.of_columns, *found.of_pairs):
+                check_index(load, self._kernel.q_layout.kind == "packed")
+            self._sums[wanted] = found
+        values = self._kernel.values(
+            sizes, buffers, params, seed, q=q, k=k, v=v, o=o, d_o=d_o, dq=dq, dk=dk, dv=dv
+        )
+        deltas = lse.new_empty(lse.shape)
+        values |= {
+            "lse": lse,
+            "lse_sb": lse.stride(0),
+            "lse_sh": lse.stride(1),
+            "deltas": deltas,
+            "q_total": q.shape[2],
+        }
+        values |= {"kv_len_most": sizes.kv_len}
+        self._deltas(values, d_lse, d_buffers)
+        for kind in ("dq", "dkv"):
+            self._sweep(kind, found, sizes, values, buffers, d_buffers)
+        for which, (load, _) in enumerate(found.of_pairs):
+            self._of_pairs(which, load, found, sizes, values, buffers, d_buffers)
+
+    def _deltas(self, values: dict[str, Any], d_lse: Any | None, d_buffers: Sequence[Any | None]) -> None:
+        sink = self._kernel.attend.normalizer.sink
+        d_sink = None if sink is None else d_buffers[sink]
+        batch, heads, q_total, _ = values["o"].shape
+        rows = -(-q_total // _DELTA_TILE) * batch
+        if d_lse is not None:
+            values |= {"d_lse": d_lse} | {
+                f"d_lse_s{d}": n for d, n in zip("bhs", d_lse.stride(), strict=True)
+            }
+        if d_sink is not None:
+            values["sink_sums"] = values["deltas"].new_empty((rows, heads))
+        printed = self._kernel.printed(
+            ("delta", d_lse is None, d_sink is None), lambda: delta(d_lse is not None, d_sink is not None)
+        )
+        numbers = {
+            "TILE": _DELTA_TILE,
+            "V_HEAD_DIM": self._kernel.spec.v_head_dim,
+            "V_PADDED": padded(self._kernel.spec.v_head_dim),
+        }
+        self._kernel.run("delta", printed, numbers, (rows, heads), values, "delta_")
+        if d_sink is not None:
+            d_sink += values["sink_sums"].sum(0)
+
+    def _sweep(
+        self, kind: str, found: Sums, sizes: Sizes, values: dict[str, Any], buffers: Sequence[Any],
+        d_buffers: Sequence[Any | None],
+    ) -> None:  # fmt: skip
+        """One of the two kernels, and what it sums for captured tensors."""
+        pairs = self._kernel.pairs(sizes, buffers, "kv_idx" if kind == "dq" else "q_idx")
+        lists, prefix = self._kernel.attend.mask is not None and pairs.stretch is None, kind + "_"
+        tile_q, tile_kv = self._kernel.config[prefix + "tile_q"], self._kernel.config[prefix + "tile_kv"]
+        values = values | {"q_tiles": -(-sizes.q_len // tile_q), "kv_tiles": -(-sizes.kv_len // tile_kv)}
+        if sizes.kv_len == 0:
+            values["dq"].zero_()
+            return
+        if lists:
+            values |= self._kernel.lists(pairs, sizes, values, values["q"], prefix)
+        of_loads = found.of_rows if kind == "dq" else found.of_columns
+        length = values["q" if kind == "dq" else "k"].shape[2]
+        partial = [values["lse"].new_zeros((sizes.entries, sizes.heads, length)) for _ in of_loads]
+        values |= {f"sums{i}": each for i, each in enumerate(partial)}
+        values |= {"sums_sb": sizes.heads * length, "sums_sh": length}
+        numbers = self._kernel.numbers(sizes.group) | {
+            "TILE_Q": tile_q,
+            "TILE_KV": tile_kv,
+            "PRECISION": self._kernel.precision,
+        }
+        own, tile, heads = (
+            ("q", tile_q, sizes.heads) if kind == "dq" else ("kv", tile_kv, sizes.heads // sizes.group)
+        )
+        grid = self._kernel.rows(sizes, tile, own), heads
+        values["flags"] = values["q"].new_empty(grid, dtype=launch.dtype_of(values["q"], "int"))
+        for only in self._kernel.sweeps(kind):
+            for mend in (False, True):
+                printed = self._kernel.printed(
+                    (kind, pairs, found, mend),
+                    lambda mend=mend: backward(kind, pairs, self._kernel.scale, found, lists, mend),
+                )
+                self._kernel.run(f"attend_{kind}", printed, numbers | only, grid, values, prefix)
+        for (load, _), each in zip(of_loads, partial, strict=True):
+            add_sums(d_buffers[int(load.attr or 0)], each, load, "bh" + ("q" if kind == "dq" else "k"))
+
+    def _of_pairs(
+        self, which: int, load: Expr, found: Sums, sizes: Sizes, values: dict[str, Any], buffers: Sequence[Any],
+        d_buffers: Sequence[Any | None],
+    ) -> None:  # fmt: skip
+        """What a captured tensor of pairs gets by one load."""
+        pairs = self._kernel.pairs(sizes, buffers)
+        d_buffer: Any = d_buffers[int(load.attr or 0)]
+        read = {str(arg.attr) for arg in load.args if arg.op == "var"}
+        heads, sequences = (1 if "h" in read else sizes.heads), (1 if "b" in read else sizes.sequences)
+        tile_q, tile_kv = self._kernel.config["pairs_tile_q"], self._kernel.config["pairs_tile_kv"]
+        values = values | {"d_buffer": d_buffer, "heads_in": heads, "sequences_in": sequences}
+        values |= {f"d_buffer_s{d}": n for d, n in enumerate(d_buffer.stride())}
+        values |= {f"d_buffer_n{d}": n for d, n in enumerate(d_buffer.shape)}
+        printed = self._kernel.printed(
+            ("pairs", pairs, found, which), lambda: of_pairs(pairs, self._kernel.scale, found, which)
+        )
+        numbers = self._kernel.numbers(sizes.group) | {
+            "TILE_Q": tile_q,
+            "TILE_KV": tile_kv,
+            "PRECISION": self._kernel.precision,
+        }
+        tiles = -(-sizes.q_len // tile_q) * -(-sizes.kv_len // tile_kv)
+        grid = (tiles, sizes.heads // heads, sizes.sequences // sequences)
+        self._kernel.run("attend_pairs", printed, numbers, grid, values, "pairs_")
+
+
+_AXES = {"b": "b", "h": "h", "q_idx": "q", "kv_idx": "k"}
+
+
+def check_index(load: Expr, packed: bool) -> None:
+    """Whether a captured tensor's gradient is a sum over rows, columns or pairs.
+
+    Raises:
+        AttnkitNotImplementedError: AK503, it is not.
+    """
+    read = [str(arg.attr) for arg in load.args if arg.op == "var"]
+    plain = all(arg.op == "const" or (arg.op == "var" and arg.attr in _AXES) for arg in load.args)
+    if not plain or len(set(read)) < len(read) or (packed and set(read) - {"h"}):
+        allowed = "indices that are b, h, q_idx, kv_idx themselves, each once, or constants; of packed sequences h alone"
+        raise error(
+            "AK503",
+            where="backend triton",
+            what="no gradient of a tensor that is indexed so",
+            given=repr(load),
+            allowed=allowed,
+        )
+
+
+def add_sums(to: Any, sums: Any, load: Expr, axes: str) -> None:
+    """Add ``sums``, of these axes (``bhq`` or ``bhk``), where a load has read: summed over the axes that it has not."""
+    kept = [_AXES[str(arg.attr)] for arg in load.args if arg.op == "var"]
+    absent = [i for i, axis in enumerate(axes) if axis not in kept]
+    found = sums.sum(absent) if absent else sums
+    left = [axis for axis in axes if axis in kept]
+    found = found.permute([left.index(axis) for axis in kept])
+    part = to[tuple(int(arg.attr or 0) if arg.op == "const" else slice(None) for arg in load.args)]
+    both = tuple(slice(0, min(n, m)) for n, m in zip(part.shape, found.shape, strict=True))
+    part[both] += found[both]
