@@ -131,7 +131,7 @@ def materialised(module: Any, query: Tensor, key: Tensor, value: Tensor, attenti
     )
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-    if (seed := draw(dropout)) is not None:
+    if (seed := draw(dropout, query)) is not None:
         keep = [kept(int(seed), b, tuple(scores.shape[1:]), dropout) for b in range(scores.shape[0])]
         weights = weights * torch.from_numpy(np.stack(keep)) / (1 - dropout)
     return (weights @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
