@@ -62,7 +62,8 @@ P row_of(const View& view, int32_t batch, int32_t head, int64_t token) {
 // The tokens of a tile as they lie in memory. Each kRun of them are adjacent, for no page holds fewer: an address is
 // worked out once for a run, and whoever goes through rows need not know of pages.
 struct Lines {
-  static constexpr int32_t kRun = Pages::kLeast, kRuns = kMaxTileKv / kRun;
+  static constexpr int32_t kRun = Pages::kLeast, kRuns = 16;
+  static_assert(kRuns * kRun >= kMaxTileKv && (kRuns & (kRuns - 1)) == 0);  // a remainder would take registers
 
   const char* run[kRuns] = {};
   int64_t stride = 0;  // in bytes

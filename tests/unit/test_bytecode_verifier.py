@@ -309,7 +309,7 @@ WRONG_CALLS: dict[str, tuple[tuple[int, ...], Any, str]] = {
     "tile_q 0": ((12,), 0, "tile_q"),
     "tile_q 97": ((12,), 97, "tile_q"),
     "tile_kv 0": ((13,), 0, "tile_kv"),
-    "tile_kv 129": ((13,), 129, "tile_kv"),
+    "tile_kv 193": ((13,), 193, "tile_kv"),
     "split_kv 0": ((14,), 0, "split_kv"),
     "split_kv 2^31": ((14,), 2**31 - 1, "split_kv"),
     "page table of floats": ((15,), (64, 0, (1, 2), (2, 1)), "page table"),

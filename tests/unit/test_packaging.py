@@ -58,12 +58,15 @@ def test_every_make_target_has_a_help_line() -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
     assert phony is not None
-    assert set(phony[1].split()) == set(re.findall(r"^(\w+):.*## ", text, re.MULTILINE))
+    assert set(phony[1].split()) == set(re.findall(r"^([\w-]+):.*## ", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_code_from_data(path: Path) -> None:
-    """Nothing in the package can be made to run what it reads: no pickle and its kin, no eval, no exec."""
+    """Nothing in the package can be made to run what it reads: no pickle and its kin, no eval, no exec.
+
+    One file runs what the package itself has printed, from tables of its own.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             imported = {alias.name.partition(".")[0] for alias in node.names}
@@ -73,7 +76,13 @@ def test_no_code_from_data(path: Path) -> None:
             imported = set()
         assert not imported & CODE_FROM_DATA, f"line {node.lineno}: {imported}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            assert node.func.id not in {"eval", "exec", "compile", "__import__"}, f"line {node.lineno}"
+            printed = path == PACKAGE / "backends" / "triton" / "source.py" and node.func.id in {
+                "exec",
+                "compile",
+            }
+            assert printed or node.func.id not in {"eval", "exec", "compile", "__import__"}, (
+                f"line {node.lineno}"
+            )
 
 
 def test_isa_objects_define_no_weak_symbols() -> None:
