@@ -394,7 +394,9 @@ def test_counts_are_whole(plain: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts in the background is made to ignore it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # who starts in the background is made to ignore it
     torch.set_num_threads(2)
     for process in PROCESSES:
         step()
