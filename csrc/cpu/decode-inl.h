@@ -116,9 +116,14 @@ class Fetches {
   const char *near_, *far_;
 };
 
-inline const char kNowhere = 0;
-inline const Lines kNoLines{&kNowhere, 0, 0, 0};
-inline const Ahead kNothing{kNoLines, kNoLines};
+// Constants of the compiler: what ran when the library is loaded would run on machines without this instruction set.
+inline constexpr char kNowhere = 0;
+inline constexpr Lines kNoLines = [] {
+  Lines lines;
+  for (const char*& run : lines.run) run = &kNowhere;
+  return lines;
+}();
+inline constexpr Ahead kNothing{kNoLines, kNoLines};
 
 // ---- scores ----
 

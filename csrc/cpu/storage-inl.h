@@ -69,7 +69,7 @@ struct Lines {
   int64_t stride = 0;  // in bytes
   int32_t bytes = 0, count = 0;
 
-  Lines() = default;
+  constexpr Lines() = default;
   Lines(const void* first, int64_t row_stride, int32_t row_bytes, int32_t rows)
       : stride(row_stride), bytes(row_bytes), count(rows) {
     put(0, kRuns * kRun, static_cast<const char*>(first));

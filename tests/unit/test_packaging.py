@@ -95,6 +95,16 @@ def test_isa_objects_define_no_weak_symbols() -> None:
     assert not weak, "\n".join(weak)
 
 
+def test_isa_objects_run_nothing_when_loaded() -> None:
+    """All of them are loaded on every machine: what they did then, they would do without their instruction set."""
+    objects = sorted((ROOT / "build").glob("cp*/CMakeFiles/engine.dir/csrc/cpu/isa_*.o"))
+    assert objects, "no objects under build/: run `make dev`"
+    for path in objects:
+        done = subprocess.run(["readelf", "-SW", path], capture_output=True, text=True, check=True)
+        assert " .text" in done.stdout
+        assert ".init_array" not in done.stdout, path.name
+
+
 # AVX2 may use the wide registers of AVX, AVX-512 also those that only EVEX instructions reach; the rest neither.
 WIDE, EVEX = re.compile(r"%ymm"), re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
 USES = {"isa_avx2.cc.o": (True, False), "isa_avx512.cc.o": (True, True), "isa_avx512bf16.cc.o": (True, True)}
