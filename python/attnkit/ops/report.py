@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from attnkit.backends.cpu.backend import CpuKernel
 from attnkit.ops.counts import recording
 
 
@@ -88,7 +87,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             calls.append(CallReport("torch", dtype, device, shapes, notes=(f"computed by torch: {reason}",)))
             return
         kernel = prepared.kernel
-        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if isinstance(kernel, CpuKernel) else ({}, "")
+        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if hasattr(kernel, "tiles") else ({}, "")
         calls.append(
             CallReport(
                 prepared.backend,

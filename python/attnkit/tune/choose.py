@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from attnkit.plan.space import Config, Space, contains, default_config, rank
 from attnkit.tune.entry import Entry, Measurement
+from attnkit.tune.statistics import LEAST_ROUNDS
 
 # Configs whose times differ by less are equally good, and the default wins: what separates them is not worth other bits.
 TIE = 0.02
@@ -39,5 +40,5 @@ def noise(entry: Entry, default: Config) -> float:
 
 
 def is_faster(m: Measurement, noise: float) -> bool:
-    """Whether a config is faster than the default, by more than noise and for certain."""
-    return m.ratio is not None and m.ratio.hi < 1 and m.ratio.median < 1 - noise
+    """Whether a config is faster than the default, by more than noise and for certain: fewer rounds have no interval."""
+    return m.ratio is not None and m.ratio.n >= LEAST_ROUNDS and m.ratio.hi < 1 and m.ratio.median < 1 - noise

@@ -20,7 +20,7 @@ from attnkit.plan.spec import KernelSpec
 from attnkit.tune.choose import choose
 from attnkit.tune.entry import Entry
 from attnkit.tune.key import ANY, Key, Lengths, buckets, is_ragged, key_of
-from attnkit.tune.store import Folder, Layer, Pack
+from attnkit.tune.store import Folder, Layer, Pack, Place
 
 Mode = Literal["off", "replay", "tune-missing", "retune"]
 COST_MODEL = "cost model"  # the layer of what was not measured
@@ -111,9 +111,9 @@ def fingerprint(backend: Backend) -> Fingerprint | None:
 # --- the layers ---------------------------------------------------------------------------------------------
 
 
-def layers(prints: Fingerprint) -> tuple[Layer, ...]:
+def layers(prints: Fingerprint) -> tuple[Place, ...]:
     """Where entries are looked for, in this order: the user's folder, the project's, the packs of this device."""
-    found: list[Layer] = [user()]
+    found: list[Place] = [user()]
     if (named := project()) is not None:
         found.append(named)
     return (*found, shipped(slug(prints)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+LEAST_ROUNDS = 6  # of fewer values the median has no 95 % interval
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -23,7 +25,7 @@ class Interval:
 def interval(values: list[float]) -> Interval:
     """The median of ``values`` and its distribution-free 95 % interval (order statistics).
 
-    With fewer than six values no such interval exists, and the range is given.
+    With fewer than `LEAST_ROUNDS` values no such interval exists, and the range is given.
     """
     ordered = sorted(values)
     n = len(ordered)

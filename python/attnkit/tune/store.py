@@ -157,6 +157,9 @@ class Pack:
                 yield Damaged(f"{self.path}:{number}", str(exc))
 
 
+Place = Folder | Pack
+
+
 def write_pack(path: Path, entries: list[Entry]) -> None:
     """A pack of these entries: a line each, sorted by what they are about, so that packs can be compared as text.
 
