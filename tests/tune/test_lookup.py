@@ -13,9 +13,10 @@ import attnkit as ak
 from attnkit import backends, runtime
 from attnkit.errors import AttnkitError
 from attnkit.ir.text import parse
+from attnkit.ops import warm
 from attnkit.plan.space import Direction, default_config, of_direction
 from attnkit.plan.spec import KernelSpec
-from attnkit.tune import lookup
+from attnkit.tune import lookup, pairs
 from attnkit.tune.entry import Entry, Measurement, entry
 from attnkit.tune.key import key_of
 from attnkit.tune.statistics import Interval
@@ -27,15 +28,15 @@ CPU = backends.get("cpu")
 SPEC = KernelSpec(parse(TEXT), "float32", 16, 16)
 
 
+def forget() -> None:
+    """Every kernel is prepared again."""
+    runtime.clear()
+    warm._ready.clear()
+
+
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Everything is looked up again, in an empty store."""
-    from attnkit.ops import warm
-
-    def forget() -> None:
-        runtime.clear()
-        warm._ready.clear()
-
     for name, value in (("ATTNKIT_TUNE", "replay"), ("ATTNKIT_TUNE_STORE", str(tmp_path / "user"))):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(lookup, "_HERE", tmp_path / "nowhere" / "attnkit")
@@ -185,10 +186,7 @@ def test_explain_says_who_served_a_call(store: Folder) -> None:
     report = explained(lambda: ak.attention(q, k, k))
     assert report.tuned == {"forward": "cost model", "backward": "cost model"}
     assert "bucket 64 x 128" in str(report)
-    runtime.clear()
-    from attnkit.ops import warm
-
-    warm._ready.clear()
+    forget()
     store.put(tuned(spec=KernelSpec(parse(report.text), "float32", 16, 16), tile_q=32))
     report = explained(lambda: ak.attention(q, k, k))
     assert report.tuned["forward"] == "user"
@@ -196,32 +194,94 @@ def test_explain_says_who_served_a_call(store: Folder) -> None:
 
 
 def test_a_tuned_schedule_changes_no_bit(store: Folder) -> None:
-    from attnkit.ops import warm
-
     q, k = torch.randn(1, 2, 50, 16), torch.randn(1, 2, 100, 16)
     before = ak.attention(q, k, k)
     text = explained(lambda: ak.attention(q, k, k)).text
     store.put(tuned(spec=KernelSpec(parse(text), "float32", 16, 16), tile_q=32))
-    runtime.clear()
-    warm._ready.clear()
+    forget()
     assert explained(lambda: ak.attention(q, k, k)).config["tile_q"] == 32
     assert torch.equal(ak.attention(q, k, k), before)
 
 
-def test_sequences_of_many_lengths_keep_their_sums(store: Folder) -> None:
+def test_what_is_beside_a_sequence_decides_nothing(store: Folder) -> None:
+    """Keys with lengths of their own have one entry for all lengths, and a sequence the same bits in every batch."""
     q, k = torch.randn(2, 2, 50, 16), torch.randn(2, 2, 100, 16)
     lens = torch.tensor([70, 100], dtype=torch.int32)
 
-    def call() -> Any:
-        return ak.attention(q, k, k, kv_lens=lens)
+    def call(rows: slice = slice(None), room: int = 100) -> Any:
+        return ak.attention(q[rows], k[rows, :, :room], k[rows, :, :room], kv_lens=lens[rows])
 
     report = explained(call)
     assert report.bucket == (64, 0)
     spec = KernelSpec(parse(report.text), "float32", 16, 16)
-    store.put(tuned(lengths=(64, 0), spec=spec, tile_kv=32))
     store.put(tuned(lengths=(64, 128), spec=spec, tile_q=16))
-    runtime.clear()
-    from attnkit.ops import warm
-
-    warm._ready.clear()
+    forget()
     assert explained(call).config == report.config
+    store.put(tuned(lengths=(64, 0), spec=spec, tile_kv=32))
+    forget()
+    assert explained(call).config["tile_kv"] == 32
+    alone = call(slice(0, 1), 70)
+    assert torch.equal(call()[:1], alone)
+
+
+# --- measuring at a first call ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_MIN_TURN_S", "_WARM_S", "_SETTLE_S"):
+        monkeypatch.setattr(pairs, name, 1e-6)
+
+
+@pytest.mark.usefixtures("quick")
+def test_missing_entries_are_tuned_at_a_first_call(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNKIT_TUNE", "tune-missing")
+    bias = torch.randn(2, 50, 100, requires_grad=True)
+    q, k = torch.randn(1, 2, 50, 16, requires_grad=True), torch.randn(1, 2, 100, 16)
+
+    def call() -> Any:
+        return ak.attention(q, k, k, score=lambda s, b, h, i, j: s + bias[h, i, j])
+
+    expected = torch.softmax(q @ k.mT / 4 + bias, -1) @ k
+    assert not store.exists()
+    assert "blocks" in str(explained(call)), "explaining measures nothing"
+    assert not store.exists()
+    with torch.no_grad():
+        assert torch.allclose(call(), expected, atol=1e-5)
+    assert {e.key.direction for e in store.entries() if isinstance(e, Entry)} == {"forward"}
+    (found,) = torch.autograd.grad(call().sum(), q)
+    (wanted,) = torch.autograd.grad(expected.sum(), q)
+    assert torch.allclose(found, wanted, atol=1e-4)
+    assert {e.key.direction for e in store.entries() if isinstance(e, Entry)} == {"forward", "backward"}
+    before = list(store.entries())
+    forget()
+    call().sum().backward()
+    assert list(store.entries()) == before, "what is there is not measured again"
+    assert set(explained(call).tuned.values()) == {"user"}
+    monkeypatch.setenv("ATTNKIT_TUNE", "retune")
+    forget()
+    with torch.no_grad():
+        call()
+    assert list(store.entries()) != before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_call_whose_tuning_cannot_be_kept_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTNKIT_TUNE", "tune-missing")
+    monkeypatch.setenv("ATTNKIT_TUNE_STORE", str(tmp_path / "file" / "store"))
+    q = torch.randn(1, 2, 50, 16)
+    with pytest.warns(RuntimeWarning, match="not kept") as said:
+        found = ak.attention(q, q, q)
+    assert len(said) == 1
+    assert torch.allclose(found, torch.softmax(q @ q.mT / 4, -1) @ q, atol=1e-5)
+
+
+def test_replay_never_measures(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(*arguments: Any) -> Any:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(pairs, "paired", measure)
+    q = torch.randn(1, 2, 50, 16)
+    ak.attention(q, q, q)
+    assert not store.exists()

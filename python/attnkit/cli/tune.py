@@ -84,9 +84,9 @@ def tune(
       attnkit tune --campaign cpu.toml --shard 3/8 --store out/rank3
       torchrun --nproc-per-node 8 -m attnkit.cli tune --campaign gpu.toml
     """
-    # Two threads on one core cost milliseconds a call. Read when the engine's OpenMP is loaded, which is below.
-    os.environ.setdefault("OMP_PROC_BIND", "true")
-    os.environ.setdefault("OMP_PLACES", "cores")
+    # Two threads on one core cost milliseconds a call. These are read when libraries are loaded, which is below.
+    for name, value in (("OMP_PROC_BIND", "true"), ("OMP_PLACES", "cores"), ("OPENBLAS_NUM_THREADS", "1")):
+        os.environ.setdefault(name, value)
 
     from attnkit.backends.cpu.engine import usable_cores
     from attnkit.bench import console, records

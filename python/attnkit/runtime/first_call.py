@@ -14,7 +14,7 @@ from attnkit.errors import AttnkitError
 from attnkit.plan.space import DIRECTIONS, Direction
 from attnkit.plan.spec import KernelSpec
 from attnkit.testing.inputs import Dims
-from attnkit.tune.key import Lengths, is_ragged
+from attnkit.tune.key import Lengths
 from attnkit.tune.lookup import COST_MODEL, Served, mode, serve, user
 from attnkit.tune.problem import Problem
 from attnkit.tune.rig import RIGS
@@ -27,10 +27,11 @@ SECONDS = 10.0
 def wants_tuning(backend: str, spec: KernelSpec, served: Served, lengths: Lengths) -> bool:
     """Whether a kernel is to be tuned at its first call: the mode says so, and it can be.
 
-    Sequences with lengths of their own and dropout are left to campaigns.
+    Lengths that are not known, packed and paged sequences and dropout are left to campaigns.
     """
-    asked = mode()
-    if backend not in RIGS or 0 in lengths or is_ragged(spec) or spec.program.attend.dropout is not None:
+    asked, program = mode(), spec.program
+    odd = any(layout.kind in ("packed", "paged") for layout in program.inputs)
+    if backend not in RIGS or 0 in lengths or odd or program.attend.dropout is not None:
         return False
     return asked == "retune" or (asked == "tune-missing" and COST_MODEL in served.layers.values())
 

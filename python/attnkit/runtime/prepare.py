@@ -11,7 +11,7 @@ from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.plan.spec import Config, KernelSpec
 from attnkit.tune.key import ANY, Lengths, bucket
-from attnkit.tune.lookup import Served, serve
+from attnkit.tune.lookup import Served, mode, serve
 
 # Every distinct program text keeps one entry; a model has a handful. The bound only stops a leak.
 _MAX_ENTRIES = 4096
@@ -98,9 +98,12 @@ def prepare(
     with _lock:
         if max(len(_cache), len(_kernels)) >= _MAX_ENTRIES:
             clear()
-        return _cache.setdefault(
-            key, Prepared(spec, name, served, _kernels.setdefault(config, kernel), rejected)
-        )
+        kernel = _kernels.setdefault(config, kernel)
+        if mode() in ("tune-missing", "retune"):
+            from attnkit.runtime.first_call import at_first
+
+            kernel = at_first(kernel, name, spec, served, lengths)
+        return _cache.setdefault(key, Prepared(spec, name, served, kernel, rejected))
 
 
 def clear() -> None:

@@ -4,7 +4,7 @@
 name = "cpu"
 seconds = 900            # the budget; --seconds says otherwise
 
-[programs]               # texts beside the named variants; they capture nothing
+[programs]               # texts beside the named variants; they capture nothing but lengths
 sdpa_causal = '''...'''
 
 [[cases]]                # every combination of these lists is tuned
@@ -30,13 +30,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from attnkit.errors import error
-from attnkit.ir.text import parse
 from attnkit.plan.space import DIRECTIONS, Config, Direction
-from attnkit.plan.spec import KernelSpec
 from attnkit.testing.inputs import Dims
 from attnkit.tune.choose import choose
 from attnkit.tune.entry import Entry
-from attnkit.tune.problem import Problem, problem
+from attnkit.tune.problem import Problem, of_text, problem
 from attnkit.tune.search import STRATEGIES
 from attnkit.tune.store import Folder
 from attnkit.tune.tuner import tune, tuned_space
@@ -66,8 +64,14 @@ class Case(NamedTuple):
             return problem(
                 self.variant, self.dims, dtype=self.dtype, direction=self.direction, threads=threads
             )
-        spec = KernelSpec(parse(self.text), self.dtype, self.dims.head_dim, self.dims.v_head_dim)
-        return Problem(spec, self.direction, self.dims, self.variant, [], [], threads)
+        return of_text(
+            self.text,
+            self.dims,
+            name=self.variant,
+            dtype=self.dtype,
+            direction=self.direction,
+            threads=threads,
+        )
 
 
 @dataclass(frozen=True)

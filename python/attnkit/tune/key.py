@@ -67,12 +67,12 @@ def bucket(n: int) -> int:
     return 1 << (n - 1).bit_length() if n > 0 else 0
 
 
-def is_ragged(spec: KernelSpec) -> bool:
-    """Whether sequences have lengths of their own, so that one call holds many."""
-    return any(layout.lengths is not None for layout in spec.program.inputs)
-
-
 def buckets(spec: KernelSpec, lengths: Lengths) -> Lengths:
-    """The buckets of a call. Of keys that have lengths of their own the shapes tell nothing."""
-    q, kv = lengths
-    return bucket(q), 0 if is_ragged(spec) else bucket(kv)
+    """The buckets of a call; 0 where sequences have lengths of their own.
+
+    What is beside a sequence may not change a bit of it: the shapes of a batch that holds many lengths decide nothing.
+    """
+    attend = spec.program.attend
+    known = (spec.program.inputs[i].lengths is None for i in (attend.q, attend.k))
+    q, kv = (bucket(n) if own else 0 for n, own in zip(lengths, known, strict=True))
+    return q, kv

@@ -19,7 +19,7 @@ from attnkit.plan.space import DIRECTIONS, Config, Direction, default_config, of
 from attnkit.plan.spec import KernelSpec
 from attnkit.tune.choose import choose
 from attnkit.tune.entry import Entry
-from attnkit.tune.key import ANY, Key, Lengths, buckets, is_ragged, key_of
+from attnkit.tune.key import ANY, Key, Lengths, buckets, key_of
 from attnkit.tune.store import Folder, Layer, Pack, Place
 
 Mode = Literal["off", "replay", "tune-missing", "retune"]
@@ -45,7 +45,7 @@ def serve(backend: Backend, spec: KernelSpec, lengths: Lengths = ANY) -> Served:
     space = backend.space(spec)
     if not space:
         return Served({})
-    if is_pinned(spec):
+    if is_pinned():
         space = pinned(space)
     default = Served(default_config(space), dict.fromkeys(DIRECTIONS, COST_MODEL), buckets(spec, lengths))
     if mode() == "off" or lengths == ANY:
@@ -73,10 +73,8 @@ def find(layers: Sequence[Layer], key: Key) -> tuple[str, Entry] | None:
     return None
 
 
-def is_pinned(spec: KernelSpec) -> bool:
-    """Whether numeric fields keep their defaults: the user wants it, or one call holds sequences of many lengths.
-
-    A sequence may not give other bits because of what is beside it, so the lengths of a batch decide nothing that orders sums.
+def is_pinned() -> bool:
+    """Whether numeric fields keep their defaults, because the user wants the bits of an untuned kernel.
 
     Raises:
         AttnkitValueError: AK401, ``ATTNKIT_PIN_NUMERICS`` is neither 0 nor 1.
@@ -86,7 +84,7 @@ def is_pinned(spec: KernelSpec) -> bool:
         raise error(
             "AK401", where="environment variable ATTNKIT_PIN_NUMERICS", given=repr(value), allowed="0, 1"
         )
-    return value == "1" or is_ragged(spec)
+    return value == "1"
 
 
 def mode() -> Mode:

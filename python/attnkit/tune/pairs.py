@@ -16,6 +16,8 @@ from typing import NamedTuple
 from attnkit.tune.statistics import Interval, interval
 
 Run = Callable[[], object]
+_SETTLE_S = 30e-3  # other libraries' threads, which have just checked results, spin for so long on our cores
+_WARM_S = 20e-3
 _MIN_TURN_S = 2e-3  # below it, the clock and cold caches are what is measured
 _MAX_REPEATS = 1000
 _LEAST = 3
@@ -37,6 +39,7 @@ def paired(incumbent: Run, rival: Run, rounds: int) -> Paired:
         AttnkitError: as the rivals.
     """
     rivals = incumbent, rival
+    time.sleep(_SETTLE_S)
     repeats = [_repeats(run) for run in rivals]
     ratios: list[float] = []
     times: list[float] = []
@@ -60,9 +63,13 @@ def _is_known(ratios: list[float]) -> bool:
 
 
 def _repeats(run: Run) -> int:
-    """How many calls fill a turn. The first call is mostly start-up and tells nothing."""
-    run()
-    least = min(_turn(run, 1) for _ in range(2))
+    """How many calls fill a turn, after a few that count for nothing.
+
+    Threads that slept are woken on the core of the one that waits for them, and the first calls take a scheduler's quantum each.
+    """
+    start, least = time.perf_counter(), math.inf
+    while time.perf_counter() - start < _WARM_S or least == math.inf:
+        least = min(least, _turn(run, 1))
     return min(_MAX_REPEATS, math.ceil(_MIN_TURN_S / max(least, 1e-9)))
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from attnkit.errors import error
+from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.plan.space import Direction
 from attnkit.plan.spec import KernelSpec
 from attnkit.testing.inputs import Dims
-from attnkit.tune.key import Lengths, is_ragged
+from attnkit.tune.key import Lengths
 from attnkit.variants import dense
 
 
@@ -58,7 +59,7 @@ class Problem:
         small = d._replace(
             batch=1, q_heads=d.q_heads // d.kv_heads, kv_heads=1, q_len=min(d.q_len, 209), kv_len=min(d.kv_len, 1283)
         )  # fmt: skip
-        return self if is_ragged(self.spec) else replace(self, dims=small)
+        return replace(self, dims=small, buffers=with_lengths(self.spec.program, small, self.buffers))
 
 
 def problem(
@@ -75,6 +76,44 @@ def problem(
     text, buffers = _program(variant, dims.q_heads, dims.q_len, dims.kv_len)
     spec = KernelSpec(parse(text), dtype, dims.head_dim, dims.v_head_dim, device)
     return Problem(spec, direction, dims, variant, buffers, [], threads)
+
+
+def of_text(
+    text: str, dims: Dims, *, name: str = "", dtype: str = "float32", direction: Direction = "forward", threads: int = 1
+) -> Problem:  # fmt: skip
+    """The problem of a program that captures nothing but lengths.
+
+    Raises:
+        AttnkitValueError: AK401, it captures more; AK1xx, AK2xx, the text is no program.
+    """
+    spec = KernelSpec(parse(text), dtype, dims.head_dim, dims.v_head_dim)
+    found = bare(spec, direction, dims, name, threads)
+    if found is None:
+        allowed = "programs that capture nothing but lengths, or named variants"
+        raise error("AK401", where=f"program {name!r}", given="buffers, pages or params", allowed=allowed)
+    return found
+
+
+def bare(spec: KernelSpec, direction: Direction, dims: Dims, name: str, threads: int) -> Problem | None:
+    """The problem of a program without what it captured; None where that matters."""
+    program = spec.program
+    lengths = {layout.lengths for layout in program.inputs} - {None}
+    paged = any(layout.table is not None for layout in program.inputs)
+    if program.num_params or paged or len(lengths) != len(program.buffers):
+        return None
+    buffers = with_lengths(program, dims, [None] * len(program.buffers))
+    return Problem(spec, direction, dims, name, buffers, [], threads)
+
+
+def with_lengths(program: Program, dims: Dims, buffers: list[Any]) -> list[Any]:
+    """The buffers, with lengths that are those of the tensors: every sequence fills its place."""
+    found = list(buffers)
+    for layout, n in zip(program.inputs, (dims.q_len, dims.kv_len, dims.kv_len), strict=True):
+        if layout.kind == "packed" and layout.lengths is not None:
+            found[layout.lengths] = np.array([0, n], np.int32)
+        elif layout.lengths is not None:
+            found[layout.lengths] = np.full(dims.batch, n, np.int32)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -94,6 +133,4 @@ def recalled(spec: KernelSpec, direction: Direction, facts: Mapping[str, str | i
     if variant in dense.CASES:
         found = problem(variant, dims, dtype=spec.dtype, direction=direction, threads=threads)
         return replace(found, spec=spec)
-    if spec.program.buffers or spec.program.num_params:
-        return None
-    return Problem(spec, direction, dims, variant, [], [], threads)
+    return bare(spec, direction, dims, variant, threads)

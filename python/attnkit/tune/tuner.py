@@ -12,7 +12,7 @@ from attnkit import backends
 from attnkit.errors import AttnkitError, error
 from attnkit.plan.space import Space, default_config, of_direction, pinned
 from attnkit.tune import lookup
-from attnkit.tune.cost import candidates
+from attnkit.tune.cost import PRUNED, candidates
 from attnkit.tune.entry import Entry, Measurement, entry
 from attnkit.tune.key import Key, buckets, key_of
 from attnkit.tune.pairs import paired
@@ -30,13 +30,14 @@ def tune(
     *,
     backend: str = "cpu",
     strategy: Strategy = halving,
+    pruned: float = PRUNED,
     again: bool = False,
     until: float = float("inf"),
     progress: Progress = lambda entry, candidates: None,
 ) -> tuple[Entry, bool]:
     """The entry of a problem, and whether it is complete. Every measurement is in the folder as soon as it is taken.
 
-    ``again`` forgets what is known. ``until`` is a time of `time.monotonic` after which nothing more is begun.
+    ``pruned``: configs that look so much worse than the best are left out. ``again`` forgets what is known. ``until`` is a time of `time.monotonic` after which nothing more is begun.
 
     Raises:
         AttnkitError: AK501, the backend cannot be tuned here; AK5xx, it cannot run the problem.
@@ -46,7 +47,7 @@ def tune(
     if known is not None and known.problem != entry(key, problem.facts).problem:
         known = None  # of another problem of the bucket: its times are not comparable
     found, replace = known or entry(key, problem.facts), known is None
-    every = candidates(space, problem)
+    every = candidates(space, problem, pruned)
     measure = Measure(problem, space, folder.path, backend)
     while (job := strategy(every, found)) is not None:
         if time.monotonic() >= until:
@@ -61,7 +62,7 @@ def tune(
 def tuned_space(problem: Problem, backend: str) -> Space:
     """What may be chosen for a problem: the fields of its direction."""
     space = of_direction(backends.get(backend).space(problem.spec), problem.direction)
-    return pinned(space) if lookup.is_pinned(problem.spec) else space
+    return pinned(space) if lookup.is_pinned() else space
 
 
 def key_of_problem(problem: Problem, backend: str) -> Key:
