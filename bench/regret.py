@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -198,16 +199,16 @@ def main() -> None:
     args = parser.parse_args()
     done = measure(args.out, time.monotonic() + args.seconds)
     if not done:
-        print("not done: run it again")
+        sys.stdout.write("not done: run it again\n")
         return
     found = results(args.out)
     records.write(found, args.out / "regret.json")
     for row in found["rows"]:
-        print(
+        sys.stdout.write(
             f"{row['problem']:48} best {row['best'] or 'default'!s:48} default {row['default_regret']:.3f}"
-            f" a {row['a']['regret']:.3f} b {row['b']['regret']:.3f}"
+            f" a {row['a']['regret']:.3f} b {row['b']['regret']:.3f}\n"
         )
-    print({k: v for k, v in found.items() if k not in ("rows", "machine")})
+    sys.stdout.write(f"{ {k: v for k, v in found.items() if k not in ('rows', 'machine')} }\n")
 
 
 if __name__ == "__main__":
