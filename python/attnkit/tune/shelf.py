@@ -73,8 +73,11 @@ def space_of(key: Key) -> Space:
 
 
 def summary(entry: Entry) -> Summary:
-    """What an entry chooses, and by how much it is better."""
-    space = space_of(entry.key)
+    """What an entry chooses, and by how much it is better; nothing where this version cannot read its program."""
+    try:
+        space = space_of(entry.key)
+    except AttnkitError:
+        space = {}
     config, default = choose(space, entry), default_config(space)
     known = entry.measured(config)
     changed = {name: value for name, value in config.items() if value != default[name]}
