@@ -385,6 +385,7 @@ def test_a_campaign_fills_a_store(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.shows
 def test_workers_share_a_campaign(file: Path, tmp_path: Path) -> None:
     folder = Folder(tmp_path / "store")
     results = campaign.run(campaign.load(file), folder, threads=1, workers=2)
@@ -398,6 +399,7 @@ def command(file: Path, store: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.shows
 def test_a_killed_campaign_loses_at_most_one_measurement(
     file: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

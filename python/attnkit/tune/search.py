@@ -12,7 +12,7 @@ from attnkit.plan.space import Config
 from attnkit.tune.choose import TIE
 from attnkit.tune.entry import Entry
 
-ROUNDS = (3, 9, 25)  # at most, of each rung
+ROUNDS = (5, 11, 40)  # at most, of each rung
 _LAST = len(ROUNDS) - 1
 _KEPT = 1 / 3
 _FINALISTS = 4
