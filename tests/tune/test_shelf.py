@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attnkit import backends
+from attnkit.backends import Fingerprint
 from attnkit.cli.app import app
 from attnkit.plan.space import default_config
 from attnkit.testing.inputs import Dims
@@ -18,7 +19,7 @@ from attnkit.tune import lookup, pairs, shelf, tuner
 from attnkit.tune.entry import Entry, Measurement, entry
 from attnkit.tune.problem import Problem, problem
 from attnkit.tune.statistics import Interval
-from attnkit.tune.store import Folder, write_pack
+from attnkit.tune.store import Folder, Pack, write_pack
 
 Cli = Callable[..., Result]
 SMALL = ("--shape", "1,2,1,40,70,16")
@@ -286,3 +287,16 @@ def test_the_cpu_backend_takes_part() -> None:
     assert set(prints.device) == {"name", "isa", "cores"}
     assert lookup.fingerprint(backends.get("reference")) is None
     assert lookup.slug(prints).replace("-", "").isalnum()
+
+
+def test_shipped_packs_are_whole_and_named_after_their_device() -> None:
+    folder = Path(__file__).parents[2] / "autotune" / "packs"
+    for path in folder.glob("*.jsonl"):
+        pack = Pack(path)
+        assert shelf.damaged(pack) == []
+        found = shelf.whole(pack)
+        assert [e.line for e in found] == path.read_text(encoding="ascii").splitlines()
+        for each in found:
+            prints = Fingerprint(dict(each.key.device), dict(each.key.toolchain))
+            assert path.stem == lookup.slug(prints)
+            assert shelf.summary(each).config, "it chooses from today's space"

@@ -349,7 +349,7 @@ def test_a_campaign_is_every_combination(file: Path) -> None:
     [
         ("[[cases]]", "[cases", "TOML"), ("seconds = 100", "seconds = -1", "seconds"), ('"causal", "mine"', '"casual"', "variants"),
         ("1,2,1,40,70,16", "1,2,3,40,70,16", "shapes"), ('"bfloat16"', '"int8"', "dtypes"), ('"backward"', '"sideways"', "directions"),
-        ("name =", "nome =", "nome"), ('dtypes = ["float32", "bfloat16"]', 'dtypes = "float32"', "dtypes"),
+        ("name =", "title =", "title"), ('dtypes = ["float32", "bfloat16"]', 'dtypes = "float32"', "dtypes"),
         ("seconds = 100", 'strategy = "luck"', "strategy"), ("[[cases]]", "[[case]]", "case"),
     ],
 )  # fmt: skip
