@@ -98,8 +98,9 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
         return found
     check_qkv(q, k, v, is_paged(parse(text)))
     prepared = prepare(
-        text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend, exact
-    )
+        text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend, exact,
+        (q.shape[2], k.shape[2]),
+    )  # fmt: skip
     program = prepared.spec.program
     new = Ready(
         prepared,
