@@ -124,6 +124,29 @@ def test_decode_of_packed_and_padded(compare: Compare, rng: np.random.Generator)
     compare(q, k, v, oracle={"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}, **fields)
 
 
+@pytest.mark.parametrize("q_len", [3, 70])
+def test_the_least_float_is_a_score(q_len: int, compare: Compare, rng: np.random.Generator) -> None:
+    """Times log2(e) it would be none: a row of nothing else is the mean of its values, in parts of any length."""
+    least = float(np.finfo(np.float32).min)
+    q, k, v = arrays(rng, 1, 4, 2, q_len, 150, 16, 16)
+    score = lambda s, b, h, q_idx, kv_idx: torch.where((q_idx < 2) | (kv_idx % 3 == h), least, s)  # noqa: E731
+    oracle = {"score": lambda s, p: np.where((p.q_idx < 2) | (p.kv_idx % 3 == p.h), least, s)}
+    compare(q, k, v, score=score, oracle=oracle)
+    compare(
+        q, k, v, score=score, mask=ak.causal(), oracle=oracle | {"mask": lambda p: p.kv_idx <= p.position}
+    )
+    sink = np.array([least, 0.0, 3.0, least / 2], np.float32)
+    compare(q, k, v, score=score, sink=torch.from_numpy(sink), oracle=oracle | {"sink": sink})
+    compare(q, k[:, :, :0], v[:, :, :0], sink=torch.from_numpy(sink), oracle={"sink": sink}, mostly_dead=True)
+
+
+@pytest.mark.parametrize("scale", [0.01, 5.0])
+def test_scales(scale: float, compare: Compare, rng: np.random.Generator) -> None:
+    """Products stand for logits where the scale makes none of them larger."""
+    q, k, v = arrays(rng, 1, 2, 1, 70, 150, 16, 16)
+    compare(q, k, v, scale=scale, oracle={"scale": scale})
+
+
 def test_no_keys(compare: Compare, rng: np.random.Generator) -> None:
     sink = rng.standard_normal(2).astype(np.float32)
     for fields in ({}, {"sink": torch.from_numpy(sink)}):

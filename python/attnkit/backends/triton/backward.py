@@ -76,7 +76,11 @@ def fold(
         value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         $logits
-        weights = tl.exp2(logit - log_sum[:, None])
+        #if raw
+        weights = tl.exp2(logit * {scale_log2e} - log_sum[:, None])
+        #else
+        weights = tl.exp2((logit - log_sum[:, None]) * 1.4426950408889634)
+        #end
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
         #if dropout
         word, _, _, _ = tl.philox(seed, {counter})
@@ -115,7 +119,7 @@ def attend_dq(
     d_out = load_tile(d_o, rows * d_o_ss, 1, d_o_sd, q_live, V_HEAD_DIM, V_PADDED, False)
     lse_at = entry.to(tl.int64) * lse_sb + of_head * lse_sh + rows
     log_sum = tl.load(lse + lse_at)
-    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)  # no weight in a dead row
+    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum{to_raw})  # no weight in a dead row
     of_row = tl.load(deltas + lse_at)
     k += entry.to(tl.int64) * k_sb + kv_head.to(tl.int64) * k_sh + kv_start.to(tl.int64) * k_ss
     v += entry.to(tl.int64) * v_sb + kv_head.to(tl.int64) * v_sh + kv_start.to(tl.int64) * v_ss
@@ -178,11 +182,15 @@ def fold(
         d_out = load_tile(d_o_at, lanes, d_o_ss, d_o_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         row_at = g * lse_sh + start + lanes
         log_sum = tl.load(lse + row_at, mask=present, other=float("inf"))
-        log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)  # no weight in a dead row
+        log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum{to_raw})  # no weight in a dead row
         of_row = tl.load(deltas + row_at, mask=present, other=0.0)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         $logits
-        weights = tl.exp2(logit - log_sum[None, :])
+        #if raw
+        weights = tl.exp2(logit * {scale_log2e} - log_sum[None, :])
+        #else
+        weights = tl.exp2((logit - log_sum[None, :]) * 1.4426950408889634)
+        #end
         if PARTIAL:
             weights = tl.where(exists, weights, 0.0)  # lse may be no number, and is not that of keys nobody sees
         d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
@@ -311,7 +319,7 @@ def attend_pairs(
         query = load_tile(q + entry * q_sb + of_head * q_sh, rows * q_ss, 1, q_sd, q_live, HEAD_DIM, PADDED, False)
         d_out = load_tile(d_o + entry * d_o_sb + of_head * d_o_sh, rows * d_o_ss, 1, d_o_sd, q_live, V_HEAD_DIM, V_PADDED, False)
         log_sum = tl.load(lse + entry * lse_sb + of_head * lse_sh + rows)
-        log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)
+        log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum{to_raw})
         of_row = tl.load(deltas + entry * lse_sb + of_head * lse_sh + rows)
         k_at = k + entry * k_sb + kv_head * k_sh + start.to(tl.int64) * k_ss
         v_at = v + entry * v_sb + kv_head * v_sh + start.to(tl.int64) * v_ss
@@ -319,7 +327,11 @@ def attend_pairs(
         value = load_tile(v_at, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, True)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         $logits
-        weights = tl.exp2(logit - log_sum[:, None])
+        #if raw
+        weights = tl.exp2(logit * {scale_log2e} - log_sum[:, None])
+        #else
+        weights = tl.exp2((logit - log_sum[:, None]) * 1.4426950408889634)
+        #end
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
         #if dropout
         word, _, _, _ = tl.philox(tl.load(seed_at), {counter})
@@ -529,14 +541,15 @@ def _common(
         lines.append(f"sum{i} += tl.sum({value}, 1)")
     has_slope = found.slope is not const(1.0)
     mask, exists, poison = pairs.mask(inner)
+    raw = pairs.raw(scale)
     flags = {
-        "score": pairs.has_score, "indices": pairs.reads_indices, "slope": has_slope, "packed": kv.kind == "packed",
+        "score": pairs.has_score, "raw": raw, "indices": pairs.reads_indices, "slope": has_slope, "packed": kv.kind == "packed",
         "lengths": kv.kind == "padded", "dropout": pairs.attend.dropout is not None,
     }  # fmt: skip
     holes: Holes = {
         "counter": pairs.counter, "int": "tl.int64" if pairs.wide else "tl.int32", "score": score, "score_name": score_name, "mask": mask,
         "exists": exists, "poison": poison, "scale": number(scale), "scale_log2e": number(scale * LOG2E),
-        "slope_name": inner.name(found.slope) if has_slope else "", "sums": lines,
+        "to_raw": f" * {LOG2E}" if raw else "", "slope_name": inner.name(found.slope) if has_slope else "", "sums": lines,
     }  # fmt: skip
     return {name for name, held in flags.items() if held}, holes
 

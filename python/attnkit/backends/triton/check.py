@@ -126,7 +126,12 @@ def _decode(kernel: TritonKernel, pairs: Pairs) -> Printed:
         "TILE_KV": config["decode_tile_kv"],
         "SPLIT_KV": config["split_kv"],
     } | _page(kernel)
-    return "attend", *forward(pairs, kernel.scale, Shape(grouped=True, split=True)), numbers, "decode_"
+    return (
+        "attend",
+        *forward(pairs, kernel.scale, Shape(need_lse=False, grouped=True, split=True)),
+        numbers,
+        "decode_",
+    )
 
 
 def _merge(kernel: TritonKernel, pairs: Pairs) -> Printed:

@@ -18,7 +18,7 @@ def fold(
     PADDED: tl.constexpr, V_PADDED: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
     CAREFUL: tl.constexpr = False, PARTS: tl.constexpr = 1, STAGES: tl.constexpr = None,
 ):
-    """Folds `count` tiles of keys, in PARTS, into a tile of queries: weighted sums, largest exponent, sums of weights."""
+    """Folds `count` tiles of keys, in PARTS, into a tile of queries: weighted sums, largest logits, sums of weights."""
     lanes = tl.arange(0, TILE_KV)
     for i in tl.range(0, count * PARTS, num_stages=STAGES):
         $tile
@@ -33,10 +33,17 @@ def fold(
         #end
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         $logits
+        #if raw
+        above = tl.maximum(top, tl.max(logit, 1) * {scale_log2e})  # base 2, until all is folded
+        pivot = tl.where(above == float("-inf"), 0.0, above)
+        weights = tl.exp2(logit * {scale_log2e} - pivot[:, None])
+        shrink = tl.exp2(top - pivot)
+        #else
         above = tl.maximum(top, tl.max(logit, 1))
         pivot = tl.where(above == float("-inf"), 0.0, above)
-        weights = tl.exp2(logit - pivot[:, None])
-        shrink = tl.exp2(top - pivot)
+        weights = tl.exp2((logit - pivot[:, None]) * 1.4426950408889634)
+        shrink = tl.exp2((top - pivot) * 1.4426950408889634)
+        #end
         total = total * shrink + tl.sum(weights, 1)
         #if dropout
         word, _, _, _ = tl.philox(seed, {counter})
@@ -112,30 +119,38 @@ def attend(
         acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
     #end
     #end
+    #if raw
+    top *= 0.6931471805599453
+    #end
     #if sink
-    sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
+    sink = tl.load(sinks + heads).to(tl.float32)
     above = tl.maximum(top, sink)
     pivot = tl.where(above == float("-inf"), 0.0, above)
-    shrink = tl.exp2(top - pivot)
-    total = total * shrink + tl.exp2(sink - pivot)
+    shrink = tl.exp2((top - pivot) * 1.4426950408889634)
+    total = total * shrink + tl.exp2((sink - pivot) * 1.4426950408889634)
     acc *= shrink[:, None]
     top = above
     #end
-    dead = total == 0.0
     #if dropout
     acc *= kept_times
     #end
-    acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     #if split
     o += tl.program_id(2).to(tl.int64) * o_split
-    lse += tl.program_id(2).to(tl.int64) * lse_split
+    #else
+    dead = total == 0.0
+    acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     #end
     o_at = heads.to(tl.int64) * o_sh + (q_start + places).to(tl.int64) * o_ss
     store_tile(o + entry.to(tl.int64) * o_sb, o_at, 1, o_sd, q_live, acc, V_HEAD_DIM, V_PADDED)
     #if lse
     lse_at = entry.to(tl.int64) * lse_sb + heads.to(tl.int64) * lse_sh + (q_start + places)
     pivot = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(lse + lse_at, pivot * 0.6931471805599453 + tl.log(total), mask=q_live)
+    tl.store(lse + lse_at, pivot + tl.log(total), mask=q_live)
+    #end
+    #if split
+    row_at = tl.program_id(2).to(tl.int64) * row_split + entry.to(tl.int64) * row_sb + heads.to(tl.int64) * row_sh
+    tl.store(tops + row_at + (q_start + places), top, mask=q_live)
+    tl.store(totals + row_at + (q_start + places), total, mask=q_live)
     #end
 '''
 
@@ -145,7 +160,7 @@ class Shape:
     """What of a call decides which lines a forward kernel has.
 
     ``grouped``: the query heads that share a kv head are rows of one tile; ``split``: the keys are split between programs,
-    which leave sums to merge; ``lists``: the tiles to visit stand in lists. What came out as no number is made again with
+    which leave weighted sums, largest logits and sums of weights to merge; ``lists``: the tiles to visit stand in lists. What came out as no number is made again with
     care: by the kernel itself (``care`` is ``""``), or it says so (``"flag"``) to a second one (``"mend"``).
     """
 
@@ -164,7 +179,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     captured = pairs.captured(roots)
     flags = {
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
-        "score": pairs.has_score, "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
+        "score": pairs.has_score, "raw": pairs.raw(scale), "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
         "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip
@@ -206,7 +221,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
 
 def _arguments(on: set[str], captured: Arguments) -> Arguments:
     pointers = ["q", "k", "v", "o", *["lse"] * ("lse" in on), *["sinks"] * ("sink" in on)]
-    pointers += ["seed_at"] * ("dropout" in on)
+    pointers += ["tops", "totals"] * ("split" in on) + ["seed_at"] * ("dropout" in on)
     pointers += (
         ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
     )
@@ -217,7 +232,9 @@ def _arguments(on: set[str], captured: Arguments) -> Arguments:
         for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd"))
         for d in dims
     ]
-    sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "lse_split"] * ("split" in on)
+    sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "row_split", "row_sb", "row_sh"] * (
+        "split" in on
+    )
     sizes += ["table_sb"] * ("paged" in on) + ["list_length", "list_sb", "list_sh"] * ("lists" in on)
     sizes += ["sequences"] if "packed" in on else ["q_tiles", "q_len"]
     sizes += [] if on & {"packed", "lengths"} else ["kv_len"]

@@ -131,14 +131,15 @@ class TritonKernel:
     ) -> None:
         """The query heads of a kv head are rows of one tile, and the keys are split between programs."""
         pairs = self.pairs(sizes, buffers)
-        shape = Shape(need_lse=True, grouped=True, split=True)
+        shape = Shape(need_lse=False, grouped=True, split=True)
         split_kv, tile_q = self.config["split_kv"], self.config["decode_tile_q"]
         splits = -(-sizes.kv_len // split_kv)
         batch, heads, q_total, width = o.shape
         parts = o.new_empty((splits, batch, heads, q_total, width), dtype=launch.dtype_of(o, "float"))
-        part_lse = o.new_empty((splits, batch, heads, q_total), dtype=launch.dtype_of(o, "float"))
+        tops, totals = (parts.new_empty((splits, batch, heads, q_total)) for _ in range(2))
+        values |= {"tops": tops, "totals": totals}
+        values |= dict(zip(("row_split", "row_sb", "row_sh"), tops.stride()[:3], strict=True))
         names = dict(zip(("o_split", "o_sb", "o_sh", "o_ss", "o_sd"), parts.stride(), strict=True))
-        names |= dict(zip(("lse_split", "lse_sb", "lse_sh"), part_lse.stride()[:3], strict=True))
         rows = self.rows(replace(sizes, q_len=sizes.q_len * sizes.group), tile_q, "q")
         if self.q_layout.kind == "packed":
             rows = sizes.q_len * sizes.group // tile_q + sizes.sequences
@@ -152,12 +153,11 @@ class TritonKernel:
             printed,
             numbers,
             grid,
-            values | tiles | names | {"o": parts, "lse": part_lse},
+            values | tiles | names | {"o": parts},
             "decode_",
         )
-        merged = {"parts": parts, "part_lse": part_lse, "splits": splits, "q_total": q_total}
+        merged = {"parts": parts, "splits": splits, "q_total": q_total}
         merged |= {f"part_{name[2:]}": n for name, n in names.items() if name.startswith("o_")}
-        merged |= {"lse_split": names["lse_split"], "lse_sb": names["lse_sb"], "lse_sh": names["lse_sh"]}
         if lse is not None:
             merged |= {"whole_sb": lse.stride(0), "whole_sh": lse.stride(1)}
         sink, need_lse = self.attend.normalizer.sink is not None, lse is not None
