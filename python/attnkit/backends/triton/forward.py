@@ -13,7 +13,7 @@ from attnkit.ir.program import Layout
 FORWARD = '''
 @triton.jit
 def fold(
-    acc, top, total, query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {captured}{paging}{dropout}
+    acc, top, total, query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {captured}{storage}{dropout}
     {tiles}, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr, V_PADDED: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
     CAREFUL: tl.constexpr = False, PARTS: tl.constexpr = 1, STAGES: tl.constexpr = None,
@@ -23,15 +23,28 @@ def fold(
     for i in tl.range(0, count * PARTS, num_stages=STAGES):
         $tile
         #if paged
-        slots = start + lanes
-        page = tl.load(table + slots // PAGE, mask=present, other=0).to(tl.int64)
-        key = load_tile(k, page * k_sp + (slots % PAGE) * k_ss, 1, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
-        value = load_tile(v, page * v_sp + (slots % PAGE) * v_ss, 1, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
+        page = tl.load(table + (start + lanes) // PAGE, mask=present, other=0).to(tl.int64)
+        slots = (start + lanes) % PAGE
+        key = load_tile(k, page * k_sp + slots * k_ss, 1, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
+        value = load_tile(v, page * v_sp + slots * v_ss, 1, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         #else
         key = load_tile(k + start.to(tl.int64) * k_ss, lanes, k_ss, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
         value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         #end
+        #if encoded
+        key, value = key.to(query.dtype), value.to(query.dtype)  # small integers: exact
+        #if paged
+        of_keys = k_scales + page * k_scales_sp + slots * k_scales_ss
+        of_values = v_scales + page * v_scales_sp + slots * v_scales_ss
+        #else
+        of_keys = k_scales + (start + lanes).to(tl.int64) * k_scales_ss
+        of_values = v_scales + (start + lanes).to(tl.int64) * v_scales_ss
+        #end
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        s *= tl.load(of_keys, mask=present, other=0.0).to(tl.float32)[None, :]
+        #else
+        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        #end
         $logits
         #if raw
         above = tl.maximum(top, tl.max(logit, 1) * {scale_log2e})  # base 2, until all is folded
@@ -50,6 +63,11 @@ def fold(
         weights = tl.where(word >= dropped_below, weights, 0.0)
         #end
         acc *= shrink[:, None]
+        #if encoded
+        weights *= tl.load(of_values, mask=present, other=0.0).to(tl.float32)[None, :]
+        if PARTIAL:
+            weights = tl.where(exists, weights, 0.0)  # a scale may be no number: codes are numbers
+        #end
         weights = weights.to(value.dtype)
         acc = add_product(acc, weights, exists, value, PRECISION, CAREFUL and PARTIAL)
         top = above
@@ -89,10 +107,20 @@ def attend(
     #if paged
     k += kv_head.to(tl.int64) * k_sh
     v += kv_head.to(tl.int64) * v_sh
+    #if encoded
+    k_scales += kv_head.to(tl.int64) * k_scales_sh
+    v_scales += kv_head.to(tl.int64) * v_scales_sh
+    #end
     table += b.to(tl.int64) * table_sb
     #else
     k += entry.to(tl.int64) * k_sb + kv_head.to(tl.int64) * k_sh + kv_start.to(tl.int64) * k_ss
     v += entry.to(tl.int64) * v_sb + kv_head.to(tl.int64) * v_sh + kv_start.to(tl.int64) * v_ss
+    #if encoded
+    k_scales += entry.to(tl.int64) * k_scales_sb + kv_head.to(tl.int64) * k_scales_sh
+    v_scales += entry.to(tl.int64) * v_scales_sb + kv_head.to(tl.int64) * v_scales_sh
+    k_scales += kv_start.to(tl.int64) * k_scales_ss
+    v_scales += kv_start.to(tl.int64) * v_scales_ss
+    #end
     #end
     #if dropout
     seed = tl.load(seed_at)
@@ -110,6 +138,7 @@ def attend(
     #if flag
     tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + heads, has_nan(acc).to(tl.int32))
     #else
+    #if not encoded
     if has_nan(acc):  # rare: again, in narrow tiles, with care where there are pairs that do not exist
         PARTS: tl.constexpr = TILE_KV // 16
         acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
@@ -117,6 +146,7 @@ def attend(
         total = tl.zeros([TILE_Q], tl.float32)
         acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
         acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
+    #end
     #end
     #end
     #if raw
@@ -181,7 +211,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
         "score": pairs.has_score, "raw": pairs.raw(scale), "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
-        "lengths": kv.kind in ("padded", "paged"),
+        "encoded": kv.codec is not None, "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip
     flags["sink"] &= not shape.split
     flags["ragged"] = flags["packed"]
@@ -191,22 +221,25 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     inner, outer = pairs.printer(), pairs.printer()
     score, score_name = pairs.score(inner)
     mask, exists, poison = pairs.mask(inner)
-    paging = "table, k_sp, v_sp, " if "paged" in on else ""
-    paging_types = "table, k_sp, v_sp, PAGE: tl.constexpr, " if "paged" in on else ""
+    paged, encoded = "paged" in on, "encoded" in on
+    storage = ["table", "k_sp", "v_sp"] * paged
+    storage += ["k_scales", "v_scales", "k_scales_ss", "v_scales_ss"] * encoded
+    storage += ["k_scales_sp", "v_scales_sp"] * (paged and encoded) + ["PAGE"] * paged
     dropout = "seed, dropped_below, " if "dropout" in on else ""
     names = "".join(f"{name}, " for name, _ in captured)
     tiles = "tiles, step, count" if shape.lists else "count, first, before, between"
     full = "tiles + list_length - 1, -1, full" if shape.lists else "full, whole_first, full, 0"
     partial = "tiles, 1, partial" if shape.lists else "partial, first, whole_first - first, full"
     common = f"query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {names}"
-    common += f"{'table, k_sp, v_sp, PAGE, ' if paging else ''}{dropout}"
+    common += "".join(f"{name}, " for name in storage) + dropout
     numbers = "TILE_Q, {}, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
     arguments = _arguments(on, captured)
-    constants = [f" {name}: tl.constexpr," for name in ("SPLIT_KV",) * shape.split + ("PAGE",) * bool(paging)]
+    constants = [f" {name}: tl.constexpr," for name in ("SPLIT_KV",) * shape.split + ("PAGE",) * paged]
     holes: dict[str, list[str] | str] = {
         "counter": pairs.counter,
         "int": "tl.int64" if pairs.wide else "tl.int32",
-        "captured": names, "paging": paging_types, "dropout": dropout, "tiles": tiles,
+        "captured": names, "dropout": dropout, "tiles": tiles,
+        "storage": "".join(f"{name}, " for name in storage).replace("PAGE", "PAGE: tl.constexpr"),
         "score": score, "score_name": score_name, "mask": [*mask], "exists": exists, "poison": poison,
         "scale": number(scale), "scale_log2e": number(scale * LOG2E),
         "fold_full": common + full, "fold_partial": common + partial,
@@ -221,7 +254,11 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
 
 def _arguments(on: set[str], captured: Arguments) -> Arguments:
     pointers = ["q", "k", "v", "o", *["lse"] * ("lse" in on), *["sinks"] * ("sink" in on)]
-    pointers += ["tops", "totals"] * ("split" in on) + ["seed_at"] * ("dropout" in on)
+    pointers += (
+        ["k_scales", "v_scales"] * ("encoded" in on)
+        + ["tops", "totals"] * ("split" in on)
+        + ["seed_at"] * ("dropout" in on)
+    )
     pointers += (
         ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
     )
@@ -232,6 +269,7 @@ def _arguments(on: set[str], captured: Arguments) -> Arguments:
         for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd"))
         for d in dims
     ]
+    strides += [f"{x}_scales_s{d}" for x in "kv" for d in kv + "s"] * ("encoded" in on)
     sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "row_split", "row_sb", "row_sh"] * (
         "split" in on
     )

@@ -32,9 +32,11 @@ class Gradients:
         (q, k, v, o, lse), (dq, dk, dv) = saved, results
         if o.numel() == 0:
             return
-        if self._kernel.kv_layout.table is not None:
+        layout = self._kernel.kv_layout
+        if layout.table is not None or layout.codec is not None:
+            given = "keys in pages" if layout.table is not None else "keys as int8 codes"
             raise error(
-                "AK503", where="backend triton", given="keys in pages", allowed="keys that lie in order"
+                "AK503", where="backend triton", given=given, allowed="keys that lie in order, as numbers"
             )
         sizes, lse = self._kernel.sizes(q, k, buffers), lse.contiguous()
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)

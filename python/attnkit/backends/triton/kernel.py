@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from attnkit.analysis.canonical import canonical
 from attnkit.backends.triton import launch
@@ -16,6 +16,7 @@ from attnkit.backends.triton.pairs import Pairs
 from attnkit.backends.triton.parts import padded
 from attnkit.backends.triton.schedule import WARPS
 from attnkit.backends.triton.source import Arguments
+from attnkit.errors import error
 from attnkit.ir.intervals import Interval, point
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.spec import Config, KernelSpec
@@ -74,11 +75,24 @@ class TritonKernel:
         params: list[float],
         threads: int = 0,
         seed: Any = None,
+        scales: Sequence[Any] = (),
     ) -> None:
-        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor."""
+        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
+
+        ``scales`` of int8 ``k`` and ``v`` are a factor for each row of theirs: ``[B, Hkv, Skv]``, ``[pages, Hkv, page_size]``.
+
+        Raises:
+            AttnkitTypeError: AK404, the program's keys are int8 codes and no scales came with them, or the other way round.
+        """
+        if (len(scales) == 2) != (self.kv_layout.codec is not None):
+            allowed = "int8 codes and their scales" if self.kv_layout.codec else "tensors of q's dtype"
+            raise error(
+                "AK404", where="k and v", given=f"{k.dtype} and {len(scales)} scales", allowed=allowed
+            )
         if o.numel() == 0:
             return
         inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
+        inputs |= dict(zip(("k_scales", "v_scales"), scales, strict=False))
         inputs |= {name: t for name, t in (("lse", lse), ("seed_at", seed)) if t is not None}
         if self._changes or isinstance(seed, int):
             self._launch(inputs, lse, buffers, params, seed, None)
@@ -102,6 +116,12 @@ class TritonKernel:
         q, k, v, o = (inputs[name] for name in "qkvo")
         sizes = self.sizes(q, k, buffers)
         values = self.values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
+        if self.kv_layout.codec is not None:
+            dims = "phs" if self.kv_layout.table is not None else "bhs"
+            for name in ("k_scales", "v_scales"):
+                values |= {name: inputs[name]} | {
+                    f"{name}_s{d}": n for d, n in zip(dims, inputs[name].stride(), strict=True)
+                }
         if lse is not None:
             values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
         if sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]:
@@ -111,10 +131,10 @@ class TritonKernel:
         shape = Shape(need_lse=lse is not None, lists=self.attend.mask is not None and pairs.stretch is None)
         values |= self.lists(pairs, sizes, values, q) if shape.lists else {}
         grid = self.rows(sizes, self.config["tile_q"], "q"), sizes.heads
-        if self.wide:
+        if "flag" in self.care:
             values["flags"] = q.new_empty(grid, dtype=launch.dtype_of(q, "int"))
         numbers = self.numbers(sizes.group) | {"PRECISION": self.precision} | self._page(values)
-        for care_of in ("flag", "mend") if self.wide else ("",):
+        for care_of in self.care:
             each = replace(shape, care=care_of)
             printed = self.printed(
                 ("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each)
@@ -125,6 +145,11 @@ class TritonKernel:
     def wide(self) -> bool:
         """Whether heads are so wide that registers are short of room for more than sums."""
         return max(self.spec.head_dim, self.spec.v_head_dim) > 128
+
+    @property
+    def care(self) -> tuple[Literal["", "flag", "mend"], ...]:
+        """The launches of a forward, by `Shape.care`; codes are numbers, and nothing made of them is made again."""
+        return ("flag", "mend") if self.wide and self.kv_layout.codec is None else ("",)
 
     def _decode(
         self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]

@@ -217,7 +217,9 @@ def described_well(arguments: Arguments, types: Mapping[str, str]) -> tuple[Desc
     for name, kind in arguments:
         if kind == "stride":
             found.append(
-                Described("i32", one=True) if name.endswith("_sd") else Described("i32", divisible=True)
+                Described("i32", one=True)
+                if name.endswith(("_sd", "_scales_ss"))
+                else Described("i32", divisible=True)
             )
         elif kind == "pointer":
             found.append(Described(types[name], divisible=True))
