@@ -7,6 +7,7 @@ from pathlib import Path
 
 from attnkit.backends import Kernel, refused
 from attnkit.backends.triton import launch
+from attnkit.backends.triton.admission import admitted
 from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
 from attnkit.ir.program import Codec
@@ -56,8 +57,8 @@ class TritonBackend:
         return space(spec, _ARCH if self.available() else launch.architecture())
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
-        """The kernels of a program, printed and compiled at the first call of each kind."""
-        return TritonKernel(spec, config)
+        """The kernels of a program, printed and compiled at the first call of each kind, then asked for right numbers."""
+        return TritonKernel(spec, config, None if launch.interpreted() else admitted)
 
 
 def space(spec: KernelSpec, arch: int) -> Space:

@@ -62,7 +62,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
     },
 }
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_FORWARD = ("paged", "int8", "paged int8")  # programs without a backward
+FORWARD = ("paged", "int8", "paged int8")  # programs without a backward
 _ALIKE = ("window", "sink", "padded")  # programs that other kernels have no more lines for
 # Bytes a thread that a kernel may spill; they are recorded. Those that mend run where something was not a number.
 _STACK = {"dq": 64, "dkv": 64, "pairs": 64, "forward mend": 2048, "dq mend": 2048, "dkv mend": 2048}
@@ -192,7 +192,7 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
     """The default kernels: every program at one shape, causal attention at all."""
     for arch in architectures:
         for kernel in ("forward", "decode", "dq", "dkv"):
-            programs = [name for name in PROGRAMS if kernel in ("forward", "decode") or name not in _FORWARD]
+            programs = [name for name in PROGRAMS if kernel in ("forward", "decode") or name not in FORWARD]
             for width in (64, 128, 256):
                 yield Case(kernel, "causal", "bfloat16", width, width, arch)
             yield Case(kernel, "causal", "bfloat16", 192, 128, arch)

@@ -38,6 +38,7 @@ class Gradients:
             raise error(
                 "AK503", where="backend triton", given=given, allowed="keys that lie in order, as numbers"
             )
+        self._kernel.admit("backward", q)
         sizes, lse = self._kernel.sizes(q, k, buffers), lse.contiguous()
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
         found = self._sums.get(wanted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +28,12 @@ _MAX_ENTRIES = 4096  # a decoder meets new lengths at every step; the bound only
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
 
 
+Direction = Literal["forward", "decode", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "decode", "backward")
+# (spec, config, direction, a tensor on the device) -> the config to use there, or an error; see `admission.admitted`.
+Admission = Callable[[KernelSpec, Config, Direction, Any], Config]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """The sizes of one call: heads and lengths as the tensors have them, sequences as the program counts them."""
@@ -43,7 +49,9 @@ class Sizes:
 class TritonKernel:
     """One program; see `attnkit.backends.Kernel`. The host looks at no tensor's elements."""
 
-    def __init__(self, spec: KernelSpec, config: Config) -> None:
+    def __init__(self, spec: KernelSpec, config: Config, admitted: Admission | None = None) -> None:
+        """``admitted`` is asked before a direction's first launch on a device; nobody is where it is None."""
+        self._admitted, self._asked = admitted, set[tuple[Direction, Any]]()
         self.spec, self.config, self.precision = spec, config, PRECISIONS[spec.precision]
         self.program = canonical(spec.program)
         self.attend = attend = self.program.attend
@@ -115,6 +123,8 @@ class TritonKernel:
     ) -> None:  # fmt: skip
         q, k, v, o = (inputs[name] for name in "qkvo")
         sizes = self.sizes(q, k, buffers)
+        decode = sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]
+        self.admit("decode" if decode else "forward", q)
         values = self.values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
         if self.kv_layout.codec is not None:
             dims = "phs" if self.kv_layout.table is not None else "bhs"
@@ -124,7 +134,7 @@ class TritonKernel:
                 }
         if lse is not None:
             values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
-        if sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]:
+        if decode:
             self._decode(sizes, values, o, lse, buffers)
             return
         pairs = self.pairs(sizes, buffers)
@@ -140,6 +150,12 @@ class TritonKernel:
                 ("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each)
             )
             self.run("attend", printed, numbers, grid, values)
+
+    def admit(self, direction: Direction, like: Any) -> None:
+        """Ask whether this config computes a direction rightly on the device of a tensor, once; it may become another one."""
+        if self._admitted is not None and (direction, like.device) not in self._asked:
+            self.config = self._admitted(self.spec, self.config, direction, like)
+            self._asked.add((direction, like.device))
 
     @property
     def wide(self) -> bool:

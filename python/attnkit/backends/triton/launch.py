@@ -204,6 +204,24 @@ def current_target(warps: int, stages: int) -> Target | None:
     return Target(architecture(), warps, stages, driver.active.get_current_device())
 
 
+def device() -> str:
+    """The current device, by name and architecture."""
+    if interpreted():
+        return "Triton's interpreter"
+    from triton.runtime import driver
+
+    return f"{driver.active.get_device_interface().get_device_name()}, sm_{architecture()}"
+
+
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph: nothing may be computed and looked at."""
+    if interpreted():
+        return False
+    from triton.runtime import driver
+
+    return bool(driver.active.get_device_interface().is_current_stream_capturing())
+
+
 def architecture() -> int:
     """The number of the current device's architecture, 90 for Hopper."""
     from triton.runtime import driver
