@@ -12,15 +12,18 @@ from typing import Any
 
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.backend import space
-from attnkit.backends.triton.backward import backward, delta, of_pairs, sums
 from attnkit.backends.triton.blocks import blocks
+from attnkit.backends.triton.delta import delta
 from attnkit.backends.triton.forward import Shape, forward
+from attnkit.backends.triton.gradients import SWEEPS
 from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.lints import lint
 from attnkit.backends.triton.merge import merge
+from attnkit.backends.triton.pair_sums import of_pairs
 from attnkit.backends.triton.pairs import Pairs
 from attnkit.backends.triton.resources import SHARED, Resources, ceiling, resources
 from attnkit.backends.triton.schedule import ARCHITECTURES
+from attnkit.backends.triton.slopes import sums
 from attnkit.backends.triton.source import Arguments
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
@@ -164,7 +167,7 @@ def _backward(kind: str, mend: bool = False) -> Callable[[TritonKernel, Pairs], 
         numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
         numbers |= {"TILE_Q": config[prefix + "tile_q"], "TILE_KV": config[prefix + "tile_kv"]}
         numbers |= kernel.sweeps(kind)[0]
-        return f"attend_{kind}", *backward(kind, pairs, kernel.scale, found, lists, mend), numbers, prefix
+        return f"attend_{kind}", *SWEEPS[kind](pairs, kernel.scale, found, lists, mend), numbers, prefix
 
     return printed
 

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnkit.backends.triton import launch
-from attnkit.backends.triton.backward import Sums, backward, delta, of_pairs, sums
+from attnkit.backends.triton.delta import delta
+from attnkit.backends.triton.dkv import dkv
+from attnkit.backends.triton.dq import dq
+from attnkit.backends.triton.pair_sums import of_pairs
 from attnkit.backends.triton.parts import padded
+from attnkit.backends.triton.slopes import Sums, sums
 from attnkit.errors import error
 from attnkit.ir.expr import Expr
 
 if TYPE_CHECKING:
     from attnkit.backends.triton.kernel import Sizes, TritonKernel
 
+SWEEPS = {"dq": dq, "dkv": dkv}
 _DELTA_TILE = 64  # rows of a program that only adds
 
 
@@ -121,7 +126,7 @@ class Gradients:
             for mend in (False, True):
                 printed = self._kernel.printed(
                     (kind, pairs, found, mend),
-                    lambda mend=mend: backward(kind, pairs, self._kernel.scale, found, lists, mend),
+                    lambda mend=mend: SWEEPS[kind](pairs, self._kernel.scale, found, lists, mend),
                 )
                 self._kernel.run(f"attend_{kind}", printed, numbers | only, grid, values, prefix)
         for (load, _), each in zip(of_loads, partial, strict=True):
