@@ -78,7 +78,7 @@ def _wrong(spec: KernelSpec, config: Config, direction: Direction, like: Any) ->
     names = [kind + name for kind in _FIELDS[direction] for name in Schedule._fields]
     taken = {name: config[name] for name in (*names, "split_kv")}
     key = json.dumps([
-        launch.device(), tools(), direction, spec.program.text, spec.dtype, spec.head_dim, spec.v_head_dim, spec.precision, taken,
+        launch.device(), _tools(), direction, spec.program.text, spec.dtype, spec.head_dim, spec.v_head_dim, spec.precision, taken,
     ])  # fmt: skip
     if key not in _known:
         file = launch.kernel_cache() / f"admission-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -110,13 +110,10 @@ def _write(file: Path, answer: dict[str, Any]) -> None:
 
 
 @cache
-def tools() -> str:
+def _tools() -> str:
     """What made the kernels: Triton, its assembler, and the templates."""
-    import triton
-    from triton.backends.nvidia.compiler import get_ptxas
-
     texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return f"triton {triton.__version__}, ptxas {get_ptxas(90).version}, {hashlib.sha256(b''.join(texts)).hexdigest()[:16]}"
+    return f"{launch.tools()}, {hashlib.sha256(b''.join(texts)).hexdigest()[:16]}"
 
 
 def representative(program: Program, stored: bool = True) -> Program:

@@ -293,7 +293,8 @@ def main() -> int:
     if args.json:
         held = [asdict(row) | {"resources": row.resources._asdict()} for row in rows]
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"schema_version": 1, "rows": held}, indent=1) + "\n")
+        document = {"schema_version": 1, "tools": launch.tools(), "rows": held}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(any(row.findings for row in rows))
 
 

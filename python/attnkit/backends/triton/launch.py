@@ -222,6 +222,15 @@ def capturing() -> bool:
     return bool(driver.active.get_device_interface().is_current_stream_capturing())
 
 
+@cache
+def tools() -> str:
+    """What makes kernels of a text: Triton, and its assembler."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return f"Triton {triton.__version__}, ptxas {get_ptxas(90).version}"
+
+
 def architecture() -> int:
     """The number of the current device's architecture, 90 for Hopper."""
     from triton.runtime import driver
