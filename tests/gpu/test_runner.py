@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,26 @@ def test_steps_that_are_done_or_late_are_left_out(
     )
     assert runner.main() == 0
     assert capsys.readouterr().out.count("no time left") == 3
+
+
+def test_measurements_wait_for_what_runs_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def run(step: Any, seconds: float, out: Path) -> dict[str, object]:
+        time.sleep(0.3 if step.beside else 0)
+        order.append(step.name)
+        return {"code": 0, "seconds": 0.0}
+
+    steps = (
+        runner.Step("warm", (), 60, beside=True),
+        runner.Step("test", (), 60),
+        runner.Step("measure", ("--json",), 60),
+    )
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner, "DRY", steps)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--dry-run", "--out", str(tmp_path)])
+    assert runner.main() == 0
+    assert order == ["test", "warm", "measure"]
 
 
 def test_every_bench_step_names_rows_of_the_suite(tmp_path: Path) -> None:

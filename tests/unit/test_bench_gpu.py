@@ -73,6 +73,19 @@ def test_rounds_are_interleaved_and_each_begins_with_another() -> None:
     assert len(times["a"]) == 3  # at least
 
 
+@pytest.mark.usefixtures("device")
+def test_rows_are_called_once_before_they_are_measured() -> None:
+    calls: list[str] = []
+
+    def prepare(inputs: Any) -> Any:
+        calls.append(inputs.workload.direction)
+        return peers.CPU.prepare(inputs)
+
+    rows = [Row(Workload("causal", TINY, direction=direction)) for direction in ("fwd", "fwdbwd")]
+    assert gpu.warm(rows, replace(peers.CPU, prepare=prepare)) == 2
+    assert calls == ["fwd", "fwdbwd"]
+
+
 def test_where_there_is_no_gpu_every_row_says_so() -> None:
     document = runner.run(suites["gpu"], place=gpu.PLACE)
     assert records.problems(document) == []

@@ -6,15 +6,17 @@ Nothing here has run on a GPU yet; the tests run it with a clock of their own.
 from __future__ import annotations
 
 import operator
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
 from attnkit.bench import machine
 from attnkit.bench.ceilings import Burst, best
 from attnkit.bench.measure import Contender, Rounds, settled
-from attnkit.bench.peers import TRITON, installed_version
+from attnkit.bench.peers import TRITON, Peer, installed_version
+from attnkit.bench.rows import Row, select
 from attnkit.bench.runner import Place
 from attnkit.bench.workloads import Inputs, Workload, make_inputs
 
@@ -166,3 +168,23 @@ def describe() -> dict[str, Any]:
 PLACE = Place(
     own=TRITON, ceilings=Ceilings, inputs=inputs, measure=measure, peak_bytes=peak_bytes, describe=describe
 )
+
+
+def warm(rows: Iterable[Row], own: Peer = TRITON) -> int:
+    """Call attnkit once in every row: kernels that are compiled and admitted then are found again in their folder."""
+    import torch
+
+    made = 0
+    for row in rows:
+        given = inputs(row.workload)
+        with torch.set_grad_enabled(row.workload.needs_grad):
+            o = own.prepare(given).run()
+            if row.workload.direction == "fwdbwd":
+                torch.autograd.grad(o, (given.q, given.k, given.v), given.do)
+        made += 1
+    torch.cuda.synchronize()
+    return made
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{warm(select('gpu', patterns=sys.argv[1:]))} rows\n")
