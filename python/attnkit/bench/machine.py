@@ -16,11 +16,18 @@ from attnkit.bench.peers import installed_version
 def describe() -> dict[str, Any]:
     """CPU model, cores, instruction set and versions, as the ``machine`` of a result file."""
     return {
-        "cpu": cpu_model(),
-        "cores": usable_cores(),
+        **software(),
         "isa": engine().current_isa(),
         "isa_levels": list(engine().isa_levels()),
         "compiler": engine().compiler,
+    }
+
+
+def software() -> dict[str, Any]:
+    """What a result file says of every machine."""
+    return {
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "attnkit": attnkit.__version__,

@@ -64,7 +64,7 @@ def measure(
     times: Rounds = {name: [] for name in names}
     done = 0
     while done < (rounds if rounds is not None else 3) or (
-        rounds is None and time.perf_counter() - start < seconds and not _settled(times)
+        rounds is None and time.perf_counter() - start < seconds and not settled(times)
     ):
         for i in range(len(names)):
             name = names[(done + i) % len(names)]
@@ -101,7 +101,8 @@ def _turn(contender: Contender, repeats: int) -> float:
                 gc.enable()
 
 
-def _settled(times: Rounds) -> bool:
+def settled(times: Rounds) -> bool:
+    """Whether every median is known well enough to stop."""
     for values in times.values():
         if len(values) < 3 * _MIN_ROUNDS:
             return False

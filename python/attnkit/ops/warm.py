@@ -14,6 +14,7 @@ from attnkit.ir.text import parse
 from attnkit.ops.check import check_bindings, check_qkv, is_paged
 from attnkit.ops.counts import counts, recorder
 from attnkit.runtime import Prepared, prepare
+from attnkit.tune.key import bucket
 
 _C: Any = torch._C
 _Key = _C.DispatchKey
@@ -80,7 +81,7 @@ class Ready(NamedTuple):
     differentiable: bool  # the kernel has a backward
 
 
-# A decoder meets new lengths at every step; the bound only stops a leak.
+# A model has a handful; the bound only stops a leak.
 _MAX_ENTRIES = 4096
 _ready: dict[Any, Ready] = {}
 
@@ -92,7 +93,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
         AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
     """
     exact = precision(q) if q.is_cuda else "highest"
-    key = (text, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, backend, exact)
+    key = _key(text, q, k, v, backend, exact)
     found = _ready.get(key)
     if found is not None:
         return found
@@ -113,6 +114,18 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     if len(_ready) >= _MAX_ENTRIES:
         _ready.clear()
     return _ready.setdefault(key, new)
+
+
+def _key(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str, exact: str) -> Any:
+    """What a `Ready` is known by; None, under which none is kept, for tensors that do not go together.
+
+    Of how many keys there are only their bucket is part of it: a decoder has one more at every step.
+    """
+    of_k, of_v = k.shape, v.shape
+    if len(of_k) != 4 or len(of_v) != 4 or of_k[2] != of_v[2]:
+        return None
+    sizes = of_k[0], of_k[1], bucket(of_k[2]), of_k[3], of_v[0], of_v[1], of_v[3]
+    return text, q.shape, sizes, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, backend, exact
 
 
 def precision(q: Tensor) -> str:
