@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import attnkit
-from attnkit.backends.cpu.engine import engine
+from attnkit.backends.cpu.engine import cpu_model, engine, usable_cores
 from attnkit.bench.peers import installed_version
 
 
@@ -36,21 +34,6 @@ def software() -> dict[str, Any]:
         "torch": installed_version("torch"),
         "numpy": installed_version("numpy"),
     }
-
-
-def cpu_model() -> str:
-    """The name the processor gives itself."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def commit() -> str | None:
