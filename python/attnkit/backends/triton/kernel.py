@@ -29,10 +29,10 @@ _MAX_ENTRIES = 4096  # a decoder meets new lengths at every step; the bound only
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
 
 
-Direction = Literal["forward", "decode", "backward"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "decode", "backward")
-# (spec, config, direction, a tensor on the device) -> the config to use there, or an error; see `admission.admitted`.
-Admission = Callable[[KernelSpec, Config, Direction, Any], Config]
+Phase = Literal["forward", "decode", "backward"]
+PHASES: tuple[Phase, ...] = ("forward", "decode", "backward")
+# (spec, config, phase, a tensor on the device) -> the config to use there, or an error; see `admission.admitted`.
+Admission = Callable[[KernelSpec, Config, Phase, Any], Config]
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class TritonKernel:
     """One program; see `attnkit.backends.Kernel`. The host looks at no tensor's elements."""
 
     def __init__(self, spec: KernelSpec, config: Config, admitted: Admission | None = None) -> None:
-        """``admitted`` is asked before a direction's first launch on a device; nobody is where it is None."""
-        self._admitted, self._asked = admitted, set[tuple[Direction, Any]]()
+        """``admitted`` is asked before a phase's first launch on a device; nobody is where it is None."""
+        self._admitted, self._asked = admitted, set[tuple[Phase, Any]]()
         self.spec, self.config, self.precision = spec, config, PRECISIONS[spec.precision]
         self.program = canonical(spec.program)
         self.attend = attend = self.program.attend
@@ -159,11 +159,11 @@ class TritonKernel:
             )
             self.run("attend", printed, numbers, grid, values)
 
-    def admit(self, direction: Direction, like: Any) -> None:
-        """Ask whether this config computes a direction rightly on the device of a tensor, once; it may become another one."""
-        if self._admitted is not None and (direction, like.device) not in self._asked:
-            self.config = self._admitted(self.spec, self.config, direction, like)
-            self._asked.add((direction, like.device))
+    def admit(self, phase: Phase, like: Any) -> None:
+        """Ask whether this config computes a phase rightly on the device of a tensor, once; it may become another one."""
+        if self._admitted is not None and (phase, like.device) not in self._asked:
+            self.config = self._admitted(self.spec, self.config, phase, like)
+            self._asked.add((phase, like.device))
 
     @property
     def wide(self) -> bool:
