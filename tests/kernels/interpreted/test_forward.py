@@ -114,7 +114,7 @@ def test_the_least_float_is_a_score(q_len: int, compare: Compare, rng: np.random
     compare(
         q, k, v, score=score, mask=ak.causal(), oracle=oracle | {"mask": lambda p: p.kv_idx <= p.position}
     )
-    sink = np.array([least, 0.0, 3.0, least / 2], np.float32)
+    sink = np.array([least, 0.0, -np.inf, least / 2], np.float32)
     compare(q, k, v, score=score, sink=torch.from_numpy(sink), oracle=oracle | {"sink": sink})
     compare(q, k[:, :, :0], v[:, :, :0], sink=torch.from_numpy(sink), oracle={"sink": sink}, mostly_dead=True)
 
