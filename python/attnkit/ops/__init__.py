@@ -5,6 +5,7 @@ from attnkit.ops.drop_in import InstalledReport, install, installed, installed_r
 from attnkit.ops.flex import flex_attention
 from attnkit.ops.functional import attention, dense_attention, quantized_kv_attention, trace
 from attnkit.ops.kv_cache import KVCache
+from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
@@ -24,6 +25,7 @@ __all__ = [
     "install",
     "installed",
     "installed_report",
+    "linear_attention",
     "param",
     "quantized_kv_attention",
     "scaled_dot_product_attention",

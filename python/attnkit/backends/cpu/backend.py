@@ -8,10 +8,11 @@ from typing import Any
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Kernel
+from attnkit.backends.cpu import recur
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.expr import Expr
-from attnkit.ir.program import Layout
+from attnkit.ir.program import Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
@@ -45,7 +46,9 @@ class CpuBackend:
         reasons = []
         if any(x.codec is not None for x in spec.program.inputs):
             reasons.append("an input is quantised")
-        if not (spec.program.is_attention and spec.program.attend.plain):
+        if _recurs(spec.program):
+            reasons += recur.reasons(spec)
+        elif not (spec.program.is_attention and spec.program.attend.plain):
             reasons.append(
                 "the program is more than softmax attention with a score, a mask, a sink and dropout"
             )
@@ -55,7 +58,7 @@ class CpuBackend:
             reasons.append(f"dtype is {spec.dtype}, the engine takes {', '.join(_DTYPES)}")
         if not (1 <= spec.head_dim <= 4096 and 1 <= spec.v_head_dim <= 4096):
             reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..4096")
-        scale = spec.program.attend.scale
+        scale = spec.program.scale
         if scale is not None and scale > _FLOAT32_MAX:
             reasons.append(f"scale is {scale}, beyond float32")
         return tuple(reasons)
@@ -66,6 +69,8 @@ class CpuBackend:
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
         Backwards, more keys at a time mean that queries are paired and dq is added to less often.
         """
+        if _recurs(spec.program):
+            return recur.space(spec)
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
         return {
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
@@ -77,7 +82,11 @@ class CpuBackend:
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
-        return CpuKernel(spec, config)
+        return recur.RecurKernel(spec, config) if _recurs(spec.program) else CpuKernel(spec, config)
+
+
+def _recurs(program: Program) -> bool:
+    return any(isinstance(op, Recur) for op in program.ops)
 
 
 class CpuKernel:

@@ -54,7 +54,7 @@ class TritonBackend:
             reasons.append(f"dtype is {spec.dtype}, the kernels take {', '.join(_DTYPES)}")
         if not (1 <= spec.head_dim <= 256 and 1 <= spec.v_head_dim <= 256):
             reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..256")
-        scale = program.attend.scale
+        scale = program.scale
         if scale is not None and scale > _FLOAT32_MAX:
             reasons.append(f"scale is {scale}, beyond float32")
         return tuple(reasons)
