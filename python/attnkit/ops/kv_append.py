@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.errors import AttnkitError, error
+from attnkit.errors import error, no_page
 from attnkit.ops.check import check_tensor, needs_derivatives, shape_of
 
 # How a plain codec keeps an element.
@@ -46,14 +46,6 @@ def slots(storage: Sequence[Tensor], rows: Tensor, positions: Tensor) -> tuple[T
         bad = int(((pages < 0) | (pages >= k.shape[0])).nonzero()[0, 0])
         raise no_page(int(rows[bad]), int(positions[bad]) // size, int(pages[bad]), k.shape[0])
     return pages.long(), positions % size
-
-
-def no_page(row: int, column: int, given: int, pages: int) -> AttnkitError:
-    """The error for a token that the page table gives no page."""
-    return error(
-        "AK602", what="the page table names no page for a token that exists", where=f"page_table[{row}, {column}]",
-        given=str(given), allowed=f"0..{pages - 1}",
-    )  # fmt: skip
 
 
 def write(storage: Sequence[Tensor], rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
