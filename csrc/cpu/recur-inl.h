@@ -26,28 +26,60 @@ inline void decay_lower(float* a, int64_t stride, int32_t rows, const float* eac
   }
 }
 
+// In groups of vectors, whose chains of operations go in step.
+template <class F>
+ATTNKIT_INLINE void in_groups(int32_t width, F group) {
+  int32_t d = 0;
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) group.template operator()<4>(d);
+  for (; d < width; d += kLanes) group.template operator()<1>(d);
+}
+
+// to[i] = the sum of the lanes of sums[i], kLanes of them.
+ATTNKIT_INLINE vf sums_of_lanes(vf* sums) {
+  transpose_square(sums);
+#pragma GCC unroll 4
+  for (int by = kLanes / 2; by > 0; by /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < by; ++i) sums[i] += sums[i + by];
+  return sums[0];
+}
+
 // The same where each channel has its decay: the products of a row go back in time, decaying what is left of it.
 // `lag`: the row does not take part in its own decay.
 inline void decay_channels(Rows left, Rows right, const float* each, int32_t rows, int32_t width, const float* diagonal,
                            bool strict, bool lag, float* a, int64_t stride) {
-  constexpr int kMost = 16;
   for (int32_t r = 0; r < rows; ++r) {
-    float* x = a + r * stride;
-    for (int32_t s = r; s < kMost; ++s) x[s] = 0;
-    vf sums[kMost] = {};
-    for (int32_t d = 0; d < width; d += kLanes) {
-      vf reach = load(left.data + r * left.stride + d);
-      if (!strict) {
-        const vf at = diagonal == nullptr ? reach : reach * load(diagonal + d);
-        sums[r] = fma(at, load(right.data + r * right.stride + d), sums[r]);
+    vf sums[kChannelChunk];
+    for (int32_t s = 0; s < kChannelChunk; ++s) sums[s] = vf{};
+    in_groups(width, [&]<int kVecs>(int32_t d) {
+      vf reach[kVecs];
+      vf own{};
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const int32_t at = d + v * kLanes;
+        reach[v] = load(left.data + r * left.stride + at);
+        const vf read = diagonal == nullptr ? reach[v] : reach[v] * load(diagonal + at);
+        own = fma(read, load(right.data + r * right.stride + at), own);
+        if (!lag) reach[v] *= load(each + r * width + at);
       }
-      if (!lag) reach *= load(each + r * width + d);
+      if (!strict) sums[r] += own;
       for (int32_t s = r - 1; s >= 0; --s) {
-        sums[s] = fma(reach, load(right.data + s * right.stride + d), sums[s]);
-        reach *= load(each + s * width + d);
+        vf sum{};
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          const int32_t at = d + v * kLanes;
+          sum = fma(reach[v], load(right.data + s * right.stride + at), sum);
+          reach[v] *= load(each + s * width + at);
+        }
+        sums[s] += sum;
       }
+    });
+    for (int32_t s = 0; s < kChannelChunk; s += kLanes) {
+      if (s <= r)
+        store(a + r * stride + s, sums_of_lanes(sums + s));
+      else
+        store(a + r * stride + s, vf{});
     }
-    for (int32_t s = 0; s < (strict ? r : r + 1); ++s) x[s] = sum_of_lanes(sums[s]);
   }
 }
 

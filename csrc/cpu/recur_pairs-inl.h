@@ -4,29 +4,55 @@
 inline void channels_to_rows(const float* w, int64_t stride, Rows right, const float* each, int32_t rows, int32_t width,
                              bool diagonal, bool lag, float* to) {
   for (int32_t r = 0; r < rows; ++r)
-    for (int32_t d = 0; d < width; d += kLanes) {
-      vf sum{};
-      for (int32_t s = 0; s < r; ++s)
-        sum = fma(sum, load(each + s * width + d), set1(w[r * stride + s]) * load(right.data + s * right.stride + d));
-      if (!lag) sum *= load(each + r * width + d);
-      if (diagonal) sum = fma(set1(w[r * stride + r]), load(right.data + r * right.stride + d), sum);
-      store(to + r * width + d, load(to + r * width + d) + sum);
-    }
+    in_groups(width, [&]<int kVecs>(int32_t d) {
+      vf sums[kVecs] = {};
+      const auto each_vector = [&](auto what) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sums[v] = what(sums[v], d + v * kLanes);
+      };
+      for (int32_t s = 0; s < r; ++s) {
+        const vf weight = set1(w[r * stride + s]);
+        each_vector([&](vf sum, int32_t at) {
+          return fma(sum, load(each + s * width + at), weight * load(right.data + s * right.stride + at));
+        });
+      }
+      if (!lag) each_vector([&](vf sum, int32_t at) { return sum * load(each + r * width + at); });
+      const vf own = set1(diagonal ? w[r * stride + r] : 0);
+      if (diagonal)
+        each_vector([&](vf sum, int32_t at) { return fma(own, load(right.data + r * right.stride + at), sum); });
+      each_vector([&](vf sum, int32_t at) {
+        store(to + r * width + at, load(to + r * width + at) + sum);
+        return sum;
+      });
+    });
 }
 // and to[s] += sum over r of w_rs left_r D_rs.
 inline void channels_to_columns(const float* w, int64_t stride, Rows left, const float* each, int32_t rows,
                                 int32_t width, bool diagonal, bool lag, float* to) {
   for (int32_t s = 0; s < rows; ++s)
-    for (int32_t d = 0; d < width; d += kLanes) {
-      vf sum{};
+    in_groups(width, [&]<int kVecs>(int32_t d) {
+      vf sums[kVecs] = {};
+      const auto each_vector = [&](auto what) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sums[v] = what(sums[v], d + v * kLanes);
+      };
       for (int32_t r = rows - 1; r > s; --r) {
-        if (r < rows - 1) sum *= load(each + (lag ? r : r + 1) * width + d);
-        sum = fma(set1(w[r * stride + s]), load(left.data + r * left.stride + d), sum);
+        const vf weight = set1(w[r * stride + s]);
+        const float* decay = each + (lag || r == rows - 1 ? r : r + 1) * width;  // of a sum of nothing: any
+        each_vector([&](vf sum, int32_t at) {
+          return fma(weight, load(left.data + r * left.stride + at), sum * load(decay + at));
+        });
       }
-      if (!lag && s + 1 < rows) sum *= load(each + (s + 1) * width + d);
-      if (diagonal) sum = fma(set1(w[s * stride + s]), load(left.data + s * left.stride + d), sum);
-      store(to + s * width + d, load(to + s * width + d) + sum);
-    }
+      if (!lag && s + 1 < rows)
+        each_vector([&](vf sum, int32_t at) { return sum * load(each + (s + 1) * width + at); });
+      const vf own = set1(diagonal ? w[s * stride + s] : 0);
+      if (diagonal)
+        each_vector([&](vf sum, int32_t at) { return fma(own, load(left.data + s * left.stride + at), sum); });
+      each_vector([&](vf sum, int32_t at) {
+        store(to + s * width + at, load(to + s * width + at) + sum);
+        return sum;
+      });
+    });
 }
 
 // w = left right^T, its lower half in blocks of 16 rows; `columns` is right^T.

@@ -56,7 +56,9 @@ template <bool kAcross, int kVecs>
 __attribute__((noinline)) void product_columns(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
                                                int32_t depth, int32_t rows, int32_t column, Terms terms, bool exact,
                                                const Sum& out) {
-  constexpr int kRows = kAccumulators / kVecs < 8 ? kAccumulators / kVecs : 8;
+  constexpr int kRows = kVecs > 1 && kAccumulators / kVecs > 8 ? 8
+                        : kAccumulators / kVecs > 16           ? 16
+                                                               : kAccumulators / kVecs;
   int32_t r = 0;
   const auto group = [&]<int kCount>() {
     const int32_t first = terms == Terms::from ? r : 0;
@@ -66,7 +68,7 @@ __attribute__((noinline)) void product_columns(const float* a, int64_t a_stride,
   };
   if (!exact) {
     while (rows - r >= kRows) group.template operator()<kRows>();
-    if (rows - r >= 4) group.template operator()<4>();
+    while (rows - r >= 4) group.template operator()<4>();
     if (rows - r >= 2) group.template operator()<2>();
   }
   while (rows > r) group.template operator()<1>();
@@ -84,16 +86,18 @@ struct Half {
 template <bool kAcross>
 void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t rows, int32_t depth,
              int32_t width, const Sum& out, Half half = {}) {
-  constexpr int kMost = kOutVecs;
+  constexpr int kMost = kOutVecs;  // 4 or 2
   int32_t column = 0;
   const auto columns = [&]<int kVecs>() {
     product_columns<kAcross, kVecs>(a, a_stride, b, b_stride, depth, rows, column, half.terms, half.exact, out);
     column += kVecs * kLanes;
   };
   while (column + kMost * kLanes <= width) columns.template operator()<kMost>();
-  if constexpr (kMost > 2)
-    while (column + 2 * kLanes <= width) columns.template operator()<2>();
-  while (column < width) columns.template operator()<1>();
+  if constexpr (kMost > 2) {
+    if (column + 3 * kLanes <= width) columns.template operator()<3>();
+    if (column + 2 * kLanes <= width) columns.template operator()<2>();
+  }
+  if (column < width) columns.template operator()<1>();
 }
 
 // to[d][r] = from[r][d] for `rows` rows of `width` floats, a whole number of vectors; zeros up to `padded` columns.
@@ -101,8 +105,15 @@ inline void transpose(const float* from, int64_t stride, int32_t rows, int32_t w
   for (int32_t r = 0; r < padded; r += kLanes)
     for (int32_t d = 0; d < width; d += kLanes) {
       vf square[kLanes];
-      for (int i = 0; i < kLanes; ++i) square[i] = r + i < rows ? load(from + (r + i) * stride + d) : vf{};
+      const float* x = from + r * stride + d;
+      if (r + kLanes <= rows) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load(x + i * stride);
+      } else {
+        for (int i = 0; i < kLanes; ++i) square[i] = r + i < rows ? load(x + i * stride) : vf{};
+      }
       transpose_square(square);
+#pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(to + (d + i) * padded + r, square[i]);
     }
 }

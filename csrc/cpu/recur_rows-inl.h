@@ -112,14 +112,28 @@ struct Decays {
         after(arena.take(int64_t{tokens} * width)),
         total(arena.take(width)) {}
 
-  // From `each`.
+  // From `each`. `width` is 1, or whole vectors.
   void multiply_out(int32_t tokens, int32_t width) {
-    for (int32_t d = 0; d < width; ++d) ones[d] = total[d] = 1;
-    for (int32_t r = 0; r < tokens; ++r)
-      for (int32_t d = 0; d < width; ++d) up_to[r * width + d] = total[d] *= each[r * width + d];
-    for (int32_t d = 0; d < width; ++d) after[(tokens - 1) * width + d] = 1;
-    for (int32_t r = tokens - 1; r > 0; --r)
-      for (int32_t d = 0; d < width; ++d) after[(r - 1) * width + d] = after[r * width + d] * each[r * width + d];
+    if (width == 1)
+      return multiply_column<float>(
+          tokens, 1, 0, [](const float* x) { return *x; }, [](float* x, float y) { *x = y; }, 1.0f);
+    for (int32_t d = 0; d < width; d += kLanes)
+      multiply_column<vf>(
+          tokens, width, d, [](const float* x) { return load(x); }, [](float* x, vf y) { store(x, y); }, set1(1));
+  }
+
+ private:
+  template <class T, class Get, class Put>
+  ATTNKIT_INLINE void multiply_column(int32_t tokens, int32_t width, int32_t d, Get get, Put put, T one) {
+    T product = one;
+    put(ones + d, one);
+    for (int32_t r = 0; r < tokens; ++r) put(up_to + r * width + d, product *= get(each + r * width + d));
+    put(total + d, product);
+    product = one;
+    for (int32_t r = tokens - 1; r >= 0; --r) {
+      put(after + r * width + d, product);
+      product *= get(each + r * width + d);
+    }
   }
 };
 
@@ -129,9 +143,13 @@ inline float exp_one(float x) { return exp(set1(x))[0]; }
 inline void read_decays(const Recurrence& p, int32_t batch, int32_t head, int64_t token, int32_t tokens, int32_t width,
                         float* each) {
   const float* from = p.gate.at + batch * p.gate.stride[0] + head * p.gate.stride[1];
+  const bool adjacent = width == p.head_dim && p.gate.stride[3] == 1;
   for (int32_t r = 0; r < tokens; ++r) {
     const float* row = from + (token + r) * p.gate.stride[2];
-    for (int32_t d = 0; d < width; ++d) each[r * width + d] = d < p.head_dim ? row[d * p.gate.stride[3]] : 0;
+    if (adjacent)
+      for (int32_t d = 0; d < width; d += kLanes) store(each + r * width + d, load(row + d));
+    else
+      for (int32_t d = 0; d < width; ++d) each[r * width + d] = d < p.head_dim ? row[d * p.gate.stride[3]] : 0;
   }
   const int32_t count = tokens * width;
   int32_t i = 0;
