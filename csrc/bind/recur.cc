@@ -17,8 +17,9 @@ using StretchTuple = std::tuple<int32_t, int64_t, int64_t>;  // see Stretch
 // What there is beside tokens, each float32: gate, beta, bonus, initial, initial norm.
 using Others = std::tuple<Maybe, Maybe, Maybe, Maybe, Maybe>;
 
-// How tokens are mapped, read and written: norm, feature map, scale, causal, normalize, epsilon, chunk.
-using Form = std::tuple<int, int, float, bool, bool, float, int>;
+// How tokens are mapped, read and written: norm, feature map, scale, causal, normalize, epsilon, chunk; and of
+// a polynomial of products its two or three coefficients, else none.
+using Form = std::tuple<int, int, float, bool, bool, float, int, std::vector<float>>;
 
 // A recurrence, and what its views point to. Tensors are numbered as they are described: 0 q, 1 k, 2 v, 3 o, 4 gate,
 // 5 beta, 6 bonus, 7 initial, 8 initial norm, 9 state, 10 norm, and on with those of the backward.
@@ -31,7 +32,7 @@ class Described {
             const Tensor& state, const Maybe& norm, const std::optional<std::vector<StretchTuple>>& given,
             const Form& form) {
     const auto& [gate, beta, bonus, initial, initial_norm] = others;
-    const auto& [row_norm, map, scale, causal, normalize, epsilon, chunk] = form;
+    const auto& [row_norm, map, scale, causal, normalize, epsilon, chunk, coefficients] = form;
     need(q.size.size() == 4 && k.size.size() == 4 && v.size.size() == 4, "q, k and v have four dimensions");
     const int64_t batch = v.size[0], heads = v.size[1], length = v.size[2], dim = k.size[3], v_dim = v.size[3];
     need(q.size[0] == batch && k.size[0] == batch && q.size[2] == length && k.size[2] == length,
@@ -64,12 +65,18 @@ class Described {
     p.gate = numbers(gate, batch, heads, length, dim, "gate");
     need(!beta || beta->size.size() == 3, "beta is [batch, heads, length]");
     p.beta = numbers(beta, batch, heads, length, dim, "beta");
+    need(coefficients.empty() || coefficients.size() == 2 || coefficients.size() == 3, "two or three coefficients");
+    p.order = coefficients.empty() ? 0 : static_cast<int32_t>(coefficients.size()) - 1;
+    std::copy(coefficients.begin(), coefficients.end(), p.coefficients);
+    need(p.order < 2 || dim <= 256, "head_dim above 256, whose states have too many rows");
+    const int64_t rows = p.features();
     p.bonus = floats(bonus, {heads, dim}, "bonus");
-    p.initial = floats(initial, {n, heads, dim, v_dim}, "initial");
-    p.initial_norm = floats(initial_norm, {n, heads, dim}, "initial_norm");
-    p.state = const_cast<float*>(floats(state, {n, heads, dim, v_dim}, "state"));
-    p.norm = const_cast<float*>(floats(norm, {n, heads, dim}, "state_norm"));
+    p.initial = floats(initial, {n, heads, rows, v_dim}, "initial");
+    p.initial_norm = floats(initial_norm, {n, heads, rows}, "initial_norm");
+    p.state = const_cast<float*>(floats(state, {n, heads, rows, v_dim}, "state"));
+    p.norm = const_cast<float*>(floats(norm, {n, heads, rows}, "state_norm"));
     need(!normalize || norm, "a normalised recurrence has a second state");
+    need(p.order == 0 || (normalize && !gate && !beta && !bonus), "coefficients with a gate, beta, bonus, or no sum");
     need(!beta || !(bonus || normalize), "beta with a bonus or a normaliser");
     need(causal || !(gate || beta || bonus), "what is not causal does not decay");
     p.row_norm = static_cast<RowNorm>(row_norm);
@@ -178,7 +185,8 @@ std::pair<int, int> call_backward(const Tensor& q, const Tensor& k, const Tensor
   const auto& [gate, beta, bonus, initial, initial_norm] = others;
   const auto& [d_gate, d_beta, d_bonus, d_initial, d_initial_norm] = gradients;
   const int64_t batch = v.size[0], heads = v.size[1], length = v.size[2], dim = q.size[3];
-  const Ints of_state{d.p.num_sequences, heads, dim, v.size[3]}, of_norm{d.p.num_sequences, heads, dim};
+  const int64_t rows = d.p.features();
+  const Ints of_state{d.p.num_sequences, heads, rows, v.size[3]}, of_norm{d.p.num_sequences, heads, rows};
   const auto dtype = [](const Tensor& t) { return static_cast<DType>(t.dtype); };
   const auto written = [&](const Maybe& given, const Maybe& of, const Ints& size, const char* what) {
     need(!given || of, what);
@@ -198,7 +206,7 @@ std::pair<int, int> call_backward(const Tensor& q, const Tensor& k, const Tensor
   const Ints per_token{batch, heads, length};
   g.d_gate = written(d_gate, gate, d.p.channels ? Ints{batch, heads, length, dim} : per_token, "d_gate");
   g.d_beta = written(d_beta, beta, per_token, "d_beta");
-  g.d_bonus = written(d_bonus, bonus, of_norm, "d_bonus");
+  g.d_bonus = written(d_bonus, bonus, {d.p.num_sequences, heads, dim}, "d_bonus");
   g.d_initial = written(d_initial, initial, of_state, "d_initial");
   g.d_initial_norm = written(d_initial_norm, initial_norm, of_norm, "d_initial_norm");
   return run(d, [&] { return recur_backward(d.p, g, std::min(threads, kMaxThreads)); });

@@ -60,6 +60,8 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256
 #include "recur_forward-inl.h"
 #include "recur_pairs-inl.h"
 #include "recur_backward-inl.h"
+#include "moments-inl.h"
+#include "moments_backward-inl.h"
 }  // namespace
 
 const Kernel kAvx2Kernel{"avx2",   workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,

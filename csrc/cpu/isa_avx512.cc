@@ -32,6 +32,8 @@ namespace {
 #include "recur_forward-inl.h"
 #include "recur_pairs-inl.h"
 #include "recur_backward-inl.h"
+#include "moments-inl.h"
+#include "moments_backward-inl.h"
 }  // namespace
 
 const Kernel kAvx512Kernel{"avx512", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,

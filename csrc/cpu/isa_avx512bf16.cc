@@ -34,6 +34,8 @@ namespace {
 #include "recur_forward-inl.h"
 #include "recur_pairs-inl.h"
 #include "recur_backward-inl.h"
+#include "moments-inl.h"
+#include "moments_backward-inl.h"
 
 double dot_burst(int64_t rounds) {
   constexpr int kChains = kAccumulators;

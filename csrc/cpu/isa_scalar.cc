@@ -73,6 +73,8 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "recur_forward-inl.h"
 #include "recur_pairs-inl.h"
 #include "recur_backward-inl.h"
+#include "moments-inl.h"
+#include "moments_backward-inl.h"
 }  // namespace
 
 const Kernel kScalarKernel{"scalar", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,

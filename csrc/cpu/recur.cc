@@ -37,14 +37,14 @@ Status each_state(const Recurrence& p, int threads, double flops_of_token, size_
 
 Status recur(const Recurrence& p, int threads) {
   const RecurKernel& kernel = current_isa().recur;
-  const double flops = 6.0 * p.head_dim * p.v_head_dim;
+  const double flops = 6.0 * static_cast<double>(p.features()) * p.v_head_dim;
   return each_state(p, threads, flops, kernel.bytes(p),
                     [&](int32_t sequence, int32_t head, float* memory) { kernel.forward(p, sequence, head, memory); });
 }
 
 Status recur_backward(const Recurrence& p, const RecurGradients& g, int threads) {
   const RecurKernel& kernel = current_isa().recur;
-  const double flops = 20.0 * p.head_dim * p.v_head_dim;
+  const double flops = 20.0 * static_cast<double>(p.features()) * p.v_head_dim;
   return each_state(p, threads, flops, kernel.backward_bytes(p), [&](int32_t sequence, int32_t head, float* memory) {
     kernel.backward(p, g, sequence, head, memory);
   });

@@ -43,7 +43,15 @@ struct Recurrence {
   const Stretch* sequences;
   int32_t num_sequences;
   int32_t chunk;  // tokens, a multiple of 16, at most kMaxChunk
+  // Of a polynomial of products, 1 or 2, with its coefficients; 0: the recurrence is linear. A polynomial's is
+  // normalised, has no gate, beta or bonus, and its states a row for each of 1, x and (order 2) x (x) x.
+  int32_t order;
+  float coefficients[3];
 
+  int64_t features() const {  // rows of a state
+    const int64_t d = head_dim;
+    return order == 0 ? d : 1 + d + (order == 2 ? d * d : 0);
+  }
   int32_t outputs() const { return q_heads > heads ? q_heads : heads; }  // heads of o
   int32_t readers() const { return outputs() / heads; }                  // of one state
 };

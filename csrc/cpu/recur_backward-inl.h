@@ -230,7 +230,7 @@ class RecurBackward {
         for (int32_t d = 0; d < width_; d += kLanes)
           store(norm_of(d_state_) + d,
                 fma(set1(d_weight_[r]), load(reach.data + r * reach.stride + d), load(norm_of(d_state_) + d)));
-    write_rows(p.q, q_head, g_->dq, head, g_->dq_dtype, dq_, queries_);
+    write_rows(p, tokens(), p.q, q_head, g_->dq, head, g_->dq_dtype, dq_, queries_);
   }
 
   // The cotangents of what a head of queries reads, and (d_weight_) of the sums of its weights.
@@ -366,9 +366,11 @@ class RecurBackward {
     }
   }
 
+  Stretch tokens() const { return {chunk_.batch, chunk_.token, chunk_.n}; }
+
   void write_keys() {
     for (int32_t i = 0; i < chunk_.n * width_; i += kLanes) store(dk_ + i, load(dk_ + i) + load(written_ + i));
-    write_rows(p.k, head_ / (p.heads / p.k_heads), g_->dk, head_, g_->dk_dtype, dk_, queries_);
+    write_rows(p, tokens(), p.k, head_ / (p.heads / p.k_heads), g_->dk, head_, g_->dk_dtype, dk_, queries_);
   }
 
   void write_values(const float* dv) {
@@ -378,32 +380,4 @@ class RecurBackward {
                    dv + r * v_width_, p.v_head_dim, 1);
     });
   }
-
-  // Gradients of mapped rows, as those of what was mapped. `raw` is room for that.
-  void write_rows(const View& from, int32_t from_head, const View& to, int32_t to_head, DType dtype, float* d_rows,
-                  float* raw) {
-    const int32_t n = chunk_.n;
-    if (p.row_norm != RowNorm::none || p.map != FeatureMap::identity) {
-      const Rows x = rows_of(from, p.dtype, chunk_.batch, from_head, chunk_.token, n, p.head_dim, width_, raw);
-      if (x.data != raw)
-        for (int32_t r = 0; r < n; ++r)
-          for (int32_t d = 0; d < width_; d += kLanes) store(raw + r * width_ + d, load(x.data + r * x.stride + d));
-      for (int32_t r = 0; r < n; ++r)
-        map_row_backward(p.row_norm, p.map, raw + r * width_, d_rows + r * width_, p.head_dim, width_);
-    }
-    with_elements(dtype, [&](auto* type) {
-      for (int32_t r = 0; r < n; ++r)
-        narrow_row(row_of<decltype(type)>(to, chunk_.batch, to_head, chunk_.token + r), to.stride[3],
-                   d_rows + r * width_, p.head_dim, 1);
-    });
-  }
 };
-
-inline size_t recur_backward_bytes(const Recurrence& p) { return RecurBackward(p, Arena(nullptr)).bytes(); }
-
-inline void recur_backward(const Recurrence& p, const RecurGradients& g, int32_t sequence, int32_t head,
-                           float* workspace) {
-  RecurBackward(p, Arena(workspace)).run(g, sequence, head);
-}
-
-inline constexpr RecurKernel kRecurKernel{recur_bytes, recur_forward, recur_backward_bytes, recur_backward};

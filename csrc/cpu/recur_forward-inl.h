@@ -126,9 +126,3 @@ class RecurForward {
     return total + sum_of_lanes(sum);
   }
 };
-
-inline size_t recur_bytes(const Recurrence& p) { return RecurForward(p, Arena(nullptr)).bytes(); }
-
-inline void recur_forward(const Recurrence& p, int32_t sequence, int32_t head, float* workspace) {
-  RecurForward(p, Arena(workspace)).run(sequence, head);
-}

@@ -191,3 +191,22 @@ inline void map_row_backward(RowNorm norm, FeatureMap map, float* x, float* dy, 
   for (int32_t d = 0; d < padded_width; d += kLanes)
     store(dy + d, (load(dy + d) - mean - load(x + d) * share) * set1(factor));
 }
+
+// Gradients of mapped rows, as those of what was mapped, to where they belong. `raw` is room for that.
+inline void write_rows(const Recurrence& p, const Stretch& of, const View& from, int32_t from_head, const View& to,
+                       int32_t to_head, DType dtype, float* d_rows, float* raw) {
+  const int32_t n = static_cast<int32_t>(of.length), width = padded(p.head_dim);
+  if (p.row_norm != RowNorm::none || p.map != FeatureMap::identity) {
+    const Rows x = rows_of(from, p.dtype, of.batch, from_head, of.first, n, p.head_dim, width, raw);
+    if (x.data != raw)
+      for (int32_t r = 0; r < n; ++r)
+        for (int32_t d = 0; d < width; d += kLanes) store(raw + r * width + d, load(x.data + r * x.stride + d));
+    for (int32_t r = 0; r < n; ++r)
+      map_row_backward(p.row_norm, p.map, raw + r * width, d_rows + r * width, p.head_dim, width);
+  }
+  with_elements(dtype, [&](auto* type) {
+    for (int32_t r = 0; r < n; ++r)
+      narrow_row(row_of<decltype(type)>(to, of.batch, to_head, of.first + r), to.stride[3], d_rows + r * width,
+                 p.head_dim, 1);
+  });
+}

@@ -46,7 +46,7 @@ def attend(
 ) -> tuple[int, int]: ...
 
 _Others = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-_Form = tuple[int, int, float, bool, bool, float, int]
+_Form = tuple[int, int, float, bool, bool, float, int, list[float]]
 
 def recur(
     q: Tensor,

@@ -2,6 +2,7 @@
 
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
+from attnkit.ops.factorizable import factorizable_attention
 from attnkit.ops.flex import flex_attention
 from attnkit.ops.functional import attention, dense_attention, quantized_kv_attention, trace
 from attnkit.ops.kv_cache import KVCache
@@ -21,6 +22,7 @@ __all__ = [
     "block_mask",
     "dense_attention",
     "explain",
+    "factorizable_attention",
     "flex_attention",
     "install",
     "installed",

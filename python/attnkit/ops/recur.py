@@ -63,13 +63,13 @@ def _outputs(call: Call, found: Recurrence) -> Results:
     """``o [B, max(Hq, H), S, Dv]``, the last state and its norm, unset."""
     q, v = call.q, call.v
     batch, heads, length, width = v.shape
-    dim, states = q.shape[3], states_of(call, found)
+    rows, states = found.features(q.shape[3]), states_of(call, found)
     readers = max(q.shape[1], heads)
     strides = (length * readers * width, width, readers * width, 1)  # models merge heads from that
-    norm = (states, heads, dim) if found.op.normalize else (0,)
+    norm = (states, heads, rows) if found.op.normalize else (0,)
     try:
         o = torch.empty_strided((batch, readers, length, width), strides, dtype=q.dtype, device=q.device)
-        state = q.new_empty((states, heads, dim, width), dtype=torch.float32)
+        state = q.new_empty((states, heads, rows, width), dtype=torch.float32)
         return o, state, q.new_empty(norm, dtype=torch.float32)
     except RuntimeError as exc:  # torch has no narrower one on the CPU
         raise error("AK603", where="o, state", given=str(exc).splitlines()[0]) from exc

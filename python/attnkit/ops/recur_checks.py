@@ -105,10 +105,11 @@ def _check_lengths(cu: Tensor, q: Tensor) -> None:
 def _check_others(call: Call, found: Recurrence) -> None:
     q, v = call.q, call.v
     (batch, _, length, dim), heads, states = q.shape, v.shape[1], states_of(call, found)
+    rows = found.features(dim)
     sizes = {
         "h": (heads,), "bhs": (batch, heads, length), "bhsd": (batch, heads, length, dim),
-        "packed": (batch, heads, length, dim), "hd": (heads, dim), "bhd": (states, heads, dim),
-        "bhdv": (states, heads, dim, v.shape[3]),
+        "packed": (batch, heads, length, dim), "hd": (heads, dim), "bhd": (states, heads, rows),
+        "bhdv": (states, heads, rows, v.shape[3]),
     }  # fmt: skip
     for role, kind, t in zip(found.roles, found.kinds, call.others, strict=True):
         check_tensor(role, t, q.device)

@@ -27,6 +27,11 @@ class Recurrence:
     kinds: tuple[str, ...]
     lengths: int | None
 
+    def features(self, dim: int) -> int:
+        """The rows of a state."""
+        of = self.op.coefficients
+        return dim if of is None else sum(dim**power for power in range(len(of)))
+
 
 @lru_cache(maxsize=1024)
 def recurrence(program: Program) -> Recurrence | None:

@@ -19,6 +19,7 @@ _TENSORS = (
     *(f"gradient of {role}" for role in ROLES),
 )  # fmt: skip
 CHUNKS = (16, 32, 64, 128)
+MOST_CHANNELS = 256  # of polynomials of order 2
 
 
 def reasons(spec: KernelSpec) -> tuple[str, ...]:
@@ -28,7 +29,13 @@ def reasons(spec: KernelSpec) -> tuple[str, ...]:
         return (
             "the program is more than one recurrence over q, k, v with a norm and a feature map of its own",
         )
-    return ("coefficients have no kernel yet",) if found.op.coefficients is not None else ()
+    if found.op.coefficients is None:
+        return ()
+    if not found.op.normalize:
+        return ("polynomials without a normaliser have no kernel",)
+    if len(found.op.coefficients) == 3 and spec.head_dim > MOST_CHANNELS:
+        return (f"head_dim is {spec.head_dim}, above {MOST_CHANNELS}: a state would have too many rows",)
+    return ()
 
 
 def space(spec: KernelSpec) -> Space:
@@ -44,6 +51,7 @@ class RecurKernel:
         assert found is not None
         self.spec, self.config, self.recurrence = spec, config, found
         op = found.op
+        self._coefficients = list(op.coefficients or ())
         scale = spec.head_dim**-0.5 if op.scale is None else op.scale
         self._form = (
             _NORMS.index(found.norm), _FEATURE_MAPS.index(found.feature_map), scale, op.causal, op.normalize, op.epsilon,
@@ -68,7 +76,7 @@ class RecurKernel:
             AttnkitError: AK502, sizes beyond the engine's; AK603, out of memory; AK606, AK607, a tensor without memory
                 or not aligned.
         """
-        form = (*self._form, chunk)
+        form = (*self._form, chunk, self._coefficients)
         _run(engine().recur, q, k, v, o, _in_turn(others), state, norm, sequences, form, threads)
 
     def backward(
@@ -99,7 +107,7 @@ class RecurKernel:
         Raises:
             AttnkitError: as the call.
         """
-        form = (*self._form, chunk)
+        form = (*self._form, chunk, self._coefficients)
         _run(
             engine().recur_backward, q, k, v, o, _in_turn(others), state, norm, sequences, form, d_o, d_state, d_norm,
             dq, dk, dv, _in_turn(d_others), threads,
