@@ -9,6 +9,7 @@
 struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
+  int32_t ld;  // keys in a row of S^T, at most
   TileLayout tile;
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v, live;
   size_t weights, values;  // as pairs of keys
@@ -16,10 +17,13 @@ struct Layout {
   size_t random;  // words of the queries
   size_t q, st;  // of few queries: rows of them, and of S^T
   int32_t dq;  // channels in a row of them
-  int32_t ld;  // keys in a row of S^T
 
-  Layout(const Call& c, int32_t lanes)
-      : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
+  // `few`: expressions are computed on S^T.
+  Layout(const Call& c, int32_t lanes, bool few)
+      : bm(round_up(lanes, kLanes)),
+        dv(round_up(c.problem->v_head_dim, kLanes)),
+        ld(round_up(c.tile_kv, kBlockVecs * kLanes)),
+        tile(c.code, few ? ld : bm, places) {
     const Problem& p = *c.problem;
     const auto take = [&](int64_t rows, int64_t columns) { return places.take(rows, columns); };
     qt = take(p.head_dim, bm);
@@ -41,7 +45,6 @@ struct Layout {
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
-    ld = round_up(c.tile_kv, kBlockVecs * kLanes);
     st = take(kFewLanes, ld);
   }
 };
@@ -49,14 +52,16 @@ struct Layout {
 // All but the products.
 class Forward {
  public:
-  Forward(const Call& c, const Task& t, float* workspace)
+  // `few`: queries are so few that keys are the lanes of their scores, S^T.
+  Forward(const Call& c, const Task& t, float* workspace, bool few = false)
       : c_(c),
         p_(*c.problem),
         t_(t),
         seq_(p_.sequences[t.sequence]),
-        at_(c, t.lanes()),
+        at_(c, t.lanes(), few),
         ws_(workspace),
-        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerQuery),
+        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + (few ? at_.st : at_.s),
+              few ? kPerKey : kPerQuery),
         now_{ws_ + at_.o, ws_ + at_.max, ws_ + at_.sum, at_.dv},
         before_{ws_ + at_.before_o, ws_ + at_.before_max, ws_ + at_.before_sum, at_.dv},
         philox_(p_.dropout, t.sequence),
@@ -431,4 +436,7 @@ void merge_parts(const Call& c, const Task& t, const Parts& parts, float* worksp
   forward.finish();
 }
 
-size_t workspace_bytes(const Call& c) { return Layout(c, kMaxTileQ).places.next * sizeof(float); }
+size_t workspace_bytes(const Call& c) {
+  const size_t many = Layout(c, kMaxTileQ, false).places.next, few = Layout(c, kFewLanes, true).places.next;
+  return (many > few ? many : few) * sizeof(float);
+}

@@ -17,7 +17,7 @@ from attnkit.bench.ceilings import Ceilings
 from attnkit.bench.measure import Contender, Interval, interval, measure, ratio
 from attnkit.bench.peers import recurrences
 from attnkit.bench.records import SCHEMA_VERSION, Document
-from attnkit.bench.report import OWN, STYLE, caption
+from attnkit.bench.report import STYLE, caption
 from attnkit.bench.runner import use_threads
 
 Progress = Callable[[str, float], None]
@@ -25,6 +25,7 @@ SECONDS = 60.0
 _HEADS, _DIM, _LENGTH = 8, 64, 4096
 _LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 _DENSE_TO = 16384  # longer, dense attention takes too long to wait for
+OWN = "attnkit"
 _WRONG = 1e-4  # relative error in the Frobenius norm
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import error
 from attnkit.plan.recurrence import ROLES, recurrence
-from attnkit.plan.spec import Config, Field, KernelSpec, Space
+from attnkit.plan.spec import Config, KernelSpec
 
 _NORMS = ("none", "l2", "layer")
 _FEATURE_MAPS = ("identity", "elu1")
@@ -18,7 +18,6 @@ _TENSORS = (
     "q", "k", "v", "o", *ROLES, "state", "norm", "d_o", "d_state", "d_norm", "dq", "dk", "dv",
     *(f"gradient of {role}" for role in ROLES),
 )  # fmt: skip
-CHUNKS = (16, 32, 64, 128)
 MOST_CHANNELS = 256  # of polynomials of order 2
 
 
@@ -36,11 +35,6 @@ def reasons(spec: KernelSpec) -> tuple[str, ...]:
     if len(found.op.coefficients) == 3 and spec.head_dim > MOST_CHANNELS:
         return (f"head_dim is {spec.head_dim}, above {MOST_CHANNELS}: a state would have too many rows",)
     return ()
-
-
-def space(spec: KernelSpec) -> Space:
-    """How many tokens are computed together. A gate for each channel has 16, whatever this says."""
-    return {"chunk": Field("numeric", 64, CHUNKS)}
 
 
 class RecurKernel:
