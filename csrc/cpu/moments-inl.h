@@ -81,6 +81,13 @@ inline void back_features(const Features& f, Factors a, const float* x, float* d
   }
 }
 
+// to = a x + b y, `count` floats.
+inline void mix(float* to, float a, const float* x, float b, const float* y, int32_t count) {
+  int32_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) store(to + c, fma(set1(a), load(x + c), set1(b) * load(y + c)));
+  for (; c < count; ++c) to[c] = a * x[c] + b * y[c];
+}
+
 // The moments of some tokens: of their values, and of a value of 1: z0, z1 and the symmetric z2.
 struct Moments {
   float *values, *one, *linear, *square;
@@ -216,13 +223,17 @@ class MomentChunk {
   // Between packed moments and those that are returned, which have all of x (x) x. What an initial state has beyond
   // the symmetric stays as it is.
   void pack(const float* state, const float* norm, bool twice, Moments& m) const {
-    for (int64_t i = 0; i < Moments::floats(dim, v_width, order); ++i) m.values[i] = 0;
+    const int64_t floats = Moments::floats(dim, v_width, order);
+    for (int64_t i = 0; i < floats; ++i) m.values[i] = 0;
     if (state == nullptr && norm == nullptr) return;
     each_pair([&](int64_t row, int64_t a, int64_t b) {
-      const float share = a == b ? 1.0f : twice ? 1.0f : 0.5f;
-      for (int32_t c = 0; state != nullptr && c < p.v_head_dim; ++c)
-        m.values[row * v_width + c] =
-            share * state[a * p.v_head_dim + c] + (a == b ? 0 : share * state[b * p.v_head_dim + c]);
+      const float share = twice ? 1.0f : 0.5f;
+      float* to = m.values + row * v_width;
+      if (state == nullptr) return;
+      if (a == b)
+        __builtin_memcpy(to, state + a * p.v_head_dim, static_cast<size_t>(p.v_head_dim) * sizeof(float));
+      else
+        mix(to, share, state + a * p.v_head_dim, share, state + b * p.v_head_dim, p.v_head_dim);
     });
     if (norm == nullptr) return;
     *m.one = norm[0];
@@ -234,11 +245,14 @@ class MomentChunk {
   // `initial` may be null.
   void unpack(const Moments& m, const float* initial, const float* initial_norm, float* state, float* norm) const {
     each_pair([&](int64_t row, int64_t a, int64_t b) {
-      for (int32_t c = 0; state != nullptr && c < p.v_head_dim; ++c) {
-        const float odd =
-            initial == nullptr || a == b ? 0 : 0.5f * (initial[a * p.v_head_dim + c] - initial[b * p.v_head_dim + c]);
-        state[a * p.v_head_dim + c] = m.values[row * v_width + c] + odd;
-        if (a != b) state[b * p.v_head_dim + c] = m.values[row * v_width + c] - odd;
+      const float* values = m.values + row * v_width;
+      for (const int64_t at : {a, b}) {
+        float* to = state + at * p.v_head_dim;
+        __builtin_memcpy(to, values, static_cast<size_t>(p.v_head_dim) * sizeof(float));
+        if (initial == nullptr || a == b) continue;
+        const int64_t other = at == a ? b : a;
+        mix(to, 1, to, 0.5f, initial + at * p.v_head_dim, p.v_head_dim);
+        mix(to, 1, to, -0.5f, initial + other * p.v_head_dim, p.v_head_dim);
       }
     });
     if (norm == nullptr) return;

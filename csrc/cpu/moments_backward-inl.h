@@ -180,7 +180,8 @@ class MomentBackward {
   void unpack_initial(int64_t index, const float* d_state, const float* d_norm) {
     MomentChunk& c = chunk_;
     c.pack(d_state, d_norm, true, moments_);
-    for (int64_t i = 0; i < Moments::floats(c.dim, c.v_width, c.order); ++i) d_moments_.values[i] -= moments_.values[i];
+    const int64_t floats = Moments::floats(c.dim, c.v_width, c.order);
+    for (int64_t i = 0; i < floats; ++i) d_moments_.values[i] -= moments_.values[i];
     c.unpack_gradient(d_moments_, d_state, d_norm, g_->d_initial + index * p.features() * p.v_head_dim,
                       g_->d_initial_norm == nullptr ? nullptr : g_->d_initial_norm + index * p.features());
   }
