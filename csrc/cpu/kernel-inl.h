@@ -144,8 +144,23 @@ class Forward {
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
+  // Keys and values: of a cache that keeps codes, a copy of the tile as float32.
+  Lines keys_of(int64_t first, int32_t count) {
+    if (p_.stores == nullptr) return lines(p_.k, p_.head_dim, first, count);
+    return decoded(p_.stores[0], first, count, round_up(p_.head_dim, kLanes), at_.k);
+  }
+  Lines values_of(int64_t first, int32_t count) {
+    if (p_.stores == nullptr) return lines(p_.v, p_.v_head_dim, first, count);
+    return decoded(p_.stores[1], first, count, at_.dv, at_.v);
+  }
+  Lines decoded(const Store& s, int64_t first, int32_t count, int32_t padded, size_t at) {
+    decode_tile(s, p_.pages, seq_, kv_head_, first, count, padded, ws_ + at);
+    return {ws_ + at, 4 * padded, 4 * padded, count};
+  }
+
   // As float32, `padded` channels wide: where they lie, if they lie so, else in the workspace.
   Rows rows(const View& view, const Lines& lines, int32_t width, int32_t padded, size_t at) {
+    if (p_.stores != nullptr) return {reinterpret_cast<const float*>(lines.at(0)), lines.stride / 4};
     return rows_of(lines, p_.dtype, view.stride[3], width, padded, ws_ + at);
   }
 

@@ -236,6 +236,8 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
   // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
   const Problem& p = *c.problem;
   const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
-  const auto run_it = p.dtype != DType::bf16 ? run<FloatForward> : few ? run<PairDecode> : run<PairForward>;
+  const auto run_it = p.dtype != DType::bf16 || p.stores != nullptr ? run<FloatForward>
+                      : few                                         ? run<PairDecode>
+                                                                    : run<PairForward>;
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }

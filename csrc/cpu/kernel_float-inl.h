@@ -34,7 +34,7 @@ class FloatForward : public Forward {
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
     float *s = ws_ + at_.s, *largest = start_largest(full);
-    const Lines keys = lines(p_.k, p_.head_dim, first, count), values = lines(p_.v, p_.v_head_dim, first, count);
+    const Lines keys = keys_of(first, count), values = values_of(first, count);
     if (!full) find_live(first, count);
     if (few_) {
       few_scores_of(keys, {keys, values});
@@ -75,7 +75,7 @@ class FloatForward : public Forward {
                                                         at_.ld, ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
-      if (p_.k.stride[3] == 1 && p_.head_dim == at_.dq) return from(type, keys, p_.head_dim);
+      if (p_.stores == nullptr && p_.k.stride[3] == 1 && p_.head_dim == at_.dq) return from(type, keys, p_.head_dim);
       const int32_t width = round_up(p_.head_dim, kLanes);
       from(ws_, lines_of(rows(p_.k, keys, p_.head_dim, width, at_.k), keys.count), width);
     });
@@ -98,7 +98,8 @@ class FloatForward : public Forward {
                                                         ws_ + at_.o, at_.dv, t_.lanes(), ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
-      if (p_.v.stride[3] == 1 && p_.v_head_dim % (kLanes * kPerUnit<std::remove_pointer_t<decltype(type)>>) == 0)
+      if (p_.stores == nullptr && p_.v.stride[3] == 1 &&
+          p_.v_head_dim % (kLanes * kPerUnit<std::remove_pointer_t<decltype(type)>>) == 0)
         return from(type, values);
       from(ws_, lines_of(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), values.count));
     });
@@ -106,6 +107,7 @@ class FloatForward : public Forward {
 
   // As many keys from `first` on as a tile has: they need not all be seen.
   Lines keys_ahead(int64_t first) const {
+    if (p_.stores != nullptr) return kNoLines;
     const int64_t left = seq_.kv_len - first;
     return lines(p_.k, p_.head_dim, first, left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv);
   }

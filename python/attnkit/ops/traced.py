@@ -46,6 +46,7 @@ class Traceable(NamedTuple):
     kv_lens: Tensor | None = None
     page_table: Tensor | None = None
     dropout_p: float = 0.0
+    codecs: tuple[str, str] = ("", "")
 
 
 class Bound(NamedTuple):
@@ -209,6 +210,7 @@ def _trace(what: Traceable, like: Tensor | None) -> Bound:
         kv_lens=what.kv_lens,
         page_table=what.page_table,
         dropout_p=what.dropout_p,
+        codecs=what.codecs,
     )
     return Bound(text, traced.buffers, traced.params)
 

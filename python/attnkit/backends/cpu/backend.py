@@ -11,7 +11,7 @@ from attnkit.backends import Kernel
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.expr import Expr
-from attnkit.ir.program import Layout
+from attnkit.ir.program import Layout, Program
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
@@ -43,8 +43,7 @@ class CpuBackend:
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         reasons = []
-        if any(x.codec is not None for x in spec.program.inputs):
-            reasons.append("an input is quantised")
+        reasons += _codec_reasons(spec.program)
         if not (spec.program.is_attention and spec.program.attend.plain):
             reasons.append(
                 "the program is more than softmax attention with a score, a mask, a sink and dropout"
@@ -77,6 +76,10 @@ class CpuBackend:
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
+        if any(x.codec is not None for x in spec.program.inputs):
+            from attnkit.backends.cpu.cache import CacheKernel  # which is a kernel of this file
+
+            return CacheKernel(spec, config)
         return CpuKernel(spec, config)
 
 
@@ -251,6 +254,26 @@ class CpuKernel:
             name = next(name for name, number in engine().opcodes().items() if number == opcode)
             where = f"score or mask, instruction {about} ({name}) of `attnkit dump --stage bytecode`"
         return error(code, where=where)
+
+
+def _codec_reasons(program: Program) -> list[str]:
+    """Why codecs of inputs are not those of a cache."""
+    reasons = []
+    for i, layout in enumerate(program.inputs):
+        codec = layout.codec
+        if codec is None:
+            continue
+        known = {
+            "int8": codec.axis == "token" and codec.group == 0,
+            "fp8": codec.axis == "head",
+            "int4": codec.axis == ("channel" if i == 1 else "token") and codec.group % 32 == 0,
+        }
+        name = {"int2": "int4"}.get(codec.name, codec.name)
+        if layout.kind not in ("padded", "paged") or not known[name]:
+            reasons.append(
+                f"input {i} is {layout.kind} {codec.name}({codec.axis}, {codec.group}), of no cache"
+            )
+    return reasons
 
 
 def _dropout_tuple(dropout: Expr, params: list[float], seed: int | None) -> tuple[int, int, float]:
