@@ -184,3 +184,14 @@ def error(
     """
     row = CODES[code]
     return row.error(code, what or row.summary, where, given, allowed, hint or row.hint)
+
+
+def no_page(row: int, column: int, given: int, pages: int) -> AttnkitError:
+    """AK602 for a token of a paged cache that the page table gives no page: the entry, and how many pages there are."""
+    return error(
+        "AK602",
+        what="the page table names no page for a token that exists",
+        where=f"page_table[{row}, {column}]",
+        given=str(given),
+        allowed=f"0..{pages - 1}",
+    )

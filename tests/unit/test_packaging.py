@@ -85,11 +85,15 @@ def test_no_code_from_data(path: Path) -> None:
             )
 
 
+def _objects(pattern: str) -> list[Path]:
+    found = sorted((ROOT / "build").glob(f"cp*/CMakeFiles/{pattern}"))
+    assert found, "no objects under build/: run `make dev`"
+    return found
+
+
 def test_isa_objects_define_no_weak_symbols() -> None:
     """The linker keeps one of several weak copies: one compiled for AVX-512 would then run on every machine."""
-    objects = sorted((ROOT / "build").glob("cp*/CMakeFiles/engine.dir/csrc/cpu/isa_*.o"))
-    assert objects, "no objects under build/: run `make dev`"
-    command = ["nm", "--defined-only", "-A", *objects]
+    command = ["nm", "--defined-only", "-A", *_objects("engine.dir/csrc/cpu/isa_*.o")]
     table = subprocess.run(command, capture_output=True, text=True, check=True)
     weak = [line for line in table.stdout.splitlines() if re.search(r" [VvWwu] ", line)]
     assert not weak, "\n".join(weak)
@@ -97,9 +101,7 @@ def test_isa_objects_define_no_weak_symbols() -> None:
 
 def test_isa_objects_run_nothing_when_loaded() -> None:
     """All of them are loaded on every machine: what they did then, they would do without their instruction set."""
-    objects = sorted((ROOT / "build").glob("cp*/CMakeFiles/engine.dir/csrc/cpu/isa_*.o"))
-    assert objects, "no objects under build/: run `make dev`"
-    for path in objects:
+    for path in _objects("engine.dir/csrc/cpu/isa_*.o"):
         done = subprocess.run(["readelf", "-SW", path], capture_output=True, text=True, check=True)
         assert " .text" in done.stdout
         assert ".init_array" not in done.stdout, path.name
@@ -111,9 +113,7 @@ USES = {"isa_avx2.cc.o": (True, False), "isa_avx512.cc.o": (True, True), "isa_av
 
 
 def test_objects_use_the_registers_of_their_level_alone() -> None:
-    objects = sorted((ROOT / "build").glob("cp*/CMakeFiles/*engine.dir/csrc/*/*.o"))
-    assert objects, "no objects under build/: run `make dev`"
-    for path in objects:
+    for path in _objects("*engine.dir/csrc/*/*.o"):
         run = subprocess.run(["objdump", "-d", path], capture_output=True, text=True, check=True)
         used = tuple(bool(registers.search(run.stdout)) for registers in (WIDE, EVEX))
         assert used == USES.get(path.name, (False, False)), path.name

@@ -6,7 +6,7 @@ entry point group ``attnkit.backends``, as ``name = "module:object"``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from attnkit.errors import error
 from attnkit.plan.spec import Config, KernelSpec, Space
+
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 
 # The kernel of `attend`: (q, k, v, o, lse or None, buffers, params, threads, seed or None). Tensors are torch's, used
 # through data_ptr, shape and stride alone, and checked by the caller; the seed of dropout is an int.
@@ -36,6 +38,28 @@ class Backend(Protocol):
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """A kernel for ``spec``."""
+
+
+def refused(
+    spec: KernelSpec, *, device: str, dtypes: Collection[str], channels: int, where: str
+) -> tuple[str, ...]:
+    """Why a backend that knows plain attention alone cannot run ``spec``; empty if it can.
+
+    It takes tensors of these ``dtypes`` on ``device``, which people call ``where``, and heads of up to so many ``channels``.
+    """
+    program, reasons = spec.program, []
+    if not (program.is_attention and program.attend.plain):
+        reasons.append("the program is more than softmax attention with a score, a mask, a sink and dropout")
+    if spec.device != device:
+        reasons.append(f"tensors are on {spec.device}, not on {where}")
+    if spec.dtype not in dtypes:
+        reasons.append(f"dtype is {spec.dtype}, none of {', '.join(dtypes)}")
+    if not (1 <= spec.head_dim <= channels and 1 <= spec.v_head_dim <= channels):
+        reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..{channels}")
+    scale = program.attend.scale
+    if scale is not None and scale > _FLOAT32_MAX:
+        reasons.append(f"scale is {scale}, beyond float32")
+    return tuple(reasons)
 
 
 class _Broken:

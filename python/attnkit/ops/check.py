@@ -248,13 +248,18 @@ def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Ten
                 )
 
 
+def is_page_size(tokens: int) -> bool:
+    """Whether pages may hold this many tokens: see `PAGE_SIZES`."""
+    return tokens >= 16 and tokens & (tokens - 1) == 0
+
+
 def check_pages(page_size: int, table: Tensor, lengths: Tensor, batch: int) -> None:
     """Check the shapes of a page table and its lengths, and that the lengths fit; its entries the kernel checks.
 
     Raises:
         AttnkitError: AK403 shapes, AK602 lengths.
     """
-    if page_size < 16 or page_size & (page_size - 1) != 0:
+    if not is_page_size(page_size):
         raise error("AK403", where="k, v", given=f"pages of {page_size} tokens", allowed=PAGE_SIZES)
     for name, t in (("page_table", table), ("lengths", lengths)):
         if t.shape[0] != batch:

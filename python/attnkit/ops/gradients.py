@@ -98,22 +98,8 @@ def run_backward(
     if recorder() is None:
         kernel: Any = ready.prepared.kernel
         kernel.backward(
-            q,
-            k,
-            v,
-            o,
-            lse,
-            buffers,
-            params,
-            d_o,
-            d_lse,
-            dq,
-            dk,
-            dv,
-            sums,
-            torch.get_num_threads(),
-            None if seed is None else seed_of(seed),
-        )
+            q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads(), seed_of(seed)
+        )  # fmt: skip
         counts.run()
     d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
     return dq if dq.dtype == q.dtype else dq.to(q.dtype), dk, dv, d_buffers

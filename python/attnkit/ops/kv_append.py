@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from attnkit.backends.cpu import cache as engine
-from attnkit.errors import AttnkitError, error
+from attnkit.backends.cpu.backend import missing_page
+from attnkit.errors import error, no_page
 from attnkit.ops.check import check_tensor, needs_derivatives, shape_of
 from attnkit.ops.kv_codes import PLAIN, parse_scheme, parts_of, store, tokens_of
 
@@ -46,14 +47,6 @@ def slots(storage: Sequence[Tensor], rows: Tensor, positions: Tensor) -> tuple[T
         bad = int(((pages < 0) | (pages >= k.shape[0])).nonzero()[0, 0])
         raise no_page(int(rows[bad]), int(positions[bad]) // size, int(pages[bad]), k.shape[0])
     return pages.long(), positions % size
-
-
-def no_page(row: int, column: int, given: int, pages: int) -> AttnkitError:
-    """The error for a token that the page table gives no page."""
-    return error(
-        "AK602", what="the page table names no page for a token that exists", where=f"page_table[{row}, {column}]",
-        given=str(given), allowed=f"0..{pages - 1}",
-    )  # fmt: skip
 
 
 def write(storage: Sequence[Tensor], rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
@@ -110,7 +103,7 @@ def _append_codes(
     code, about = bad
     if code == "AK602":
         assert parts.table is not None
-        raise engine.no_page(parts.table, about, held[about] + new[about], size, parts.k.codes.shape[0])
+        raise missing_page(parts.table, about, held[about] + new[about], size, parts.k.codes.shape[0])
     raise error(code, where=("storage", "k", "v")[about] if 0 <= about < 3 else "append")
 
 

@@ -10,12 +10,10 @@ from torch import Tensor
 from attnkit.errors import error
 from attnkit.ops import kv_coded
 from attnkit.ops.attend_cache import Codes
-from attnkit.ops.check import PAGE_SIZES, check_pages, check_tensor, shape_of
+from attnkit.ops.check import PAGE_SIZES, check_pages, check_tensor, is_page_size, shape_of
 from attnkit.ops.kv_append import append, capacity, slots, write
 from attnkit.ops.kv_codes import BITS, PLAIN, SCALE_RUN, Scheme, allocate
 from attnkit.ops.warm import is_unwatched
-
-_LEAST_PAGE = 16
 
 
 class Segment(NamedTuple):
@@ -82,7 +80,7 @@ class KVCache:
                 raise error("AK402", where=name, given=type(n).__name__, allowed="an int")
             if n < (0 if name in ("batch", "residual") else 1):
                 raise error("AK401", where=name, given=str(n), allowed="a positive number")
-        if page_size is not None and (type(page_size) is not int or not _is_page_size(page_size)):
+        if page_size is not None and (type(page_size) is not int or not is_page_size(page_size)):
             raise error("AK401", where="page_size", given=repr(page_size), allowed=PAGE_SIZES)
         if torch.device(device).type != "cpu":
             raise error("AK504", where="device", given=str(device), allowed="cpu")
@@ -374,7 +372,3 @@ def _codecs(codec: Any) -> tuple[str, str]:
         what = "k and v of different plain codecs are not built yet"
         raise error("AK504", what=what, where="codec", given=repr(codec), allowed="the same for both")
     return k, v
-
-
-def _is_page_size(n: int) -> bool:
-    return n >= _LEAST_PAGE and n & (n - 1) == 0

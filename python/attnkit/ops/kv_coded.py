@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.errors import error
+from attnkit.errors import error, no_page
 from attnkit.ops.check import check_number, check_tensor, shape_of
-from attnkit.ops.kv_append import no_page
 from attnkit.ops.kv_codes import (
     PLAIN,
     Part,

@@ -119,9 +119,9 @@ def precision(q: Tensor) -> str:
     return torch.get_float32_matmul_precision() if q.is_cuda and q.dtype == torch.float32 else "highest"
 
 
-def seed_of(seed: Tensor) -> int | Tensor:
+def seed_of(seed: Tensor | None) -> int | Tensor | None:
     """The seed of a call as a kernel takes it: a number, or on a GPU a tensor, which nobody waits for."""
-    return seed if seed.is_cuda else int(seed)
+    return seed if seed is None or seed.is_cuda else int(seed)
 
 
 def has_backward(prepared: Prepared) -> bool:
@@ -167,8 +167,6 @@ def run(
     if record is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), None if lse is None else lse.zero_()
-    prepared.kernel(
-        q, k, v, o, lse, buffers, params, torch.get_num_threads(), None if seed is None else seed_of(seed)
-    )
+    prepared.kernel(q, k, v, o, lse, buffers, params, torch.get_num_threads(), seed_of(seed))
     counts.run()
     return o, lse

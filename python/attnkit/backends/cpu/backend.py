@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
-from attnkit.backends import Kernel
+from attnkit.backends import Kernel, refused
 from attnkit.backends.cpu.engine import engine
-from attnkit.errors import AttnkitError, error
-from attnkit.ir.expr import Expr
+from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.program import Layout, Program
 from attnkit.plan.bytecode import Bytecode, emit
+from attnkit.plan.dropout import Dropped
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
-_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _DTYPES = ("float32", "bfloat16", "float16")
 # Status codes of csrc/cpu/problem.h.
 _FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607", 7: "AK602"}
@@ -42,22 +40,8 @@ class CpuBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
-        reasons = []
-        reasons += _codec_reasons(spec.program)
-        if not (spec.program.is_attention and spec.program.attend.plain):
-            reasons.append(
-                "the program is more than softmax attention with a score, a mask, a sink and dropout"
-            )
-        if spec.device != "cpu":
-            reasons.append(f"tensors are on {spec.device}, not on the CPU")
-        if spec.dtype not in _DTYPES:
-            reasons.append(f"dtype is {spec.dtype}, the engine takes {', '.join(_DTYPES)}")
-        if not (1 <= spec.head_dim <= 4096 and 1 <= spec.v_head_dim <= 4096):
-            reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..4096")
-        scale = spec.program.attend.scale
-        if scale is not None and scale > _FLOAT32_MAX:
-            reasons.append(f"scale is {scale}, beyond float32")
-        return tuple(reasons)
+        reasons = refused(spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU")
+        return (*reasons, *_codec_reasons(spec.program))
 
     def space(self, spec: KernelSpec) -> Space:
         """Tile sizes, and how many keys are summed before they are merged.
@@ -190,7 +174,10 @@ class CpuKernel:
         return code, program
 
     def _dropped(self, params: list[float], seed: int | None) -> tuple[int, int, float] | None:
-        return None if self._dropout is None else _dropout_tuple(self._dropout, params, seed)
+        """Seed, threshold and factor, as csrc/cpu/problem.h has them."""
+        if self._dropout is None:
+            return None
+        return (seed or 0) % 2**64, *Dropped.of(self._dropout, params)
 
     def _sequences(self, q: Any, k: Any, buffers: list[Any]) -> list[tuple[int, int, int, int, int]] | None:
         """(batch, q start, q length, kv start, kv length) of every sequence; None means one per batch entry."""
@@ -231,16 +218,10 @@ class CpuKernel:
         return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
 
     def _no_page(self, b: int, k: Any, buffers: list[Any]) -> AttnkitError:
-        """The error for a sequence with a token that the page table gives no page."""
         assert self._table is not None
         assert self._kv_layout.lengths is not None
-        used = -(-int(buffers[self._kv_layout.lengths][b]) // k.shape[2])
-        pages = buffers[self._table][b, :used].tolist()
-        at = next(i for i, page in enumerate(pages) if not 0 <= page < k.shape[0])
-        return error(
-            "AK602", what="the page table names no page for a token that exists", where=f"page_table[{b}, {at}]",
-            given=str(pages[at]), allowed=f"0..{k.shape[0] - 1}",
-        )  # fmt: skip
+        length = int(buffers[self._kv_layout.lengths][b])
+        return missing_page(buffers[self._table], b, length, k.shape[2], k.shape[0])
 
     def _error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
         """The error for a fault of the engine: about an instruction, a tensor, or nothing in particular (-1)."""
@@ -276,13 +257,11 @@ def _codec_reasons(program: Program) -> list[str]:
     return reasons
 
 
-def _dropout_tuple(dropout: Expr, params: list[float], seed: int | None) -> tuple[int, int, float]:
-    """Seed, threshold and factor, as csrc/cpu/problem.h has them: a pair is kept iff its random word / 2**32 >= p."""
-    p = float(params[int(dropout.attr or 0)] if dropout.op == "param" else dropout.attr or 0)
-    threshold = math.ceil(p * 2.0**32)
-    none_kept = threshold == 2**32
-    factor = 0.0 if none_kept else 1.0 / (1.0 - p)
-    return (seed or 0) % 2**64, threshold - none_kept, factor
+def missing_page(table: Any, row: int, length: int, page_size: int, pages: int) -> AttnkitError:
+    """The error for a row of so many tokens, one of which the page table gives no page."""
+    held = table[row, : -(-length // page_size)].tolist()
+    at = next(i for i, page in enumerate(held) if not 0 <= page < pages)
+    return no_page(row, at, held[at], pages)
 
 
 def _too_large(exc: ValueError) -> AttnkitError:

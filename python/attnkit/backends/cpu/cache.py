@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnkit.backends.cpu.backend import CpuKernel
+from attnkit.backends.cpu.backend import CpuKernel, missing_page
 from attnkit.backends.cpu.engine import engine
-from attnkit.errors import AttnkitError, error
+from attnkit.errors import error
 
 Store = tuple[Any, ...]  # as csrc/bind/cache.cc takes it
 
@@ -49,7 +49,7 @@ class CacheKernel(CpuKernel):
             code = {1: "AK604", 2: "AK605", 3: "AK601"}.get(fault) or _FAULTS[fault]
             if code == "AK602":
                 assert self._table is not None
-                raise no_page(
+                raise missing_page(
                     buffers[self._table], about, int(buffers[lengths][about]), page_size, k[3].shape[0]
                 )
             raise self._error(code, about, self.bytecode, len(buffers))
@@ -71,13 +71,3 @@ def append(
     except ValueError as exc:
         raise error("AK502", where="append", given=str(exc)) from exc
     return (_FAULTS[fault], about) if fault else None
-
-
-def no_page(table: Any, row: int, length: int, page_size: int, pages: int) -> AttnkitError:
-    """The error for a row with a token that the page table gives no page."""
-    held = table[row, : -(-length // page_size)].tolist()
-    at = next(i for i, page in enumerate(held) if not 0 <= page < pages)
-    return error(
-        "AK602", what="the page table names no page for a token that exists", where=f"page_table[{row}, {at}]",
-        given=str(held[at]), allowed=f"0..{pages - 1}",
-    )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from attnkit.backends import Kernel
+from attnkit.backends import Kernel, refused
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
@@ -18,7 +18,6 @@ _DEVICES = (
     "/dev/dxg",
 )  # asked of the file system: a driver that was started would not survive a fork
 _LAYOUTS = ("bhsd", "packed", "padded", "paged")
-_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
     "tile_q": ("schedule", (16, 32, 64, 128)), "tile_kv": ("numeric", (16, 32, 64, 128)), "warps": ("schedule", (1, 2, 4, 8)),
     "stages": ("schedule", (1, 2, 3, 4)),
@@ -41,23 +40,10 @@ class TritonBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on an NVIDIA GPU; heads of 1 to 256 channels."""
-        program, reasons = spec.program, []
-        if not (program.is_attention and program.attend.plain):
-            reasons.append(
-                "the program is more than softmax attention with a score, a mask, a sink and dropout"
-            )
-        elif any(layout.kind not in _LAYOUTS or layout.codec is not None for layout in program.inputs):
-            reasons.append(f"an input is laid out otherwise than {', '.join(_LAYOUTS)}, or encoded")
-        if spec.device != "cuda":
-            reasons.append(f"tensors are on {spec.device}, not on an NVIDIA GPU")
-        if spec.dtype not in _DTYPES:
-            reasons.append(f"dtype is {spec.dtype}, the kernels take {', '.join(_DTYPES)}")
-        if not (1 <= spec.head_dim <= 256 and 1 <= spec.v_head_dim <= 256):
-            reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..256")
-        scale = program.attend.scale
-        if scale is not None and scale > _FLOAT32_MAX:
-            reasons.append(f"scale is {scale}, beyond float32")
-        return tuple(reasons)
+        reasons = refused(spec, device="cuda", dtypes=_DTYPES, channels=256, where="an NVIDIA GPU")
+        if any(layout.kind not in _LAYOUTS or layout.codec is not None for layout in spec.program.inputs):
+            reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}, or quantised",)
+        return reasons
 
     def space(self, spec: KernelSpec) -> Space:
         """Tiles, warps and stages of each kernel, for the device at hand."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ from attnkit.backends.triton.parts import padded
 from attnkit.backends.triton.schedule import WARPS
 from attnkit.backends.triton.source import Arguments
 from attnkit.ir.intervals import Interval, point
+from attnkit.plan.dropout import Dropped
 from attnkit.plan.spec import Config, KernelSpec
 from attnkit.plan.triton import care
 
@@ -323,11 +323,7 @@ class TritonKernel:
             values["sinks"] = buffers[self.attend.normalizer.sink]
         dropout = self.attend.dropout
         if dropout is not None:
-            p = float(params[int(dropout.attr or 0)] if dropout.op == "param" else dropout.attr or 0)
-            threshold = math.ceil(p * 2.0**32)
-            none_kept = threshold == 2**32
-            values["dropped_below"] = threshold - none_kept
-            values["kept_times"] = 0.0 if none_kept else 1.0 / (1.0 - p)
+            values["dropped_below"], values["kept_times"] = Dropped.of(dropout, params)
             held = isinstance(seed, int)
             values["seed_at"] = (
                 tensors["q"].new_full((1,), _signed(seed), dtype=launch.dtype_of(tensors["q"], "long"))
