@@ -5,6 +5,8 @@
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
 // transposed, once per task. (FlashAttention's online softmax: Milakov & Gimelshein 2018, Dao 2022.)
 
+inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes
+
 // Where things lie in a thread's workspace.
 struct Layout {
   Places places;
@@ -14,6 +16,7 @@ struct Layout {
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t random;  // words of the queries
+  size_t code_q, code_bytes, code_weights;  // of few queries over codes
   size_t q, st;  // of few queries: rows of them, and of S^T
   int32_t dq;  // channels in a row of them
   int32_t ld;  // keys in a row of S^T
@@ -41,6 +44,10 @@ struct Layout {
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
+    const bool coded = p.stores != nullptr;
+    code_q = take(coded ? kFewLanes + kFewRows : 0, dq);
+    code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
+    code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     ld = round_up(c.tile_kv, kBlockVecs * kLanes);
     st = take(kFewLanes, ld);
   }

@@ -43,6 +43,14 @@ class FloatForward : public Forward {
       qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
                          p_.head_dim, 1, s, largest);
     }
+    weigh(first, count, full);
+    sum_values(values, count, full, next < 0 ? first : next);
+  }
+
+ protected:
+  // Scores, of few queries still by query, become weights.
+  void weigh(int64_t first, int32_t count, bool full) {
+    float* s = ws_ + at_.s;
     if (few_ && plain(full)) {
       few_softmax(count);
     } else {
@@ -55,8 +63,13 @@ class FloatForward : public Forward {
         float* w = s + n * at_.bm + lane;
         store(w, select(kept, load(w), vf{}));
       });
+  }
+
+  // `next`: where the keys that are needed next begin.
+  void sum_values(const Lines& values, int32_t count, bool full, int64_t next) {
+    const float* s = ws_ + at_.s;
     if (few_ && full) {
-      const Lines then = keys_ahead(next < 0 ? first : next);
+      const Lines then = keys_ahead(next);
       return few_values_of(values, {values, then});
     }
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
@@ -65,7 +78,6 @@ class FloatForward : public Forward {
     pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
- protected:
   FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace), few_(few) {}
 
   // S^T of few queries.

@@ -16,7 +16,7 @@ from attnkit.variants import kv_quant
 Randn = Callable[..., Tensor]
 CODECS: list[Any] = ["int8", "fp8", "int4", "int2", ("int8", "int4"), ("bf16", "int2"), ("int4", "fp8")]
 WITH_NEWEST = [c for c in CODECS if "int4" in c or "int2" in c]
-B, HKV, HQ, D, DV, MAX, R = 3, 2, 4, 40, 72, 320, 40
+B, HKV, HQ, D, DV, MAX, R = 3, 2, 4, 64, 96, 320, 40
 
 
 def make(codec: Any, page: int | None = None, **other: Any) -> ak.KVCache:
@@ -253,6 +253,40 @@ def test_attention_is_that_of_what_they_mean(
                 torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("dim", "v_dim", "heads"),
+    [(40, 72, 2), (7, 3, 4), (128, 128, 8), (96, 32, 32), (160, 64, 10), (544, 33, 2)],
+)
+@pytest.mark.parametrize("codec", ["int8", "int4", "int2", "fp8", ("int4", "int8"), ("int8", "bf16")])
+def test_dims_and_groups(codec: Any, dim: int, v_dim: int, heads: int, randn: Randn) -> None:
+    """With and without products on codes; up to 16 heads that share keys; over several stretches of them."""
+    cache = ak.KVCache(1, 2, dim, v_dim, max_len=1500, codec=codec)
+    cache.append(randn(1, 2, 1400, dim), randn(1, 2, 1400, v_dim))
+    for dtype in (torch.float32, torch.bfloat16):
+        q = randn(1, heads, 1, dim).to(dtype)
+        for call in ({}, {"mask": ak.window(700, 0)}, {"score": ak.softcap(2.0)}):
+            got, lse = ak.attention(q, cache, return_lse=True, **call)  # type: ignore[arg-type]
+            want, exact = ak.attention(q, cache, return_lse=True, backend="reference", **call)  # type: ignore[arg-type]
+            tolerance = 4e-6 if dtype == torch.float32 else 4e-3
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(lse, exact, rtol=1e-6, atol=4e-6 if dtype == torch.float32 else 4e-4)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "int2"])
+def test_scores_of_bfloat16_queries(codec: str, randn: Randn) -> None:
+    """Queries that are rounded to bytes: large beside small elements, and of any size."""
+    cache = ak.KVCache(1, 1, 64, max_len=400, codec=codec)
+    cache.append(randn(1, 1, 400, 64), randn(1, 1, 400, 64))
+    for size in (1e-38, 1e-20, 1e-3, 1.0, 30.0):
+        q = randn(1, 4, 1, 64) * size
+        q[0, 1] *= torch.logspace(-6, 0, 64)
+        q[0, 2] = 0
+        q = q.bfloat16()
+        _, lse = ak.attention(q, cache, return_lse=True)
+        _, want = ak.attention(q, cache, return_lse=True, backend="reference")
+        torch.testing.assert_close(lse, want, rtol=1e-6, atol=2e-4 * max(1.0, size))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_bit_depends_on_pages_threads_or_the_rest_of_the_batch(
@@ -397,7 +431,7 @@ REFUSED: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "scales of other heads": ("AK403", "k_scale", lambda: make("fp8", k_scale=torch.ones(3))),
     "append other heads": ("AK403", "v", lambda: make("int8").append(torch.ones(B, HKV, 1, D), torch.ones(B, 1, 1, DV))),
     "append of another width": ("AK403", "k", lambda: make("int4").append(torch.ones(B, HKV, 1, 8), torch.ones(B, HKV, 1, DV))),
-    "a storage of too few": ("AK402", "storage", lambda: torch.ops.attnkit.kv_append([Q1], torch.zeros(B, dtype=torch.int32), Q1, Q1, "int8 int8 40 72 32 40")),
+    "a storage of too few": ("AK402", "storage", lambda: torch.ops.attnkit.kv_append([Q1], torch.zeros(B, dtype=torch.int32), Q1, Q1, "int8 int8 64 96 32 40")),
     "truncate by a float": ("AK402", "n", lambda: make("int4").truncate(1.0)),  # type: ignore[arg-type]
     "truncate below zero": ("AK401", "n", lambda: make("int4").truncate(-1)),
     "q of another width": ("AK403", "q", lambda: ak.attention(Q1[..., :8], make("int8"))),
