@@ -36,7 +36,7 @@ lint: dev ## The linters alone: ruff, mypy, import-linter, clang-format, codespe
 compile-check: dev ## Compile every default GPU kernel for sm_80, sm_90 and sm_100 without a GPU; print what each takes
 	$(BIN)/python -m attnkit.backends.triton.check --json out/compile-check.json
 
-gpu: ## On a machine with a GPU: build, then the GPU tests; JSON in out/gpu; goes on where it stopped
+gpu: ## On a machine with a GPU: build, test, measure beside peers; JSON in out/gpu; goes on where it stopped
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) tests/gpu/run.py --out out/gpu
 
 docs: dev ## Build the documentation into out/site, strictly: a dead link fails

@@ -144,11 +144,55 @@ def _source(result: Any, name: str) -> list[str]:
     ]
 
 
+def resources_table() -> str:
+    """What the default kernels take of each architecture: registers, bytes spilled a thread, KiB of shared memory."""
+    result = _load("triton-compile.json")
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in result["rows"]:
+        case, taken, tiles = row["case"], row["resources"], row["config"]
+        if (case["program"], case["dtype"]) != ("causal", "bfloat16") or "mend" in case["kernel"]:
+            continue
+        cell = f"{tiles['tile_q']}×{tiles['tile_kv']} w{tiles['warps']}: {taken['registers']}, {taken['stack']}, {taken['shared'] >> 10}"
+        dims = f"{case['head_dim']}/{case['v_head_dim']}"
+        cells.setdefault((case["kernel"], dims), {})[case["arch"]] = cell
+    architectures = sorted({arch for found in cells.values() for arch in found})
+    lines = [
+        f"| kernel, D/Dv | {' | '.join(f'sm_{arch}' for arch in architectures)} |",
+        "|" + "---|" * (1 + len(architectures)),
+    ]
+    for kernel in ("forward", "decode", "dq", "dkv"):
+        for name, dims in sorted(
+            (key for key in cells if key[0] == kernel), key=lambda key: int(key[1].split("/")[0])
+        ):
+            lines.append(
+                f"| {name} {dims} | {' | '.join(cells[name, dims][arch] for arch in architectures)} |"
+            )
+    most = {
+        kind: max(row["resources"]["stack"] for row in result["rows"] if row["case"]["kernel"] in kinds)
+        for kind, kinds in (
+            ("forward and decode", ("forward", "decode")),
+            ("backward", ("dq", "dkv", "pairs", "delta")),
+        )
+    }
+    said = {
+        kind: f"spill at most {stack} bytes a thread" if stack else "spill nothing"
+        for kind, stack in most.items()
+    }
+    lines += [
+        "",
+        f"{len(result['rows'])} kernels, of all programs of `check.py`, dtypes and architectures ({result['tools']}):",
+        f"{', '.join(f'{kind} kernels {what}' for kind, what in said.items())}. All of them:",
+        "`bench/results/triton-compile.json`.",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = [
     ("README.md", "results", quick_table),
     ("docs/design/cpu-engine.md", "expression cost", cost_table),
     ("docs/benchmarks.md", "cpu suite", partial(bars_table, "cpu")),
     ("docs/benchmarks.md", "scaling suite", partial(bars_table, "scaling")),
+    ("docs/design/triton.md", "resources", resources_table),
     ("docs/training.md", "training suite", training_table),
     ("docs/training.md", "models suite", models_table),
 ]

@@ -51,6 +51,9 @@ thread_local Scratch t_workspace, t_parts;
 // heads (8e5 operations) take 4.5 us on two threads and 7.4 on one.
 constexpr double kMinFlopsPerThread = 3e5;
 
+// Reading a key takes as long as the arithmetic of so many queries.
+constexpr int64_t kQueriesPerRead = 4;
+
 }  // namespace
 
 float* workspace(size_t bytes) { return t_workspace.get(bytes); }
@@ -87,9 +90,11 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
   if (facts.status.fault != Fault::none) return facts.status;
 
   double flops = 0;
-  for (int32_t i = 0; i < p.num_sequences; ++i)
-    flops += 2.0 * static_cast<double>(p.sequences[i].q_len) * static_cast<double>(p.sequences[i].kv_len) *
-             (p.head_dim + p.v_head_dim) * p.num_heads;
+  for (int32_t i = 0; i < p.num_sequences; ++i) {
+    const Sequence& s = p.sequences[i];
+    const int64_t queries = std::max(s.q_len * p.num_heads, kQueriesPerRead * p.num_kv_heads);
+    flops += 2.0 * static_cast<double>(queries) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim);
+  }
   const Kernel& kernel = current_isa();
   int threads = worth(config.threads, flops);
 
@@ -108,7 +113,7 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
   std::vector<uint8_t> there(static_cast<size_t>(schedule.num_parts()), 0);
   std::vector<std::atomic<int64_t>> finished(static_cast<size_t>(schedule.num_units()));
 
-  std::atomic<int64_t> next{0};
+  Deal deal(num_tasks, std::max(threads, 1));
   std::atomic<int32_t> bad_load{-1};
   std::atomic<bool> no_memory{false};
   const auto work = [&] {
@@ -118,7 +123,8 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
       return;
     }
     RowPlan row(program, p, call, analysis, facts);
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < num_tasks;) {
+    const int thread = threads > 1 ? omp_get_thread_num() : 0;
+    for (int64_t i; (i = deal.take(thread)) >= 0;) {
       const Schedule::Item item = schedule.item(i);
       const std::vector<KeyRange>& ranges = row.plan(item.task);
       const bool shared = item.pieces > 1;

@@ -11,6 +11,7 @@ inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multip
 struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
+  int32_t ld;  // keys in a row of S^T, at most
   TileLayout tile;
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v, live;
   size_t weights, values;  // as pairs of keys
@@ -19,10 +20,13 @@ struct Layout {
   size_t code_q, code_bytes, code_weights;  // of few queries over codes
   size_t q, st;  // of few queries: rows of them, and of S^T
   int32_t dq;  // channels in a row of them
-  int32_t ld;  // keys in a row of S^T
 
-  Layout(const Call& c, int32_t lanes)
-      : bm(round_up(lanes, kLanes)), dv(round_up(c.problem->v_head_dim, kLanes)), tile(c.code, bm, places) {
+  // `few`: expressions are computed on S^T.
+  Layout(const Call& c, int32_t lanes, bool few)
+      : bm(round_up(lanes, kLanes)),
+        dv(round_up(c.problem->v_head_dim, kLanes)),
+        ld(round_up(c.tile_kv, kBlockVecs * kLanes)),
+        tile(c.code, few ? ld : bm, places) {
     const Problem& p = *c.problem;
     const auto take = [&](int64_t rows, int64_t columns) { return places.take(rows, columns); };
     qt = take(p.head_dim, bm);
@@ -48,7 +52,6 @@ struct Layout {
     code_q = take(coded ? kFewLanes + kFewRows : 0, dq);
     code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
     code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
-    ld = round_up(c.tile_kv, kBlockVecs * kLanes);
     st = take(kFewLanes, ld);
   }
 };
@@ -56,14 +59,16 @@ struct Layout {
 // All but the products.
 class Forward {
  public:
-  Forward(const Call& c, const Task& t, float* workspace)
+  // `few`: queries are so few that keys are the lanes of their scores, S^T.
+  Forward(const Call& c, const Task& t, float* workspace, bool few = false)
       : c_(c),
         p_(*c.problem),
         t_(t),
         seq_(p_.sequences[t.sequence]),
-        at_(c, t.lanes()),
+        at_(c, t.lanes(), few),
         ws_(workspace),
-        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerQuery),
+        tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + (few ? at_.st : at_.s),
+              few ? kPerKey : kPerQuery),
         now_{ws_ + at_.o, ws_ + at_.max, ws_ + at_.sum, at_.dv},
         before_{ws_ + at_.before_o, ws_ + at_.before_max, ws_ + at_.before_sum, at_.dv},
         philox_(p_.dropout, t.sequence),
@@ -453,4 +458,7 @@ void merge_parts(const Call& c, const Task& t, const Parts& parts, float* worksp
   forward.finish();
 }
 
-size_t workspace_bytes(const Call& c) { return Layout(c, kMaxTileQ).places.next * sizeof(float); }
+size_t workspace_bytes(const Call& c) {
+  const size_t many = Layout(c, kMaxTileQ, false).places.next, few = Layout(c, kFewLanes, true).places.next;
+  return (many > few ? many : few) * sizeof(float);
+}

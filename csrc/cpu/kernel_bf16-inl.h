@@ -169,7 +169,7 @@ class PairDecode : public FloatForward {
   void scores_of(const Lines& keys, const Ahead& ahead, int32_t at = 0) {
     int32_t m = 0;
     const auto rows = [&]<int kRows>() {
-      dot_rows<kRows>(queries() + m * width_, width_, keys, p_.scale, ws_ + at_.st + m * at_.ld + at, at_.ld,
+      dot_rows<kRows>(queries() + m * width_, width_, keys, p_.scale, ws_ + at_.st + m * ld_ + at, ld_,
                       m == 0 ? ahead : kNothing);
       m += kRows;
     };

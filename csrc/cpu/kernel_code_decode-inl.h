@@ -21,18 +21,21 @@ class CodeDecode : public PairDecode {
   }
 
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    start_largest(full);
     const int32_t k_codes = codes_of(keys_, first, count), v_codes = codes_of(values_, first, count);
     const CodeTile k(keys_, p_.pages, seq_, kv_head_, first, k_codes);
-    const bool direct = plain(full) && !thinned() && takes_values();
+    const bool direct = full && !thinned() && takes_values();
     const CodeTile v = direct ? CodeTile(values_, p_.pages, seq_, kv_head_, first, v_codes) : CodeTile();
-    if (!full) find_live(first, count);
+    ld_ = round_up(count, kBlockVecs * kLanes);
+    tile_.narrow(0, ld_);
+    if (!full) find_live_by_key(first, count);
     scores(k, first, v);
     if (k_codes < count) scores_of(newest(keys_, p_.head_dim, first + k_codes, count - k_codes), kNothing, k_codes);
+    modify_by_key(first, count, full);
     hide_tail(count);
     if (!direct) {
-      weigh(first, count, full);
-      return sum_values(values_of(first, count), count, full, 0);
+      few_softmax(count);
+      thin_weights(first, count, full);
+      return sum_values(values_of(first, count), count, full, first);
     }
     weights(count);
     const CodeTile then = next < 0 ? CodeTile() : next_keys(next);
@@ -53,7 +56,7 @@ class CodeDecode : public PairDecode {
   float* query(int32_t m) const { return ws_ + at_.code_q + m * at_.dq; }
   char* bytes(int32_t m) const { return reinterpret_cast<char*>(ws_ + at_.code_bytes) + m * 2 * kPlane; }
   char* codes_of_weights() const { return reinterpret_cast<char*>(ws_ + at_.code_weights); }
-  float* by_query(int32_t m) const { return ws_ + at_.st + m * at_.ld; }
+  float* by_query(int32_t m) const { return ws_ + at_.st + m * ld_; }
 
   // How many of the tokens from `first` on are codes.
   int32_t codes_of(const Store& s, int64_t first, int32_t count) const {
@@ -158,7 +161,7 @@ class CodeDecode : public PairDecode {
       for (int i = 0; i < kRuns; ++i)
         fetch[i] = fetch_of(next, m == 0 ? r + i : next.count, p_.head_dim * kBits / 32, k.runs[r]);
       code_scores<kBits, kRows, kRuns>(k.runs + r, k.scales + r, p_.head_dim, bytes(m), step_ + m, zero_ + m,
-                                       offset_ + m, by_query(m) + r * kRun, at_.ld, fetch);
+                                       offset_ + m, by_query(m) + r * kRun, ld_, fetch);
     });
   }
 
@@ -193,7 +196,7 @@ class CodeDecode : public PairDecode {
 
   void weights(int32_t count) {
     const int32_t end = round_up(count, kLanes);
-    few_weights(ws_ + at_.st, at_.ld, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha);
+    few_weights(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       vf sum[2] = {};
       for (int32_t n = 0; n < end; n += kLanes) sum[n / kLanes % 2] += load(by_query(m) + n);
@@ -307,7 +310,7 @@ class CodeDecode : public PairDecode {
   // The newest tokens, as they are.
   void newest_sums(int64_t first, int32_t codes, int32_t count) {
     const Lines lines = newest(values_, p_.v_head_dim, first + codes, count - codes);
-    few_by_key(ws_ + at_.st + codes, at_.ld, count - codes, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
+    few_by_key(ws_ + at_.st + codes, ld_, count - codes, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
     alignas(kBytes) float kept[kFewLanes];
     for (int32_t m = 0; m < kFewLanes; ++m) kept[m] = codes > 0 ? 1 : ws_[at_.alpha + m];
     few_values<Bf16>(ws_ + at_.s, at_.bm, lines, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv, t_.lanes(), kNothing);

@@ -35,34 +35,33 @@ class FloatForward : public Forward {
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
     float *s = ws_ + at_.s, *largest = start_largest(full);
     const Lines keys = keys_of(first, count), values = values_of(first, count);
-    if (!full) find_live(first, count);
     if (few_) {
+      ld_ = round_up(count, kBlockVecs * kLanes);
+      tile_.narrow(0, ld_);
+      if (!full) find_live_by_key(first, count);
       few_scores_of(keys, {keys, values});
+      modify_by_key(first, count, full);
+      few_softmax(count);
     } else {
+      if (!full) find_live(first, count);
       const Rows k = rows(p_.k, keys, p_.head_dim, p_.head_dim, at_.k);
       qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
                          p_.head_dim, 1, s, largest);
+      modify(first, count, full);
+      softmax(count, full, Weights{s, at_.bm});
     }
-    weigh(first, count, full);
+    thin_weights(first, count, full);
     sum_values(values, count, full, next < 0 ? first : next);
   }
 
  protected:
-  // Scores, of few queries still by query, become weights.
-  void weigh(int64_t first, int32_t count, bool full) {
+  void thin_weights(int64_t first, int32_t count, bool full) {
+    if (!thinned()) return;
     float* s = ws_ + at_.s;
-    if (few_ && plain(full)) {
-      few_softmax(count);
-    } else {
-      if (few_) few_by_key(ws_ + at_.st, at_.ld, count, t_.lanes(), s, [](int32_t, vf) {});
-      modify(first, count, full);
-      softmax(count, full, Weights{s, at_.bm});
-    }
-    if (thinned())
-      thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
-        float* w = s + n * at_.bm + lane;
-        store(w, select(kept, load(w), vf{}));
-      });
+    thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
+      float* w = s + n * at_.bm + lane;
+      store(w, select(kept, load(w), vf{}));
+    });
   }
 
   // `next`: where the keys that are needed next begin.
@@ -78,13 +77,15 @@ class FloatForward : public Forward {
     pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
-  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace), few_(few) {}
+  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
+
+  int32_t ld_ = 0;  // keys in a row of S^T, now
 
   // S^T of few queries.
   virtual void few_scores_of(const Lines& keys, const Ahead& ahead) {
     const auto from = [&](auto* type, const Lines& k, int32_t channels) {
-      few_scores<std::remove_pointer_t<decltype(type)>>(ws_ + at_.q, t_.lanes(), at_.dq, channels, k, ws_ + at_.st,
-                                                        at_.ld, ahead);
+      few_scores<std::remove_pointer_t<decltype(type)>>(ws_ + at_.q, t_.lanes(), at_.dq, channels, k, ws_ + at_.st, ld_,
+                                                        ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
       if (p_.stores == nullptr && p_.k.stride[3] == 1 && p_.head_dim == at_.dq) return from(type, keys, p_.head_dim);
@@ -93,17 +94,60 @@ class FloatForward : public Forward {
     });
   }
 
- private:
-  // softmax of plain scores, which are still at hand by key: as many weights at once as a vector has.
+  // As find_live: the mask of few queries, of which one vector has all.
+  void find_live_by_key(int64_t first, int32_t count) {
+    tile_.keys(first, count);
+    tile_.run_strip(0, t_.lanes(), false, true);
+    if (!c_.has_score) tile_.check_loads(0, t_.lanes(), count, false);
+    const Operand mask = tile_.operand(c_.code.mask, kTile, 0);
+    Span& span = spans_[0] = {count, 0};
+    for (int32_t n = 0; n < count; n += kLanes) {
+      vi queries{};
+      for (int32_t m = 0; m < t_.lanes(); ++m) queries |= live_by_key(mask, m, n) & set1_int(1 << m);
+      if (n + kLanes > count) queries &= lane_mask((uint32_t{1} << (count - n)) - 1);
+      store_int(ws_ + at_.live + n, queries);
+      const uint32_t seen = lane_bits(queries != 0);
+      if (seen == 0) continue;
+      if (span.end == 0) span.first = n + __builtin_ctz(seen);
+      span.end = n + 32 - __builtin_clz(seen);
+    }
+  }
+
+  // Applies the score, and hides what does not exist.
+  void modify_by_key(int64_t first, int32_t count, bool full) {
+    float* st = ws_ + at_.st;
+    const Shape shape{t_.lanes(), ld_};
+    if (c_.has_score) {
+      if (full) tile_.keys(first, count);
+      tile_.run_strip(0, shape.rows, true, !full && tile_.checked());
+      if (c_.code.in_place < 0) map1(st, shape, tile_.operand(c_.code.score, kTile, 0), [](vf x) { return x; });
+      tile_.check_loads(0, shape.rows, count, full);
+    }
+    if (full) return;
+    const Operand mask = tile_.operand(c_.code.mask, kTile, 0);
+    for (int32_t m = 0; m < shape.rows; ++m)
+      for (int32_t n = 0; n < count; n += kLanes) {
+        float* s = st + m * ld_ + n;
+        store(s, select(live_by_key(mask, m, n), load(s), set1(-kInfinity)));
+      }
+  }
+
+  static vi live_by_key(const Operand& mask, int32_t m, int32_t n) {
+    const float* row = mask.p + static_cast<int64_t>(m) * mask.step;
+    return as_int(mask.vec ? load(row + n) : set1_bits(row));
+  }
+
+  // softmax of scores that are at hand by key: as many weights at once as a vector has.
   void few_softmax(int32_t count) {
-    few_weights(ws_ + at_.st, at_.ld, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha);
+    few_weights(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha);
     vf sum[kSums] = {};
-    few_by_key(ws_ + at_.st, at_.ld, count, t_.lanes(), ws_ + at_.s,
+    few_by_key(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.s,
                [&](int32_t n, vf w) { sum[n % kSums] += n < count ? w : vf{}; });
     float* total = ws_ + at_.sum;
     store(total, fma(load(total), load(ws_ + at_.alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
+ private:
   void few_values_of(const Lines& values, const Ahead& ahead) {
     const auto from = [&](auto* type, const Lines& v) {
       few_values<std::remove_pointer_t<decltype(type)>>(ws_ + at_.s, at_.bm, v, ws_ + at_.guarded, ws_ + at_.alpha,

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <vector>
 
 #include "analysis.h"
 #include "call.h"
@@ -40,5 +41,35 @@ void on_threads(int threads, const Work& work) {
     if (omp_get_thread_num() == 0) until([&] { return done.load(std::memory_order_acquire) == omp_get_num_threads(); });
   }
 }
+
+// The tasks of a call, dealt to its threads. Each takes a run of its own first, in which neighbours read the same keys,
+// and the same run at every call of the same sizes; then what others have not got to.
+class Deal {
+ public:
+  Deal(int64_t tasks, int threads) : runs_(static_cast<size_t>(threads)) {
+    for (int t = 0; t < threads; ++t) {
+      Run& run = runs_[static_cast<size_t>(t)];
+      run.next = tasks * t / threads;
+      run.end = tasks * (t + 1) / threads;
+    }
+  }
+
+  // A task for this thread, or -1 if there is none left.
+  int64_t take(int thread) {
+    for (size_t k = 0; k < runs_.size(); ++k) {
+      Run& run = runs_[(static_cast<size_t>(thread) + k) % runs_.size()];
+      const int64_t i = run.next.fetch_add(1, std::memory_order_relaxed);
+      if (i < run.end) return i;
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Run> runs_;
+};
 
 }  // namespace attnkit::cpu

@@ -58,12 +58,13 @@ class Tile {
     run_section(kPerQuery, round_up(t.lanes(), kLanes));
   }
 
-  // and their keys.
+  // and their keys. Where keys are its lanes, those past the end repeat the last one.
   void keys(int64_t first, int32_t count) {
     first_ = first;
     count_ = count;
     if (checked()) clear(at_.bad_key, kMaxTileKv);
-    run_section(kPerKey, round_up(count, kLanes));
+    const int32_t lanes = round_up(count, kLanes);
+    run_section(kPerKey, lane_rank_ == kPerKey && lanes < lanes_ ? lanes_ : lanes);
   }
 
   // Only `lanes` lanes, a whole number of vectors, are in the tile, from lane `first` on.

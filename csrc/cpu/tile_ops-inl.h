@@ -141,25 +141,66 @@ ATTNKIT_INLINE int32_t int_at(const float* p) {
   return i;
 }
 
-// A tile whose indices each depend on the query or on the key alone, such as bias[h, q_idx, kv_idx]. Query by query, so
-// that a buffer with adjacent keys is read along its rows: gathering across rows would touch a cache line per element.
+// kLanes elements that follow each other, as `lane_bits` has each.
+template <class T>
+ATTNKIT_INLINE vf load_bits(const T* p) {
+  if constexpr (sizeof(T) == 4) return load(reinterpret_cast<const float*>(p));
+  if constexpr (sizeof(T) == 2) return widen(p);
+  vi bits{};
+  for (int i = 0; i < kLanes; ++i) bits[i] = lane_bits(p[i]);
+  return as_float(bits);
+}
+
+// Adds to each of kCount offsets what an index adds, by its own value. Unsigned: nobody looks at those past the end.
+template <int kCount>
+ATTNKIT_INLINE void add_offsets(uint64_t* offset, const float* index, int64_t stride) {
+  for (int i = 0; i < kCount; ++i)
+    offset[i] += static_cast<uint64_t>(int64_t{int_at(index + i)}) * static_cast<uint64_t>(stride);
+}
+template <int kCount>
+ATTNKIT_INLINE bool adjacent(const uint64_t* offset) {
+  uint64_t apart = 0;
+  for (int i = 0; i < kCount; ++i) apart |= offset[i] ^ (offset[0] + static_cast<uint64_t>(i));
+  return apart == 0;
+}
+
+// A tile whose indices each depend on the query or on the key alone, such as bias[h, q_idx, kv_idx]. Where the elements
+// of a lane are adjacent, squares of the tile are read along its lanes and transposed; where those of a row are, they
+// are read as they lie.
 template <class T>
 void load_separable(float* dst, Shape s, const Buffer& buf, const Operand* index) {
   const T* data = static_cast<const T*>(buf.data);
-  int64_t key_offset[kStrip];
-  for (int32_t r = 0; r < s.rows; ++r) {
-    key_offset[r] = 0;
-    for (int d = 0; d < buf.rank; ++d)
-      if (!index[d].vec) key_offset[r] += int_at(index[d].p + static_cast<int64_t>(r) * index[d].step) * buf.stride[d];
+  uint64_t of_row[kStrip] = {};
+  for (int d = 0; d < buf.rank; ++d) {
+    const Operand& x = index[d];
+    if (x.vec) continue;
+    if (x.step == 0)
+      data += int_at(x.p) * buf.stride[d];
+    else
+      add_offsets<kStrip>(of_row, x.p, buf.stride[d]);
   }
-  for (int32_t m = 0; m < s.lanes; ++m) {
-    const T* row = data;
+  const auto element = [&](uint64_t offset) { return data + static_cast<int64_t>(offset); };
+  for (int32_t j = 0; j < s.lanes; j += kLanes) {
+    uint64_t of_lane[kLanes] = {};
     for (int d = 0; d < buf.rank; ++d)
-      if (index[d].vec) row += int_at(index[d].p + m) * buf.stride[d];
-    for (int32_t r = 0; r < s.rows; ++r) {
-      const int32_t bits = lane_bits(row[key_offset[r]]);
-      __builtin_memcpy(dst + r * s.lanes + m, &bits, 4);
+      if (index[d].vec) add_offsets<kLanes>(of_lane, index[d].p + j, buf.stride[d]);
+    float* to = dst + j;
+    int32_t r = 0;
+    if (adjacent<kLanes>(of_lane))
+      for (; r < s.rows; ++r) store(to + r * s.lanes, load_bits(element(of_lane[0] + of_row[r])));
+    for (; r + kLanes <= s.rows && adjacent<kLanes>(of_row + r); r += kLanes) {
+      vf x[kLanes];
+#pragma GCC unroll 16
+      for (int m = 0; m < kLanes; ++m) x[m] = load_bits(element(of_lane[m] + of_row[r]));
+      transpose_square(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(to + (r + i) * s.lanes, x[i]);
     }
+    for (; r < s.rows; ++r)
+      for (int m = 0; m < kLanes; ++m) {
+        const int32_t bits = lane_bits(*element(of_lane[m] + of_row[r]));
+        __builtin_memcpy(to + r * s.lanes + m, &bits, 4);
+      }
   }
 }
 

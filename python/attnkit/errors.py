@@ -156,6 +156,14 @@ CODES: dict[str, Code] = {
     "AK502": Code(_MISSING, "no backend supports this problem"),
     "AK503": Code(_MISSING, "gradients are not supported here", "call it under torch.no_grad()"),
     "AK504": Code(_MISSING, "not supported yet"),
+    "AK505": Code(
+        _MISSING, "kernels compute wrong numbers on this device", "use another backend; please report it"
+    ),
+    "AK506": Code(
+        _MISSING,
+        "kernels have not been checked on this device",
+        "make the same call once, outside of the capture",
+    ),
     # run time
     "AK601": Code(
         _VALUE,

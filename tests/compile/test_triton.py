@@ -1,6 +1,7 @@
 """GPU kernels, compiled without a GPU: they fit, spill nothing, and are what they should be by reading them."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from attnkit.backends.triton import check, launch, lints
+from attnkit.backends.triton.backend import TritonBackend
 from attnkit.backends.triton.check import Case
 from attnkit.ops.traced import Traceable, bind
 
@@ -80,6 +82,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     from triton.compiler import CompiledKernel
 
     calls: list[Any] = []
+    monkeypatch.setattr(
+        sys.modules[TritonBackend.__module__], "admitted", lambda spec, config, *where: config
+    )
     monkeypatch.setattr(launch, "current_target", lambda warps, stages: launch.Target(90, warps, stages))
     monkeypatch.setattr(
         CompiledKernel,

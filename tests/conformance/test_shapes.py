@@ -231,6 +231,33 @@ def test_captured_tensors_of_any_strides(isa: str, rng: np.random.Generator, com
     )
 
 
+IN_ORDER = {
+    "keys adjacent": lambda x: x,
+    "queries adjacent": lambda x: x.mT.contiguous().mT,
+    "heads adjacent": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "every second key": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+    "one row for all queries": lambda x: x[:, :, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int32", "int64", "bool"])
+@pytest.mark.parametrize("order", IN_ORDER)
+def test_captured_tensors_in_every_order(
+    order: str, kind: str, isa: str, rng: np.random.Generator, compare: Any
+) -> None:
+    """Elements that are adjacent along keys, queries or neither are read by different code; so are few queries."""
+    for q_len in (1, 3, 37):
+        tensors = qkv("gaussian", rng, Dims(2, 4, 2, q_len, 83, 16, 16))
+        drawn = torch.from_numpy(rng.integers(-2, 3, (2, 4, q_len, 83))).to(getattr(torch, kind))
+        table = IN_ORDER[order](drawn)
+        held = table.double().numpy()
+        compare(
+            *tensors,
+            oracle={"score": lambda s, p, held=held: s + held[p.b, p.h]},
+            score=lambda s, b, h, q_idx, kv_idx, table=table: s + table[b, h, q_idx, kv_idx] * 1.0,
+        )
+
+
 # --- several sequences in one call ------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from transformers import masking_utils as mu
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attnkit.integrations import transformers as integration
+from attnkit.ops import traced as traces
 
 B, LONG = 2, 24  # LONG: more positions than any mask here reaches
 
@@ -115,6 +116,21 @@ def test_a_new_offset_is_no_new_program() -> None:
         masks = [integration.create_mask(B, 1, *lengths, function) for lengths in geometry]
         texts = {None if mask is None else ak.trace(mask.function).text for mask in masks}
         assert len(texts) == 1
+
+
+def test_a_mask_is_traced_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = integration.create_mask(B, 5, 9, 4, mask_function=FUNCTIONS["window"])
+    assert mask is not None
+    traced = []
+    real = traces._recall
+    monkeypatch.setattr(traces, "_recall", lambda what, like: traced.append(what) or real(what, like))
+    q, k, v = torch.randn(B, 2, 5, 8), torch.randn(B, 2, 9, 8), torch.randn(B, 2, 9, 8)
+    first, second = (ak.attention(q, k, v, mask=mask.function) for _ in range(2))
+    assert len(traced) == 1
+    assert torch.equal(first, second)
+    scaled = ak.attention(q, k, v, mask=mask.function, scale=3.0)
+    assert len(traced) == 2
+    assert torch.equal(scaled, ak.attention(q, k, v, mask=mask.function.function, scale=3.0))
 
 
 def test_masks_look_at_a_static_cache_before_it_counts_on() -> None:

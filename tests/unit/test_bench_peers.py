@@ -324,7 +324,8 @@ def test_run_judges_checks_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
             raise error("AK502", where="dtype")
         return peers.CPU.prepare(inputs)
 
-    monkeypatch.setattr(runner, "CPU", dataclasses.replace(peers.CPU, prepare=prepare))
+    own = dataclasses.replace(peers.CPU, prepare=prepare)
+    monkeypatch.setattr(runner, "HOST", runner.Place(own=own))
 
     def breaks(inputs: Inputs) -> Any:
         raise RuntimeError("no such kernel\nand more")
@@ -360,7 +361,7 @@ def test_run_judges_checks_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_run_takes_gradients_and_rotates_caches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "CPU", fake("cpu"))  # whatever the engine can do
+    monkeypatch.setattr(runner, "HOST", runner.Place(own=fake("cpu")))  # whatever the engine can do
     seen: list[int] = []
 
     def watched(inputs: Inputs) -> Any:
@@ -398,7 +399,7 @@ def test_what_torch_computes_is_not_counted_as_ours(monkeypatch: pytest.MonkeyPa
 
 
 def test_grad_rows_want_gradients_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "CPU", fake("cpu"))
+    monkeypatch.setattr(runner, "HOST", runner.Place(own=fake("cpu")))
     for w in (Workload("full", TINY), Workload("full", TINY, grad=True)):
         got: list[bool] = []
 

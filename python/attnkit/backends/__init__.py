@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from attnkit.errors import error
 from attnkit.plan.spec import Config, KernelSpec, Space
@@ -22,8 +22,15 @@ _FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 Kernel = Callable[..., None]
 
 
+class Fingerprint(NamedTuple):
+    """What times depend on besides the problem: the device, and what built the kernels. Names and values of both."""
+
+    device: dict[str, str]
+    toolchain: dict[str, str]
+
+
 class Backend(Protocol):
-    """What a backend promises."""
+    """What a backend promises. One that also answers ``fingerprint() -> Fingerprint`` takes part in tuning."""
 
     name: str
 

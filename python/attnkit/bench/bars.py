@@ -21,16 +21,18 @@ class Found:
     wrong: frozenset[str]
 
 
-def judge(row: Row, found: Found | None, refusal: str | None = None) -> list[dict[str, Any]]:
-    """One entry per bar of a row, for the result file.
+def judge(
+    row: Row, found: Found | None, refusal: str | None = None, own: str = CPU.name
+) -> list[dict[str, Any]]:
+    """One entry per bar of a row, for the result file; ``own`` is the contender that is attnkit.
 
     ``measured`` is an interval, or null with the reason in ``note``; then the bar is not met.
     """
-    return [_judge(row, bar, found, refusal) for bar in row.bars]
+    return [_judge(row, bar, found, refusal, own) for bar in row.bars]
 
 
-def _judge(row: Row, bar: Bar, found: Found | None, refusal: str | None) -> dict[str, Any]:
-    measured, note = (None, refusal) if found is None else _measured(row, bar, found)
+def _judge(row: Row, bar: Bar, found: Found | None, refusal: str | None, own: str) -> dict[str, Any]:
+    measured, note = (None, refusal) if found is None else _measured(row, bar, found, own)
     return {
         "workload": row.name,
         **asdict(bar),
@@ -52,21 +54,21 @@ def _reaches(bar: Bar, value: float, least: float | None, most: float | None) ->
     return (least is None or value >= least) and (most is None or value <= most)
 
 
-def _measured(row: Row, bar: Bar, found: Found) -> tuple[Interval | None, str | None]:
+def _measured(row: Row, bar: Bar, found: Found, own: str) -> tuple[Interval | None, str | None]:
     times = found.times
-    if CPU.name in found.wrong:
+    if own in found.wrong:
         return None, "attnkit is wrong"
     if bar.against == "ceiling":
         return found.share, None if found.share else "no probe of this ceiling"
     if bar.against == "beside":
         assert row.beside is not None
         work = row.workload.flops / row.beside.flops
-        mine_to_other = [a / b / work for a, b in zip(times[CPU.name], times[BESIDE], strict=True)]
+        mine_to_other = [a / b / work for a, b in zip(times[own], times[BESIDE], strict=True)]
         return interval(mine_to_other), f"{row.beside.name}, per live pair"
-    rivals = [name for name in times if name not in (CPU.name, BESIDE) and name not in found.wrong]
+    rivals = [name for name in times if name not in (own, BESIDE) and name not in found.wrong]
     if bar.against == "best":
         best = min(rivals, key=lambda name: interval(times[name]).median, default=None)
-        return (None, "no peer ran") if best is None else (ratio(times, best, CPU.name), best)
+        return (None, "no peer ran") if best is None else (ratio(times, best, own), best)
     if bar.against not in rivals:
         return None, f"{bar.against} is wrong" if bar.against in found.wrong else f"{bar.against} did not run"
-    return ratio(times, bar.against, CPU.name), None
+    return ratio(times, bar.against, own), None

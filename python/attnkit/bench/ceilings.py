@@ -51,7 +51,7 @@ class Ceilings:
         once = [
             Burst(self._gflops(), engine().read_gbytes_per_s(self.threads, self._memory)) for _ in range(3)
         ]
-        self.bursts.append(_best(once))
+        self.bursts.append(best(once))
 
     def _gflops(self) -> dict[str, float]:
         probed = {d: getattr(engine(), name)(self.threads, _FMA_ROUNDS) for d, name in _PROBES.items()}
@@ -60,10 +60,11 @@ class Ceilings:
     @property
     def best(self) -> Burst:
         """The best of all rounds."""
-        return _best(self.bursts)
+        return best(self.bursts)
 
 
-def _best(bursts: list[Burst]) -> Burst:
+def best(bursts: list[Burst]) -> Burst:
+    """The largest of every number."""
     return Burst(
         {dtype: max(b.gflops[dtype] for b in bursts) for dtype in bursts[0].gflops},
         max(b.read_gbytes_per_s for b in bursts),

@@ -24,12 +24,12 @@ class Check:
         rng = np.random.default_rng(w.seed)
         self._inputs = inputs
         self.rows = np.unique(np.r_[0, s.sq - 1, rng.integers(0, s.sq, _ROWS - 2)])
-        q, k, v = (t.detach().double().numpy() for t in (inputs.q, inputs.k, inputs.v))
+        q, k, v = (_host(t) for t in (inputs.q, inputs.k, inputs.v))
         self.expected = dense.naive(q, k, v, rows=self.rows, **w.parameters)[0]
 
     def output(self, o: Any) -> Error:
         """The error of an output ``[B, Hq, Sq, Dv]``."""
-        return self._error([(o.detach().double().numpy()[:, :, self.rows], self.expected)])
+        return self._error([(_host(o)[:, :, self.rows], self.expected)])
 
     def gradients(self, step: Callable[[Any], tuple[Any, ...]]) -> Error:
         """The error of ``step(do) -> (o, dq, dk, dv)``.
@@ -45,8 +45,8 @@ class Check:
         pairs = zip(found, self._naive_gradients(do[:, :, self.rows]), strict=True)
         return self._error(
             [
-                (o.detach().double().numpy()[:, :, self.rows], self.expected),
-                *((a.double().numpy(), b) for a, b in pairs),
+                (_host(o)[:, :, self.rows], self.expected),
+                *((_host(a), b) for a, b in pairs),
             ]
         )
 
@@ -60,12 +60,12 @@ class Check:
         seen = torch.from_numpy(dense.visible(s.sq, s.skv, self.rows, **w.parameters))
         given = (self._inputs.q, self._inputs.k, self._inputs.v)
         with torch.enable_grad():
-            q, k, v = leaves = [t.detach().double().requires_grad_() for t in given]
+            q, k, v = leaves = [t.detach().cpu().double().requires_grad_() for t in given]
             z = q[:, :, self.rows] @ k.repeat_interleave(group, 1).mT * s.d**-0.5
             z = (z if cap is None else cap * torch.tanh(z / cap)) + added
             weights = torch.softmax(z.masked_fill(~seen, float("-inf")), -1)
             o = weights @ v.repeat_interleave(group, 1)
-            return [g.numpy() for g in torch.autograd.grad(o, leaves, do.double())]
+            return [g.numpy() for g in torch.autograd.grad(o, leaves, do.cpu().double())]
 
     def _error(self, pairs: list[tuple[Any, Any]]) -> Error:
         """The worst over (found, expected) pairs; null where something is not finite."""
@@ -78,6 +78,11 @@ class Check:
             worst["max_abs"] = max(worst["max_abs"], float(np.abs(difference).max(initial=0.0)))
             worst["rel_fro"] = max(worst["rel_fro"], float(np.linalg.norm(difference)) / norm)
         return {**worst, "rows": len(self.rows)}
+
+
+def _host(t: Any) -> Any:
+    """A tensor of any device and dtype as float64 numpy."""
+    return t.detach().cpu().double().numpy()
 
 
 def is_wrong(error: Error, dtype: str) -> bool:

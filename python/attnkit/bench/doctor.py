@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import attnkit
+from attnkit.backends.cpu.engine import usable_cores
 from attnkit.bench import machine
 from attnkit.bench.peers import installed_version
 from attnkit.errors import AttnkitError
@@ -38,7 +39,7 @@ def examine() -> dict[str, Any]:
     # torch before the engine, as in a user's program: both then share one OpenMP runtime
     broken = {name: trouble for name in _IMPORTED if (trouble := _trouble(name))}
     problems = list(broken.values())
-    threads: dict[str, Any] = {"usable cores": machine.usable_cores()}
+    threads: dict[str, Any] = {"usable cores": usable_cores()}
     torch_works = "torch" not in broken and find_spec("torch") is not None
     if torch_works:
         import torch

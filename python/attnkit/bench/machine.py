@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import attnkit
-from attnkit.backends.cpu.engine import engine
+from attnkit.backends.cpu.engine import cpu_model, engine, usable_cores
 from attnkit.bench.peers import installed_version
 
 
 def describe() -> dict[str, Any]:
     """CPU model, cores, instruction set and versions, as the ``machine`` of a result file."""
     return {
-        "cpu": cpu_model(),
-        "cores": usable_cores(),
+        **software(),
         "isa": engine().current_isa(),
         "isa_levels": list(engine().isa_levels()),
         "compiler": engine().compiler,
+    }
+
+
+def software() -> dict[str, Any]:
+    """What a result file says of every machine."""
+    return {
+        "cpu": cpu_model(),
+        "cores": usable_cores(),
         "os": platform.platform(),
         "python": platform.python_version(),
         "attnkit": attnkit.__version__,
         "torch": installed_version("torch"),
         "numpy": installed_version("numpy"),
     }
-
-
-def cpu_model() -> str:
-    """The name the processor gives itself."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def commit() -> str | None:

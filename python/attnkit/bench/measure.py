@@ -13,6 +13,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from attnkit.tune.statistics import Interval, interval
+
+__all__ = ["Contender", "Interval", "Rounds", "interval", "measure", "ratio"]
+
 # A turn shorter than this is repeated within the round: below it, the clock and cold caches are what is measured.
 _MIN_TURN_S = 5e-3
 _MAX_REPEATS = 2000
@@ -22,20 +26,6 @@ _SETTLE_S = 10e-3
 _LONG_S = 0.1
 _MIN_ROUNDS = 5
 _PRECISION = 0.005  # rounds stop early once every median is known this well
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A median, the 95 % interval it lies in, and the number of values it is the median of."""
-
-    median: float
-    lo: float
-    hi: float
-    n: int
-
-    def scaled(self, factor: float) -> Interval:
-        """The interval in another unit."""
-        return Interval(self.median * factor, self.lo * factor, self.hi * factor, self.n)
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,7 @@ def measure(
     times: Rounds = {name: [] for name in names}
     done = 0
     while done < (rounds if rounds is not None else 3) or (
-        rounds is None and time.perf_counter() - start < seconds and not _settled(times)
+        rounds is None and time.perf_counter() - start < seconds and not settled(times)
     ):
         for i in range(len(names)):
             name = names[(done + i) % len(names)]
@@ -82,18 +72,6 @@ def measure(
         after_round()
         done += 1
     return times
-
-
-def interval(values: list[float]) -> Interval:
-    """The median of ``values`` and its distribution-free 95 % interval (order statistics).
-
-    With fewer than six values no such interval exists, and the range is given.
-    """
-    ordered = sorted(values)
-    n = len(ordered)
-    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
-    rank = _lower_rank(n)
-    return Interval(middle, ordered[rank], ordered[n - 1 - rank], n)
 
 
 def ratio(times: Rounds, slow: str, fast: str) -> Interval:
@@ -123,7 +101,8 @@ def _turn(contender: Contender, repeats: int) -> float:
                 gc.enable()
 
 
-def _settled(times: Rounds) -> bool:
+def settled(times: Rounds) -> bool:
+    """Whether every median is known well enough to stop."""
     for values in times.values():
         if len(values) < 3 * _MIN_ROUNDS:
             return False
@@ -131,11 +110,3 @@ def _settled(times: Rounds) -> bool:
         if known.hi - known.lo > 2 * _PRECISION * known.median:
             return False
     return True
-
-
-def _lower_rank(n: int) -> int:
-    """The rank r for which the median lies between the r-th and (n-1-r)-th value in 95 % of cases (0 if n < 6).
-
-    The normal approximation of the binomial, rounded to the safe side.
-    """
-    return max(0, int((n - 1 - 1.96 * math.sqrt(n)) / 2))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STYLE = Path(__file__).parent / "data" / "attnkit.mplstyle"
-OWN = "cpu"  # the backend whose records are attnkit's
+OWN = ("cpu", "triton")  # the backends whose records are attnkit's
 
 
 def table(document: Document) -> Table:
@@ -29,14 +29,14 @@ def table(document: Document) -> Table:
         name = r["workload"]
         out.add_row(
             "" if name == last else name,
-            "attnkit" if r["backend"] == OWN else r["backend"],
+            "attnkit" if r["backend"] in OWN else r["backend"],
             f"{r['time_ms']['median']:.3g}",
             f"{r['tflops'] * 1e3:.0f}",
             _share(r),
             _speedup(r),
             "NaN" if r["error"]["max_abs"] is None else f"{r['error']['max_abs']:.1e}",
             "-" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.1f}",
-            style="bold" if r["backend"] == OWN else "",
+            style="bold" if r["backend"] in OWN else "",
         )
         last = name
     return out
@@ -141,7 +141,7 @@ def _bars(
         values = [r[field][middle] for r in rows]
         low = [max(0.0, v - r[field].get("lo", v)) for v, r in zip(values, rows, strict=True)]
         high = [max(0.0, r[field].get("hi", v) - v) for v, r in zip(values, rows, strict=True)]
-        label = "attnkit" if backend == OWN else f"{backend} {records[0]['backend_version']}"
+        label = "attnkit" if backend in OWN else f"{backend} {records[0]['backend_version']}"
         axes.barh(
             at,
             [v - start for v in values],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from attnkit.bench.peers import FLEX, FOLDED, GQA, MHA, OPENVINO, TORCH, ZENTORCH, Peer
+from attnkit.bench.peers import FLEX, FOLDED, FOLDED_GPU, FUSED, GQA, MHA, OPENVINO, TORCH, ZENTORCH, Peer
 from attnkit.bench.workloads import Shape, Workload
 from attnkit.variants import dense
 
@@ -160,6 +160,20 @@ _QUICK = [
     Row(Workload("full", Shape.of(1, 12, 128, 64))),
 ]
 
+# As other people's tables have it: 16k tokens, 16 heads of 128 channels.
+_GPU_FORWARD = [
+    _row(variant, Shape.of(16384 // s, 16, s, 128), FUSED, dtype=BF16)
+    for variant, s in (("causal", 8192), ("full", 8192), ("causal", 16384), ("causal", 4096), ("full", 16384), ("full", 4096))
+]  # fmt: skip
+_GPU_TRAINING = [
+    _row(variant, Shape.of(16384 // s, 16, s, 128), FUSED, dtype=BF16, direction="fwdbwd")
+    for variant, s in (("causal", 8192), ("full", 8192), ("causal", 16384), ("causal", 4096))
+]
+_GPU_DECODE = [
+    _row("full", Shape(b, 32, 8, 1, 32768, 128, 128), (FOLDED_GPU, *FUSED), dtype=BF16, direction="decode")
+    for b in (1, 4)
+]
+
 LENGTHS = tuple(1 << i for i in range(10, 17))  # 1k ... 64k
 
 suites: dict[str, list[Row]] = {
@@ -169,6 +183,8 @@ suites: dict[str, list[Row]] = {
     "smoke": [Row(Workload(name, Shape(1, 2, 1, 96, 130, 16, 16))) for name in dense.CASES],
     # What is promised of the CPU engine.
     "cpu": [*_FORWARD, *_TRAINING, *_MODS, *_OVERHEAD, *_DECODE, *_PAGES, *_SMALL],
+    # On a GPU, beside whoever computes attention there: the most important first, for a run that is cut off.
+    "gpu": [*_GPU_FORWARD, *_GPU_TRAINING, *_GPU_DECODE],
     # Time and memory against length: attnkit alone, a head for each of two threads.
     "scaling": [
         Row(Workload("causal", Shape.of(1, 2, s, 64), direction=direction), ())
@@ -176,7 +192,11 @@ suites: dict[str, list[Row]] = {
         for s in LENGTHS
     ],
 }
-SECONDS = {"cpu": 900.0, "scaling": 120.0}  # what a suite takes if nobody says; 24 for the others
+SECONDS = {
+    "cpu": 900.0,
+    "gpu": 120.0,
+    "scaling": 120.0,
+}  # what a suite takes if nobody says; 24 for the others
 
 
 def select(

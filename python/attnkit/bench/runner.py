@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import cycle
-from typing import Any
+from typing import Any, Protocol
 
 from attnkit.bench import machine
 from attnkit.bench.bars import BESIDE, Found, judge
-from attnkit.bench.ceilings import Ceilings
+from attnkit.bench.ceilings import Burst, Ceilings
 from attnkit.bench.checks import Check, Error, is_wrong
 from attnkit.bench.measure import Contender, Interval, Rounds, interval, measure, ratio
 from attnkit.bench.memory import peak_bytes
@@ -23,6 +23,35 @@ from attnkit.errors import AttnkitError
 
 Progress = Callable[[str, float], None]  # (what is being measured, fraction of the run that is done)
 _CACHES = 4  # KV caches that decoding goes through in turn
+
+
+class Probe(Protocol):
+    """What a place can do, probed between rounds: `ceilings.Ceilings`, or a GPU's."""
+
+    threads: int
+    bursts: list[Burst]
+
+    def burst(self) -> None:
+        """Probe every ceiling."""
+
+    @property
+    def best(self) -> Burst:
+        """The best of all rounds."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a suite runs, and how it is measured there; ``own`` is attnkit there."""
+
+    own: Peer = CPU
+    ceilings: Callable[[int], Probe] = Ceilings
+    inputs: Callable[[Workload], Inputs] = make_inputs
+    measure: Callable[..., Rounds] = measure
+    peak_bytes: Callable[[Callable[[], object]], int | None] = peak_bytes
+    describe: Callable[[], dict[str, Any]] = machine.describe
+
+
+HOST = Place()
 
 
 @dataclass
@@ -51,6 +80,7 @@ def run(
     seconds: float = 24.0,
     rounds: int | None = None,
     progress: Progress = lambda what, fraction: None,
+    place: Place | None = None,
 ) -> Document:
     """Measure attnkit and its peers in every row; the result file's content (see `records`).
 
@@ -61,23 +91,23 @@ def run(
     """
     import torch
 
-    rows = list(rows)
+    rows, place = list(rows), place or HOST
     with use_threads(threads) as used, torch.no_grad():
-        ceilings = Ceilings(used)
+        ceilings = place.ceilings(used)
         measured = []
         for i, row in enumerate(rows):
 
             def part_done(fraction: float, i: int = i, row: Row = row) -> None:
                 progress(row.name, (i + fraction) / len(rows))
 
-            measured.append(_measure(row, seconds / len(rows), rounds, ceilings, part_done))
+            measured.append(_measure(row, seconds / len(rows), rounds, ceilings, part_done, place))
     commit = machine.commit()
     return {
         "schema_version": SCHEMA_VERSION,
-        "machine": machine.describe(),
+        "machine": place.describe(),
         "ceilings": _ceilings(ceilings),
-        "records": [record for m in measured for record in _records(m, ceilings, commit)],
-        "bars": [bar for m in measured for bar in _judged(m)],
+        "records": [record for m in measured for record in _records(m, ceilings, commit, place)],
+        "bars": [bar for m in measured for bar in _judged(m, place)],
         "skipped": [
             {"workload": m.row.name, "backend": name, "reason": reason}
             for m in measured
@@ -102,52 +132,55 @@ def _measure(
     row: Row,
     seconds: float,
     rounds: int | None,
-    ceilings: Ceilings,
+    ceilings: Probe,
     part_done: Callable[[float], None],
+    place: Place,
 ) -> _Measured:
     part_done(0.0)
     found, contenders = _Measured(row), {}
-    inputs = make_inputs(row.workload)
+    if (reason := place.own.refuses(row.workload)) is not None:
+        found.skipped[place.own.name] = reason
+        return found
+    inputs = place.inputs(row.workload)
     check = Check(inputs)
-    for peer in (CPU, *row.peers):
+    for peer in (place.own, *row.peers):
         version = peer.installed()
         reason = _not_installed(peer) if version is None else peer.refuses(row.workload)
         if version is not None and reason is None:
             try:
-                contenders[peer.name] = _admit(peer, inputs, check, found)
+                contenders[peer.name] = _admit(peer, inputs, check, found, place)
                 found.versions[peer.name] = version
                 continue
             except AttnkitError as exc:
                 reason = f"attnkit refuses: {' '.join(str(exc).split())}"
             except Exception as exc:  # whatever goes wrong in somebody else's library
-                if peer is CPU:
+                if peer is place.own:
                     raise
                 reason = (
                     f"{type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc).strip() else ''}"
                 )
         found.skipped[peer.name] = reason or ""
-        if peer is CPU:
+        if peer is place.own:
             return found
     if row.beside is not None:
-        other = make_inputs(row.beside)
-        contenders[BESIDE] = _contender(CPU, other)[0]
+        contenders[BESIDE] = _contender(place.own, place.inputs(row.beside))[0]
     start, first = time.perf_counter(), len(ceilings.bursts)
 
     def after_round() -> None:
         ceilings.burst()
         part_done(min(1.0, (time.perf_counter() - start) / max(seconds, 1e-9)))
 
-    found.times = measure(contenders, seconds=seconds, rounds=rounds, after_round=after_round)
+    found.times = place.measure(contenders, seconds=seconds, rounds=rounds, after_round=after_round)
     _take_shares(found, ceilings, first)
     return found
 
 
-def _admit(peer: Peer, inputs: Inputs, check: Check, found: _Measured) -> Contender:
+def _admit(peer: Peer, inputs: Inputs, check: Check, found: _Measured, place: Place) -> Contender:
     """Prepare and check a contender, and note what it needs."""
     contender, call = _contender(peer, inputs)
     with contender.context():
         found.errors[peer.name] = _error(call, inputs, check)
-        found.peaks[peer.name] = peak_bytes(contender.run)
+        found.peaks[peer.name] = place.peak_bytes(contender.run)
     found.configs[peer.name] = call.config
     return contender
 
@@ -192,7 +225,7 @@ def _not_installed(peer: Peer) -> str:
     return "not installed" + (f": pip install 'attnkit[{peer.extra}]'" if peer.extra else "")
 
 
-def _take_shares(m: _Measured, ceilings: Ceilings, first: int) -> None:
+def _take_shares(m: _Measured, ceilings: Probe, first: int) -> None:
     """The share of the binding ceiling that each reached, round by round as everything else."""
     w = m.row.workload
     bursts = ceilings.bursts[first:]
@@ -206,13 +239,14 @@ def _take_shares(m: _Measured, ceilings: Ceilings, first: int) -> None:
 # --- the document -------------------------------------------------------------------------------------------
 
 
-def _judged(m: _Measured) -> list[dict[str, Any]]:
+def _judged(m: _Measured, place: Place) -> list[dict[str, Any]]:
+    own = place.own.name
     if not m.times:
-        return judge(m.row, None, m.skipped[CPU.name])
-    return judge(m.row, Found(m.times, m.shares.get(CPU.name), m.wrong))
+        return judge(m.row, None, m.skipped[own], own)
+    return judge(m.row, Found(m.times, m.shares.get(own), m.wrong), own=own)
 
 
-def _ceilings(ceilings: Ceilings) -> dict[str, Any]:
+def _ceilings(ceilings: Probe) -> dict[str, Any]:
     """The best of all bursts; null where no row was measured."""
     found = ceilings.best if ceilings.bursts else None
     return {
@@ -224,9 +258,9 @@ def _ceilings(ceilings: Ceilings) -> dict[str, Any]:
     }
 
 
-def _records(m: _Measured, ceilings: Ceilings, commit: str | None) -> Iterator[Record]:
+def _records(m: _Measured, ceilings: Probe, commit: str | None, place: Place) -> Iterator[Record]:
     w = m.row.workload
-    baseline = next((name for name in m.times if name not in (CPU.name, BESIDE)), None)
+    baseline = next((name for name in m.times if name not in (place.own.name, BESIDE)), None)
     for name, seconds in m.times.items():
         if name == BESIDE:
             continue
@@ -256,7 +290,7 @@ def _records(m: _Measured, ceilings: Ceilings, commit: str | None) -> Iterator[R
         }
 
 
-def _roofline(w: Workload, t: Interval, share: Interval | None, ceilings: Ceilings) -> dict[str, Any] | None:
+def _roofline(w: Workload, t: Interval, share: Interval | None, ceilings: Probe) -> dict[str, Any] | None:
     """The share of the binding ceiling that is reached: the time the machine must take over the time taken.
 
     ``fraction`` is of the best ceiling of the whole run, ``interleaved`` of the one probed in the same round.

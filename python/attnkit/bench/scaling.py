@@ -41,7 +41,7 @@ def curves(document: Document) -> list[Curve]:
     """A curve for each direction and dtype in a result file, over growing lengths."""
     groups: dict[str, list[Record]] = {}
     for r in document["records"]:
-        if r["backend"] == OWN:
+        if r["backend"] in OWN:
             groups.setdefault(f"{r['variant']} {r['direction']} {r['dtype']}", []).append(r)
     found = []
     for name, records in groups.items():

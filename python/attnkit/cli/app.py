@@ -9,11 +9,14 @@ import click
 
 from attnkit._version import __version__
 from attnkit.cli.bench import bench
+from attnkit.cli.cache import cache
+from attnkit.cli.compare import compare
 from attnkit.cli.doctor import doctor
 from attnkit.cli.dump import dump
 from attnkit.cli.explain import explain
 from attnkit.cli.list import list_
 from attnkit.cli.mask import mask
+from attnkit.cli.tune import tune
 from attnkit.errors import AttnkitError
 
 # Where the optional packages come from.
@@ -51,7 +54,7 @@ def one_line(error: AttnkitError) -> str:
 def app() -> None:
     """attnkit: say which attention you want once; run it as a fast kernel on what you have.
 
-    These commands measure kernels, show what a variant compiles to and why, and look for trouble. None of them needs a
+    These commands measure and tune kernels, show what a variant compiles to and why, and look for trouble. None of them needs a
     GPU. Data goes to stdout and everything else to stderr; with --json the data is JSON.
 
     \b
@@ -61,6 +64,9 @@ def app() -> None:
       attnkit bench --json out.json               measure beside torch
       attnkit bench --suite cpu                   beside every CPU library
       attnkit bench --variant window --shape 1,8,8,8192,8192,64
+      attnkit compare before.json after.json      what got slower?
+      attnkit tune --variant causal               which config is fastest here?
+      attnkit cache ls                            what was tuned
       attnkit explain --variant causal --shape 1,8,8,4096,4096,64
       attnkit dump --variant alibi > alibi.txt    the text of a program
       attnkit dump alibi.txt --stage bytecode     what the CPU engine makes of it
@@ -78,5 +84,5 @@ def app() -> None:
     """
 
 
-for _command in (bench, explain, dump, mask, list_, doctor):
+for _command in (bench, compare, tune, cache, explain, dump, mask, list_, doctor):
     app.add_command(_command)

@@ -81,7 +81,8 @@ def bench(
 
     Suite cpu is what is promised of the CPU engine beside every library that computes attention on a CPU: it prints
     the promises (bars) and whether they are met. pip install 'attnkit[peers]' gets the libraries; those that are
-    not there are left out. Suite scaling is time and memory against length. Suite models times architectures of
+    not there are left out. Suite gpu measures an NVIDIA GPU beside the libraries that compute attention there. Suite scaling
+    is time and memory against length. Suite models times architectures of
     transformers beside its "sdpa"; suite training trains a small model on torch and on attnkit and compares the losses.
 
     \b
@@ -157,8 +158,13 @@ def _attention(asked: Asked, progress: Progress) -> Measured:
             f"suite {asked.suite} has no such row; add --shape to measure a variant anyway"
         )
     budget = rows.SECONDS.get(asked.suite, 24.0) if asked.seconds is None else asked.seconds
+    place = None
+    if asked.suite == "gpu":
+        from attnkit.bench import gpu
+
+        place = gpu.PLACE
     document = runner.run(
-        chosen, threads=asked.threads, seconds=budget, rounds=asked.rounds, progress=progress
+        chosen, threads=asked.threads, seconds=budget, rounds=asked.rounds, progress=progress, place=place
     )
     if asked.suite != "scaling" or asked.shape is not None:
         return document, report.plot
@@ -212,7 +218,7 @@ def _left_out(document: dict[str, Any]) -> Iterator[tuple[str, bool]]:
         where.setdefault((skipped["backend"], skipped["reason"]), []).append(skipped["workload"])
     for (backend, reason), names in where.items():
         rows = names[0] if len(names) == 1 else f"{len(names)} rows"
-        yield f"left out: {backend} on {rows}: {reason}", backend == OWN
+        yield f"left out: {backend} on {rows}: {reason}", backend in OWN
 
 
 def _save(

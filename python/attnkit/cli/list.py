@@ -38,8 +38,8 @@ def _rows() -> list[dict[str, Any]]:
     from attnkit import backends
     from attnkit.bench.workloads import Shape, Workload
     from attnkit.ir.text import parse
+    from attnkit.plan.space import default_config
     from attnkit.plan.spec import KernelSpec
-    from attnkit.tune import default_config
     from attnkit.variants import dense
 
     rows = []

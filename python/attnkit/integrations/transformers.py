@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from attnkit.errors import CODES, AttnkitTypeError, error
 from attnkit.ir.mods import bias, causal
 from attnkit.ops import KVCache, dense_attention
+from attnkit.ops.traced import SettledMask
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -167,7 +168,7 @@ def create_mask(
         seen = mask_function(b, h.new_zeros(()), _shifted(position, q_shift), _shifted(kv_idx, kv_shift))
         return seen if padding is None else seen & padding[b, kv_idx]
 
-    return ModelMask(visible, shape)
+    return ModelMask(SettledMask(visible), shape)
 
 
 def attention_forward(
@@ -210,7 +211,7 @@ def attention_forward(
             AK503, derivatives in forward mode are required; whatever `dense_attention` raises.
     """
     _refuse_unsupported(kwargs)
-    if query.shape[0] == 1:
+    if query.shape[0] == 1 != key.shape[0]:
         query = query.expand(key.shape[0], -1, -1, -1)  # learned queries serve every entry of the batch
     full = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     mask: MaskFunction | None = None
@@ -239,9 +240,10 @@ AttentionMaskInterface.register("attnkit", create_mask)
 
 
 def _refuse_unsupported(kwargs: dict[str, Any]) -> None:
-    for name, what in _REFUSED.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise error("AK504", where=name, what=what, given=type(kwargs[name]).__name__, allowed="None")
+    for name in kwargs.keys() & _REFUSED.keys():
+        if kwargs[name] is not None and kwargs[name] is not False:
+            given = type(kwargs[name]).__name__
+            raise error("AK504", where=name, what=_REFUSED[name], given=given, allowed="None")
     # Some models drop output_attentions on the way down, and collect what their layers return.
     collected = None if _collector is None or torch.compiler.is_compiling() else _collector.get()
     if any(name.endswith("attentions") for name in collected or ()):

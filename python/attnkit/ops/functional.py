@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
-from attnkit.ops.traced import Traceable, bind, bind_function
+from attnkit.ops.traced import Bound, SettledMask, Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, ready
 
 Mod = Callable[..., Any]
@@ -100,13 +100,16 @@ def attention(
             or a length is wrong.
     """
     if (
-        score is None and mask is None and block_mask is None and normalizer is None and scale is None
+        score is None and (mask is None or type(mask) is SettledMask) and block_mask is None and normalizer is None
+        and (scale is None or (type(scale) is float and 0.0 < scale < math.inf))
         and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
         and dropout_p == 0.0 and backend in ("auto", "cpu")
         and not torch.compiler.is_compiling() and v is not None and not isinstance(k, KVCache) and is_unwatched((q, k, v))
     ):  # fmt: skip
-        # Nothing to trace, nobody to watch: what there is to check, `ready` does for tensors that it has not seen.
-        o, lse = attend(q, k, v, plain_text(), [], [], return_lse, unwatched=True)
+        # Little to trace, nobody to watch: what there is to check, `ready` does for tensors that it has not seen.
+        text, buffers, params = plain(scale) if mask is None else bind(Traceable(None, mask, scale), q)
+        values = [p.current() for p in params]
+        o, lse = attend(q, k, v, text, buffers, values, return_lse, unwatched=None if buffers else True)
         return o if lse is None or not return_lse else (o, lse)
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
@@ -151,10 +154,10 @@ def attention(
     return o if lse is None or not return_lse else (o, lse)
 
 
-@cache
-def plain_text() -> str:
+@lru_cache(maxsize=1024)
+def plain(scale: float | None = None) -> Bound:
     """The program of plain attention."""
-    return bind(Traceable(None, None)).text
+    return bind(Traceable(None, None, scale))
 
 
 def dense_attention(

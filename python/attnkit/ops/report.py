@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from attnkit.backends.cpu.backend import CpuKernel
 from attnkit.ops.counts import recording
 
 
@@ -15,7 +14,8 @@ class CallReport:
     """One attention call: what it is, where it would run, and why not elsewhere.
 
     ``blocks`` counts the tiles that are empty, partial and full, ``blocks_of`` says of which heads; ``config`` are the
-    kernel's numbers.
+    kernel's numbers, ``tuned`` says where those of each direction come from (``user``, ``project``, ``pack``, or ``cost model``:
+    nobody has measured), and ``bucket`` for which numbers of queries and keys (0: any).
     """
 
     backend: str
@@ -24,6 +24,8 @@ class CallReport:
     shapes: dict[str, list[int]]
     text: str = ""
     config: dict[str, int] = field(default_factory=dict)
+    tuned: dict[str, str] = field(default_factory=dict)
+    bucket: tuple[int, int] = (0, 0)
     rejected: dict[str, tuple[str, ...]] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)
     blocks_of: str = ""
@@ -35,6 +37,10 @@ class CallReport:
         lines += [f"  {note}" for note in self.notes]
         if self.config:
             lines.append("  config: " + ", ".join(f"{k}={v}" for k, v in self.config.items()))
+        if self.tuned:
+            lines.append(
+                f"  tuned: {', '.join(f'{k} {v}' for k, v in self.tuned.items())} (bucket {_bucket(self.bucket)})"
+            )
         if self.blocks:
             lines.append(
                 f"  blocks: {', '.join(f'{n} {kind}' for kind, n in self.blocks.items())} ({self.blocks_of})"
@@ -42,6 +48,10 @@ class CallReport:
         lines += [f"  not on {name}: {'; '.join(reasons)}" for name, reasons in self.rejected.items()]
         lines += [f"  | {line}" for line in self.text.splitlines()]
         return "\n".join(lines)
+
+
+def _bucket(lengths: tuple[int, int]) -> str:
+    return " x ".join(str(n) if n else "any" for n in lengths)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
             calls.append(CallReport("torch", dtype, device, shapes, notes=(f"computed by torch: {reason}",)))
             return
         kernel = prepared.kernel
-        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if isinstance(kernel, CpuKernel) else ({}, "")
+        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if hasattr(kernel, "tiles") else ({}, "")
         calls.append(
             CallReport(
                 prepared.backend,
@@ -86,6 +96,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 shapes,
                 prepared.spec.program.text,
                 prepared.config,
+                {str(direction): layer for direction, layer in prepared.served.layers.items()},
+                prepared.served.lengths,
                 prepared.rejected,
                 blocks,
                 blocks_of,

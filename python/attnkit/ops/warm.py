@@ -80,7 +80,7 @@ class Ready(NamedTuple):
     differentiable: bool  # the kernel has a backward
 
 
-# A decoder meets new lengths at every step; the bound only stops a leak.
+# A model has a handful; the bound only stops a leak.
 _MAX_ENTRIES = 4096
 _ready: dict[Any, Ready] = {}
 
@@ -92,14 +92,15 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
         AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
     """
     exact = precision(q) if q.is_cuda else "highest"
-    key = (text, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, backend, exact)
+    key = _key(text, q, k, v, backend, exact)
     found = _ready.get(key)
     if found is not None:
         return found
     check_qkv(q, k, v, is_paged(parse(text)))
     prepared = prepare(
-        text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend, exact
-    )
+        text, str(q.dtype).removeprefix("torch."), q.shape[3], v.shape[3], q.device.type, backend, exact,
+        (q.shape[2], k.shape[2]),
+    )  # fmt: skip
     program = prepared.spec.program
     new = Ready(
         prepared,
@@ -112,6 +113,18 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     if len(_ready) >= _MAX_ENTRIES:
         _ready.clear()
     return _ready.setdefault(key, new)
+
+
+def _key(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str, exact: str) -> Any:
+    """What a `Ready` is known by; None, under which none is kept, for tensors that do not go together.
+
+    How many keys there are is not part of it: a decoder has one more at every step.
+    """
+    of_k, of_v = k.shape, v.shape
+    if len(of_k) != 4 or len(of_v) != 4 or of_k[2] != of_v[2]:
+        return None
+    sizes = of_k[0], of_k[1], of_k[3], of_v[0], of_v[1], of_v[3]
+    return text, q.shape, sizes, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, backend, exact
 
 
 def precision(q: Tensor) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from attnkit.ir.program import Program
+from attnkit.plan.space import Config, Field, FieldKind, Space
 
-FieldKind = Literal["numeric", "schedule"]
+__all__ = ["Config", "Field", "FieldKind", "KernelSpec", "Space"]
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,3 @@ class KernelSpec:
     v_head_dim: int
     device: str = "cpu"
     precision: str = "highest"
-
-
-@dataclass(frozen=True)
-class Field:
-    """One number a tuner may choose.
-
-    ``numeric`` fields change the order of sums and so the last bits of a result; ``schedule`` fields never do.
-    """
-
-    kind: FieldKind
-    default: int
-    values: tuple[int, ...]
-
-
-Space = dict[str, Field]
-Config = dict[str, int]

@@ -1,4 +1,4 @@
-"""The plan cache: program text, dtype, head dims and device decide the kernel; nothing else does."""
+"""The plan cache: program text, dtype, head dims and device decide the kernel; these and the bucket of lengths its config."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from attnkit.backends import Kernel
 from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.plan.spec import Config, KernelSpec
-from attnkit.tune import default_config
+from attnkit.tune.key import ANY, Lengths, bucket
+from attnkit.tune.lookup import Served, mode, serve
 
 # Every distinct program text keeps one entry; a model has a handful. The bound only stops a leak.
 _MAX_ENTRIES = 4096
@@ -22,12 +23,19 @@ class Prepared:
 
     spec: KernelSpec
     backend: str
-    config: Config
+    served: Served
     kernel: Kernel
     rejected: dict[str, tuple[str, ...]]
 
+    @property
+    def config(self) -> Config:
+        """The kernel's numbers."""
+        return self.served.config
 
-_cache: dict[tuple[str, str, int, int, str, str, str], Prepared] = {}
+
+_Key = tuple[str, str, int, int, str, str, str]
+_cache: dict[tuple[_Key, Lengths], Prepared] = {}
+_kernels: dict[tuple[_Key, tuple[int, ...]], Kernel] = {}  # by config: most buckets have the same
 _lock = threading.RLock()  # a signal handler, or a finalizer, may come back here
 
 
@@ -67,29 +75,39 @@ def choose(spec: KernelSpec, backend: str = "auto") -> tuple[str, dict[str, tupl
 
 def prepare(
     text: str, dtype: str, head_dim: int, v_head_dim: int, device: str = "cpu", backend: str = "auto",
-    precision: str = "highest",
+    precision: str = "highest", lengths: Lengths = ANY,
 ) -> Prepared:  # fmt: skip
-    """The kernel for a program text, built on first use.
+    """The kernel for a program text, built on first use. ``lengths`` of queries and keys are those of the call's tensors.
 
     Raises:
         AttnkitError: AK1xx or AK2xx, the text is not a valid program; AK5xx, no backend can run it.
     """
-    key = (text, dtype, head_dim, v_head_dim, device, backend, precision)
+    program = (text, dtype, head_dim, v_head_dim, device, backend, precision)
+    key = program, (bucket(lengths[0]), bucket(lengths[1]))
     found = _cache.get(key)
     if found is not None:
         return found
     spec = KernelSpec(parse(text), dtype, head_dim, v_head_dim, device, precision)
     name, rejected = choose(spec, backend)
     chosen = backends.get(name)
-    config = default_config(chosen.space(spec))
-    prepared = Prepared(spec, name, config, chosen.build(spec, config), rejected)
+    served = serve(chosen, spec, lengths)
+    config = program, tuple(served.config.values())
+    kernel = _kernels.get(config)
+    if kernel is None:
+        kernel = chosen.build(spec, served.config)
     with _lock:
-        if len(_cache) >= _MAX_ENTRIES:
-            _cache.clear()
-        return _cache.setdefault(key, prepared)
+        if max(len(_cache), len(_kernels)) >= _MAX_ENTRIES:
+            clear()
+        kernel = _kernels.setdefault(config, kernel)
+        if mode() in ("tune-missing", "retune"):
+            from attnkit.runtime.first_call import at_first
+
+            kernel = at_first(kernel, name, spec, served, lengths)
+        return _cache.setdefault(key, Prepared(spec, name, served, kernel, rejected))
 
 
 def clear() -> None:
     """Forget every prepared kernel."""
     with _lock:
         _cache.clear()
+        _kernels.clear()

@@ -1,10 +1,7 @@
-"""Which config a kernel runs with. Until a store of measurements exists, every field has its default."""
+"""Which config a kernel runs with: what was measured, kept in a store, else the default of every field."""
 
 from __future__ import annotations
 
-from attnkit.plan.spec import Config, Space
+from attnkit.plan.space import default_config
 
-
-def default_config(space: Space) -> Config:
-    """The config of an untuned kernel: the default of every field."""
-    return {name: field.default for name, field in space.items()}
+__all__ = ["default_config"]

@@ -4,8 +4,12 @@ Collected only where ``TRITON_INTERPRET`` is set before Triton is imported: `tes
 files so, each in a process of its own.
 """
 
+import importlib.util
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,10 @@ from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.ir.text import parse
 from attnkit.ops.traced import Traceable, bind
 from attnkit.plan.spec import KernelSpec
+from attnkit.testing import Dims
 from attnkit.testing.floats import rounded
 from attnkit.tune import default_config
+from attnkit.variants import kv_quant
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*.py"]
 
@@ -32,11 +38,47 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{said}")
 
 
+def _gallery() -> Any:
+    """The variants of tests/conformance, each with its equation for the oracle."""
+    path = Path(__file__).parents[2] / "conformance/test_modifiers.py"
+    spec = importlib.util.spec_from_file_location("gallery_of_modifiers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+GALLERY = _gallery()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument ``variant`` runs for every one of them."""
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", GALLERY.VARIANTS)
+
+
+@pytest.fixture
+def gallery(rng: np.random.Generator) -> Callable[[str, Dims], tuple[dict[str, Any], dict[str, Any]]]:
+    """A variant's keywords for the oracle, and its fields of `Traceable`."""
+
+    def find(name: str, dims: Dims) -> tuple[dict[str, Any], dict[str, Any]]:
+        variant = GALLERY.VARIANTS[name](rng, dims)
+        fields = dict(variant.mods or variant.plain)
+        weighting = fields.pop("normalizer", None)
+        return variant.oracle, fields | ({} if weighting is None else {"sink": weighting.sink})
+
+    return find
+
+
 def kernel_of(
-    traced: Traceable, q: Any, v: Any, config: dict[str, int]
+    traced: Traceable, q: Any, v: Any, config: dict[str, int], int8: bool = False
 ) -> tuple[TritonKernel, list[Any], list[float]]:
-    """The kernel that a GPU would run, its buffers and params."""
+    """The kernel that a GPU would run, its buffers and params; ``int8``: of keys and values that are codes."""
     text, buffers, params = bind(traced, q)
+    if int8:
+        text = re.sub(r"\b([kv]: \w+(\[[^]]*\])?)", r"\1 int8(token, 0)", text)
     dtype = str(q.dtype).removeprefix("torch.")
     spec = KernelSpec(parse(text), dtype, q.shape[3], v.shape[3], "cuda")
     backend = backends.get("triton")
@@ -59,22 +101,42 @@ def build() -> Callable[..., tuple[TritonKernel, list[Any], list[float]]]:
     return kernel_of
 
 
+def encoded(x: Any) -> tuple[Any, Any, Any]:
+    """Codes, a scale for each row in bfloat16, and what they mean: by the variant's equation."""
+    found = kv_quant.quantise(x, kv_quant.INT8)
+    scales = torch.from_numpy(found.scale[..., 0].astype(np.float32)).bfloat16()
+    means = kv_quant.decode(found, kv_quant.INT8).astype(np.float32)
+    return torch.from_numpy(found.codes), scales, means
+
+
+@pytest.fixture
+def encode() -> Callable[[Any], tuple[Any, Any, Any]]:
+    """`encoded`."""
+    return encoded
+
+
 @pytest.fixture
 def compare() -> Callable[..., testing.Measured]:
-    """``compare(q, k, v, oracle={...}, config={...}, **fields of Traceable)``: o and lse against both gates."""
+    """``compare(q, k, v, oracle={...}, config={...}, **fields of Traceable)``: o and lse against both gates.
+
+    ``int8``: k and v are quantised first, and the oracle is given what their codes mean.
+    """
 
     def run(
         q: Any, k: Any, v: Any, *, oracle: dict[str, Any] | None = None, config: dict[str, int] | None = None,
-        dtype: str = "float32", mostly_dead: bool = False, score: Any = None, mask: Any = None, **fields: Any,
+        dtype: str = "float32", mostly_dead: bool = False, int8: bool = False, score: Any = None, mask: Any = None, **fields: Any,
     ) -> testing.Measured:  # fmt: skip
         arrays = [rounded(x, dtype) for x in (q, k, v)] if dtype != "float32" else [q, k, v]
         tensors = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in arrays]
-        kernel, buffers, params = kernel_of(
-            Traceable(score, mask, **fields), tensors[0], tensors[2], config or {}
-        )
+        traced = Traceable(score, mask, **fields)
+        kernel, buffers, params = kernel_of(traced, tensors[0], tensors[2], config or {}, int8)
+        scales: tuple[Any, ...] = ()
+        if int8:
+            codes, scales, arrays[1:] = zip(*(encoded(x) for x in arrays[1:]), strict=True)
+            tensors[1:] = codes
         o = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=tensors[0].dtype)
         lse = torch.full(q.shape[:3], float("nan"))
-        kernel(*tensors, o, lse, buffers, params)
+        kernel(*tensors, o, lse, buffers, params, scales=scales)
         expected = testing.attention(*arrays, dtype=dtype, **(oracle or {}))
         return testing.check(
             o.float().numpy(), lse.numpy(), expected, kernel="interpreted", mostly_dead=mostly_dead

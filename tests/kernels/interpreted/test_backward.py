@@ -132,6 +132,16 @@ def test_softcap(agree: Callable[..., None]) -> None:
     agree(SMALL, score=ak.softcap(2.0), mask=ak.causal())
 
 
+def test_the_least_float_is_a_score(agree: Callable[..., None]) -> None:
+    least = float(np.finfo(np.float32).min)
+    score = lambda s, b, h, q_idx, kv_idx: torch.where(kv_idx % 3 == h, least, s)  # noqa: E731
+    agree(SMALL, score=score, mask=ak.window(20, 9))
+
+
+def test_a_large_scale(agree: Callable[..., None]) -> None:
+    agree(SMALL, scale=1.5, mask=ak.causal())
+
+
 def test_sink(agree: Callable[..., None], rng: np.random.Generator) -> None:
     agree(SMALL, sink=torch.from_numpy(rng.standard_normal(2).astype(np.float32)), mask=ak.causal())
 

@@ -1,9 +1,6 @@
 """The forward kernels over the gallery of scores and masks, layouts, tails, dead rows and dead slots."""
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,31 +17,13 @@ from attnkit.testing import Dims, qkv
 from attnkit.tune import default_config
 
 Compare = Callable[..., Any]
+Gallery = Callable[[str, Dims], tuple[dict[str, Any], dict[str, Any]]]
 
 
-def _gallery() -> Any:
-    """The variants of tests/conformance, each with its equation for the oracle."""
-    path = Path(__file__).parents[2] / "conformance/test_modifiers.py"
-    spec = importlib.util.spec_from_file_location("gallery_of_modifiers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-GALLERY = _gallery()
-
-
-@pytest.mark.parametrize("name", GALLERY.VARIANTS)
-def test_gallery(name: str, compare: Compare, rng: np.random.Generator) -> None:
+def test_gallery(variant: str, gallery: Gallery, compare: Compare, rng: np.random.Generator) -> None:
     dims = Dims(1, 2, 1, 140, 130, 16, 24)
-    variant = GALLERY.VARIANTS[name](rng, dims)
-    call = dict(variant.mods or variant.plain)
-    weighting = call.pop("normalizer", None)
-    fields = call | ({} if weighting is None else {"sink": weighting.sink})
-    compare(*qkv("gaussian", rng, dims), oracle=variant.oracle, **fields)
+    oracle, fields = gallery(variant, dims)
+    compare(*qkv("gaussian", rng, dims), oracle=oracle, **fields)
 
 
 def arrays(rng: np.random.Generator, *dims: int, dtype: str = "float32") -> tuple[Any, Any, Any]:
@@ -122,6 +101,29 @@ def test_decode_of_packed_and_padded(compare: Compare, rng: np.random.Generator)
     cu_q, cu_kv = np.array([0, 1, 1, 30], np.int32), np.array([0, 150, 160, 300], np.int32)
     fields = {"cu_seqlens_q": torch.from_numpy(cu_q), "cu_seqlens_kv": torch.from_numpy(cu_kv)}
     compare(q, k, v, oracle={"cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}, **fields)
+
+
+@pytest.mark.parametrize("q_len", [3, 70])
+def test_the_least_float_is_a_score(q_len: int, compare: Compare, rng: np.random.Generator) -> None:
+    """Times log2(e) it would be none: a row of nothing else is the mean of its values, in parts of any length."""
+    least = float(np.finfo(np.float32).min)
+    q, k, v = arrays(rng, 1, 4, 2, q_len, 150, 16, 16)
+    score = lambda s, b, h, q_idx, kv_idx: torch.where((q_idx < 2) | (kv_idx % 3 == h), least, s)  # noqa: E731
+    oracle = {"score": lambda s, p: np.where((p.q_idx < 2) | (p.kv_idx % 3 == p.h), least, s)}
+    compare(q, k, v, score=score, oracle=oracle)
+    compare(
+        q, k, v, score=score, mask=ak.causal(), oracle=oracle | {"mask": lambda p: p.kv_idx <= p.position}
+    )
+    sink = np.array([least, 0.0, 3.0, least / 2], np.float32)
+    compare(q, k, v, score=score, sink=torch.from_numpy(sink), oracle=oracle | {"sink": sink})
+    compare(q, k[:, :, :0], v[:, :, :0], sink=torch.from_numpy(sink), oracle={"sink": sink}, mostly_dead=True)
+
+
+@pytest.mark.parametrize("scale", [0.01, 5.0])
+def test_scales(scale: float, compare: Compare, rng: np.random.Generator) -> None:
+    """Products stand for logits where the scale makes none of them larger."""
+    q, k, v = arrays(rng, 1, 2, 1, 70, 150, 16, 16)
+    compare(q, k, v, scale=scale, oracle={"scale": scale})
 
 
 def test_no_keys(compare: Compare, rng: np.random.Generator) -> None:

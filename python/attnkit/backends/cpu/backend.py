@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnkit._version import __version__
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
-from attnkit.backends import Kernel, refused
-from attnkit.backends.cpu.engine import engine
+from attnkit.backends import Fingerprint, Kernel, refused
+from attnkit.backends.cpu.engine import cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.program import Layout, Program
 from attnkit.plan.bytecode import Bytecode, emit
@@ -52,11 +53,16 @@ class CpuBackend:
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
         return {
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
-            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128)),
+            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128, 192)),
             "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
-            "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96)),
-            "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192)),
+            "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96), "backward"),
+            "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192), "backward"),
         }
+
+    def fingerprint(self) -> Fingerprint:
+        """The processor, the instruction set in use and the cores; this version and its compiler."""
+        device = {"name": cpu_model(), "isa": engine().current_isa(), "cores": str(usable_cores())}
+        return Fingerprint(device, {"attnkit": __version__, "compiler": engine().compiler})
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""

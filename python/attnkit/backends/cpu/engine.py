@@ -7,7 +7,10 @@ threads in the process, not two.
 from __future__ import annotations
 
 import os
+import platform
+import re
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 from attnkit.errors import error
@@ -31,3 +34,19 @@ def engine() -> ModuleType:
                     allowed=", ".join(_engine.isa_levels()))  # fmt: skip
     module: ModuleType = _engine
     return module
+
+
+@cache
+def cpu_model() -> str:
+    """The name the processor gives itself."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0))

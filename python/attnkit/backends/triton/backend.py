@@ -7,8 +7,10 @@ from pathlib import Path
 
 from attnkit.backends import Kernel, refused
 from attnkit.backends.triton import launch
+from attnkit.backends.triton.admission import admitted
 from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
+from attnkit.ir.program import Codec
 from attnkit.plan.ranges import stretch
 from attnkit.plan.spec import Config, Field, FieldKind, KernelSpec, Space
 
@@ -17,6 +19,8 @@ _DEVICES = (
     "/dev/nvidiactl",
     "/dev/dxg",
 )  # asked of the file system: a driver that was started would not survive a fork
+_INT8 = Codec("int8", "token", 0)
+_CODECS = ((None, None, None), (None, _INT8, _INT8))  # of q, k, v
 _LAYOUTS = ("bhsd", "packed", "padded", "paged")
 _FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
     "tile_q": ("schedule", (16, 32, 64, 128)), "tile_kv": ("numeric", (16, 32, 64, 128)), "warps": ("schedule", (1, 2, 4, 8)),
@@ -41,8 +45,11 @@ class TritonBackend:
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on an NVIDIA GPU; heads of 1 to 256 channels."""
         reasons = refused(spec, device="cuda", dtypes=_DTYPES, channels=256, where="an NVIDIA GPU")
-        if any(layout.kind not in _LAYOUTS or layout.codec is not None for layout in spec.program.inputs):
-            reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}, or quantised",)
+        inputs = spec.program.inputs
+        if any(layout.kind not in _LAYOUTS for layout in inputs):
+            reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}",)
+        if tuple(layout.codec for layout in inputs) not in _CODECS:
+            reasons += ("an input is quantised otherwise than k and v both, as int8(token, 0)",)
         return reasons
 
     def space(self, spec: KernelSpec) -> Space:
@@ -50,8 +57,8 @@ class TritonBackend:
         return space(spec, _ARCH if self.available() else launch.architecture())
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
-        """The kernels of a program, printed and compiled at the first call of each kind."""
-        return TritonKernel(spec, config)
+        """The kernels of a program, printed and compiled at the first call of each kind, then asked for right numbers."""
+        return TritonKernel(spec, config, None if launch.interpreted() else admitted)
 
 
 def space(spec: KernelSpec, arch: int) -> Space:
@@ -60,8 +67,10 @@ def space(spec: KernelSpec, arch: int) -> Space:
     fields: Space = {}
     attend = spec.program.attend
     dropout, lists = attend.dropout is not None, stretch(attend.mask, "kv_idx") is None
+    codes = width > 128 and spec.program.inputs[attend.k].codec is not None
     for kind, table in SCHEDULES.items():
-        found = with_room(schedule(table, arch, size, width), kind, arch, dropout=dropout, lists=lists)
+        rows = schedule(table, arch, size, width)
+        found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=codes)
         for name, default in found._asdict().items():
             fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1])
     fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))

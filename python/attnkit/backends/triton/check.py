@@ -12,15 +12,18 @@ from typing import Any
 
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.backend import space
-from attnkit.backends.triton.backward import backward, delta, of_pairs, sums
 from attnkit.backends.triton.blocks import blocks
+from attnkit.backends.triton.delta import delta
 from attnkit.backends.triton.forward import Shape, forward
+from attnkit.backends.triton.gradients import SWEEPS
 from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.lints import lint
 from attnkit.backends.triton.merge import merge
+from attnkit.backends.triton.pair_sums import of_pairs
 from attnkit.backends.triton.pairs import Pairs
 from attnkit.backends.triton.resources import SHARED, Resources, ceiling, resources
 from attnkit.backends.triton.schedule import ARCHITECTURES
+from attnkit.backends.triton.slopes import sums
 from attnkit.backends.triton.source import Arguments
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
@@ -44,18 +47,25 @@ PROGRAMS: dict[str, dict[str, str]] = {
     "sink": {"buffers": "b0: f32[1]", "body": CAUSAL, "normalizer": "softmax(sink = b0)"},
     "dropout": {"body": CAUSAL, "attributes": ", dropout = 0.1"},
     "packed": {
-        "layouts": "packed[b0] packed[b1] packed[b1]",
+        "layouts": "packed[b0] | packed[b1] | packed[b1]",
         "buffers": "b0: i32[1], b1: i32[1]",
         "body": CAUSAL,
     },
     "paged": {
-        "layouts": "bhsd paged[b0,b1] paged[b0,b1]",
+        "layouts": "bhsd | paged[b0,b1] | paged[b0,b1]",
         "buffers": "b0: i32[2], b1: i32[1]",
         "body": CAUSAL,
     },
-    "padded": {"layouts": "bhsd padded[b0] padded[b0]", "buffers": "b0: i32[1]"},
+    "padded": {"layouts": "bhsd | padded[b0] | padded[b0]", "buffers": "b0: i32[1]"},
+    "int8": {"layouts": "bhsd | bhsd int8(token, 0) | bhsd int8(token, 0)", "body": CAUSAL},
+    "paged int8": {
+        "layouts": "bhsd | paged[b0,b1] int8(token, 0) | paged[b0,b1] int8(token, 0)",
+        "buffers": "b0: i32[2], b1: i32[1]",
+        "body": CAUSAL,
+    },
 }
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+FORWARD = ("paged", "int8", "paged int8")  # programs without a backward
 _ALIKE = ("window", "sink", "padded")  # programs that other kernels have no more lines for
 # Bytes a thread that a kernel may spill; they are recorded. Those that mend run where something was not a number.
 _STACK = {"dq": 64, "dkv": 64, "pairs": 64, "forward mend": 2048, "dq mend": 2048, "dkv mend": 2048}
@@ -89,7 +99,7 @@ class Row:
 def program(name: str) -> Program:
     """One of `PROGRAMS`."""
     row = PROGRAMS[name]
-    q, k, v = row.get("layouts", "bhsd bhsd bhsd").split()
+    q, k, v = row.get("layouts", "bhsd | bhsd | bhsd").split("|")
     buffers = f" buffers({row['buffers']})" if "buffers" in row else ""
     return parse(
         f"attnkit 1\nprogram (q: {q}, k: {k}, v: {v}){buffers} {{\n"
@@ -114,7 +124,7 @@ Printed = tuple[
 
 def _forward(kernel: TritonKernel, pairs: Pairs, mend: bool = False) -> Printed:
     lists = kernel.attend.mask is not None and pairs.stretch is None
-    shape = Shape(lists=lists, care="mend" if mend else "flag" if kernel.wide else "")
+    shape = Shape(lists=lists, care=kernel.care[-1] if mend else kernel.care[0])
     numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision} | _page(kernel)
     return "attend", *forward(pairs, kernel.scale, shape), numbers, ""
 
@@ -126,7 +136,12 @@ def _decode(kernel: TritonKernel, pairs: Pairs) -> Printed:
         "TILE_KV": config["decode_tile_kv"],
         "SPLIT_KV": config["split_kv"],
     } | _page(kernel)
-    return "attend", *forward(pairs, kernel.scale, Shape(grouped=True, split=True)), numbers, "decode_"
+    return (
+        "attend",
+        *forward(pairs, kernel.scale, Shape(need_lse=False, grouped=True, split=True)),
+        numbers,
+        "decode_",
+    )
 
 
 def _merge(kernel: TritonKernel, pairs: Pairs) -> Printed:
@@ -152,7 +167,7 @@ def _backward(kind: str, mend: bool = False) -> Callable[[TritonKernel, Pairs], 
         numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
         numbers |= {"TILE_Q": config[prefix + "tile_q"], "TILE_KV": config[prefix + "tile_kv"]}
         numbers |= kernel.sweeps(kind)[0]
-        return f"attend_{kind}", *backward(kind, pairs, kernel.scale, found, lists, mend), numbers, prefix
+        return f"attend_{kind}", *SWEEPS[kind](pairs, kernel.scale, found, lists, mend), numbers, prefix
 
     return printed
 
@@ -180,7 +195,7 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
     """The default kernels: every program at one shape, causal attention at all."""
     for arch in architectures:
         for kernel in ("forward", "decode", "dq", "dkv"):
-            programs = [name for name in PROGRAMS if kernel in ("forward", "decode") or name != "paged"]
+            programs = [name for name in PROGRAMS if kernel in ("forward", "decode") or name not in FORWARD]
             for width in (64, 128, 256):
                 yield Case(kernel, "causal", "bfloat16", width, width, arch)
             yield Case(kernel, "causal", "bfloat16", 192, 128, arch)
@@ -191,6 +206,8 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
             for name in programs:
                 if name != "causal" and (kernel == "forward" or name not in _ALIKE):
                     yield Case(kernel, name, "bfloat16", 128, 128, arch)
+        for kernel in ("forward", "decode"):
+            yield Case(kernel, "int8", "bfloat16", 256, 256, arch)
         yield Case("forward mend", "causal", "bfloat16", 256, 256, arch)
         for width in (128, 256):
             yield Case("dq mend", "causal", "bfloat16", width, width, arch)
@@ -212,6 +229,8 @@ def compiled(case: Case) -> tuple[Any, TritonKernel, str]:
     entry, text, arguments, numbers, prefix = KERNELS[case.kernel](kernel, pairs)
     short = "*" + _SHORT[case.dtype]
     types = dict.fromkeys(("q", "k", "v", "o", "d_o", "dk", "dv"), short)
+    types |= dict.fromkeys(("k", "v"), "*i8") if kernel.kv_layout.codec is not None else {}
+    types |= dict.fromkeys(("k_scales", "v_scales"), "*bf16")
     types |= {
         f"b{i}": "*" + {"f32": "fp32", "bool": "i1"}.get(b.dtype, b.dtype)
         for i, b in enumerate(kernel.program.buffers)
@@ -274,7 +293,8 @@ def main() -> int:
     if args.json:
         held = [asdict(row) | {"resources": row.resources._asdict()} for row in rows]
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"schema_version": 1, "rows": held}, indent=1) + "\n")
+        document = {"schema_version": 1, "tools": launch.tools(), "rows": held}
+        args.json.write_text(json.dumps(document, indent=1) + "\n")
     return int(any(row.findings for row in rows))
 
 

@@ -13,36 +13,61 @@ from attnkit.ir.program import Layout
 FORWARD = '''
 @triton.jit
 def fold(
-    acc, top, total, query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {captured}{paging}{dropout}
+    acc, top, total, query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {captured}{storage}{dropout}
     {tiles}, TILE_Q: tl.constexpr, TILE_KV: tl.constexpr, HEAD_DIM: tl.constexpr, V_HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr, V_PADDED: tl.constexpr, PRECISION: tl.constexpr, PARTIAL: tl.constexpr,
     CAREFUL: tl.constexpr = False, PARTS: tl.constexpr = 1, STAGES: tl.constexpr = None,
 ):
-    """Folds `count` tiles of keys, in PARTS, into a tile of queries: weighted sums, largest exponent, sums of weights."""
+    """Folds `count` tiles of keys, in PARTS, into a tile of queries: weighted sums, largest logits, sums of weights."""
     lanes = tl.arange(0, TILE_KV)
     for i in tl.range(0, count * PARTS, num_stages=STAGES):
         $tile
         #if paged
-        slots = start + lanes
-        page = tl.load(table + slots // PAGE, mask=present, other=0).to(tl.int64)
-        key = load_tile(k, page * k_sp + (slots % PAGE) * k_ss, 1, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
-        value = load_tile(v, page * v_sp + (slots % PAGE) * v_ss, 1, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
+        page = tl.load(table + (start + lanes) // PAGE, mask=present, other=0).to(tl.int64)
+        slots = (start + lanes) % PAGE
+        key = load_tile(k, page * k_sp + slots * k_ss, 1, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
+        value = load_tile(v, page * v_sp + slots * v_ss, 1, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         #else
         key = load_tile(k + start.to(tl.int64) * k_ss, lanes, k_ss, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
         value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         #end
+        #if encoded
+        key, value = key.to(query.dtype), value.to(query.dtype)  # small integers: exact
+        #if paged
+        of_keys = k_scales + page * k_scales_sp + slots * k_scales_ss
+        of_values = v_scales + page * v_scales_sp + slots * v_scales_ss
+        #else
+        of_keys = k_scales + (start + lanes).to(tl.int64) * k_scales_ss
+        of_values = v_scales + (start + lanes).to(tl.int64) * v_scales_ss
+        #end
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        s *= tl.load(of_keys, mask=present, other=0.0).to(tl.float32)[None, :]
+        #else
+        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        #end
         $logits
+        #if raw
+        above = tl.maximum(top, tl.max(logit, 1) * {scale_log2e})  # base 2, until all is folded
+        pivot = tl.where(above == float("-inf"), 0.0, above)
+        weights = tl.exp2(logit * {scale_log2e} - pivot[:, None])
+        shrink = tl.exp2(top - pivot)
+        #else
         above = tl.maximum(top, tl.max(logit, 1))
         pivot = tl.where(above == float("-inf"), 0.0, above)
-        weights = tl.exp2(logit - pivot[:, None])
-        shrink = tl.exp2(top - pivot)
+        weights = tl.exp2((logit - pivot[:, None]) * 1.4426950408889634)
+        shrink = tl.exp2((top - pivot) * 1.4426950408889634)
+        #end
         total = total * shrink + tl.sum(weights, 1)
         #if dropout
         word, _, _, _ = tl.philox(seed, {counter})
         weights = tl.where(word >= dropped_below, weights, 0.0)
         #end
         acc *= shrink[:, None]
+        #if encoded
+        weights *= tl.load(of_values, mask=present, other=0.0).to(tl.float32)[None, :]
+        if PARTIAL:
+            weights = tl.where(exists, weights, 0.0)  # a scale may be no number: codes are numbers
+        #end
         weights = weights.to(value.dtype)
         acc = add_product(acc, weights, exists, value, PRECISION, CAREFUL and PARTIAL)
         top = above
@@ -82,10 +107,20 @@ def attend(
     #if paged
     k += kv_head.to(tl.int64) * k_sh
     v += kv_head.to(tl.int64) * v_sh
+    #if encoded
+    k_scales += kv_head.to(tl.int64) * k_scales_sh
+    v_scales += kv_head.to(tl.int64) * v_scales_sh
+    #end
     table += b.to(tl.int64) * table_sb
     #else
     k += entry.to(tl.int64) * k_sb + kv_head.to(tl.int64) * k_sh + kv_start.to(tl.int64) * k_ss
     v += entry.to(tl.int64) * v_sb + kv_head.to(tl.int64) * v_sh + kv_start.to(tl.int64) * v_ss
+    #if encoded
+    k_scales += entry.to(tl.int64) * k_scales_sb + kv_head.to(tl.int64) * k_scales_sh
+    v_scales += entry.to(tl.int64) * v_scales_sb + kv_head.to(tl.int64) * v_scales_sh
+    k_scales += kv_start.to(tl.int64) * k_scales_ss
+    v_scales += kv_start.to(tl.int64) * v_scales_ss
+    #end
     #end
     #if dropout
     seed = tl.load(seed_at)
@@ -103,6 +138,7 @@ def attend(
     #if flag
     tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + heads, has_nan(acc).to(tl.int32))
     #else
+    #if not encoded
     if has_nan(acc):  # rare: again, in narrow tiles, with care where there are pairs that do not exist
         PARTS: tl.constexpr = TILE_KV // 16
         acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
@@ -112,30 +148,39 @@ def attend(
         acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
     #end
     #end
+    #end
+    #if raw
+    top *= 0.6931471805599453
+    #end
     #if sink
-    sink = tl.load(sinks + heads).to(tl.float32) * 1.4426950408889634
+    sink = tl.load(sinks + heads).to(tl.float32)
     above = tl.maximum(top, sink)
     pivot = tl.where(above == float("-inf"), 0.0, above)
-    shrink = tl.exp2(top - pivot)
-    total = total * shrink + tl.exp2(sink - pivot)
+    shrink = tl.exp2((top - pivot) * 1.4426950408889634)
+    total = total * shrink + tl.exp2((sink - pivot) * 1.4426950408889634)
     acc *= shrink[:, None]
     top = above
     #end
-    dead = total == 0.0
     #if dropout
     acc *= kept_times
     #end
-    acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     #if split
     o += tl.program_id(2).to(tl.int64) * o_split
-    lse += tl.program_id(2).to(tl.int64) * lse_split
+    #else
+    dead = total == 0.0
+    acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
     #end
     o_at = heads.to(tl.int64) * o_sh + (q_start + places).to(tl.int64) * o_ss
     store_tile(o + entry.to(tl.int64) * o_sb, o_at, 1, o_sd, q_live, acc, V_HEAD_DIM, V_PADDED)
     #if lse
     lse_at = entry.to(tl.int64) * lse_sb + heads.to(tl.int64) * lse_sh + (q_start + places)
     pivot = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(lse + lse_at, pivot * 0.6931471805599453 + tl.log(total), mask=q_live)
+    tl.store(lse + lse_at, pivot + tl.log(total), mask=q_live)
+    #end
+    #if split
+    row_at = tl.program_id(2).to(tl.int64) * row_split + entry.to(tl.int64) * row_sb + heads.to(tl.int64) * row_sh
+    tl.store(tops + row_at + (q_start + places), top, mask=q_live)
+    tl.store(totals + row_at + (q_start + places), total, mask=q_live)
     #end
 '''
 
@@ -145,7 +190,7 @@ class Shape:
     """What of a call decides which lines a forward kernel has.
 
     ``grouped``: the query heads that share a kv head are rows of one tile; ``split``: the keys are split between programs,
-    which leave sums to merge; ``lists``: the tiles to visit stand in lists. What came out as no number is made again with
+    which leave weighted sums, largest logits and sums of weights to merge; ``lists``: the tiles to visit stand in lists. What came out as no number is made again with
     care: by the kernel itself (``care`` is ``""``), or it says so (``"flag"``) to a second one (``"mend"``).
     """
 
@@ -164,9 +209,9 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     captured = pairs.captured(roots)
     flags = {
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
-        "score": pairs.has_score, "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
+        "score": pairs.has_score, "raw": pairs.raw(scale), "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
-        "lengths": kv.kind in ("padded", "paged"),
+        "encoded": kv.codec is not None, "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip
     flags["sink"] &= not shape.split
     flags["ragged"] = flags["packed"]
@@ -176,22 +221,25 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     inner, outer = pairs.printer(), pairs.printer()
     score, score_name = pairs.score(inner)
     mask, exists, poison = pairs.mask(inner)
-    paging = "table, k_sp, v_sp, " if "paged" in on else ""
-    paging_types = "table, k_sp, v_sp, PAGE: tl.constexpr, " if "paged" in on else ""
+    paged, encoded = "paged" in on, "encoded" in on
+    storage = ["table", "k_sp", "v_sp"] * paged
+    storage += ["k_scales", "v_scales", "k_scales_ss", "v_scales_ss"] * encoded
+    storage += ["k_scales_sp", "v_scales_sp"] * (paged and encoded) + ["PAGE"] * paged
     dropout = "seed, dropped_below, " if "dropout" in on else ""
     names = "".join(f"{name}, " for name, _ in captured)
     tiles = "tiles, step, count" if shape.lists else "count, first, before, between"
     full = "tiles + list_length - 1, -1, full" if shape.lists else "full, whole_first, full, 0"
     partial = "tiles, 1, partial" if shape.lists else "partial, first, whole_first - first, full"
     common = f"query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {names}"
-    common += f"{'table, k_sp, v_sp, PAGE, ' if paging else ''}{dropout}"
+    common += "".join(f"{name}, " for name in storage) + dropout
     numbers = "TILE_Q, {}, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
     arguments = _arguments(on, captured)
-    constants = [f" {name}: tl.constexpr," for name in ("SPLIT_KV",) * shape.split + ("PAGE",) * bool(paging)]
+    constants = [f" {name}: tl.constexpr," for name in ("SPLIT_KV",) * shape.split + ("PAGE",) * paged]
     holes: dict[str, list[str] | str] = {
         "counter": pairs.counter,
         "int": "tl.int64" if pairs.wide else "tl.int32",
-        "captured": names, "paging": paging_types, "dropout": dropout, "tiles": tiles,
+        "captured": names, "dropout": dropout, "tiles": tiles,
+        "storage": "".join(f"{name}, " for name in storage).replace("PAGE", "PAGE: tl.constexpr"),
         "score": score, "score_name": score_name, "mask": [*mask], "exists": exists, "poison": poison,
         "scale": number(scale), "scale_log2e": number(scale * LOG2E),
         "fold_full": common + full, "fold_partial": common + partial,
@@ -206,7 +254,11 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
 
 def _arguments(on: set[str], captured: Arguments) -> Arguments:
     pointers = ["q", "k", "v", "o", *["lse"] * ("lse" in on), *["sinks"] * ("sink" in on)]
-    pointers += ["seed_at"] * ("dropout" in on)
+    pointers += (
+        ["k_scales", "v_scales"] * ("encoded" in on)
+        + ["tops", "totals"] * ("split" in on)
+        + ["seed_at"] * ("dropout" in on)
+    )
     pointers += (
         ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
     )
@@ -217,7 +269,10 @@ def _arguments(on: set[str], captured: Arguments) -> Arguments:
         for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd"))
         for d in dims
     ]
-    sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "lse_split"] * ("split" in on)
+    strides += [f"{x}_scales_s{d}" for x in "kv" for d in kv + "s"] * ("encoded" in on)
+    sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "row_split", "row_sb", "row_sh"] * (
+        "split" in on
+    )
     sizes += ["table_sb"] * ("paged" in on) + ["list_length", "list_sb", "list_sh"] * ("lists" in on)
     sizes += ["sequences"] if "packed" in on else ["q_tiles", "q_len"]
     sizes += [] if on & {"packed", "lengths"} else ["kv_len"]

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnkit.backends.triton import launch
-from attnkit.backends.triton.backward import Sums, backward, delta, of_pairs, sums
+from attnkit.backends.triton.delta import delta
+from attnkit.backends.triton.dkv import dkv
+from attnkit.backends.triton.dq import dq
+from attnkit.backends.triton.pair_sums import of_pairs
 from attnkit.backends.triton.parts import padded
+from attnkit.backends.triton.slopes import Sums, sums
 from attnkit.errors import error
 from attnkit.ir.expr import Expr
 
 if TYPE_CHECKING:
     from attnkit.backends.triton.kernel import Sizes, TritonKernel
 
+SWEEPS = {"dq": dq, "dkv": dkv}
 _DELTA_TILE = 64  # rows of a program that only adds
 
 
@@ -32,10 +37,13 @@ class Gradients:
         (q, k, v, o, lse), (dq, dk, dv) = saved, results
         if o.numel() == 0:
             return
-        if self._kernel.kv_layout.table is not None:
+        layout = self._kernel.kv_layout
+        if layout.table is not None or layout.codec is not None:
+            given = "keys in pages" if layout.table is not None else "keys as int8 codes"
             raise error(
-                "AK503", where="backend triton", given="keys in pages", allowed="keys that lie in order"
+                "AK503", where="backend triton", given=given, allowed="keys that lie in order, as numbers"
             )
+        self._kernel.admit("backward", q)
         sizes, lse = self._kernel.sizes(q, k, buffers), lse.contiguous()
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
         found = self._sums.get(wanted)
@@ -118,7 +126,7 @@ class Gradients:
             for mend in (False, True):
                 printed = self._kernel.printed(
                     (kind, pairs, found, mend),
-                    lambda mend=mend: backward(kind, pairs, self._kernel.scale, found, lists, mend),
+                    lambda mend=mend: SWEEPS[kind](pairs, self._kernel.scale, found, lists, mend),
                 )
                 self._kernel.run(f"attend_{kind}", printed, numbers | only, grid, values, prefix)
         for (load, _), each in zip(of_loads, partial, strict=True):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from attnkit.analysis.canonical import canonical
 from attnkit.backends.triton import launch
@@ -16,6 +16,7 @@ from attnkit.backends.triton.pairs import Pairs
 from attnkit.backends.triton.parts import padded
 from attnkit.backends.triton.schedule import WARPS
 from attnkit.backends.triton.source import Arguments
+from attnkit.errors import error
 from attnkit.ir.intervals import Interval, point
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.spec import Config, KernelSpec
@@ -25,6 +26,12 @@ from attnkit.plan.triton import care
 PRECISIONS = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 _MAX_ENTRIES = 4096  # a decoder meets new lengths at every step; the bound only stops a leak
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
+
+
+Direction = Literal["forward", "decode", "backward"]
+DIRECTIONS: tuple[Direction, ...] = ("forward", "decode", "backward")
+# (spec, config, direction, a tensor on the device) -> the config to use there, or an error; see `admission.admitted`.
+Admission = Callable[[KernelSpec, Config, Direction, Any], Config]
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,9 @@ class Sizes:
 class TritonKernel:
     """One program; see `attnkit.backends.Kernel`. The host looks at no tensor's elements."""
 
-    def __init__(self, spec: KernelSpec, config: Config) -> None:
+    def __init__(self, spec: KernelSpec, config: Config, admitted: Admission | None = None) -> None:
+        """``admitted`` is asked before a direction's first launch on a device; nobody is where it is None."""
+        self._admitted, self._asked = admitted, set[tuple[Direction, Any]]()
         self.spec, self.config, self.precision = spec, config, PRECISIONS[spec.precision]
         self.program = canonical(spec.program)
         self.attend = attend = self.program.attend
@@ -74,11 +83,24 @@ class TritonKernel:
         params: list[float],
         threads: int = 0,
         seed: Any = None,
+        scales: Sequence[Any] = (),
     ) -> None:
-        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor."""
+        """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
+
+        ``scales`` of int8 ``k`` and ``v`` are a factor for each row of theirs: ``[B, Hkv, Skv]``, ``[pages, Hkv, page_size]``.
+
+        Raises:
+            AttnkitTypeError: AK404, the program's keys are int8 codes and no scales came with them, or the other way round.
+        """
+        if (len(scales) == 2) != (self.kv_layout.codec is not None):
+            allowed = "int8 codes and their scales" if self.kv_layout.codec else "tensors of q's dtype"
+            raise error(
+                "AK404", where="k and v", given=f"{k.dtype} and {len(scales)} scales", allowed=allowed
+            )
         if o.numel() == 0:
             return
         inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
+        inputs |= dict(zip(("k_scales", "v_scales"), scales, strict=False))
         inputs |= {name: t for name, t in (("lse", lse), ("seed_at", seed)) if t is not None}
         if self._changes or isinstance(seed, int):
             self._launch(inputs, lse, buffers, params, seed, None)
@@ -101,44 +123,64 @@ class TritonKernel:
     ) -> None:  # fmt: skip
         q, k, v, o = (inputs[name] for name in "qkvo")
         sizes = self.sizes(q, k, buffers)
+        decode = sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]
+        self.admit("decode" if decode else "forward", q)
         values = self.values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
+        if self.kv_layout.codec is not None:
+            dims = "phs" if self.kv_layout.table is not None else "bhs"
+            for name in ("k_scales", "v_scales"):
+                values |= {name: inputs[name]} | {
+                    f"{name}_s{d}": n for d, n in zip(dims, inputs[name].stride(), strict=True)
+                }
         if lse is not None:
             values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
-        if sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]:
+        if decode:
             self._decode(sizes, values, o, lse, buffers)
             return
         pairs = self.pairs(sizes, buffers)
         shape = Shape(need_lse=lse is not None, lists=self.attend.mask is not None and pairs.stretch is None)
         values |= self.lists(pairs, sizes, values, q) if shape.lists else {}
         grid = self.rows(sizes, self.config["tile_q"], "q"), sizes.heads
-        if self.wide:
+        if "flag" in self.care:
             values["flags"] = q.new_empty(grid, dtype=launch.dtype_of(q, "int"))
         numbers = self.numbers(sizes.group) | {"PRECISION": self.precision} | self._page(values)
-        for care_of in ("flag", "mend") if self.wide else ("",):
+        for care_of in self.care:
             each = replace(shape, care=care_of)
             printed = self.printed(
                 ("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each)
             )
             self.run("attend", printed, numbers, grid, values)
 
+    def admit(self, direction: Direction, like: Any) -> None:
+        """Ask whether this config computes a direction rightly on the device of a tensor, once; it may become another one."""
+        if self._admitted is not None and (direction, like.device) not in self._asked:
+            self.config = self._admitted(self.spec, self.config, direction, like)
+            self._asked.add((direction, like.device))
+
     @property
     def wide(self) -> bool:
         """Whether heads are so wide that registers are short of room for more than sums."""
         return max(self.spec.head_dim, self.spec.v_head_dim) > 128
+
+    @property
+    def care(self) -> tuple[Literal["", "flag", "mend"], ...]:
+        """The launches of a forward, by `Shape.care`; codes are numbers, and nothing made of them is made again."""
+        return ("flag", "mend") if self.wide and self.kv_layout.codec is None else ("",)
 
     def _decode(
         self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]
     ) -> None:
         """The query heads of a kv head are rows of one tile, and the keys are split between programs."""
         pairs = self.pairs(sizes, buffers)
-        shape = Shape(need_lse=True, grouped=True, split=True)
+        shape = Shape(need_lse=False, grouped=True, split=True)
         split_kv, tile_q = self.config["split_kv"], self.config["decode_tile_q"]
         splits = -(-sizes.kv_len // split_kv)
         batch, heads, q_total, width = o.shape
         parts = o.new_empty((splits, batch, heads, q_total, width), dtype=launch.dtype_of(o, "float"))
-        part_lse = o.new_empty((splits, batch, heads, q_total), dtype=launch.dtype_of(o, "float"))
+        tops, totals = (parts.new_empty((splits, batch, heads, q_total)) for _ in range(2))
+        values |= {"tops": tops, "totals": totals}
+        values |= dict(zip(("row_split", "row_sb", "row_sh"), tops.stride()[:3], strict=True))
         names = dict(zip(("o_split", "o_sb", "o_sh", "o_ss", "o_sd"), parts.stride(), strict=True))
-        names |= dict(zip(("lse_split", "lse_sb", "lse_sh"), part_lse.stride()[:3], strict=True))
         rows = self.rows(replace(sizes, q_len=sizes.q_len * sizes.group), tile_q, "q")
         if self.q_layout.kind == "packed":
             rows = sizes.q_len * sizes.group // tile_q + sizes.sequences
@@ -152,12 +194,11 @@ class TritonKernel:
             printed,
             numbers,
             grid,
-            values | tiles | names | {"o": parts, "lse": part_lse},
+            values | tiles | names | {"o": parts},
             "decode_",
         )
-        merged = {"parts": parts, "part_lse": part_lse, "splits": splits, "q_total": q_total}
+        merged = {"parts": parts, "splits": splits, "q_total": q_total}
         merged |= {f"part_{name[2:]}": n for name, n in names.items() if name.startswith("o_")}
-        merged |= {"lse_split": names["lse_split"], "lse_sb": names["lse_sb"], "lse_sh": names["lse_sh"]}
         if lse is not None:
             merged |= {"whole_sb": lse.stride(0), "whole_sh": lse.stride(1)}
         sink, need_lse = self.attend.normalizer.sink is not None, lse is not None

@@ -204,6 +204,33 @@ def current_target(warps: int, stages: int) -> Target | None:
     return Target(architecture(), warps, stages, driver.active.get_current_device())
 
 
+def device() -> str:
+    """The current device, by name and architecture."""
+    if interpreted():
+        return "Triton's interpreter"
+    from triton.runtime import driver
+
+    return f"{driver.active.get_device_interface().get_device_name()}, sm_{architecture()}"
+
+
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph: nothing may be computed and looked at."""
+    if interpreted():
+        return False
+    from triton.runtime import driver
+
+    return bool(driver.active.get_device_interface().is_current_stream_capturing())
+
+
+@cache
+def tools() -> str:
+    """What makes kernels of a text: Triton, and its assembler."""
+    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return f"Triton {triton.__version__}, ptxas {get_ptxas(90).version}"
+
+
 def architecture() -> int:
     """The number of the current device's architecture, 90 for Hopper."""
     from triton.runtime import driver
@@ -217,7 +244,9 @@ def described_well(arguments: Arguments, types: Mapping[str, str]) -> tuple[Desc
     for name, kind in arguments:
         if kind == "stride":
             found.append(
-                Described("i32", one=True) if name.endswith("_sd") else Described("i32", divisible=True)
+                Described("i32", one=True)
+                if name.endswith(("_sd", "_scales_ss"))
+                else Described("i32", divisible=True)
             )
         elif kind == "pointer":
             found.append(Described(types[name], divisible=True))

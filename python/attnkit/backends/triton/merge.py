@@ -1,4 +1,7 @@
-"""One result of the parts that split keys left, in the order of the splits: the law of the fold."""
+"""One result of the parts that split keys left, in the order of the splits: the law of the fold.
+
+A part is weighted sums, its largest logit and its sum of weights, not lse: in a logit of many digits a logarithm is lost.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def merge(
     entry, place = row // q_total, row % q_total
     channels = tl.arange(0, V_PADDED)
     parts += entry * part_sb + head * part_sh + place * part_ss
-    part_lse += entry * lse_sb + head * lse_sh + place
+    row_at = entry * row_sb + head * row_sh + place
     #if sink
     top = tl.load(sinks + head).to(tl.float32)
     total = tl.where(top == float("-inf"), 0.0, 1.0)
@@ -25,17 +28,16 @@ def merge(
     #end
     acc = tl.zeros([V_PADDED], tl.float32)
     for i in tl.range(0, splits):
-        found = tl.load(part_lse)
+        found, size = tl.load(tops + row_at), tl.load(totals + row_at)
         part = tl.load(parts + channels, mask=channels < V_HEAD_DIM, other=0.0)
-        part_lse += lse_split
+        row_at += row_split
         parts += part_split
         above = tl.maximum(top, found)
         pivot = tl.where(above == float("-inf"), 0.0, above)
         shrink = tl.exp2((top - pivot) * 1.4426950408889634)
         weight = tl.exp2((found - pivot) * 1.4426950408889634)
-        weight = tl.where(found == found, weight, found)  # not a number: nor is the result
-        total = total * shrink + weight
-        acc = acc * shrink + tl.where(weight == 0.0, 0.0, weight * part)
+        total = total * shrink + weight * size
+        acc = acc * shrink + tl.where(size == 0.0, 0.0, weight * part)
         top = above
     acc = tl.where(total == 0.0, 0.0, acc / tl.where(total == 0.0, 1.0, total))
     o_at = o + entry * o_sb + head * o_sh + place * o_ss
@@ -49,15 +51,15 @@ def merge(
 
 def merge(sink: bool, need_lse: bool) -> tuple[str, Arguments]:
     """The text of the kernel ``merge`` and its arguments."""
-    pointers = ["parts", "part_lse", "o", *["sinks"] * sink, *["lse"] * need_lse]
+    pointers = ["parts", "tops", "totals", "o", *["sinks"] * sink, *["lse"] * need_lse]
     sizes = [
         "part_split",
         "part_sb",
         "part_sh",
         "part_ss",
-        "lse_split",
-        "lse_sb",
-        "lse_sh",
+        "row_split",
+        "row_sb",
+        "row_sh",
         "splits",
         "q_total",
     ]

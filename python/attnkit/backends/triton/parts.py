@@ -145,7 +145,7 @@ TILE = """
         present = start + lanes < {other}_len
 """
 
-# The logits of a tile, base 2, from its products `s`.
+# The logits of a tile from its products `s`; if raw, the products stand for them: to be multiplied when they are weighed.
 LOGITS = """
         #if indices
         {other}_idx = (start + lanes).to({int})[None, :]
@@ -157,9 +157,13 @@ LOGITS = """
         else:
             live = None
         $score
-        logit = {score_name} * 1.4426950408889634
+        logit = {score_name}
         #else
-        logit = s * {scale_log2e}
+        #if raw
+        logit = s
+        #else
+        logit = s * {scale}
+        #end
         #end
         exists = None
         if PARTIAL:

@@ -58,8 +58,14 @@ WARPS = {"blocks_": 8, "delta_": 8, "merge_": 4}  # of kernels that have nothing
 ARCHITECTURES = (80, 90, 100)
 
 
-def with_room(found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool) -> Schedule:
-    """A schedule with narrower tiles where a program needs more registers: for random numbers, for masks of any shape."""
+def with_room(
+    found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool, wide_codes: bool
+) -> Schedule:
+    """A schedule with narrower tiles where a program needs more registers: for random numbers, masks of any shape, codes."""
+    if wide_codes and kind == "" and family(arch) == 90:
+        return found._replace(tile_kv=found.tile_kv // 2)
+    if wide_codes and kind == "decode_" and family(arch) == 100:
+        return found._replace(warps=8)
     if kind == "" and (dropout or (lists and family(arch) != 90)):
         if found.tile_kv > 32:
             return found._replace(tile_kv=found.tile_kv // 2)

@@ -72,7 +72,7 @@ def _wrapped(line: str) -> list[str]:
 def whole(text: str) -> str:
     """The text of a module: imports, the helpers that are called, the kernels."""
     lines = f"{HEAD}\n{helpers(text)}\n{text}".splitlines()
-    wrapped = "\n".join(part for line in lines for part in _wrapped(line))
+    wrapped = "\n".join(part for line in lines for part in _wrapped(line.rstrip()))
     return re.sub(r"\n{4,}", "\n\n\n", wrapped) + "\n"
 
 

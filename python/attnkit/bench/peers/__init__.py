@@ -8,14 +8,15 @@ are not part of torch are the extra ``peers``; nothing but `attnkit bench --suit
 from __future__ import annotations
 
 from attnkit.bench.peers.base import Call, Peer, installed_version
-from attnkit.bench.peers.flex import FLEX
+from attnkit.bench.peers.flex import FLEX, FLEX_GPU
+from attnkit.bench.peers.gpu import FOLDED_GPU, FUSED
 from attnkit.bench.peers.onnxruntime import GQA, MHA
 from attnkit.bench.peers.openvino import OPENVINO
-from attnkit.bench.peers.own import CPU, torch_mods
+from attnkit.bench.peers.own import CPU, TRITON, torch_mods
 from attnkit.bench.peers.torch import FOLDED, TORCH
 from attnkit.bench.peers.zentorch import ZENTORCH
 
 __all__ = [
-    "CPU", "FLEX", "FOLDED", "GQA", "MHA", "OPENVINO", "TORCH", "ZENTORCH", "Call", "Peer", "installed_version",
+    "CPU", "FLEX", "FLEX_GPU", "FOLDED", "FOLDED_GPU", "FUSED", "GQA", "MHA", "OPENVINO", "TORCH", "TRITON", "ZENTORCH", "Call", "Peer", "installed_version",
     "torch_mods",
 ]  # fmt: skip

@@ -54,7 +54,9 @@ def _flex(inputs: Inputs) -> Call:
     s = inputs.workload.shape
     score_mod, mask_mod = mods(inputs.workload)
     block_mask = (
-        None if mask_mod is None else create_block_mask(mask_mod, None, None, s.sq, s.skv, device="cpu")
+        None
+        if mask_mod is None
+        else create_block_mask(mask_mod, None, None, s.sq, s.skv, device=inputs.q.device)
     )
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
@@ -71,4 +73,5 @@ def _flex(inputs: Inputs) -> Call:
     return Call(call, config={"compile_ms": round(1e3 * (time.perf_counter() - start))})
 
 
+FLEX_GPU = Peer("flex", lambda: installed_version("torch"), lambda workload: None, _flex)
 FLEX = Peer("flex", lambda: installed_version("torch"), _refuses, _flex)

@@ -1,10 +1,12 @@
-"""attnkit's own backend, measured as its peers are."""
+"""attnkit's own backends, measured as its peers are."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import attnkit
+from attnkit import backends
 from attnkit.bench.peers.base import Call, Peer
 from attnkit.bench.workloads import Inputs, Workload
 from attnkit.errors import error
@@ -25,8 +27,8 @@ def torch_mods(workload: Workload) -> dict[str, Any]:
     return {"score": score, "mask": mask}
 
 
-def _attnkit(inputs: Inputs) -> Call:
-    """Only its own kernel counts: where torch would stand in for it, that is a refusal.
+def _attnkit(inputs: Inputs, backend: str) -> Call:
+    """Only this backend's kernel counts: where torch would stand in for it, that is a refusal.
 
     Raises:
         AttnkitError: AK5xx.
@@ -36,10 +38,10 @@ def _attnkit(inputs: Inputs) -> Call:
     mods, held = torch_mods(inputs.workload), _held(inputs)
 
     def call() -> Any:
-        return attnkit.attention(inputs.q, *held, backend="cpu", **mods)
+        return attnkit.attention(inputs.q, *held, backend=backend, **mods)
 
     runs = report.explain(call).calls[0]
-    if runs.backend != CPU.name:
+    if runs.backend != backend:
         raise error("AK502", given=f"{runs.backend}: {'; '.join(runs.notes)}")
     return Call(call, config=runs.config)
 
@@ -63,4 +65,11 @@ def _held(inputs: Inputs) -> tuple[Any, ...]:
     return (cache,)
 
 
-CPU = Peer("cpu", lambda: attnkit.__version__, lambda workload: None, _attnkit)
+def _own(name: str) -> Peer:
+    def missing(workload: Workload) -> str | None:
+        return backends.get(name).available()
+
+    return Peer(name, lambda: attnkit.__version__, missing, partial(_attnkit, backend=name))
+
+
+CPU, TRITON = _own("cpu"), _own("triton")

@@ -1,0 +1,44 @@
+"""From measurements to a config: a pure function, so that everybody who has the same entry runs the same kernel."""
+
+from __future__ import annotations
+
+from attnkit.plan.space import Config, Space, contains, default_config, rank
+from attnkit.tune.entry import Entry, Measurement
+from attnkit.tune.statistics import LEAST_ROUNDS
+
+# Configs whose times differ by less are equally good, and the default wins: what separates them is not worth other bits.
+TIE = 0.02
+
+
+def choose(space: Space, entry: Entry | None) -> Config:
+    """The best config of a space that was measured; the default unless another is faster beyond noise.
+
+    Measurements that do not fit the space do not count. Among configs within a tie of the best, the first by `rank`.
+    """
+    default = default_config(space)
+    if entry is None:
+        return default
+    faster = [
+        (m.ratio.median, dict(m.config))
+        for m in entry.measurements
+        if m.ratio is not None and is_faster(m, noise(entry, default)) and contains(space, dict(m.config))
+    ]
+    if not faster:
+        return default
+    best = min(median for median, _ in faster)
+    return min(
+        (config for median, config in faster if median <= best * (1 + TIE)), key=lambda c: rank(space, c)
+    )
+
+
+def noise(entry: Entry, default: Config) -> float:
+    """How far from 1 the ratio of the default to itself was, or a tie if that is more."""
+    known = entry.measured(default)
+    if known is None or known.ratio is None:
+        return TIE
+    return max(TIE, known.ratio.hi - 1, 1 - known.ratio.lo)
+
+
+def is_faster(m: Measurement, noise: float) -> bool:
+    """Whether a config is faster than the default, by more than noise and for certain: fewer rounds have no interval."""
+    return m.ratio is not None and m.ratio.n >= LEAST_ROUNDS and m.ratio.hi < 1 and m.ratio.median < 1 - noise
