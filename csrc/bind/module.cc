@@ -202,6 +202,7 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("dropout"), py::arg("threads"), py::arg("tile_q"), py::arg("tile_kv"), py::arg("split_kv"),
         py::arg("page_table") = py::none());
   bind_backward(m);
+  bind_recur(m);
   m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);
   m.def("isa_levels", [] {
