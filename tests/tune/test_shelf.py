@@ -284,7 +284,7 @@ def test_every_cache_command_has_examples_and_json(cli: Cli) -> None:
 def test_the_cpu_backend_takes_part() -> None:
     prints = lookup.fingerprint(backends.get("cpu"))
     assert prints is not None
-    assert set(prints.device) == {"name", "isa", "cores"}
+    assert set(prints.device) == {"name", "model", "isa", "cores"}
     assert lookup.fingerprint(backends.get("reference")) is None
     assert lookup.slug(prints).replace("-", "").isalnum()
 

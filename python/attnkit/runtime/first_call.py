@@ -29,6 +29,8 @@ def wants_tuning(backend: str, spec: KernelSpec, served: Served, lengths: Length
 
     Lengths that are not known, packed and paged sequences and dropout are left to campaigns.
     """
+    if not served.config:
+        return False  # nothing to choose
     asked, program = mode(), spec.program
     odd = any(layout.kind in ("packed", "paged") for layout in program.inputs)
     if backend not in RIGS or 0 in lengths or odd or program.attend.dropout is not None:

@@ -168,7 +168,7 @@ def write_pack(path: Path, entries: list[Entry]) -> None:
     """
     ordered = sorted(entries, key=lambda e: e.line)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, "".join(e.line + "\n" for e in ordered).encode("ascii"))
+    _write(path, "".join(e.line + "\n" for e in ordered).encode("ascii"), mode=0o644)
 
 
 def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
@@ -183,13 +183,14 @@ def _read(path: Path) -> Entry:
         return parse(file.read(MAX_LINE + 1))
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Whole or not at all. What is lost with the power was measured, and can be again: nothing is flushed."""
     handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=path.parent)
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
+        partial.chmod(mode)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)

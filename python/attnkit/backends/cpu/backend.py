@@ -9,7 +9,7 @@ from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
 from attnkit.backends.cpu import recur
-from attnkit.backends.cpu.engine import cpu_model, engine, usable_cores
+from attnkit.backends.cpu.engine import cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.program import Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
@@ -67,7 +67,12 @@ class CpuBackend:
 
     def fingerprint(self) -> Fingerprint:
         """The processor, the instruction set in use and the cores; this version and its compiler."""
-        device = {"name": cpu_model(), "isa": engine().current_isa(), "cores": str(usable_cores())}
+        device = {
+            "name": cpu_model(),
+            "model": cpu_generation(),
+            "isa": engine().current_isa(),
+            "cores": str(usable_cores()),
+        }
         return Fingerprint(device, {"attnkit": __version__, "compiler": engine().compiler})
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -39,12 +38,25 @@ def engine() -> ModuleType:
 @cache
 def cpu_model() -> str:
     """The name the processor gives itself."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+@cache
+def cpu_generation() -> str:
+    """Family, model and stepping: virtual machines often name no more than the brand. Empty where nobody tells."""
+    facts = _cpuinfo()
+    return " ".join(facts[name] for name in ("cpu family", "model", "stepping") if name in facts)
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """What the system says of the first processor."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
     except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def usable_cores() -> int:
