@@ -20,7 +20,7 @@ struct Tensor {
 
 inline constexpr uint32_t kMajorVersion = 1;
 inline constexpr int32_t kCpu = 1;
-enum Code : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
+enum Code : uint8_t { kInt = 0, kUnsigned = 1, kFloat = 2, kBfloat = 4, kBool = 6 };
 
 // Functions of the library, of which one is called here.
 struct ExchangeApi {

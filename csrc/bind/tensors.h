@@ -333,7 +333,8 @@ struct pybind11::detail::type_caster<attnkit::cpu::Tensor> {
     namespace dlpack = attnkit::dlpack;
     constexpr Row rows[] = {{dlpack::kFloat, 32, DType::f32},   {dlpack::kInt, 32, DType::i32},
                             {dlpack::kInt, 64, DType::i64},     {dlpack::kBool, 8, DType::u8},
-                            {dlpack::kBfloat, 16, DType::bf16}, {dlpack::kFloat, 16, DType::f16}};
+                            {dlpack::kBfloat, 16, DType::bf16}, {dlpack::kFloat, 16, DType::f16},
+                            {dlpack::kInt, 8, DType::byte},     {dlpack::kUnsigned, 8, DType::byte}};
     for (const Row& row : rows)
       if (t.code == row.code && t.bits == row.bits && t.lanes == 1) return static_cast<int>(row.dtype);
     return -1;

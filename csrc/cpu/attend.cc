@@ -167,7 +167,8 @@ std::vector<const Kernel*> isa_levels() {
     levels.push_back(&kAvx512Kernel);
 #endif
 #ifdef ATTNKIT_HAS_AVX512BF16
-  if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16")) levels.push_back(&kAvx512bf16Kernel);
+  if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    levels.push_back(&kAvx512bf16Kernel);
 #endif
   return levels;
 }

@@ -262,11 +262,11 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
 // ---- values ----
 
 // O of kRows queries and kVecs vectors of units: pv_tile on the elements that memory holds. Keys of a tile come in
-// blocks, whose rows begin at `v`: what the first have summed is in `sums`.
+// blocks, whose rows begin at `v`: what the first have summed is in `sums`. Not inlined: it would spill.
 template <int kRows, int kVecs, class T>
-ATTNKIT_INLINE void few_values_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t first,
-                                    int32_t end, bool last, float* sums, const float* alpha, float* o, int32_t o_stride,
-                                    const Ahead& ahead, int32_t part, int32_t parts) {
+__attribute__((noinline)) void few_values_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t first,
+                                               int32_t end, bool last, float* sums, const float* alpha, float* o,
+                                               int32_t o_stride, const Ahead& ahead, int32_t part, int32_t parts) {
   constexpr int kUnit = kPerUnit<T>;
   vf acc[kRows][kVecs][kUnit] = {};
   const auto each = [&](auto f) __attribute__((always_inline)) {

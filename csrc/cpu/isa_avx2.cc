@@ -41,6 +41,8 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256
 
 #include "math-inl.h"
 #include "storage-inl.h"
+#include "store-inl.h"
+#include "decode_store-inl.h"
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"

@@ -13,6 +13,8 @@ namespace {
 #include "simd_avx512-inl.h"
 #include "math-inl.h"
 #include "storage-inl.h"
+#include "store-inl.h"
+#include "decode_store-inl.h"
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"

@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with bfloat16 dot products. Everything lies in an anonymous namespace: no symbol of this file
-// may be shared with code compiled for a lesser machine.
+// The kernels for AVX-512 with dot products of bfloat16 and of bytes. Everything lies in an anonymous namespace: no
+// symbol of this file may be shared with code compiled for a lesser machine.
 #include <immintrin.h>
 
 #include "call.h"
@@ -13,6 +13,8 @@ namespace {
 #include "simd_avx512-inl.h"
 #include "math-inl.h"
 #include "storage-inl.h"
+#include "store-inl.h"
+#include "decode_store-inl.h"
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"
@@ -22,6 +24,8 @@ namespace {
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "kernel_bf16-inl.h"
+#include "kernel_codes-inl.h"
+#include "kernel_code_decode-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"

@@ -54,6 +54,8 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 
 #include "math-inl.h"
 #include "storage-inl.h"
+#include "store-inl.h"
+#include "decode_store-inl.h"
 #include "tile_ops-inl.h"
 #include "tile-inl.h"
 #include "products-inl.h"

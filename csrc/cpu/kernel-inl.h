@@ -5,6 +5,8 @@
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
 // transposed, once per task. (FlashAttention's online softmax: Milakov & Gimelshein 2018, Dao 2022.)
 
+inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes
+
 // Where things lie in a thread's workspace.
 struct Layout {
   Places places;
@@ -15,6 +17,7 @@ struct Layout {
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t random;  // words of the queries
+  size_t code_q, code_bytes, code_weights;  // of few queries over codes
   size_t q, st;  // of few queries: rows of them, and of S^T
   int32_t dq;  // channels in a row of them
 
@@ -45,6 +48,10 @@ struct Layout {
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
+    const bool coded = p.stores != nullptr;
+    code_q = take(coded ? kFewLanes + kFewRows : 0, dq);
+    code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
+    code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     st = take(kFewLanes, ld);
   }
 };
@@ -149,8 +156,23 @@ class Forward {
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
+  // Keys and values: of a cache that keeps codes, a copy of the tile as float32.
+  Lines keys_of(int64_t first, int32_t count) {
+    if (p_.stores == nullptr) return lines(p_.k, p_.head_dim, first, count);
+    return decoded(p_.stores[0], first, count, round_up(p_.head_dim, kLanes), at_.k);
+  }
+  Lines values_of(int64_t first, int32_t count) {
+    if (p_.stores == nullptr) return lines(p_.v, p_.v_head_dim, first, count);
+    return decoded(p_.stores[1], first, count, at_.dv, at_.v);
+  }
+  Lines decoded(const Store& s, int64_t first, int32_t count, int32_t padded, size_t at) {
+    decode_tile(s, p_.pages, seq_, kv_head_, first, count, padded, ws_ + at);
+    return {ws_ + at, 4 * padded, 4 * padded, count};
+  }
+
   // As float32, `padded` channels wide: where they lie, if they lie so, else in the workspace.
   Rows rows(const View& view, const Lines& lines, int32_t width, int32_t padded, size_t at) {
+    if (p_.stores != nullptr) return {reinterpret_cast<const float*>(lines.at(0)), lines.stride / 4};
     return rows_of(lines, p_.dtype, view.stride[3], width, padded, ws_ + at);
   }
 

@@ -152,7 +152,7 @@ class PairDecode : public FloatForward {
                queries() + m * width_);
   }
 
- private:
+ protected:
   static constexpr int32_t kPairChannels = 2 * kLanes;
 
   Bf16* queries() const { return reinterpret_cast<Bf16*>(ws_ + at_.q); }
@@ -165,10 +165,11 @@ class PairDecode : public FloatForward {
     scores_of({to, 2 * width_, 2 * width_, keys.count}, ahead);
   }
 
-  void scores_of(const Lines& keys, const Ahead& ahead) {
+  // Into S^T from column `at` on.
+  void scores_of(const Lines& keys, const Ahead& ahead, int32_t at = 0) {
     int32_t m = 0;
     const auto rows = [&]<int kRows>() {
-      dot_rows<kRows>(queries() + m * width_, width_, keys, p_.scale, ws_ + at_.st + m * ld_, ld_,
+      dot_rows<kRows>(queries() + m * width_, width_, keys, p_.scale, ws_ + at_.st + m * ld_ + at, ld_,
                       m == 0 ? ahead : kNothing);
       m += kRows;
     };
@@ -177,6 +178,9 @@ class PairDecode : public FloatForward {
     if (t_.lanes() > m) rows.template operator()<1>();
   }
 
+  const int32_t width_;  // channels, with zeros up to a whole vector of pairs
+
+ private:
   // S^T of kRows queries and keys up to a whole vector of them: the last key is repeated.
   template <int kRows>
   static __attribute__((noinline)) void dot_rows(const Bf16* q, int32_t width, const Lines& k, float scale, float* st,
@@ -227,15 +231,4 @@ class PairDecode : public FloatForward {
     return both.template operator()<kEven4, kOdd4>(both.template operator()<kEven4, kOdd4>(quads[0], quads[1]),
                                                    both.template operator()<kEven4, kOdd4>(quads[2], quads[3]));
   }
-
-  const int32_t width_;  // channels, with zeros up to a whole vector of pairs
 };
-
-int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
-                     float* workspace) {
-  // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
-  const Problem& p = *c.problem;
-  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
-  const auto run_it = p.dtype != DType::bf16 ? run<FloatForward> : few ? run<PairDecode> : run<PairForward>;
-  return run_it(c, t, ranges, num_ranges, parts, workspace);
-}

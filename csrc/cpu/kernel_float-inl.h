@@ -34,7 +34,7 @@ class FloatForward : public Forward {
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
     float *s = ws_ + at_.s, *largest = start_largest(full);
-    const Lines keys = lines(p_.k, p_.head_dim, first, count), values = lines(p_.v, p_.v_head_dim, first, count);
+    const Lines keys = keys_of(first, count), values = values_of(first, count);
     if (few_) {
       ld_ = round_up(count, kBlockVecs * kLanes);
       tile_.narrow(0, ld_);
@@ -50,13 +50,25 @@ class FloatForward : public Forward {
       modify(first, count, full);
       softmax(count, full, Weights{s, at_.bm});
     }
-    if (thinned())
-      thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
-        float* w = s + n * at_.bm + lane;
-        store(w, select(kept, load(w), vf{}));
-      });
+    thin_weights(first, count, full);
+    sum_values(values, count, full, next < 0 ? first : next);
+  }
+
+ protected:
+  void thin_weights(int64_t first, int32_t count, bool full) {
+    if (!thinned()) return;
+    float* s = ws_ + at_.s;
+    thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
+      float* w = s + n * at_.bm + lane;
+      store(w, select(kept, load(w), vf{}));
+    });
+  }
+
+  // `next`: where the keys that are needed next begin.
+  void sum_values(const Lines& values, int32_t count, bool full, int64_t next) {
+    const float* s = ws_ + at_.s;
     if (few_ && full) {
-      const Lines then = keys_ahead(next < 0 ? first : next);
+      const Lines then = keys_ahead(next);
       return few_values_of(values, {values, then});
     }
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
@@ -65,7 +77,6 @@ class FloatForward : public Forward {
     pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
- protected:
   FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
 
   int32_t ld_ = 0;  // keys in a row of S^T, now
@@ -77,13 +88,12 @@ class FloatForward : public Forward {
                                                         ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
-      if (p_.k.stride[3] == 1 && p_.head_dim == at_.dq) return from(type, keys, p_.head_dim);
+      if (p_.stores == nullptr && p_.k.stride[3] == 1 && p_.head_dim == at_.dq) return from(type, keys, p_.head_dim);
       const int32_t width = round_up(p_.head_dim, kLanes);
       from(ws_, lines_of(rows(p_.k, keys, p_.head_dim, width, at_.k), keys.count), width);
     });
   }
 
- private:
   // As find_live: the mask of few queries, of which one vector has all.
   void find_live_by_key(int64_t first, int32_t count) {
     tile_.keys(first, count);
@@ -137,13 +147,15 @@ class FloatForward : public Forward {
     store(total, fma(load(total), load(ws_ + at_.alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
+ private:
   void few_values_of(const Lines& values, const Ahead& ahead) {
     const auto from = [&](auto* type, const Lines& v) {
       few_values<std::remove_pointer_t<decltype(type)>>(ws_ + at_.s, at_.bm, v, ws_ + at_.guarded, ws_ + at_.alpha,
                                                         ws_ + at_.o, at_.dv, t_.lanes(), ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
-      if (p_.v.stride[3] == 1 && p_.v_head_dim % (kLanes * kPerUnit<std::remove_pointer_t<decltype(type)>>) == 0)
+      if (p_.stores == nullptr && p_.v.stride[3] == 1 &&
+          p_.v_head_dim % (kLanes * kPerUnit<std::remove_pointer_t<decltype(type)>>) == 0)
         return from(type, values);
       from(ws_, lines_of(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), values.count));
     });
@@ -151,6 +163,7 @@ class FloatForward : public Forward {
 
   // As many keys from `first` on as a tile has: they need not all be seen.
   Lines keys_ahead(int64_t first) const {
+    if (p_.stores != nullptr) return kNoLines;
     const int64_t left = seq_.kv_len - first;
     return lines(p_.k, p_.head_dim, first, left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv);
   }

@@ -6,10 +6,13 @@
 
 namespace attnkit::cpu {
 
-enum class DType : uint8_t { f32, i32, i64, u8, bf16, f16 };  // u8: a bool tensor
+enum class DType : uint8_t { f32, i32, i64, u8, bf16, f16, byte };  // u8: a bool tensor; byte: of codes
 
 constexpr int32_t element_size(DType dtype) {
-  return dtype == DType::i64 ? 8 : dtype == DType::u8 ? 1 : dtype == DType::bf16 || dtype == DType::f16 ? 2 : 4;
+  return dtype == DType::i64                           ? 8
+         : dtype == DType::u8 || dtype == DType::byte  ? 1
+         : dtype == DType::bf16 || dtype == DType::f16 ? 2
+                                                       : 4;
 }
 
 struct Buffer {
@@ -38,6 +41,27 @@ struct Pages {
 struct Sequence {
   int32_t batch;  // index into the tensors' batch dimension
   int64_t q_start, q_len, kv_start, kv_len;
+  int64_t num_coded = 0;  // of stores that keep the newest tokens apart: the tokens before those, a multiple of kRun
+};
+
+enum class Codec : uint8_t { plain, int8, fp8, int4, int2 };
+
+// Keys or values as a cache keeps them. What belongs to one head of a batch entry (or page) is in one piece, of which
+// store-inl.h has the layouts.
+struct Store {
+  Codec codec;
+  bool is_keys;
+  DType dtype;         // of plain elements
+  int32_t channels;
+  int32_t group;       // tokens (of keys) or channels (of values) that share a scale, of int4 and int2
+  char* codes;         // or the elements themselves
+  int64_t codes_stride[2];   // from one batch entry or page to the next, from head to head: in bytes
+  uint16_t* scales;          // bfloat16
+  int64_t scales_stride[2];  // likewise, in elements
+  const float* head_scale;   // of fp8: one a head, or null where all are 1
+  uint16_t* newest;          // token t at slot t % slots; null where all are codes
+  int64_t newest_stride[2];  // likewise, in elements, of batch entries
+  int32_t slots;
 };
 
 // Dropout of weights. Which pairs are kept: csrc/cpu/dropout-inl.h.
@@ -50,6 +74,7 @@ struct Dropout {
 struct Problem {
   View q, k, v, o;
   Pages pages;  // of k and v
+  const Store* stores;  // of k and of v, or null: then the views are what is there
   DType dtype;  // of their elements: f32, bf16 or f16; every sum is float32
   float* lse;  // [batch, head, token] by lse_stride, or null
   int64_t lse_stride[3];

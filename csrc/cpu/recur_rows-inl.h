@@ -20,17 +20,6 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// As a tree: a chain of scalar additions would wait for each.
-template <int... kLane>
-ATTNKIT_INLINE vf rotate_lanes(vf x, int by, std::integer_sequence<int, kLane...>) {
-  return __builtin_shuffle(x, (vi{kLane...} + by) & (kLanes - 1));
-}
-ATTNKIT_INLINE float sum_of_lanes(vf x) {
-#pragma GCC unroll 4
-  for (int by = kLanes / 2; by > 0; by /= 2) x += rotate_lanes(x, by, std::make_integer_sequence<int, kLanes>{});
-  return x[0];
-}
-
 // Lanes at and after `width - d` are zero.
 ATTNKIT_INLINE vf keep(vf x, int32_t left) {
   vi lane{};

@@ -60,6 +60,17 @@ ATTNKIT_INLINE vf scale_in_two_steps(vf p, vi k) {
   return p * as_float((half + 127) << 23) * as_float((k - half + 127) << 23);
 }
 
+// The sum of a vector's lanes, as a tree: a chain of scalar additions would wait for each.
+template <int... kLane>
+ATTNKIT_INLINE vf rotate_lanes(vf x, int by, std::integer_sequence<int, kLane...>) {
+  return __builtin_shuffle(x, (vi{kLane...} + by) & (kLanes - 1));
+}
+ATTNKIT_INLINE float sum_of_lanes(vf x) {
+#pragma GCC unroll 4
+  for (int by = kLanes / 2; by > 0; by /= 2) x += rotate_lanes(x, by, std::make_integer_sequence<int, kLanes>{});
+  return x[0];
+}
+
 // The six shuffles of a transposition, by their lanes. Within 128 bits: the low or high elements of two vectors in
 // turn, one or two at a time. Across: the even or the odd quarters of both.
 enum Step { kLow1, kHigh1, kLow2, kHigh2, kEven4, kOdd4 };

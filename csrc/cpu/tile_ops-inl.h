@@ -129,6 +129,7 @@ inline int32_t read_int(const Buffer& buf, int64_t offset) {
     case DType::u8: return static_cast<const uint8_t*>(buf.data)[offset] != 0 ? ~0 : 0;
     case DType::bf16: return lane_bits(static_cast<const Bf16*>(buf.data)[offset]);
     case DType::f16: return lane_bits(static_cast<const F16*>(buf.data)[offset]);
+    case DType::byte:  // of no buffer
     case DType::f32: break;
   }
   return __builtin_bit_cast(int32_t, static_cast<const float*>(buf.data)[offset]);
@@ -214,6 +215,7 @@ inline void load_buffer(float* dst, Shape s, const Buffer& buf, const Operand* i
       case DType::u8: return load_separable<uint8_t>(dst, s, buf, index);
       case DType::bf16: return load_separable<Bf16>(dst, s, buf, index);
       case DType::f16: return load_separable<F16>(dst, s, buf, index);
+      case DType::byte: break;
     }
   bool empty = false;
   for (int d = 0; d < buf.rank; ++d) empty |= buf.size[d] == 0;

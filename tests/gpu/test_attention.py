@@ -11,7 +11,11 @@ import pytest
 import torch
 
 import attnkit as ak
-from attnkit import testing
+from attnkit import backends, testing
+from attnkit.backends.triton import admission, check
+from attnkit.backends.triton.kernel import PHASES, Phase
+from attnkit.plan.space import default_config
+from attnkit.plan.spec import KernelSpec
 from attnkit.testing import Dims, qkv
 from attnkit.testing.floats import rounded
 
@@ -107,6 +111,23 @@ def test_backward(name: str, shape: str, dtype: str, rng: np.random.Generator) -
     tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
     for mine, other in zip(got, want, strict=True):
         assert (mine - other).abs().max() <= tolerance * max(1.0, float(other.abs().max()))
+
+
+CLASSES = [(name, 128) for name in check.PROGRAMS if name not in ("window", "bias")]  # as causal, as alibi
+CLASSES += [("causal", 64), ("causal", 256)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "width"), CLASSES)
+@pytest.mark.parametrize("phase", PHASES)
+def test_classes_of_kernels(name: str, phase: Phase, width: int, dtype: str) -> None:
+    """What is asked of a config before it is used, of int8 keys and of pages too: the default is admitted."""
+    if phase == "backward" and name in check.FORWARD:
+        return
+    spec = KernelSpec(check.program(name), dtype, width, width, "cuda")
+    config = default_config(backends.get("triton").space(spec))
+    like = torch.empty(0, dtype=getattr(torch, dtype), device="cuda")
+    assert admission.admitted(spec, config, phase, like) == config
 
 
 def test_the_same_bits_every_time(rng: np.random.Generator) -> None:

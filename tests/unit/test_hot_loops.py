@@ -17,11 +17,11 @@ OBJECTS = sorted(
     if "sanitize" not in path.parts
 )
 # A loop of a matrix product holds many of these, each adding to a register that stays what it is.
-ACCUMULATES = re.compile(r"vfmadd231ps|vdpbf16ps")
+ACCUMULATES = re.compile(r"vfmadd231ps|vdpbf16ps|vpdpbusd")
 HOT = 12
 # Those of few queries fetch ahead, in loops of their own inside: there the whole function is looked at, and at whole
 # vectors, for addresses of rows are computed in narrower ones.
-FEW = re.compile(r"few_tile<4, \d, .*(float|Bf16)>\(|few_values<.*(float|Bf16)>\(|dot_rows<4>\(")
+FEW = re.compile(r"few_tile<4, \d, .*(float|Bf16)>\(|few_values_tile<.*(float|Bf16)>\(|dot_rows<4>\(")
 
 
 class Instruction(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attnkit.errors import CODES, AttnkitTypeError, error
 from attnkit.ir.mods import bias, causal
-from attnkit.ops import dense_attention
+from attnkit.ops import KVCache, dense_attention
 from attnkit.ops.traced import SettledMask
 
 try:
@@ -85,6 +85,15 @@ class ModelMask:
     # Tensor's own operators take a TypeError of __torch_function__ for "not mine" and turn to these.
     __getitem__ = __invert__ = __and__ = __rand__ = __or__ = __ror__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
+
+
+class CachedTokens:
+    """What `transformers_cache` hands to a layer's attention in the place of k or v: a cache, of which it has the shape."""
+
+    def __init__(self, cache: KVCache, shape: Shape, dtype: torch.dtype) -> None:
+        self.cache = cache
+        self.shape = shape
+        self.dtype = dtype
 
 
 class NotATensor(AttnkitTypeError, AttributeError):
@@ -165,7 +174,7 @@ def create_mask(
 def attention_forward(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
+    key: Tensor | CachedTokens,
     value: Tensor,
     attention_mask: Tensor | ModelMask | None,
     dropout: float = 0.0,
@@ -182,7 +191,7 @@ def attention_forward(
     Args:
         module: the layer; its ``is_causal`` counts where there is no mask.
         query: ``[B, Hq, Sq, D]``.
-        key: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv.
+        key: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv. Or what stands for a cache (`transformers_cache`).
         value: ``[B, Hkv, Skv, Dv]``.
         attention_mask: a `ModelMask`, or a tensor that broadcasts to ``[B, Hq, Sq, Skv]``: bool, or float to be added.
         dropout: the probability with which a weight is dropped, as `dense_attention` has it; models give 0 when not training.
@@ -216,8 +225,9 @@ def attention_forward(
         mask = _loaded(attention_mask)
     else:
         additive = attention_mask if additive is None else additive + attention_mask
+    k, v = (key.cache, None) if isinstance(key, CachedTokens) else (key, value)
     o = dense_attention(
-        query, key, value,
+        query, k, v,
         mask=mask, softcap=softcap, score=None if additive is None else bias(additive),
         sink=None if s_aux is None else s_aux.float(), scale=scaling, dropout_p=dropout,
     )  # fmt: skip

@@ -337,13 +337,14 @@ def build_text(
     kv_lens: Any = None,
     page_table: Any = None,
     dropout_p: float = 0.0,
+    codecs: tuple[str, str] = ("", ""),
     return_lse: bool = True,
 ) -> str:
     """The text of the whole program: ``attend`` with the traced score and mask. Valid, but not canonical.
 
     ``sink``, ``cu_seqlens_q``, ``cu_seqlens_kv``, ``kv_lens`` and ``page_table`` are tensors; those given are appended to
-    ``traced.buffers`` (once each), so that this list is what the program takes. Only string operations: works
-    under dynamo.
+    ``traced.buffers`` (once each), so that this list is what the program takes. ``codecs`` are those of k and v. Only
+    string operations: works under dynamo.
     """
     context = traced.context
     has_lse = NORMALIZERS[normalizer].lse
@@ -372,7 +373,7 @@ def build_text(
     return "\n".join(
         [
             "attnkit 1",
-            f"program (q: {q}, k: {kv}, v: {kv}) buffers({buffers}) params({params}) {{",
+            f"program (q: {q}, k: {kv} {codecs[0]}, v: {kv} {codecs[1]}) buffers({buffers}) params({params}) {{",
             f"{'o, lse' if has_lse else 'o'} = attend(q, k, v, {attributes}) {{",
             *body,
             "}",

@@ -20,6 +20,7 @@ from attnkit.ir.mods import (
 )
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
+from attnkit.ops.attend_cache import Codes, attend_cache, check_q
 from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     autocast,
@@ -116,44 +117,44 @@ def attention(
             o, lse = attend(q, k, v, text, buffers, [p.current() for p in params], return_lse)
         return o if lse is None or not return_lse else (o, lse)
     cached = isinstance(k, KVCache)
-    if cached:
+    if isinstance(k, KVCache):
         _check_beside_cache(v, block_mask, kv_lens, cu_seqlens_q, cu_seqlens_kv)
-    q, k, v, kv_lens, page_table = _autocast(q, k, v, kv_lens)
-    check_qkv(q, k, v, paged=page_table is not None)
+        if backend == "reference" and k.segment.codes is not None:
+            return _on_decoded(q, k, score, mask, normalizer, scale, dropout_p, return_lse)
+    q, *held = _autocast(q, k, v, kv_lens)
+    keys, values, kv_lens, page_table, codes = held
+    _check_operands(q, *held)
     _check_not_built(select, normalizer)
-    dropout_p = check_probability("dropout_p", dropout_p)
+    dropout_p, scale = check_probability("dropout_p", dropout_p), _check_scale(scale)
     _check_function("score", score)
     _check_function("mask", mask)
-    scale = _check_scale(scale)
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     common = cu_seqlens_q is None and not cached
-    mask = _with_blocks(mask, block_mask, q, k, common=common)
+    mask = _with_blocks(mask, block_mask, q, keys, common=common)
     normalizer = normalizer or Weighting()
     if return_lse and not normalizer.has_lse:
         raise error("AK221", where="return_lse", given=normalizer.kind, allowed="softmax and signed_softmax")
     if normalizer.score is not None:
         score = _in_turn([each for each in (score, normalizer.score) if each is not None])
-    sink = normalizer.sink
-    if sink is not None:
-        check_tensor("sink", sink, q.device)
-        if sink.dtype != torch.float32 or sink.dim() != 1:
-            raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
+    sink = _check_sink(normalizer.sink, q)
     text, buffers, params = bind(
         Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, page_table,
-                  dropout_p),
+                  dropout_p, None if codes is None else codes.scheme.codecs),
         q,
     )  # fmt: skip
     _check_captured(buffers, q)
-    values = [p.current() for p in params]
+    numbers = [p.current() for p in params]
     if not isinstance(backend, str):
         raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
     if cached:
         refuse_gradients("q", (q, *buffers))
     seed = draw(dropout_p, q)
-    if backend in ("auto", q.device.type):
-        o, lse = attend(q, k, v, text, buffers, values, return_lse, seed)
+    if codes is not None:
+        o, lse = attend_cache(q, codes, text, buffers, numbers, return_lse, seed, backend)
+    elif backend in ("auto", q.device.type):
+        o, lse = attend(q, keys, values, text, buffers, numbers, return_lse, seed)
     else:
-        o, lse = _run_on(backend, q, k, v, text, buffers, values, return_lse, seed)
+        o, lse = _run_on(backend, q, keys, values, text, buffers, numbers, return_lse, seed)
     return o if lse is None or not return_lse else (o, lse)
 
 
@@ -332,18 +333,28 @@ def _check_beside_cache(*others: Any) -> None:
 
 def _autocast(
     q: Tensor, k: Tensor | KVCache, v: Tensor | None, kv_lens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """q, k, v, the lengths and the page table, in the dtype of `autocast`; of a cache only q is cast, to the cache's."""
+) -> tuple[Tensor, Any, Any, Tensor | None, Tensor | None, Codes | None]:
+    """q, k, v, the lengths, the page table and codes, in the dtype of `autocast`; of a cache only q is cast, to the cache's
+    where that has one."""
     if isinstance(k, KVCache):
         held = k.segment
         if torch.is_autocast_enabled("cpu"):
             check_tensor("q", q)
-            q = q.to(held.k.dtype)
+            q = q.to(torch.get_autocast_dtype("cpu") if held.k is None else held.k.dtype)
         return q, *held
     if v is None:
         hint = "only a KVCache has values of its own"
         raise error("AK402", where="v", given="None", allowed="a tensor", hint=hint)
-    return *autocast(q, k, v), kv_lens, None
+    return *autocast(q, k, v), kv_lens, None, None
+
+
+def _check_operands(
+    q: Tensor, k: Any, v: Any, kv_lens: Any, page_table: Tensor | None, codes: Codes | None
+) -> None:
+    if codes is None:
+        check_qkv(q, k, v, paged=page_table is not None)
+    else:
+        check_q(q, codes.scheme, codes.storage[0].shape[1])
 
 
 def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, common: bool) -> Mod | None:
@@ -379,6 +390,14 @@ def _check_not_built(select: Any, normalizer: Any) -> None:
         raise error("AK504", where="select", what="selection is not built yet", allowed="None")
     if normalizer is not None and not isinstance(normalizer, Weighting):
         raise error("AK402", where="normalizer", given=type(normalizer).__name__, allowed="ak.softmax(...)")
+
+
+def _check_sink(sink: Any, q: Tensor) -> Any:
+    if sink is not None:
+        check_tensor("sink", sink, q.device)
+        if sink.dtype != torch.float32 or sink.dim() != 1:
+            raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
+    return sink
 
 
 def _check_scale(scale: Any) -> float | None:
@@ -417,6 +436,26 @@ def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
             raise error("AK404", where=name, given=str(lengths.dtype), allowed="torch.int32")
         if lengths.dim() != 1:
             raise error("AK403", where=name, given=shape_of(lengths), allowed="one dimension")
+
+
+def _on_decoded(
+    q: Tensor,
+    cache: KVCache,
+    score: Mod | None,
+    mask: Mod | None,
+    normalizer: Weighting | None,
+    scale: float | None,
+    dropout_p: float,
+    return_lse: bool,
+) -> Output:
+    """The reference, on what the codes of a cache mean."""
+    check_tensor("q", q)
+    k, v = cache.dequantize()
+    found = attention(
+        q.double(), k.double(), v.double(), score=score, mask=mask, normalizer=normalizer, scale=scale,
+        dropout_p=dropout_p, kv_lens=cache.lengths, return_lse=return_lse, backend="reference",
+    )  # fmt: skip
+    return found.to(q.dtype) if isinstance(found, Tensor) else (found[0].to(q.dtype), found[1])
 
 
 def _run_on(

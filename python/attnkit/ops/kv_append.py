@@ -2,6 +2,7 @@
 
 The storage of a cache is the tensors of its keys, those of its values, and the page table if it has pages. The plain
 codecs keep one tensor of each: ``[B, H, max_len, D]``, or ``[pages, H, page_size, D]`` beside a table int32 ``[B, n]``.
+What the others keep says `kv_codes`; their ``codec`` is the text of a scheme.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnkit.backends.cpu import cache as engine
+from attnkit.backends.cpu.backend import missing_page
 from attnkit.errors import error, no_page
 from attnkit.ops.check import check_tensor, needs_derivatives, shape_of
-
-# How a plain codec keeps an element.
-CODECS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+from attnkit.ops.kv_codes import PLAIN, parse_scheme, parts_of, store, tokens_of
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -65,19 +66,12 @@ def append(
     """
     check_append(storage, lengths, k, v, codec, lens)
     refuse_gradients("append", (k, v, *storage))
+    if codec not in PLAIN:
+        _append_codes(storage, lengths, k, v, codec, lens)
+        return
     batch, _, count, _ = k.shape
-    most, held = capacity(storage), lengths.tolist()
-    new = [count] * batch if lens is None else lens.tolist()
-    if any(not 0 <= n <= count for n in new):
-        raise error(
-            "AK602", where="lens", given=str(new[:8]), allowed=f"0..{count}, the tokens that are given"
-        )
-    if any(n < 0 or n + more > most for n, more in zip(held, new, strict=True)):
-        b = next(b for b in range(batch) if held[b] < 0 or held[b] + new[b] > most)
-        raise error(
-            "AK602", what="the cache is full", where=f"append, row {b}", given=f"{held[b]} tokens and {new[b]} more",
-            allowed=f"{most} in all",
-        )  # fmt: skip
+    held, new = lengths.tolist(), _counts(k, lens)
+    _check_room(held, new, count, capacity(storage))
     if len(storage) == 2 and batch > 0 and new == [count] * batch and held == held[:1] * batch:
         for to, tokens in zip(storage, (k, v), strict=True):
             to[:, :, held[0] : held[0] + count].copy_(tokens)
@@ -88,6 +82,48 @@ def append(
     lengths.add_(count if lens is None else lens)
 
 
+def _append_codes(
+    storage: Sequence[Tensor], lengths: Tensor, k: Tensor, v: Tensor, codec: str, lens: Tensor | None
+) -> None:
+    scheme = parse_scheme(codec)
+    parts = parts_of(scheme, storage)
+    size = tokens_of(scheme, parts)
+    held, new = lengths.tolist(), _counts(k, lens)
+    _check_room(held, new, k.shape[2], size * (1 if parts.table is None else parts.table.shape[1]))
+    stores = (
+        store(parts.k, scheme.k, scheme.head_dim, scheme.group),
+        store(parts.v, scheme.v, scheme.v_head_dim, scheme.group),
+    )
+    k, v = (t if t.dtype in PLAIN.values() else t.float() for t in (k, v))
+    bad = engine.append(
+        *stores, k, v, lengths, lens, parts.state, scheme.residual, parts.table, torch.get_num_threads()
+    )
+    if bad is None:
+        return
+    code, about = bad
+    if code == "AK602":
+        assert parts.table is not None
+        raise missing_page(parts.table, about, held[about] + new[about], size, parts.k.codes.shape[0])
+    raise error(code, where=("storage", "k", "v")[about] if 0 <= about < 3 else "append")
+
+
+def _counts(k: Tensor, lens: Tensor | None) -> list[int]:
+    return [k.shape[2]] * k.shape[0] if lens is None else lens.tolist()
+
+
+def _check_room(held: list[int], new: list[int], count: int, most: int) -> None:
+    if any(not 0 <= n <= count for n in new):
+        raise error(
+            "AK602", where="lens", given=str(new[:8]), allowed=f"0..{count}, the tokens that are given"
+        )
+    if any(n < 0 or n + more > most for n, more in zip(held, new, strict=True)):
+        b = next(b for b in range(len(held)) if held[b] < 0 or held[b] + new[b] > most)
+        raise error(
+            "AK602", what="the cache is full", where=f"append, row {b}", given=f"{held[b]} tokens and {new[b]} more",
+            allowed=f"{most} in all",
+        )  # fmt: skip
+
+
 def check_append(
     storage: Sequence[Tensor], lengths: Tensor, k: Tensor, v: Tensor, codec: str, lens: Tensor | None
 ) -> None:
@@ -96,20 +132,12 @@ def check_append(
     Raises:
         AttnkitError: AK402 types, AK403 shapes, AK404 dtypes, AK405 devices, AK504 codec.
     """
-    if codec not in CODECS:
-        raise error("AK504", where="codec", given=repr(codec), allowed=", ".join(CODECS))
-    if len(storage) not in (2, 3):
-        raise error(
-            "AK402",
-            where="storage",
-            given=f"{len(storage)} tensors",
-            allowed="k, v, and a page table or none",
-        )
+    held_tensors, dims = _held(storage, codec)
     batch = lengths.shape[0]
-    for name, new, held in (("k", k, storage[0]), ("v", v, storage[1])):
+    for name, new, held, dim in zip(("k", "v"), (k, v), held_tensors, dims, strict=True):
         check_tensor(name, new, held.device)
         count = k.shape[2] if k.dim() == 4 else 0
-        shape = (batch, held.shape[1], count, held.shape[3])
+        shape = (batch, held.shape[1], count, dim)
         if new.shape != shape:
             raise error(
                 "AK403",
@@ -119,9 +147,9 @@ def check_append(
             )
         if not new.is_floating_point():
             raise error("AK404", where=name, given=str(new.dtype), allowed="a float dtype")
-        if held.dtype != CODECS[codec]:
+        if codec in PLAIN and held.dtype != PLAIN[codec]:
             raise error(
-                "AK404", where="storage", given=str(held.dtype), allowed=f"{CODECS[codec]}, of codec {codec}"
+                "AK404", where="storage", given=str(held.dtype), allowed=f"{PLAIN[codec]}, of codec {codec}"
             )
     if lens is not None:
         check_tensor("lens", lens, lengths.device)
@@ -129,6 +157,23 @@ def check_append(
             raise error("AK404", where="lens", given=str(lens.dtype), allowed="torch.int32")
         if lens.shape != (batch,):
             raise error("AK403", where="lens", given=shape_of(lens), allowed=f"[{batch}], one a row")
+
+
+def _held(storage: Sequence[Tensor], codec: str) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """The elements or codes of k and v, and their channels."""
+    plain = codec in PLAIN
+    try:
+        scheme = None if plain else parse_scheme(codec)
+    except (TypeError, ValueError):
+        raise error("AK504", where="codec", given=repr(codec), allowed=", ".join(PLAIN)) from None
+    least = 2 if scheme is None else scheme.num_tensors
+    if len(storage) not in (least, least + 1):
+        allowed = f"{least} of k and v, and a page table or none"
+        raise error("AK402", where="storage", given=f"{len(storage)} tensors", allowed=allowed)
+    if scheme is None:
+        return (storage[0], storage[1]), (storage[0].shape[3], storage[1].shape[3])
+    parts = parts_of(scheme, storage)
+    return (parts.k.codes, parts.v.codes), scheme[2:4]
 
 
 def refuse_gradients(where: str, tensors: Sequence[Tensor]) -> None:

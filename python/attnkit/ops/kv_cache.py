@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
+from attnkit.ops import kv_coded
+from attnkit.ops.attend_cache import Codes
 from attnkit.ops.check import PAGE_SIZES, check_pages, check_tensor, is_page_size, shape_of
-from attnkit.ops.kv_append import CODECS, append, capacity, slots, write
+from attnkit.ops.kv_append import append, capacity, slots, write
+from attnkit.ops.kv_codes import BITS, PLAIN, SCALE_RUN, Scheme, allocate
 from attnkit.ops.warm import is_unwatched
-
-_QUANTISED = ("fp8", "int8", "int4", "int2")
 
 
 class Segment(NamedTuple):
-    """What `attention` reads of a cache: pages, if there is a table."""
+    """What `attention` reads of a cache: pages, if there is a table; of codes, `codes` is what k and v are elsewhere."""
 
-    k: Tensor
-    v: Tensor
+    k: Tensor | None
+    v: Tensor | None
     lengths: Tensor
     page_table: Tensor | None
+    codes: Codes | None = None
 
 
 class KVCache:
@@ -36,15 +38,20 @@ class KVCache:
         head_dim: width of a key.
         v_head_dim: width of a value; None is ``head_dim``.
         max_len: tokens that a row can hold; with pages rounded up to whole ones.
-        codec: how elements are kept: ``"f32"``, ``"f16"``, ``"bf16"``; or a pair, for k and for v. q has the dtype of a
-            plain codec; k and v of any float dtype are rounded to it.
-        group_size: tokens or channels that share a scale, of the quantised codecs (which are not built yet).
-        residual: the newest tokens that they keep in full precision.
-        page_size: None, or the tokens of a page, a power of two of at least 16: each row then is a list of pages.
+        codec: how elements are kept: ``"f32"``, ``"f16"``, ``"bf16"``, ``"fp8"``, ``"int8"``, ``"int4"``, ``"int2"``; or a pair, for
+            k and for v. q has the dtype of a plain codec, and any of these three beside codes; k and v of any float
+            dtype are rounded.
+        group_size: of int4 and int2, tokens (of k) or channels (of v) that share a scale: a multiple of 32.
+        residual: the newest tokens that int4 and int2 keep in bfloat16, and how many can be taken back.
+        page_size: None, or the tokens of a page, a power of two of at least 16 and of whole groups: each row then is a list of
+            pages.
         device: ``"cpu"``.
+        k_scale: of fp8, a number or float32 ``[Hkv]``: what is kept is ``k / k_scale``. None is 1.
+        v_scale: likewise.
 
     Raises:
-        AttnkitError: AK401, a number is not allowed; AK402, not a number; AK504, the codec or the device is not built yet.
+        AttnkitError: AK401, a number is not allowed; AK402, not a number; AK403 and AK404, not such scales; AK504, the codec
+            or the device is not built yet.
     """
 
     def __init__(
@@ -60,6 +67,8 @@ class KVCache:
         residual: int = 128,
         page_size: int | None = None,
         device: str | torch.device = "cpu",
+        k_scale: float | Tensor | None = None,
+        v_scale: float | Tensor | None = None,
     ) -> None:
         v_head_dim = head_dim if v_head_dim is None else v_head_dim
         numbers = {
@@ -75,19 +84,28 @@ class KVCache:
             raise error("AK401", where="page_size", given=repr(page_size), allowed=PAGE_SIZES)
         if torch.device(device).type != "cpu":
             raise error("AK504", where="device", given=str(device), allowed="cpu")
-        dtype = CODECS[_codec(codec)]
+        k_codec, v_codec = _codecs(codec)
+        scheme = Scheme(k_codec, v_codec, head_dim, v_head_dim, group_size, residual)
+        scales = kv_coded.check_scales(scheme, num_kv_heads, k_scale, v_scale)
+        if scheme.has_newest and group_size % SCALE_RUN:
+            raise error(
+                "AK401", where="group_size", given=str(group_size), allowed=f"a multiple of {SCALE_RUN}"
+            )
+        if scheme.has_newest and page_size is not None and page_size % group_size:
+            raise error(
+                "AK401", where="page_size", given=str(page_size), allowed=f"groups of {group_size} tokens"
+            )
         table = None
+        coded = any(c in BITS for c in scheme[:2])
         if page_size is None:
-            outer, inner = batch, max_len
+            block = scheme.block if coded else 1
+            outer, inner = batch, -(-max_len // block) * block
         else:
             columns = -(-max_len // page_size)
             outer, inner = batch * columns, page_size
             table = torch.arange(outer, dtype=torch.int32).view(batch, columns)
-        k, v = (
-            _memory(outer, num_kv_heads, inner, dim, dtype, table is not None)
-            for dim in (head_dim, v_head_dim)
-        )
-        self._keep(k, v, table, torch.zeros(batch, dtype=torch.int32), external=False)
+        storage = allocate(scheme, batch, num_kv_heads, outer, inner, table, scales)
+        self._keep(storage, torch.zeros(batch, dtype=torch.int32), scheme if coded else None)
 
     @classmethod
     def from_pages(cls, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor) -> KVCache:
@@ -110,7 +128,7 @@ class KVCache:
                 raise error(
                     "AK403", where=name, given=shape_of(t), allowed="[pages, heads, page_size, head_dim]"
                 )
-            if t.dtype not in CODECS.values() or t.dtype != k_pages.dtype:
+            if t.dtype not in PLAIN.values() or t.dtype != k_pages.dtype:
                 allowed = "float32, bfloat16 or float16, k and v alike"
                 raise error("AK404", where=name, given=str(t.dtype), allowed=allowed)
         if k_pages.shape[:3] != v_pages.shape[:3]:
@@ -131,14 +149,20 @@ class KVCache:
             raise error("AK504", where="device", given=str(k_pages.device), allowed="cpu")
         check_pages(k_pages.shape[2], page_table, lengths, lengths.shape[0])
         cache = cls.__new__(cls)
-        cache._keep(k_pages, v_pages, page_table, lengths, external=True)
+        cache._keep([k_pages, v_pages, page_table], lengths, None, external=True)
         return cache
 
-    def _keep(self, k: Tensor, v: Tensor, table: Tensor | None, lengths: Tensor, external: bool) -> None:
-        self._storage = [k, v] if table is None else [k, v, table]
+    def _keep(
+        self, storage: list[Tensor], lengths: Tensor, scheme: Scheme | None, external: bool = False
+    ) -> None:
+        self._storage = storage
         self.lengths = lengths
-        self.codec = next(name for name, dtype in CODECS.items() if dtype is k.dtype)
+        self._scheme = scheme
         self._external = external
+        if scheme is None:
+            self.codec = next(name for name, dtype in PLAIN.items() if dtype is storage[0].dtype)
+        else:
+            self.codec = scheme.k if scheme.k == scheme.v else f"{scheme.k}/{scheme.v}"
 
     # --- what it is ---------------------------------------------------------------------------------------
 
@@ -150,29 +174,49 @@ class KVCache:
     @property
     def max_len(self) -> int:
         """Tokens that a row can hold."""
+        if self._scheme is not None:
+            return kv_coded.capacity(self._scheme, self._storage)
         return capacity(self._storage)
 
     @property
     def page_size(self) -> int | None:
         """Tokens of a page; None if there are no pages."""
+        if self._scheme is not None:
+            return kv_coded.page_size(self._scheme, self._storage)
         return self._storage[0].shape[2] if len(self._storage) == 3 else None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, without lengths and page table."""
-        return sum(t.numel() * t.element_size() for t in self._storage[:2])
+        """Bytes of keys and values with their scales, without lengths and page table."""
+        kept = self._storage[:2] if self._scheme is None else kv_coded.tensors(self._scheme, self._storage)
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of k and v."""
+        return self._storage[0].shape[1]
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """The widths of keys and of values."""
+        if self._scheme is not None:
+            return self._scheme.head_dim, self._scheme.v_head_dim
+        return self._storage[0].shape[3], self._storage[1].shape[3]
 
     @property
     def segment(self) -> Segment:
         """The tensors that attention reads."""
+        if self._scheme is not None:
+            codes = Codes(self._storage, self._scheme)
+            return Segment(None, None, self.lengths, kv_coded.page_table(self._scheme, self._storage), codes)
         k, v, *table = self._storage
         return Segment(k, v, self.lengths, table[0] if table else None)
 
     def __repr__(self) -> str:
-        k, v = self._storage[:2]
         pages = "" if self.page_size is None else f", page_size={self.page_size}"
-        dims = f"{k.shape[3]}" if k.shape[3] == v.shape[3] else f"{k.shape[3]}/{v.shape[3]}"
-        return f"KVCache({self.batch} rows, {k.shape[1]} heads of {dims}, max_len={self.max_len}, {self.codec}{pages})"
+        k, v = self.head_dims
+        dims = f"{k}" if k == v else f"{k}/{v}"
+        return f"KVCache({self.batch} rows, {self.num_kv_heads} heads of {dims}, max_len={self.max_len}, {self.codec}{pages})"
 
     # --- how it changes -----------------------------------------------------------------------------------
 
@@ -194,16 +238,24 @@ class KVCache:
             and not is_unwatched((*given, self.lengths, *self._storage))
         )
         do = torch.ops.attnkit.kv_append if watched else append
-        do(self._storage, self.lengths, k, v, self.codec, lens)
+        do(self._storage, self.lengths, k, v, self.codec if self._scheme is None else self._scheme.text, lens)
 
-    def truncate(self, n: int | Tensor) -> None:
+    def truncate(self, n: int | Tensor, lossy: bool = False) -> None:
         """Forget what comes after the first n tokens (an int, or int ``[B]``); shorter rows stay as they are.
 
-        The cache is as if the rest had never been appended.
+        The cache is as if the rest had never been appended. int4 and int2 can take back ``residual`` tokens; ``lossy`` more, to
+        a multiple of ``group_size``: what is left then are codes.
 
         Raises:
-            AttnkitError: AK401, n is negative; AK402, AK403, it is no such number or tensor.
+            AttnkitError: AK401, n is negative, or deeper than that; AK402, AK403, it is no such number or tensor.
         """
+        if self._scheme is not None and self._scheme.has_newest:
+            if isinstance(n, Tensor):
+                self._check_integers("n", n, (self.batch,))
+            elif type(n) is not int:
+                raise error("AK402", where="n", given=type(n).__name__, allowed="an int or a tensor of ints")
+            kv_coded.truncate(self._scheme, self._storage, self.lengths, n, lossy)
+            return
         if isinstance(n, Tensor):
             self._check_integers("n", n, (self.batch,))
             if not torch.compiler.is_compiling() and bool((n < 0).any()):
@@ -236,27 +288,16 @@ class KVCache:
             raise error("AK401", where="batch_index", given=str(index[:8]), allowed=f"0..{self.batch - 1}")
         lengths = self.lengths.tolist()
         longest = max((lengths[b] for b in index), default=0)
-        if len(self._storage) == 2:
+        if self._scheme is not None:
+            kv_coded.reorder(self._scheme, self._storage, index, lengths)
+        elif len(self._storage) == 2:
             for t in self._storage:
                 t[:, :, :longest] = t[batch_index.long(), :, :longest]
         else:
-            self._reorder_pages(index, lengths)
+            kv_coded.reorder_pages(
+                self._storage[:2], self._storage[2], index, lengths, self._storage[0].shape[2]
+            )
         self.lengths.copy_(self.lengths[batch_index.long()])
-
-    def _reorder_pages(self, index: list[int], lengths: list[int]) -> None:
-        *stores, table = self._storage
-        unused = [b for b in range(self.batch) if b not in index]
-        rows: list[int] = []  # whose pages each row gets
-        for b in index:
-            if b not in rows:
-                rows.append(b)
-                continue
-            rows.append(unused.pop())
-            used = -(-lengths[b] // stores[0].shape[2])
-            to, source = table[rows[-1], :used].long(), table[b, :used].long()
-            for t in stores:
-                t[to] = t[source]
-        table.copy_(table[torch.tensor(rows, dtype=torch.int64)])
 
     def select(self, positions: Tensor) -> None:
         """Keep only the tokens at these positions, in this order: of a tree of drafts, the branch that was accepted.
@@ -281,6 +322,9 @@ class KVCache:
         if not bool((in_front & (wanted >= -1) & (wanted < self.lengths[:, None])).all()):
             allowed = f"tokens of rows of {self.lengths.tolist()[:8]}, then -1"
             raise error("AK401", where="positions", given=str(positions.tolist())[:80], allowed=allowed)
+        if self._scheme is not None:
+            kv_coded.select(self._scheme, self._storage, self.lengths, wanted, counts, self.append)
+            return
         rows, columns = exist.nonzero(as_tuple=True)
         write(self._storage, rows, columns, *self._read(rows, wanted[rows, columns]))
         self.lengths.copy_(counts)
@@ -288,7 +332,10 @@ class KVCache:
     # --- what it holds ------------------------------------------------------------------------------------
 
     def dequantize(self) -> tuple[Tensor, Tensor]:
-        """The tokens, ``k [B, Hkv, n, D]`` and ``v [B, Hkv, n, Dv]``, n being the longest row; zero beyond a row's end."""
+        """The tokens, ``k [B, Hkv, n, D]`` and ``v [B, Hkv, n, Dv]``, n being the longest row; zero beyond a row's end.
+
+        Codes are float32 then.
+        """
         lengths = self.lengths.long()
         longest = int(lengths.max()) if self.batch else 0
         rows, columns = (torch.arange(longest) < lengths[:, None]).nonzero(as_tuple=True)
@@ -300,6 +347,8 @@ class KVCache:
         return found[0], found[1]
 
     def _read(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self._scheme is not None:
+            return kv_coded.read(self._scheme, self._storage, rows, positions)
         first, second = slots(self._storage, rows, positions)
         k, v = (t[first, :, second] for t in self._storage[:2])
         return k, v
@@ -312,24 +361,14 @@ class KVCache:
             raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
 
 
-def _codec(codec: Any) -> str:
+def _codecs(codec: Any) -> tuple[str, str]:
     names = codec if isinstance(codec, tuple) and len(codec) == 2 else (codec, codec)
     for name in names:
-        if name in _QUANTISED:
-            what = "quantised codecs are not built yet"
-            raise error("AK504", what=what, where="codec", given=repr(name), allowed=", ".join(CODECS))
-        if not isinstance(name, str) or name not in CODECS:
-            raise error(
-                "AK401", where="codec", given=repr(codec), allowed=f"{', '.join(CODECS)}, or a pair of them"
-            )
-    if names[0] != names[1]:
+        if not isinstance(name, str) or name not in (*PLAIN, *BITS):
+            allowed = f"{', '.join((*PLAIN, *BITS))}, or a pair of them"
+            raise error("AK401", where="codec", given=repr(codec), allowed=allowed)
+    k, v = names
+    if k != v and k in PLAIN and v in PLAIN:
         what = "k and v of different plain codecs are not built yet"
         raise error("AK504", what=what, where="codec", given=repr(codec), allowed="the same for both")
-    return str(names[0])
-
-
-def _memory(outer: int, heads: int, inner: int, dim: int, dtype: torch.dtype, paged: bool) -> Tensor:
-    """``[outer, heads, inner, dim]``, unset; of pages, those of a head follow each other, as do the tokens of a row."""
-    if paged:
-        return torch.empty(heads, outer, inner, dim, dtype=dtype).transpose(0, 1)
-    return torch.empty(outer, heads, inner, dim, dtype=dtype)
+    return k, v

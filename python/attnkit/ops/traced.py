@@ -47,6 +47,7 @@ class Traceable(NamedTuple):
     kv_lens: Tensor | None = None
     page_table: Tensor | None = None
     dropout_p: float = 0.0
+    codecs: tuple[str, str] | None = None
 
 
 class Bound(NamedTuple):
@@ -166,7 +167,10 @@ def bind(what: Traceable, like: Tensor | None = None) -> Bound:
     """
     if torch.compiler.is_compiling():
         return _trace(what, like)
-    mask, others = what.mask, (what.score, what.sink, what.cu_seqlens_q, what.kv_lens, what.page_table)
+    mask, others = (
+        what.mask,
+        (what.score, what.sink, what.cu_seqlens_q, what.kv_lens, what.page_table, what.codecs),
+    )
     if type(mask) is not SettledMask or any(other is not None for other in others):
         return _recall(what, like)
     key = (None if like is None else (like.dtype, like.device), what.scale, what.normalizer, what.dropout_p)
@@ -231,6 +235,7 @@ def _trace(what: Traceable, like: Tensor | None) -> Bound:
         kv_lens=what.kv_lens,
         page_table=what.page_table,
         dropout_p=what.dropout_p,
+        codecs=what.codecs or ("", ""),
     )
     return Bound(text, traced.buffers, traced.params)
 

@@ -46,9 +46,7 @@ class CpuBackend:
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=recurs
         )
-        if any(layout.codec is not None for layout in spec.program.inputs):
-            reasons += ("an input is quantised",)
-        return reasons
+        return (*reasons, *_codec_reasons(spec.program))
 
     def space(self, spec: KernelSpec) -> Space:
         """Tile sizes, and how many keys are summed before they are merged.
@@ -74,6 +72,10 @@ class CpuBackend:
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
+        if any(x.codec is not None for x in spec.program.inputs):
+            from attnkit.backends.cpu.cache import CacheKernel  # which is a kernel of this file
+
+            return CacheKernel(spec, config)
         return recur.RecurKernel(spec, config) if _recurs(spec.program) else CpuKernel(spec, config)
 
 
@@ -232,13 +234,10 @@ class CpuKernel:
         return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
 
     def _no_page(self, b: int, k: Any, buffers: list[Any]) -> AttnkitError:
-        """The error for a sequence with a token that the page table gives no page."""
         assert self._table is not None
         assert self._kv_layout.lengths is not None
-        used = -(-int(buffers[self._kv_layout.lengths][b]) // k.shape[2])
-        pages = buffers[self._table][b, :used].tolist()
-        at = next(i for i, page in enumerate(pages) if not 0 <= page < k.shape[0])
-        return no_page(b, at, pages[at], k.shape[0])
+        length = int(buffers[self._kv_layout.lengths][b])
+        return missing_page(buffers[self._table], b, length, k.shape[2], k.shape[0])
 
     def _error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
         """The error for a fault of the engine: about an instruction, a tensor, or nothing in particular (-1)."""
@@ -252,6 +251,33 @@ class CpuKernel:
             name = next(name for name, number in engine().opcodes().items() if number == opcode)
             where = f"score or mask, instruction {about} ({name}) of `attnkit dump --stage bytecode`"
         return error(code, where=where)
+
+
+def _codec_reasons(program: Program) -> list[str]:
+    """Why codecs of inputs are not those of a cache."""
+    reasons = []
+    for i, layout in enumerate(program.inputs):
+        codec = layout.codec
+        if codec is None:
+            continue
+        known = {
+            "int8": codec.axis == "token" and codec.group == 0,
+            "fp8": codec.axis == "head",
+            "int4": codec.axis == ("channel" if i == 1 else "token") and codec.group % 32 == 0,
+        }
+        name = {"int2": "int4"}.get(codec.name, codec.name)
+        if layout.kind not in ("padded", "paged") or not known[name]:
+            reasons.append(
+                f"input {i} is {layout.kind} {codec.name}({codec.axis}, {codec.group}), of no cache"
+            )
+    return reasons
+
+
+def missing_page(table: Any, row: int, length: int, page_size: int, pages: int) -> AttnkitError:
+    """The error for a row of so many tokens, one of which the page table gives no page."""
+    held = table[row, : -(-length // page_size)].tolist()
+    at = next(i for i, page in enumerate(held) if not 0 <= page < pages)
+    return no_page(row, at, held[at], pages)
 
 
 def _too_large(exc: ValueError) -> AttnkitError:

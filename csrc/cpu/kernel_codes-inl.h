@@ -1,0 +1,223 @@
+// Few queries over codes, which no tile of floats is made of: keys on the byte dot product, values on the byte or the
+// bfloat16 one. Sums of bytes are integers, so they are exact; scales join them once a run of keys (of values: once a
+// tile).
+//
+// A query, or of int4 and int2 its product with the scales of a group of keys, is rounded to 16 bits, in two bytes: q =
+// 256 high + low. Weights of int8 values, times their scales, are 16 bits of the largest of their tile; those of int4
+// and int2 are bfloat16, and codes become bfloat16 by setting the bits of 128 in front of them.
+
+// sum + u . s of four unsigned and four signed bytes in each lane. The compiler's own would keep sums on the stack.
+ATTNKIT_INLINE void dot_bytes(vi& sum, vi u, vi s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
+
+ATTNKIT_INLINE vi word_at(const char* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return set1_int(word);
+}
+ATTNKIT_INLINE vf widen_scales(const uint16_t* p) { return widen(reinterpret_cast<const Bf16*>(p)); }
+
+// Where the codes of a tile lie and their scales begin, a run of tokens after the other.
+struct CodeTile {
+  static constexpr int32_t kMost = kMaxTileKv / kRun;
+
+  const char* runs[kMost];
+  const uint16_t* scales[kMost];
+  const char* fetched[kMost];  // the part of the scales that comes with the run
+  int32_t count = 0;  // runs
+  int32_t lines[2] = {};  // of memory, of that part and of the codes of a run
+
+  CodeTile() = default;
+  CodeTile(const Store& s, const Pages& pages, const Sequence& sequence, int32_t head, int64_t first, int32_t tokens)
+      : count((tokens + kRun - 1) / kRun) {
+    int32_t together = 1;  // tokens that share scales
+    const int64_t bytes = scales_of_run(s, &together) * 2,
+                  part = together == 1 ? bytes * kRun : bytes * kRun / together;
+    lines[0] = static_cast<int32_t>((part + 63) / 64);
+    lines[1] = static_cast<int32_t>((run_bytes(s) + 63) / 64);
+    for (int32_t r = 0; r < count; ++r) {
+      const Place place = place_of(pages, sequence.batch, first + r * kRun);
+      const int64_t run = together == 1 ? 0 : place.token % together / kRun;
+      runs[r] = codes_at(s, place, head);
+      scales[r] = scales_at(s, place, head) + (s.is_keys ? 0 : run * kRun);
+      fetched[r] = reinterpret_cast<const char*>(scales_at(s, place, head)) + run * part;
+    }
+  }
+};
+
+// Fetches the codes of a run that is needed next, while those in use go by in steps; its scales come first, at once.
+// What is not there are codes that have been used.
+struct CodeFetch {
+  const char* at;
+  int32_t lines;  // in each step
+
+  ATTNKIT_INLINE void step(int32_t n) const {
+    for (int32_t i = 0; i < lines; ++i) __builtin_prefetch(at + (n * lines + i) * 64);
+  }
+};
+inline CodeFetch fetch_of(const CodeTile& next, int32_t r, int32_t steps, const char* used) {
+  if (r >= next.count) return {used, 0};
+  for (int32_t i = 0; i < next.lines[0]; ++i) __builtin_prefetch(next.fetched[r] + i * 64);
+  return {next.runs[r], (next.lines[1] + steps - 1) / steps};
+}
+
+// ---- queries as bytes ----
+
+// [query][high, low][channel]
+inline constexpr float kMostQuery = 32512;  // 127 * 256
+
+// Of 64 integers up to kMostQuery the two bytes of each, in order.
+ATTNKIT_INLINE void put_bytes(const vi* x, char* high, char* low) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i top[2], rest[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i both = _mm512_packs_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
+    top[i] = _mm512_srai_epi16(_mm512_add_epi16(both, _mm512_set1_epi16(128)), 8);
+    rest[i] = _mm512_sub_epi16(both, _mm512_slli_epi16(top[i], 8));
+  }
+  _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(top[0], top[1])));
+  _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(rest[0], rest[1])));
+}
+
+// Rounds `count` numbers, a multiple of kLanes, to multiples of `step`, the largest of them to kMostQuery at most.
+ATTNKIT_INLINE void round_to_bytes(const float* x, int32_t count, float step, char* high, char* low) {
+  const vf inverse = set1(step == 0 ? 0 : 1 / step);
+  for (int32_t c = 0; c < count; c += 4 * kLanes) {
+    vi codes[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const vf y = c + i * kLanes < count ? load(x + c + i * kLanes) * inverse : vf{};
+      codes[i] = (vi)_mm512_cvtps_epi32((__m512)y);
+    }
+    put_bytes(codes, high + c, low + c);
+  }
+}
+
+// ---- keys ----
+
+// Sums of kRows queries with the codes of kRuns runs of keys, which are kBits wide and read as unsigned. The planes of
+// bytes of a query lie kPlane apart.
+inline constexpr int32_t kPlane = kMostCodeChannels;
+template <int kBits, int kRows, int kRuns>
+ATTNKIT_INLINE void dot_runs(const char* const* codes, int32_t channels, const char* q, vi (&sum)[kRuns][kRows],
+                             const CodeFetch* fetch) {
+  constexpr int kFields = 8 / kBits;
+  vi high[kRuns][kRows] = {}, low[kRuns][kRows] = {};
+  for (int32_t d = 0; d < channels / 4; d += kFields) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kRuns; ++r) fetch[r].step(d / kFields);
+    vi words[kRuns];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRuns; ++r) words[r] = load_words(codes[r] + d / kFields * kLanes * 4);
+#pragma GCC unroll 4
+    for (int f = 0; f < kFields; ++f) {
+      vi u[kRuns];
+#pragma GCC unroll 2
+      for (int r = 0; r < kRuns; ++r) {
+        if constexpr (kBits == 8)
+          u[r] = words[r] ^ static_cast<int32_t>(0x80808080);  // 128 more
+        else
+          u[r] = (words[r] >> kBits * f) & 0x01010101 * ((1 << kBits) - 1);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const vi top = word_at(q + 2 * m * kPlane + (d + f) * 4),
+                 rest = word_at(q + (2 * m + 1) * kPlane + (d + f) * 4);
+#pragma GCC unroll 2
+        for (int r = 0; r < kRuns; ++r) {
+          dot_bytes(high[r][m], u[r], top);
+          dot_bytes(low[r][m], u[r], rest);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRuns; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) sum[r][m] = (high[r][m] << 8) + low[r][m];
+}
+
+// ---- values ----
+
+// Sums of kRows queries and kVecs vectors of channels over int8 values, four tokens at a time. `weights`:
+// [run][query][high, low][kRun].
+template <int kRows, int kVecs>
+__attribute__((noinline)) void byte_values(const CodeTile& tile, int32_t stored, int32_t channel, const char* weights,
+                                           int32_t lanes, const float* steps, const float* alpha, float* o,
+                                           int32_t o_stride, const CodeTile& next, int32_t part, int32_t parts) {
+  vi high[kRows][kVecs] = {}, low[kRows][kVecs] = {};
+  for (int32_t r = 0; r < tile.count; ++r) {
+    const char* codes = tile.runs[r] + channel * 4;
+    const CodeFetch fetch = fetch_of(next, part < parts ? r : next.count, 4 * parts, codes);
+    const char* w = weights + static_cast<int64_t>(r) * lanes * 2 * kRun;
+#pragma GCC unroll 4
+    for (int t = 0; t < kRun / 4; ++t) {
+      fetch.step(4 * part + t);
+      vi v[kVecs];
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) v[c] = load_words(codes + (t * stored + c * kLanes) * 4);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const vi top = word_at(w + 2 * m * kRun + t * 4), rest = word_at(w + (2 * m + 1) * kRun + t * 4);
+#pragma GCC unroll 4
+        for (int c = 0; c < kVecs; ++c) {
+          dot_bytes(high[m][c], top, v[c]);
+          dot_bytes(low[m][c], rest, v[c]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      float* x = o + static_cast<int64_t>(m) * o_stride + c * kLanes;
+      store(x, fma(load(x), set1(alpha[m]), to_float((high[m][c] << 8) + low[m][c]) * set1(steps[m])));
+    }
+}
+
+// The same over int4 or int2 values of kGroups groups of 32 channels. `weights`: bfloat16 [run][query][group][kRun];
+// `rest`: what is added to each group of channels, [query][group].
+template <int kBits, int kRows, int kGroups>
+__attribute__((noinline)) void pair_values(const CodeTile& tile, int32_t stored, int32_t channel, const char* weights,
+                                           int32_t lanes, int32_t groups, const float* rest, const float* alpha,
+                                           float* o, int32_t o_stride, const CodeTile& next, int32_t part,
+                                           int32_t parts) {
+  constexpr int kPairs = 16 / kBits;  // of tokens in a word
+  constexpr int32_t kMask = 0x00010001 * ((1 << kBits) - 1);
+  vf acc[kRows][2 * kGroups] = {};
+  for (int32_t r = 0; r < tile.count; ++r) {
+    const char* codes = tile.runs[r] + channel * 4;
+    const CodeFetch fetch = fetch_of(next, part < parts ? r : next.count, 4 * parts, codes);
+    const char* w = weights + static_cast<int64_t>(r) * lanes * groups * 2 * kRun;
+#pragma GCC unroll 2
+    for (int t = 0; t < 8; t += kPairs) {
+      for (int i = 0; i < kPairs / 2; ++i) fetch.step(4 * part + t / 2 + i);
+      vi words[2 * kGroups];
+#pragma GCC unroll 4
+      for (int c = 0; c < 2 * kGroups; ++c) words[c] = load_words(codes + (t / kPairs * stored + c * kLanes) * 4);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPairs; ++i) {
+        vf v[2 * kGroups];
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * kGroups; ++c)
+          v[c] = as_float(((words[c] >> kBits * i) & kMask) | 0x43004300);  // 128 + code, twice
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+          for (int g = 0; g < kGroups; ++g) {
+            const vf weight = set1_bits(w + (m * groups + g) * 2 * kRun + (t + i) * 4);
+            acc[m][2 * g] = PairDot::run(weight, v[2 * g], acc[m][2 * g]);
+            acc[m][2 * g + 1] = PairDot::run(weight, v[2 * g + 1], acc[m][2 * g + 1]);
+          }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int c = 0; c < 2 * kGroups; ++c) {
+      float* x = o + static_cast<int64_t>(m) * o_stride + c * kLanes;
+      store(x, fma(load(x), set1(alpha[m]), acc[m][c] + set1(rest[m * groups + c / 2])));
+    }
+}

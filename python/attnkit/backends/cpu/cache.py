@@ -1,0 +1,73 @@
+"""The engine on caches that keep codes: a kernel that takes stores in the place of k and v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from attnkit.backends.cpu.backend import CpuKernel, missing_page
+from attnkit.backends.cpu.engine import engine
+from attnkit.errors import error
+
+Store = tuple[Any, ...]  # as csrc/bind/cache.cc takes it
+
+_FAULTS = {4: "AK603", 5: "AK606", 6: "AK607", 7: "AK602"}
+
+
+class CacheKernel(CpuKernel):
+    """One program on the engine, of which k or v are codes. It has no backward."""
+
+    def attend_stores(
+        self,
+        q: Any,
+        k: Store,
+        v: Store,
+        num_coded: Any | None,
+        page_size: int,
+        o: Any,
+        lse: Any | None,
+        buffers: list[Any],
+        params: list[float],
+        threads: int,
+        seed: int | None = None,
+    ) -> None:
+        """Compute ``o`` (and ``lse`` if given) in place.
+
+        Raises:
+            AttnkitError: as `CpuKernel`.
+        """
+        lengths = self._kv_layout.lengths
+        assert lengths is not None
+        try:
+            fault, about = engine().attend_cache(
+                self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
+                buffers[lengths], num_coded, buffers, params, self._dropped(params, seed), threads, *self._sizes,
+                None if self._table is None else buffers[self._table],
+            )  # fmt: skip
+        except ValueError as exc:
+            raise error("AK502", where="backend cpu", given=str(exc)) from exc
+        if fault:
+            code = {1: "AK604", 2: "AK605", 3: "AK601"}.get(fault) or _FAULTS[fault]
+            if code == "AK602":
+                assert self._table is not None
+                raise missing_page(
+                    buffers[self._table], about, int(buffers[lengths][about]), page_size, k[3].shape[0]
+                )
+            raise self._error(code, about, self.bytecode, len(buffers))
+
+
+def append(
+    k_store: Store, v_store: Store, k: Any, v: Any, lengths: Any, counts: Any | None, state: Any | None, residual: int,
+    table: Any | None, threads: int,
+) -> tuple[str, int] | None:  # fmt: skip
+    """Put tokens at the end of each row, and count them. Returns an error's code and the row or tensor it is about.
+
+    Raises:
+        AttnkitError: AK502, the tensors are not such a cache.
+    """
+    try:
+        fault, about = engine().kv_append(
+            k_store, v_store, k, v, lengths, counts, state, residual, table, threads
+        )
+    except ValueError as exc:
+        raise error("AK502", where="append", given=str(exc)) from exc
+    return (_FAULTS[fault], about) if fault else None
