@@ -234,6 +234,77 @@ def attend_backward(rng: Rng) -> str:
     return f"fault {fault}"
 
 
+# --- recur -----------------------------------------------------------------------------------------------
+
+
+def recurrence(rng: Rng) -> tuple[list[Any], list[Any]]:
+    """The arguments of a valid call but for its threads, and room for the gradients of what it has beside tokens."""
+    batch, heads, length = (int(n) for n in rng.integers(1, 3, 3))
+    count = iter(range(100))
+
+    def room(*shape: int, dtype: int = 0) -> Any:
+        return (MIDDLE + 4096 * next(count), dtype, shape, contiguous(shape))
+
+    dtype, member = of(rng, [0, 0, 4, 5]), int(rng.integers(4))
+    order = 2 if member == 3 else 0
+    states = batch, heads, 21 if order else 4
+    tokens = [room(batch, heads, length, d, dtype=dtype) for d in (4, 4, 3, 3)]
+    beside: list[Any] = [None] * 5
+    if member in (1, 2):
+        beside[0] = room(batch, heads, length)
+    if member == 2:
+        beside[1] = room(batch, heads, length)
+    if member and rng.integers(2):
+        beside[3] = room(*states, 3)
+    form = (0, 0, 0.5, True, member == 3, 0.0, 16, [1.0, 1.0, 0.5] if order else [])
+    arguments = [*tokens, tuple(beside), room(*states, 3), room(*states) if order else None, None, form]
+    return arguments, [None if t is None else room(*t[2]) for t in beside]
+
+
+def damage_recurrence(rng: Rng, arguments: list[Any]) -> None:
+    form = arguments[8]
+    at = int(rng.integers(8))
+    wrong = of(rng, [None, "x", -1, 3, 2.5, [], 48, [1.0], [np.nan] * 3])
+    replace: dict[int, Callable[[], Any]] = {
+        **{i: partial(damaged, rng, arguments[i]) for i in (0, 1, 2, 3, 5)},
+        4: lambda: of(rng, [None, (), [None] * 5, arguments[4][::-1], (3,) * 5]),
+        6: lambda: of(rng, [None, 3, buffer_tuple(rng, 0, (1, 1, 4))]),
+        7: lambda: of(
+            rng, [None, [], 3, [(0, 0, 1)], [(0, 0, 9)], [(-1, 0, 1)], [(0, 2**62, 2**62)], [(0,)]]
+        ),
+        8: lambda: of(rng, [None, (), form[:3], (*form[:at], wrong, *form[at + 1 :])]),
+        9: lambda: integer(rng, [64, 10**6, 2**31]),
+    }
+    for i in rng.choice(list(replace), rng.integers(0, 3), replace=False):
+        arguments[i] = replace[i]()
+
+
+def recur(rng: Rng) -> str:
+    arguments, _ = recurrence(rng)
+    arguments.append(int(rng.integers(1, 4)))
+    damage_recurrence(rng, arguments)
+    fault, about = _engine.recur(*(arguments if rng.integers(50) else arguments[:3]))
+    assert (fault == 0) == (about == -1) or fault == 4
+    return f"fault {fault}" if fault else "computed"
+
+
+def recur_backward(rng: Rng) -> str:
+    arguments, beside = recurrence(rng)
+    arguments.append(1)
+    damage_recurrence(rng, arguments)
+    threads = arguments.pop()
+    whole = [t for t in arguments[:4] if isinstance(t, tuple) and len(t) == 4]
+    if len(whole) < 4:
+        return "left out"
+    moved = [(MIDDLE + 262144 + 8192 * i, *whole[i][1:]) for i in range(4)]
+    given = [moved[3], None, None, *moved[:3], tuple(beside), threads]
+    if rng.integers(4) == 0:
+        given[rng.integers(7)] = of(rng, [None, 3, (), buffer_tuple(rng, 0, (2, 2))])
+    fault, about = _engine.recur_backward(*arguments, *given)
+    assert (fault == 0) == (about == -1) or fault == 4
+    return f"fault {fault}" if fault else "computed"
+
+
 # --- the others ------------------------------------------------------------------------------------------
 
 
@@ -334,7 +405,7 @@ def no_arguments(rng: Rng) -> str:
 
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
-    "attend": attend, "attend_backward": attend_backward, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
+    "attend": attend, "attend_backward": attend_backward, "recur": recur, "recur_backward": recur_backward, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
     "set_poison": set_poison, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
     **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),
@@ -365,6 +436,7 @@ def test_wrong_arguments(seed: int, effort: int) -> None:
         assert tally[f"{name}: ValueError"] > 0, tally
     assert tally["attend: computed"] > count / 20, tally
     assert tally["attend_backward: computed"] > count / 200, tally
+    assert min(tally["recur: computed"], tally["recur_backward: computed"]) > count / 200, tally
     assert tally["attend: fault 5"] > 0, tally  # no memory behind it
     assert tally["attend: fault 6"] > 0, tally  # misaligned
 
