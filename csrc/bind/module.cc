@@ -203,6 +203,7 @@ PYBIND11_MODULE(_engine, m) {
         py::arg("page_table") = py::none());
   bind_backward(m);
   bind_cache(m);
+  bind_recur(m);
   m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);
   m.def("isa_levels", [] {

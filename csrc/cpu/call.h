@@ -5,6 +5,7 @@
 
 #include "bytecode.h"
 #include "problem.h"
+#include "recur.h"
 
 namespace attnkit::cpu {
 
@@ -136,6 +137,7 @@ struct Kernel {
   double (*fma_burst)(int64_t rounds);
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.
   float (*read_burst)(const float* p, int64_t n);
+  RecurKernel recur;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;
 };

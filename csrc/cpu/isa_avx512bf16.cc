@@ -32,6 +32,14 @@ namespace {
 #include "backward-inl.h"
 #include "backward_bf16-inl.h"
 #include "probe-inl.h"
+#include "recur_products-inl.h"
+#include "recur_rows-inl.h"
+#include "recur-inl.h"
+#include "recur_forward-inl.h"
+#include "recur_pairs-inl.h"
+#include "recur_backward-inl.h"
+#include "moments-inl.h"
+#include "moments_backward-inl.h"
 
 double dot_burst(int64_t rounds) {
   constexpr int kChains = kAccumulators;
@@ -53,6 +61,6 @@ double dot_burst(int64_t rounds) {
 
 const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes,   run_by_dtype, merge_parts, backward_bytes_by_dtype,
                                backward_rows, backward_by_dtype, evaluate,     fma_burst,   read_burst,
-                               dot_burst};
+                               kRecurKernel,  dot_burst};
 
 }  // namespace attnkit::cpu

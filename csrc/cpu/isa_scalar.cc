@@ -69,9 +69,17 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "backward_rows-inl.h"
 #include "backward-inl.h"
 #include "probe-inl.h"
+#include "recur_products-inl.h"
+#include "recur_rows-inl.h"
+#include "recur-inl.h"
+#include "recur_forward-inl.h"
+#include "recur_pairs-inl.h"
+#include "recur_backward-inl.h"
+#include "moments-inl.h"
+#include "moments_backward-inl.h"
 }  // namespace
 
-const Kernel kScalarKernel{"scalar",      workspace_bytes, run<FloatForward>, merge_parts, backward_bytes,
-                           backward_rows, backward,        evaluate,          fma_burst,   read_burst};
+const Kernel kScalarKernel{"scalar", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
+                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel};
 
 }  // namespace attnkit::cpu

@@ -129,7 +129,7 @@ class CodeDecode : public PairDecode {
       if (step < 0x1p-126f) step = 0;
       round_to_bytes(x + m * at_.dq, p_.head_dim, step, bytes(first + m), bytes(first + m) + kPlane);
       step_[first + m] = step * factor_[first + m];
-      zero_[first + m] = sum_of_lanes(sum[m]) * p_.scale;
+      zero_[first + m] = lane_sum(sum[m]) * p_.scale;
     }
   }
 
@@ -204,7 +204,7 @@ class CodeDecode : public PairDecode {
       vf sum[2] = {};
       for (int32_t n = 0; n < end; n += kLanes) sum[n / kLanes % 2] += load(by_query(m) + n);
       float* total = ws_ + at_.sum + m;
-      *total = __builtin_fmaf(*total, ws_[at_.alpha + m], sum_of_lanes(sum[0] + sum[1]));
+      *total = __builtin_fmaf(*total, ws_[at_.alpha + m], lane_sum(sum[0] + sum[1]));
     }
   }
 
@@ -305,8 +305,8 @@ class CodeDecode : public PairDecode {
       }
     }
     for (int m = 0; m < kRows; ++m) {
-      const float sum = sum_of_lanes((vf)_mm512_zextps256_ps512(weights[m]));
-      rest[m * groups] = sum_of_lanes(zeros[m]) - (128 + middle) * sum;
+      const float sum = lane_sum((vf)_mm512_zextps256_ps512(weights[m]));
+      rest[m * groups] = lane_sum(zeros[m]) - (128 + middle) * sum;
     }
   }
 

@@ -15,7 +15,7 @@ ATTNKIT_INLINE vi word_at(const char* p) {
   return set1_int(word);
 }
 ATTNKIT_INLINE vf widen_scales(const uint16_t* p) { return widen(reinterpret_cast<const Bf16*>(p)); }
-ATTNKIT_INLINE float sum_of_lanes(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+ATTNKIT_INLINE float lane_sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 
 // Where the codes of a tile lie and their scales begin, a run of tokens after the other.
 struct CodeTile {

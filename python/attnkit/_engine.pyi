@@ -44,6 +44,43 @@ def attend(
     split_kv: int,
     /,
 ) -> tuple[int, int]: ...
+
+_Others = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+_Form = tuple[int, int, float, bool, bool, float, int, list[float]]
+
+def recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    others: _Others,
+    state: Tensor,
+    norm: Tensor | None,
+    sequences: Sequence[tuple[int, int, int]] | None,
+    form: _Form,
+    threads: int,
+    /,
+) -> tuple[int, int]: ...
+def recur_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    others: _Others,
+    state: Tensor,
+    norm: Tensor | None,
+    sequences: Sequence[tuple[int, int, int]] | None,
+    form: _Form,
+    d_o: Tensor,
+    d_state: Tensor | None,
+    d_norm: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    gradients: _Others,
+    threads: int,
+    /,
+) -> tuple[int, int]: ...
 def block_runs(
     program: Program,
     batch: int,

@@ -1,4 +1,4 @@
-"""Three kernels as they are printed, for a person to read. `python tests/golden/test_triton_source.py` writes them anew."""
+"""Four kernels as they are printed, for a person to read. `python tests/golden/test_triton_source.py` writes them anew."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ GOLDEN = {
     "forward_softcap": Case("forward", "softcap", "bfloat16", 128, 128, 90),
     "decode_packed": Case("decode", "packed", "bfloat16", 128, 128, 90),
     "dkv_alibi": Case("dkv", "alibi", "bfloat16", 128, 128, 90),
+    "blocks_document": Case("blocks", "document", "bfloat16", 128, 128, 90),
 }
 
 

@@ -37,12 +37,12 @@ def test_shapes_and_devices(a_gpu: None) -> None:
 
 def test_gradients_have_the_dtype_and_device_of_their_tensors(a_gpu: None) -> None:
     """The op alone: autograd itself asks a torch without CUDA for its device, and ends the process."""
-    from attnkit.ops.functional import plain
+    from attnkit.ops.functional import plain_text
 
     with FakeTensorMode():
         q, k, v = tensors()
         o, lse = torch.empty_like(q), torch.empty(2, 4, 64, device="cuda")
-        args = (o, None, q, k, v, o, lse, plain().text, [], [], None, [])
+        args = (o, None, q, k, v, o, lse, plain_text(), [], [], None, [])
         found = torch.ops.attnkit.attend_backward(*args)[:3]
     assert [(g.shape, g.device.type, g.dtype) for g in found] == [
         (t.shape, "cuda", t.dtype) for t in (q, k, v)
@@ -62,10 +62,10 @@ def test_the_drop_in_takes_them(a_gpu: None) -> None:
 
 
 def test_torchs_word_for_float32_products_decides(a_gpu: None) -> None:
-    from attnkit.ops.functional import plain
+    from attnkit.ops.functional import plain_text
 
     kernels = {
-        word: prepare(plain().text, "float32", 64, 64, "cuda", precision=word).kernel.precision
+        word: prepare(plain_text(), "float32", 64, 64, "cuda", precision=word).kernel.precision
         for word in ("highest", "high", "medium")
     }
     assert kernels == {"highest": "ieee", "high": "tf32", "medium": "tf32"}
@@ -74,10 +74,10 @@ def test_torchs_word_for_float32_products_decides(a_gpu: None) -> None:
 def test_without_a_gpu_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TritonBackend, "available", lambda self: "there is no NVIDIA GPU here")
     clear()
-    from attnkit.ops.functional import plain
+    from attnkit.ops.functional import plain_text
 
     with pytest.raises(AttnkitError) as raised:
-        prepare(plain().text, "float32", 64, 64, "cuda")
+        prepare(plain_text(), "float32", 64, 64, "cuda")
     assert raised.value.code == "AK502"
     assert "triton: not available: there is no NVIDIA GPU here" in raised.value.given
 

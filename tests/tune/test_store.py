@@ -350,6 +350,19 @@ def test_no_permission(folder: Folder, failure: int, monkeypatch: pytest.MonkeyP
     assert folder.get(some_entry(1).key) is None
 
 
+def test_a_folder_that_may_not_be_looked_at(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **others: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    folder.put(some_entry(1))
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert folder.exists()
+    with pytest.warns(RuntimeWarning, match="cannot be read"):
+        assert folder.get(some_entry(1).key) is None
+    assert folder.get(some_entry(1).key) is None, "and nothing more is said"
+
+
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "store").write_text("")
     folder = Folder(tmp_path / "store")

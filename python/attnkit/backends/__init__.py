@@ -48,14 +48,15 @@ class Backend(Protocol):
 
 
 def refused(
-    spec: KernelSpec, *, device: str, dtypes: Collection[str], channels: int, where: str
-) -> tuple[str, ...]:
-    """Why a backend that knows plain attention alone cannot run ``spec``; empty if it can.
+    spec: KernelSpec, *, device: str, dtypes: Collection[str], channels: int, where: str,
+    of_program: tuple[str, ...] | None = None,
+) -> tuple[str, ...]:  # fmt: skip
+    """Why a backend cannot run ``spec``; empty if it can. Of programs it knows plain attention, unless `of_program` says more.
 
     It takes tensors of these ``dtypes`` on ``device``, which people call ``where``, and heads of up to so many ``channels``.
     """
-    program, reasons = spec.program, []
-    if not (program.is_attention and program.attend.plain):
+    program, reasons = spec.program, list(of_program or ())
+    if of_program is None and not (program.is_attention and program.attend.plain):
         reasons.append("the program is more than softmax attention with a score, a mask, a sink and dropout")
     if spec.device != device:
         reasons.append(f"tensors are on {spec.device}, not on {where}")
@@ -63,7 +64,7 @@ def refused(
         reasons.append(f"dtype is {spec.dtype}, none of {', '.join(dtypes)}")
     if not (1 <= spec.head_dim <= channels and 1 <= spec.v_head_dim <= channels):
         reasons.append(f"head dims are {spec.head_dim} and {spec.v_head_dim}, not within 1..{channels}")
-    scale = program.attend.scale
+    scale = program.scale
     if scale is not None and scale > _FLOAT32_MAX:
         reasons.append(f"scale is {scale}, beyond float32")
     return tuple(reasons)

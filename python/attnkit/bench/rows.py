@@ -142,7 +142,9 @@ _PAGES = [
 # Decoding over codes, beside our own cache of bfloat16: our time over its time.
 _CODES = [
     Row(
-        Workload("full", Shape(1, 32, 8, 1, kv, 128, 128), direction="decode", dtype=BF16, pages=0, codec=codec),
+        Workload(
+            "full", Shape(1, 32, 8, 1, kv, 128, 128), direction="decode", dtype=BF16, pages=0, codec=codec
+        ),
         (),
         (Bar("beside", most=1 / least, stretch=1 / stretch), *([BANDWIDTH] if kv > 512 else [])),
         beside=Workload("full", Shape(1, 32, 8, 1, kv, 128, 128), direction="decode", dtype=BF16, pages=0),

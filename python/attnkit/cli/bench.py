@@ -82,7 +82,7 @@ def bench(
     Suite cpu is what is promised of the CPU engine beside every library that computes attention on a CPU: it prints
     the promises (bars) and whether they are met. pip install 'attnkit[peers]' gets the libraries; those that are
     not there are left out. Suite gpu measures an NVIDIA GPU beside the libraries that compute attention there. Suite scaling
-    is time and memory against length. Suite models times architectures of
+    is time and memory against length, suite variants linear attention beside the same in torch. Suite models times architectures of
     transformers beside its "sdpa"; suite training trains a small model on torch and on attnkit and compares the losses.
 
     \b
@@ -98,9 +98,9 @@ def bench(
     from attnkit.bench import console, records, runner
 
     asked = Asked(suite, variants, shape, patterns, dtype, seed, threads, seconds, rounds)
-    if suite in _WHOLE_MODELS and (variants or shape):
-        raise click.UsageError(f"suite {suite} has no --variant and no --shape: it measures whole models")
-    measure = _WHOLE_MODELS.get(suite, _attention)
+    if suite in _OF_THEIR_OWN and (variants or shape):
+        raise click.UsageError(f"suite {suite} has no --variant and no --shape: its rows are its own")
+    measure = _OF_THEIR_OWN.get(suite, _attention)
     with console.progress_bar() as progress:
         document, draw = measure(asked, progress)
     talk = console.talk()
@@ -186,6 +186,24 @@ def _models(asked: Asked, progress: Progress) -> Measured:
     return found, models.plot
 
 
+def _variants(asked: Asked, progress: Progress) -> Measured:
+    from attnkit.bench import variants
+
+    chosen = variants.jobs(asked.patterns)
+    if not chosen:
+        raise click.UsageError("suite variants has no such row")
+    seconds = variants.SECONDS if asked.seconds is None else asked.seconds
+    found = variants.run(
+        chosen,
+        seed=asked.seed,
+        threads=asked.threads,
+        seconds=seconds,
+        rounds=asked.rounds,
+        progress=progress,
+    )
+    return found, variants.plot
+
+
 def _training(asked: Asked, progress: Progress) -> Measured:
     """A round is a step of all models; how many there are decides how long it takes."""
     from attnkit.bench import training
@@ -200,7 +218,7 @@ def _training(asked: Asked, progress: Progress) -> Measured:
     return found, training.plot
 
 
-_WHOLE_MODELS = {"models": _models, "training": _training}
+_OF_THEIR_OWN = {"models": _models, "training": _training, "variants": _variants}
 
 
 def _table(document: dict[str, Any]) -> Any:

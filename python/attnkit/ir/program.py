@@ -375,6 +375,11 @@ class Program:
         return next(op for op in self.ops if isinstance(op, Attend))
 
     @cached_property
+    def scale(self) -> float | None:
+        """The scale of its first attention or recurrence; None means ``head_dim ** -0.5``, or that it has neither."""
+        return next((op.scale for op in self.ops if isinstance(op, (Attend, Recur))), None)
+
+    @cached_property
     def is_attention(self) -> bool:
         """Whether it is one attention over three inputs q, k, v: what ``torch.ops.attnkit.attend`` runs."""
         return (

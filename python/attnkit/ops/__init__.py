@@ -2,9 +2,11 @@
 
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
+from attnkit.ops.factorizable import factorizable_attention
 from attnkit.ops.flex import flex_attention
 from attnkit.ops.functional import attention, dense_attention, quantized_kv_attention, trace
 from attnkit.ops.kv_cache import KVCache
+from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
@@ -20,10 +22,12 @@ __all__ = [
     "block_mask",
     "dense_attention",
     "explain",
+    "factorizable_attention",
     "flex_attention",
     "install",
     "installed",
     "installed_report",
+    "linear_attention",
     "param",
     "quantized_kv_attention",
     "scaled_dot_product_attention",

@@ -38,7 +38,7 @@ from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
-from attnkit.ops.traced import Bound, SettledMask, Traceable, bind, bind_function
+from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, ready
 
 Mod = Callable[..., Any]
@@ -100,16 +100,21 @@ def attention(
             or a length is wrong.
     """
     if (
-        score is None and (mask is None or type(mask) is SettledMask) and block_mask is None and normalizer is None
+        block_mask is None and type(mask) is not BlockMask and normalizer is None
         and (scale is None or (type(scale) is float and 0.0 < scale < math.inf))
         and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
         and dropout_p == 0.0 and backend in ("auto", "cpu")
         and not torch.compiler.is_compiling() and v is not None and not isinstance(k, KVCache) and is_unwatched((q, k, v))
     ):  # fmt: skip
-        # Little to trace, nobody to watch: what there is to check, `ready` does for tensors that it has not seen.
-        text, buffers, params = plain(scale) if mask is None else bind(Traceable(None, mask, scale), q)
-        values = [p.current() for p in params]
-        o, lse = attend(q, k, v, text, buffers, values, return_lse, unwatched=None if buffers else True)
+        # A score and a mask at most, and nobody watches: what else there is to check, `ready` does for tensors that it has not seen.
+        if score is None and mask is None:
+            o, lse = attend(q, k, v, plain_text(scale), [], [], return_lse, unwatched=True)
+        else:
+            _check_function("score", score)
+            _check_function("mask", mask)
+            text, buffers, params = bind(Traceable(score, mask, scale), q)
+            _check_captured(buffers, q)
+            o, lse = attend(q, k, v, text, buffers, [p.current() for p in params], return_lse)
         return o if lse is None or not return_lse else (o, lse)
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
@@ -137,8 +142,7 @@ def attention(
                   dropout_p, ("", "") if codes is None else codes.scheme.codecs),
         q,
     )  # fmt: skip
-    for i, buffer in enumerate(buffers):
-        check_tensor(f"captured tensor b{i}", buffer, q.device)
+    _check_captured(buffers, q)
     numbers = [p.current() for p in params]
     if not isinstance(backend, str):
         raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
@@ -155,9 +159,9 @@ def attention(
 
 
 @lru_cache(maxsize=1024)
-def plain(scale: float | None = None) -> Bound:
+def plain_text(scale: float | None = None) -> str:
     """The program of plain attention."""
-    return bind(Traceable(None, None, scale))
+    return bind(Traceable(None, None, scale)).text
 
 
 def dense_attention(
@@ -374,6 +378,11 @@ def _check_function(name: str, function: Any) -> None:
     if function is not None and not callable(function):
         allowed = "a function; bias tensors are score=ak.bias(tensor)"
         raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
+
+
+def _check_captured(buffers: list[Tensor], q: Tensor) -> None:
+    for i, buffer in enumerate(buffers):
+        check_tensor(f"captured tensor b{i}", buffer, q.device)
 
 
 def _check_not_built(select: Any, normalizer: Any) -> None:

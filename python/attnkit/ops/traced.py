@@ -93,7 +93,7 @@ class _Fingerprint:
         """A hashable stand-in for ``value``: equal stand-ins trace to equal texts."""
         kind = type(value)  # exactly: a subclass could hold more than it seems to
         if kind in _NUMBERS:
-            return (kind, repr(value))
+            return (kind, repr(value) if kind is float else value)  # 0.0 and -0.0 are equal
         if kind in _TENSORS and not value.__dict__ and not value.is_nested:
             return ("tensor", _slot(self.tensors, value), value.dtype, value.shape)
         if kind in (Param, TorchParam):
@@ -179,7 +179,10 @@ def bind(what: Traceable, like: Tensor | None = None) -> Bound:
 def _recall(what: Traceable, like: Tensor | None) -> Bound:
     prints = _Fingerprint()
     try:
-        key = (None if like is None else (like.dtype, like.device), *map(prints.of, what))
+        key = (
+            None if like is None else (like.dtype, like.device),
+            *(None if part is None else prints.of(part) for part in what),
+        )
     except (_Unknown, ValueError):  # ValueError: an empty cell
         return _trace(what, like)
     entry = _cache.get(key)

@@ -14,6 +14,7 @@ from attnkit.ir.text import parse
 from attnkit.ops.check import check_bindings, check_qkv, is_paged
 from attnkit.ops.counts import counts, recorder
 from attnkit.runtime import Prepared, prepare
+from attnkit.tune.key import bucket
 
 _C: Any = torch._C
 _Key = _C.DispatchKey
@@ -118,12 +119,12 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
 def _key(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str, exact: str) -> Any:
     """What a `Ready` is known by; None, under which none is kept, for tensors that do not go together.
 
-    How many keys there are is not part of it: a decoder has one more at every step.
+    Of how many keys there are only their bucket is part of it: a decoder has one more at every step.
     """
     of_k, of_v = k.shape, v.shape
     if len(of_k) != 4 or len(of_v) != 4 or of_k[2] != of_v[2]:
         return None
-    sizes = of_k[0], of_k[1], of_k[3], of_v[0], of_v[1], of_v[3]
+    sizes = of_k[0], of_k[1], bucket(of_k[2]), of_k[3], of_v[0], of_v[1], of_v[3]
     return text, q.shape, sizes, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, backend, exact
 
 

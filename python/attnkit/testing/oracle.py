@@ -167,7 +167,8 @@ class _Head:
     def terms(self) -> tuple[Array, Array]:
         """First-order growth of rounding errors: each weight may be wrong by its share of 1 + |score| + its terms."""
         wrong = np.where(self.p > 0, self.p * (1 + self.size + abs(self.z)), 0)  # what is not seen may be NaN
-        row = wrong.sum(axis=1) + (0 if self.sink is None else self.sink_weight * (1 + abs(self.sink)))
+        sink = 0 if self.sink in (None, -np.inf) else self.sink_weight * (1 + abs(self.sink))
+        row = wrong.sum(axis=1) + sink
         return wrong @ self.v_size + row[:, None] * abs(self.o), row
 
 

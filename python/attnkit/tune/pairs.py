@@ -22,7 +22,9 @@ _MIN_TURN_S = 2e-3  # below it, the clock and cold caches are what is measured
 _MAX_REPEATS = 1000
 _LEAST = 3
 _HOPELESS = 1.10  # slower than this in every round: no more rounds are needed
-_KNOWN = 0.01  # the width of an interval that is close enough
+_KNOWN = 0.01  # the relative width of an interval that is close enough,
+_UNCLEAR = 0.1  # and of one that tells nothing: somebody else is using the machine
+_PATIENCE = 4
 
 
 class Paired(NamedTuple):
@@ -33,7 +35,7 @@ class Paired(NamedTuple):
 
 
 def paired(incumbent: Run, rival: Run, rounds: int) -> Paired:
-    """At most so many rounds, fewer where they leave no doubt.
+    """At most so many rounds, fewer where they leave no doubt; up to four times as many where they contradict each other.
 
     Raises:
         AttnkitError: as the rivals.
@@ -44,7 +46,7 @@ def paired(incumbent: Run, rival: Run, rounds: int) -> Paired:
     ratios: list[float] = []
     times: list[float] = []
     with _no_collection():
-        while len(ratios) < rounds and not _is_known(ratios):
+        while not _is_enough(ratios, rounds):
             order = (0, 1, 1, 0) if len(ratios) % 2 == 0 else (1, 0, 0, 1)
             turns = [(i, _turn(rivals[i], repeats[i])) for i in order]
             first, second = (min(t for i, t in turns if i == rival) for rival in (0, 1))
@@ -53,13 +55,16 @@ def paired(incumbent: Run, rival: Run, rounds: int) -> Paired:
     return Paired(interval(ratios), interval(times).median)
 
 
-def _is_known(ratios: list[float]) -> bool:
+def _is_enough(ratios: list[float], rounds: int) -> bool:
     if len(ratios) < _LEAST:
         return False
     if min(ratios) > _HOPELESS:
         return True
     known = interval(ratios)
-    return len(ratios) >= 2 * _LEAST and (known.hi - known.lo < _KNOWN or known.lo > 1 + _KNOWN)
+    width = (known.hi - known.lo) / known.median
+    if len(ratios) >= 2 * _LEAST and (width < _KNOWN or known.lo > 1 + _KNOWN):
+        return True
+    return len(ratios) >= rounds * (1 if width < _UNCLEAR else _PATIENCE)
 
 
 def _repeats(run: Run) -> int:

@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -50,8 +50,8 @@ class Folder:
         self.name = name
 
     def exists(self) -> bool:
-        """Whether there is such a folder."""
-        return self.path is not None and self.path.is_dir()
+        """Whether there is such a folder; one that may not be looked at is, and reading it says so."""
+        return self.path is not None and _is_there(self.path, Path.is_dir)
 
     def get(self, key: Key) -> Entry | None:
         """The entry of a key, None where there is none that is whole."""
@@ -127,8 +127,8 @@ class Pack:
         self._found: dict[Key, Entry] | None = None
 
     def exists(self) -> bool:
-        """Whether there is such a file."""
-        return self.path.is_file()
+        """Whether there is such a file; one that may not be looked at is, and reading it says so."""
+        return _is_there(self.path, Path.is_file)
 
     def get(self, key: Key) -> Entry | None:
         """The entry of a key, None where there is none that is whole."""
@@ -169,6 +169,13 @@ def write_pack(path: Path, entries: list[Entry]) -> None:
     ordered = sorted(entries, key=lambda e: e.line)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, "".join(e.line + "\n" for e in ordered).encode("ascii"))
+
+
+def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return kind(path)
+    except OSError:
+        return True
 
 
 def _read(path: Path) -> Entry:

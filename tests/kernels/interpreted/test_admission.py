@@ -9,7 +9,7 @@ import torch
 
 from attnkit.backends.triton import admission, check, launch
 from attnkit.backends.triton.backend import space
-from attnkit.backends.triton.kernel import DIRECTIONS, Direction, TritonKernel
+from attnkit.backends.triton.kernel import PHASES, Phase, TritonKernel
 from attnkit.errors import AttnkitError
 from attnkit.plan.spec import Config, KernelSpec
 
@@ -33,14 +33,14 @@ def spec_of(name: str, dtype: str = "float32", dims: tuple[int, int] = (16, 24))
 
 
 @pytest.fixture
-def tries(monkeypatch: pytest.MonkeyPatch) -> list[Direction]:
+def tries(monkeypatch: pytest.MonkeyPatch) -> list[Phase]:
     """What is tried, rather than remembered."""
-    found: list[Direction] = []
+    found: list[Phase] = []
     tried = admission._tried
 
-    def counted(spec: KernelSpec, config: Config, direction: Direction, like: Any) -> str:
-        found.append(direction)
-        return tried(spec, config, direction, like)
+    def counted(spec: KernelSpec, config: Config, phase: Phase, like: Any) -> str:
+        found.append(phase)
+        return tried(spec, config, phase, like)
 
     monkeypatch.setattr(admission, "_tried", counted)
     return found
@@ -72,15 +72,15 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize("name", [n for n in check.PROGRAMS if n not in ("causal", "window", "bias")])
 def test_every_class_is_right_here(name: str) -> None:
     spec, config = spec_of(name)
-    for direction in DIRECTIONS:
-        if direction != "backward" or name not in check.FORWARD:
-            assert admission.admitted(spec, config, direction, LIKE) == config
+    for phase in PHASES:
+        if phase != "backward" or name not in check.FORWARD:
+            assert admission.admitted(spec, config, phase, LIKE) == config
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_float16(direction: Direction) -> None:
+@pytest.mark.parametrize("phase", PHASES)
+def test_float16(phase: Phase) -> None:
     spec, config = spec_of("causal", "float16", (64, 64))
-    assert admission.admitted(spec, config, direction, LIKE.half()) == config
+    assert admission.admitted(spec, config, phase, LIKE.half()) == config
 
 
 def test_representatives() -> None:
@@ -91,7 +91,7 @@ def test_representatives() -> None:
     assert len({admission.representative(check.program(name)) for name in names}) == len(names)
 
 
-def test_an_answer_is_kept(tries: list[Direction]) -> None:
+def test_an_answer_is_kept(tries: list[Phase]) -> None:
     spec, config = spec_of("causal")
     for _ in range(2):
         admission.admitted(spec, config, "forward", LIKE)
@@ -108,25 +108,23 @@ def test_an_answer_is_kept(tries: list[Direction]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("direction", "entry", "name"),
+    ("phase", "entry", "name"),
     [("forward", "attend", "o"), ("forward", "attend", "lse"), ("decode", "attend", "tops"), ("backward", "attend_dkv", "dv")],
 )  # fmt: skip
-def test_a_wrong_config_is_not_used(
-    direction: Direction, entry: str, name: str, broken: Callable[..., None]
-) -> None:
+def test_a_wrong_config_is_not_used(phase: Phase, entry: str, name: str, broken: Callable[..., None]) -> None:
     """Narrower tiles are taken where these are right, with a warning; where they are not, nothing runs."""
     broken(entry, name, 0.01, (64,))
     spec, config = spec_of("causal")
     with pytest.warns(RuntimeWarning, match="narrower tiles"):
-        found = admission.admitted(spec, config, direction, LIKE)
-    assert found == admission.narrower(config, direction)
+        found = admission.admitted(spec, config, phase, LIKE)
+    assert found == admission.narrower(config, phase)
     assert found != config
     broken(entry, name, 0.01, (32,))
     admission._known.clear()
     for file in launch.kernel_cache().glob("admission-*.json"):
         file.unlink()
     with pytest.raises(AttnkitError) as raised:
-        admission.admitted(spec, config, direction, LIKE)
+        admission.admitted(spec, config, phase, LIKE)
     assert raised.value.code == "AK505"
     assert "off by" in raised.value.given
 
@@ -147,7 +145,7 @@ def test_a_compiler_that_fails_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     assert raised.value.code == "AK505"
 
 
-def test_a_graph_that_is_captured(monkeypatch: pytest.MonkeyPatch, tries: list[Direction]) -> None:
+def test_a_graph_that_is_captured(monkeypatch: pytest.MonkeyPatch, tries: list[Phase]) -> None:
     """Nothing is tried then; what is known goes on."""
     spec, config = spec_of("full")
     monkeypatch.setattr(launch, "capturing", lambda: True)
@@ -158,7 +156,7 @@ def test_a_graph_that_is_captured(monkeypatch: pytest.MonkeyPatch, tries: list[D
     monkeypatch.undo()
 
 
-def test_kernels_ask_once_for_each_direction(tries: list[Direction]) -> None:
+def test_kernels_ask_once_for_each_direction(tries: list[Phase]) -> None:
     spec, config = spec_of("causal")
     kernel = TritonKernel(spec, config, admission.admitted)
     for q_len, kv_len in ((70, 70), (70, 80), (1, 300), (1, 300)):

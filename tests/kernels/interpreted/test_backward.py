@@ -189,6 +189,25 @@ def test_dropout(agree: Callable[..., None]) -> None:
     agree(SMALL, dropout_p=0.4, seed=987654321987654321, mask=ak.causal())
 
 
+@pytest.mark.parametrize("lists", [False, True])
+def test_launches_of_a_backward_are_made_again(lists: bool, build: Any, rng: np.random.Generator) -> None:
+    """With other tensors of the same shapes, other params, and other contents of what is captured."""
+    cap, ids = ak.param("cap", 2.0), torch.zeros(90, dtype=torch.int32)
+    mask: Any = ak.causal() if not lists else lambda b, h, q_idx, kv_idx: (ids[kv_idx] + q_idx) % 3 != 0
+    kernel: Any = None
+    for c in (2.0, 3.0):
+        tensors = [torch.from_numpy(x) for x in qkv("gaussian", rng, SMALL)]
+        captured = [torch.from_numpy(rng.integers(0, 2, 90).astype(np.int32))] if lists else []
+        d_o = torch.from_numpy(rng.standard_normal((1, 2, 70, 24)).astype(np.float32))
+        if kernel is None:
+            kernel, _, _ = build(Traceable(ak.softcap(cap), mask), tensors[0], tensors[2], TILES)
+        got = gradients(kernel, tensors, captured, [c], d_o, None, None)
+        fresh, _, _ = build(Traceable(ak.softcap(cap), mask), tensors[0], tensors[2], TILES)
+        want = gradients(fresh, tensors, captured, [c], d_o, None, None)
+        assert all(torch.equal(mine, other) for mine, other in zip(got, want, strict=True))
+    assert len(kernel._recorded) == 2  # one forward, one backward
+
+
 @pytest.mark.parametrize("where", ["keys", "queries"])
 def test_what_is_not_a_number_reaches_those_who_see_it(
     where: str, build: Callable[..., Any], rng: np.random.Generator

@@ -114,7 +114,7 @@ def test_the_least_float_is_a_score(q_len: int, compare: Compare, rng: np.random
     compare(
         q, k, v, score=score, mask=ak.causal(), oracle=oracle | {"mask": lambda p: p.kv_idx <= p.position}
     )
-    sink = np.array([least, 0.0, 3.0, least / 2], np.float32)
+    sink = np.array([least, 0.0, -np.inf, least / 2], np.float32)
     compare(q, k, v, score=score, sink=torch.from_numpy(sink), oracle=oracle | {"sink": sink})
     compare(q, k[:, :, :0], v[:, :, :0], sink=torch.from_numpy(sink), oracle={"sink": sink}, mostly_dead=True)
 
@@ -260,3 +260,47 @@ def test_paged(q_len: int, compare: Compare, rng: np.random.Generator) -> None:
     kernel(*tensors, o, lse, [torch.from_numpy(table), torch.from_numpy(lens)], [])
     expected = testing.attention(q, k, v, mask=lambda p: p.kv_idx <= p.position, kv_lens=lens)
     testing.check(o.numpy(), lse.numpy(), expected, kernel="interpreted")
+
+
+IDS = torch.arange(150, dtype=torch.int32) // 37
+FLAGS = torch.arange(150) % 50 < 30
+MASKS: dict[str, Any] = {
+    "document": lambda b, h, i, j: IDS[i] == IDS[j],
+    "causal document": lambda b, h, i, j: (IDS[i] == IDS[j]) & (j <= i),
+    "of heads": lambda b, h, i, j: (IDS[i] + h != IDS[j]) | (j < 5),
+    "two-sided": lambda b, h, i, j: (i - j).abs() <= 40,
+    "flags": lambda b, h, i, j: FLAGS[j] | (torch.maximum(i, j) < 70),
+    "flags of rows": lambda b, h, i, j: ~(FLAGS[i] & (-j > IDS[i] - 100)),
+    "strides": lambda b, h, i, j: (i // 64 == j // 64) | (j % 64 == 63),
+    "pairs": lambda b, h, i, j: (i + 2 * j) % 3 != 0,
+    "sums": lambda b, h, i, j: (IDS[j] + i) % 3 != 0,
+    "minimum": lambda b, h, i, j: torch.minimum(i, j) >= 64,
+    "one tile": lambda b, h, i, j: (j >= 64) & (j < 128) & (IDS[i] >= 0),
+}
+
+
+@pytest.mark.parametrize("streamed", ["kv_idx", "q_idx"])
+@pytest.mark.parametrize("name", MASKS)
+def test_lists_from_edges_are_those_from_pairs(
+    name: str, streamed: str, build: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    """Tiles of 64 x 64 of 150 x 140 pairs: what the edges of a tile tell is what its pairs say."""
+    q, k, v = (torch.from_numpy(x) for x in arrays(rng, 1, 2, 1, 150, 140, 16, 16))
+    tiles = {"tile_q": 64, "tile_kv": 64, "dkv_tile_q": 64, "dkv_tile_kv": 64}
+    found = []
+    for of_pairs in (False, True):
+        if of_pairs:
+            monkeypatch.setattr("attnkit.backends.triton.blocks.tile_bounds", lambda pairs, printer: None)
+        kernel, buffers, _ = build(Traceable(None, MASKS[name]), q, v, tiles)
+        sizes = kernel.sizes(q, k, buffers)
+        pairs = kernel.pairs(sizes, buffers, streamed)
+        values = kernel.values(sizes, buffers, [], None, q=q, k=k, v=v, o=q)
+        lists = kernel.lists(pairs, sizes, values, q, "" if streamed == "kv_idx" else "dkv_")
+        counts = lists["counts"].tolist()
+        length = lists["list_length"]
+        rows = [
+            (row[:some], row[length - all_ :])
+            for row, (some, all_) in zip(lists["lists"].tolist(), counts, strict=True)
+        ]
+        found.append(rows)
+    assert found[0] == found[1]

@@ -8,9 +8,10 @@ from attnkit._version import __version__
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
+from attnkit.backends.cpu import recur
 from attnkit.backends.cpu.engine import cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
-from attnkit.ir.program import Layout, Program
+from attnkit.ir.program import Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
@@ -41,7 +42,10 @@ class CpuBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
-        reasons = refused(spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU")
+        recurs = recur.reasons(spec) if _recurs(spec.program) else None
+        reasons = refused(
+            spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=recurs
+        )
         return (*reasons, *_codec_reasons(spec.program))
 
     def space(self, spec: KernelSpec) -> Space:
@@ -50,6 +54,8 @@ class CpuBackend:
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
         Backwards, more keys at a time mean that queries are paired and dq is added to less often.
         """
+        if _recurs(spec.program):
+            return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
         return {
             "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
@@ -66,11 +72,17 @@ class CpuBackend:
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
+        if _recurs(spec.program):
+            return recur.RecurKernel(spec, config)
         if any(x.codec is not None for x in spec.program.inputs):
             from attnkit.backends.cpu.cache import CacheKernel  # which is a kernel of this file
 
             return CacheKernel(spec, config)
         return CpuKernel(spec, config)
+
+
+def _recurs(program: Program) -> bool:
+    return any(isinstance(op, Recur) for op in program.ops)
 
 
 class CpuKernel:

@@ -20,7 +20,7 @@ import numpy as np
 
 from attnkit import backends
 from attnkit.backends.triton import launch
-from attnkit.backends.triton.kernel import PRECISIONS, Direction, TritonKernel
+from attnkit.backends.triton.kernel import PRECISIONS, Phase, TritonKernel
 from attnkit.backends.triton.schedule import Schedule
 from attnkit.errors import error
 from attnkit.ir.expr import topological
@@ -29,8 +29,8 @@ from attnkit.ir.text import parse
 from attnkit.plan.ranges import stretch
 from attnkit.plan.spec import Config, KernelSpec
 
-# The fields of a direction, by what stands before their names.
-_FIELDS: dict[Direction, tuple[str, ...]] = {
+# The fields of a phase, by what stands before their names.
+_FIELDS: dict[Phase, tuple[str, ...]] = {
     "forward": ("",), "decode": ("decode_",), "backward": ("dq_", "dkv_", "pairs_"),
 }  # fmt: skip
 # How far results may be from float64, of the larger of 1 and their largest element: o and lse, gradients.
@@ -39,46 +39,46 @@ _BATCH, _HEADS, _KV_HEADS, _PAGE, _SEED = 2, 2, 1, 16, 123456789
 _known: dict[str, str] = {}  # what is wrong, if anything, by key
 
 
-def admitted(spec: KernelSpec, config: Config, direction: Direction, like: Any) -> Config:
-    """The config to run a direction with on the device of the tensor ``like``: this one, or one of narrower tiles.
+def admitted(spec: KernelSpec, config: Config, phase: Phase, like: Any) -> Config:
+    """The config to run a phase with on the device of the tensor ``like``: this one, or one of narrower tiles.
 
     Raises:
         AttnkitNotImplementedError: AK505, neither computes what it should; AK506, nobody has asked yet, and a graph is captured.
     """
-    wrong = _wrong(spec, config, direction, like)
+    wrong = _wrong(spec, config, phase, like)
     if not wrong:
         return config
-    other = narrower(config, direction)
-    wrong_too = _wrong(spec, other, direction, like)
+    other = narrower(config, phase)
+    wrong_too = _wrong(spec, other, phase, like)
     if wrong_too:
         given = f"{launch.device()}: {wrong}; with narrower tiles: {wrong_too}"
         raise error(
             "AK505", where="backend triton", given=given, allowed="what float64 gives, within rounding"
         )
     warnings.warn(
-        f"attnkit: narrower tiles are used for {direction}: {wrong} ({launch.device()})",
+        f"attnkit: narrower tiles are used for {phase}: {wrong} ({launch.device()})",
         RuntimeWarning,
         stacklevel=2,
     )
     return other
 
 
-def narrower(config: Config, direction: Direction) -> Config:
-    """Half the tiles in each direction, nothing in flight: other instructions, where the first may be wrong."""
+def narrower(config: Config, phase: Phase) -> Config:
+    """Half the tiles of queries and of keys, nothing in flight: other instructions, where the first may be wrong."""
     changes: Config = {}
-    for kind in _FIELDS[direction]:
+    for kind in _FIELDS[phase]:
         changes |= {kind + tile: max(16, config[kind + tile] // 2) for tile in ("tile_q", "tile_kv")}
         changes[kind + "stages"] = 1
     return config | changes
 
 
-def _wrong(spec: KernelSpec, config: Config, direction: Direction, like: Any) -> str:
+def _wrong(spec: KernelSpec, config: Config, phase: Phase, like: Any) -> str:
     """What is wrong with a config, empty if nothing is; from memory, from the folder of kernels, or by trying."""
     spec = replace(spec, program=representative(spec.program))
-    names = [kind + name for kind in _FIELDS[direction] for name in Schedule._fields]
+    names = [kind + name for kind in _FIELDS[phase] for name in Schedule._fields]
     taken = {name: config[name] for name in (*names, "split_kv")}
     key = json.dumps([
-        launch.device(), _tools(), direction, spec.program.text, spec.dtype, spec.head_dim, spec.v_head_dim, spec.precision, taken,
+        launch.device(), _tools(), phase, spec.program.text, spec.dtype, spec.head_dim, spec.v_head_dim, spec.precision, taken,
     ])  # fmt: skip
     if key not in _known:
         file = launch.kernel_cache() / f"admission-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -86,9 +86,9 @@ def _wrong(spec: KernelSpec, config: Config, direction: Direction, like: Any) ->
         if found is None:
             if launch.capturing():
                 hint = "make the same call once before the capture; its answer is kept"
-                given = f"a first {direction} of {spec.dtype}, while a graph is captured"
+                given = f"a first {phase} of {spec.dtype}, while a graph is captured"
                 raise error("AK506", where="backend triton", given=given, hint=hint)
-            found = _tried(spec, config, direction, like)
+            found = _tried(spec, config, phase, like)
             _write(file, {"schema_version": 1, "key": key, "wrong": found})
         _known[key] = found
     return _known[key]
@@ -232,15 +232,15 @@ def _paged(x: Any, table: Any) -> Any:
     return pages
 
 
-def _tried(spec: KernelSpec, config: Config, direction: Direction, like: Any) -> str:
+def _tried(spec: KernelSpec, config: Config, phase: Phase, like: Any) -> str:
     """What a config computes wrongly, or how it fails."""
-    fields = _FIELDS[direction]
+    fields = _FIELDS[phase]
     tile_q, tile_kv = (max(config[kind + tile] for kind in fields) for tile in ("tile_q", "tile_kv"))
-    kv_len = config["split_kv"] + 77 if direction == "decode" else 2 * tile_kv + 9
-    q_len = 3 if direction == "decode" else max(tile_q, kv_len) + 5
+    kv_len = config["split_kv"] + 77 if phase == "decode" else 2 * tile_kv + 9
+    q_len = 3 if phase == "decode" else max(tile_q, kv_len) + 5
     problem = _problem(spec.program, spec, like, q_len, kv_len)
     try:
-        found = _results(TritonKernel(spec, config), problem, direction)
+        found = _results(TritonKernel(spec, config), problem, phase)
     except Exception as exc:  # a compiler's, a driver's: this config does not run here
         said = str(exc).strip().splitlines()
         return f"{type(exc).__name__}: {said[0] if said else ''}"
@@ -251,7 +251,7 @@ def _tried(spec: KernelSpec, config: Config, direction: Direction, like: Any) ->
     doubles = _Problem(
         problem.q.double().cpu(), *problem.means, (), [b.cpu() for b in problem.buffers], problem.means
     )
-    expected = _results(oracle, doubles, direction)
+    expected = _results(oracle, doubles, phase)
     forward, backward = _TOLERANCES[PRECISIONS[spec.precision] if spec.dtype == "float32" else spec.dtype]
     for name, mine in found.items():
         worst = _distance(mine.double().cpu().numpy(), expected[name].numpy())
@@ -260,14 +260,14 @@ def _tried(spec: KernelSpec, config: Config, direction: Direction, like: Any) ->
     return ""
 
 
-def _results(kernel: Any, problem: _Problem, direction: Direction) -> dict[str, Any]:
+def _results(kernel: Any, problem: _Problem, phase: Phase) -> dict[str, Any]:
     """What a kernel makes of a problem, by name."""
     q, k, v, buffers = problem.q, problem.k, problem.v, problem.buffers
     scales = {"scales": problem.scales} if problem.scales else {}
     o = q.new_full((*q.shape[:3], v.shape[3]), float("nan"))
     lse = q.new_full(q.shape[:3], float("nan"), dtype=launch.dtype_of(q, "float"))
     kernel(q, k, v, o, lse, buffers, [], 1, _SEED, **scales)
-    if direction != "backward":
+    if phase != "backward":
         return {"o": o, "lse": lse}
     gradients = [x.new_zeros(x.shape) for x in (q, k, v)]
     captured = [b.new_zeros(b.shape) if b.is_floating_point() else None for b in buffers]

@@ -12,7 +12,8 @@ from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
 from attnkit.ir.program import Codec
 from attnkit.plan.ranges import stretch
-from attnkit.plan.spec import Config, Field, FieldKind, KernelSpec, Space
+from attnkit.plan.space import Config, Direction, Field, FieldKind, Space
+from attnkit.plan.spec import KernelSpec
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _DEVICES = (
@@ -70,9 +71,10 @@ def space(spec: KernelSpec, arch: int) -> Space:
     codes = width > 128 and spec.program.inputs[attend.k].codec is not None
     for kind, table in SCHEDULES.items():
         rows = schedule(table, arch, size, width)
+        direction: Direction = "forward" if kind in ("", "decode_") else "backward"
         found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=codes)
         for name, default in found._asdict().items():
-            fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1])
+            fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1], direction)
     fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))
     return fields
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnkit.backends.triton import launch
@@ -43,8 +44,23 @@ class Gradients:
             raise error(
                 "AK503", where="backend triton", given=given, allowed="keys that lie in order, as numbers"
             )
+        lse = lse.contiguous()
+        tensors = {"q": q, "k": k, "v": v, "o": o, "d_o": d_o, "dq": dq, "dk": dk, "dv": dv, "lse": lse}
+        inputs = tensors | {f"b{i}": b for i, b in enumerate(buffers)}
+        inputs |= {name: t for name, t in (("d_lse", d_lse), ("seed_at", seed)) if t is not None}
+        make = partial(self._launch, tensors, buffers, params, d_lse, d_buffers, seed)
+        if any(d is not None for d in d_buffers) or k.shape[2] == 0:  # more is done than launches
+            make(None)
+        else:
+            self._kernel.repeat(inputs, params, seed, make)
+
+    def _launch(
+        self, tensors: dict[str, Any], buffers: list[Any], params: list[float], d_lse: Any | None,
+        d_buffers: list[Any | None], seed: Any, recording: launch.Recording | None,
+    ) -> None:  # fmt: skip
+        q, lse = tensors["q"], tensors["lse"]
         self._kernel.admit("backward", q)
-        sizes, lse = self._kernel.sizes(q, k, buffers), lse.contiguous()
+        sizes = self._kernel.sizes(q, tensors["k"], buffers)
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
         found = self._sums.get(wanted)
         if found is None:
@@ -52,20 +68,14 @@ class Gradients:
             for load, _ in (*found.of_rows, *found.of_columns, *found.of_pairs):
                 check_index(load, self._kernel.q_layout.kind == "packed")
             self._sums[wanted] = found
-        values = self._kernel.values(
-            sizes, buffers, params, seed, q=q, k=k, v=v, o=o, d_o=d_o, dq=dq, dk=dk, dv=dv
-        )
-        deltas = lse.new_empty(lse.shape)
+        strided = {name: t for name, t in tensors.items() if name != "lse"}
+        values = self._kernel.values(sizes, buffers, params, seed, **strided)
         values |= {
-            "lse": lse,
-            "lse_sb": lse.stride(0),
-            "lse_sh": lse.stride(1),
-            "deltas": deltas,
-            "q_total": q.shape[2],
-        }
-        values |= {"kv_len_most": sizes.kv_len}
+            "lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1), "deltas": lse.new_empty(lse.shape),
+            "q_total": q.shape[2], "kv_len_most": sizes.kv_len, "recording": recording,
+        }  # fmt: skip
         self._deltas(values, d_lse, d_buffers)
-        for kind in ("dq", "dkv"):
+        for kind in SWEEPS:
             self._sweep(kind, found, sizes, values, buffers, d_buffers)
         for which, (load, _) in enumerate(found.of_pairs):
             self._of_pairs(which, load, found, sizes, values, buffers, d_buffers)

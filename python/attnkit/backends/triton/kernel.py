@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from attnkit.analysis.canonical import canonical
@@ -28,10 +29,10 @@ _MAX_ENTRIES = 4096  # a decoder meets new lengths at every step; the bound only
 _DECODE_ROWS = 64  # queries of a kv head up to which a call is bound by reading keys
 
 
-Direction = Literal["forward", "decode", "backward"]
-DIRECTIONS: tuple[Direction, ...] = ("forward", "decode", "backward")
-# (spec, config, direction, a tensor on the device) -> the config to use there, or an error; see `admission.admitted`.
-Admission = Callable[[KernelSpec, Config, Direction, Any], Config]
+Phase = Literal["forward", "decode", "backward"]
+PHASES: tuple[Phase, ...] = ("forward", "decode", "backward")
+# (spec, config, phase, a tensor on the device) -> the config to use there, or an error; see `admission.admitted`.
+Admission = Callable[[KernelSpec, Config, Phase, Any], Config]
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class TritonKernel:
     """One program; see `attnkit.backends.Kernel`. The host looks at no tensor's elements."""
 
     def __init__(self, spec: KernelSpec, config: Config, admitted: Admission | None = None) -> None:
-        """``admitted`` is asked before a direction's first launch on a device; nobody is where it is None."""
-        self._admitted, self._asked = admitted, set[tuple[Direction, Any]]()
+        """``admitted`` is asked before a phase's first launch on a device; nobody is where it is None."""
+        self._admitted, self._asked = admitted, set[tuple[Phase, Any]]()
         self.spec, self.config, self.precision = spec, config, PRECISIONS[spec.precision]
         self.program = canonical(spec.program)
         self.attend = attend = self.program.attend
@@ -102,16 +103,23 @@ class TritonKernel:
         inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
         inputs |= dict(zip(("k_scales", "v_scales"), scales, strict=False))
         inputs |= {name: t for name, t in (("lse", lse), ("seed_at", seed)) if t is not None}
+        self.repeat(inputs, params, seed, partial(self._launch, inputs, lse, buffers, params, seed))
+
+    def repeat(
+        self, inputs: dict[str, Any], params: Sequence[float], seed: Any, make: Callable[[launch.Recording | None], None]
+    ) -> None:  # fmt: skip
+        """Make the launches of an earlier call with tensors like these again; else ``make`` them, and keep them."""
         if self._changes or isinstance(seed, int):
-            self._launch(inputs, lse, buffers, params, seed, None)
+            make(None)
             return
+        q = inputs["q"]
         key = (q.device, *inputs, *launch.signature(inputs.values()))
         found = self._recorded.get(key)
         if found is not None:
             found.run(inputs | {f"p{i}": x for i, x in enumerate(params)})
             return
         recording = launch.Recording(inputs, self._aliases)
-        self._launch(inputs, lse, buffers, params, seed, recording)
+        make(recording)
         recording.finish()
         if len(self._recorded) >= _MAX_ENTRIES:
             self._recorded.clear()
@@ -151,11 +159,11 @@ class TritonKernel:
             )
             self.run("attend", printed, numbers, grid, values)
 
-    def admit(self, direction: Direction, like: Any) -> None:
-        """Ask whether this config computes a direction rightly on the device of a tensor, once; it may become another one."""
-        if self._admitted is not None and (direction, like.device) not in self._asked:
-            self.config = self._admitted(self.spec, self.config, direction, like)
-            self._asked.add((direction, like.device))
+    def admit(self, phase: Phase, like: Any) -> None:
+        """Ask whether this config computes a phase rightly on the device of a tensor, once; it may become another one."""
+        if self._admitted is not None and (phase, like.device) not in self._asked:
+            self.config = self._admitted(self.spec, self.config, phase, like)
+            self._asked.add((phase, like.device))
 
     @property
     def wide(self) -> bool:

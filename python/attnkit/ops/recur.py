@@ -1,0 +1,294 @@
+"""``torch.ops.attnkit.recur``: recurrences. The program travels as text; what it reads beside q, k and v follows them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import error
+from attnkit.ir.text import parse
+from attnkit.ops.check import autocast, check_tensor, has_tangent, needs_derivatives
+from attnkit.ops.counts import counts, recorder
+from attnkit.ops.recur_checks import Call, check_call, states_of
+from attnkit.plan.recurrence import Recurrence, recurrence
+from attnkit.runtime import prepare
+
+_lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
+_lib.define(
+    "recur(Tensor q, Tensor k, Tensor v, Tensor[] others, str program, Tensor[] buffers, int chunk)"
+    " -> (Tensor o, Tensor state, Tensor norm)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    "recur_backward(Tensor d_o, Tensor d_state, Tensor d_norm, Tensor o, Tensor state, Tensor norm, Tensor q, Tensor k,"
+    " Tensor v, Tensor[] others, str program, Tensor[] buffers, int chunk)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor[] d_others)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+Results = tuple[Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+
+
+def recur(
+    q: Tensor, k: Tensor, v: Tensor, others: list[Tensor], program: str, buffers: list[Tensor], chunk: int
+) -> Results:
+    """``torch.ops.attnkit.recur``: o, the last state, and its norm, empty where nothing is normalised."""
+    for name, t in (("q", q), ("k", k), ("v", v)):  # the dispatcher would say it in other words
+        check_tensor(name, t)
+    return torch.ops.attnkit.recur(q, k, v, others, program, buffers, chunk)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=1024)
+def found_in(text: str) -> Recurrence:
+    """The recurrence that a program is.
+
+    Raises:
+        AttnkitError: AK1xx, AK2xx, the text is no valid program; AK502, it is not one recurrence that kernels know.
+    """
+    found = recurrence(parse(text))
+    if found is None:
+        given = (
+            "a program that is more than one recurrence over q, k, v with a norm and a feature map of its own"
+        )
+        raise error("AK502", where="torch.ops.attnkit.recur", given=given)
+    return found
+
+
+def _outputs(call: Call, found: Recurrence) -> Results:
+    """``o [B, max(Hq, H), S, Dv]``, the last state and its norm, unset."""
+    q, v = call.q, call.v
+    batch, heads, length, width = v.shape
+    rows, states = found.features(q.shape[3]), states_of(call, found)
+    readers = max(q.shape[1], heads)
+    strides = (length * readers * width, width, readers * width, 1)  # models merge heads from that
+    norm = (states, heads, rows) if found.op.normalize else (0,)
+    try:
+        o = torch.empty_strided((batch, readers, length, width), strides, dtype=q.dtype, device=q.device)
+        state = q.new_empty((states, heads, rows, width), dtype=torch.float32)
+        return o, state, q.new_empty(norm, dtype=torch.float32)
+    except RuntimeError as exc:  # torch has no narrower one on the CPU
+        raise error("AK603", where="o, state", given=str(exc).splitlines()[0]) from exc
+
+
+def _sequences(call: Call, found: Recurrence) -> list[tuple[int, int, int]] | None:
+    """(batch, first token, tokens) of every packed sequence; None means one per batch entry."""
+    if found.lengths is None:
+        return None
+    try:
+        cu = call.buffers[found.lengths].tolist()
+    except RuntimeError as exc:
+        raise error("AK606", where="cu_seqlens", given=str(exc)) from exc
+    total = call.q.shape[2]
+    if cu[0] != 0 or cu[-1] != total or any(a > b for a, b in pairwise(cu)):
+        raise error(
+            "AK602", where="cu_seqlens", given=str(cu[:8]), allowed=f"0, ... not falling ..., {total}"
+        )
+    return [(0, first, end - first) for first, end in pairwise(cu)]
+
+
+def _roles(call: Call, found: Recurrence) -> dict[str, Tensor]:
+    """The tensors beside q, k and v by their roles; gates may have any strides, the others are contiguous."""
+    strided = ("gate", "beta")
+    return {
+        role: t if role in strided else t.contiguous()
+        for role, t in zip(found.roles, call.others, strict=True)
+    }
+
+
+def _kernel_of(call: Call) -> Any:
+    q, v = call.q, call.v
+    dtype = str(q.dtype).removeprefix("torch.")
+    return prepare(call.program, dtype, q.shape[3], v.shape[3], q.device.type).kernel
+
+
+def _kernel(*args: Any) -> Results:
+    call = Call(*args)
+    found = found_in(call.program)
+    check_call(call, found)
+    kernel = _kernel_of(call)
+    sequences = _sequences(call, found)
+    results = o, state, norm = _outputs(call, found)
+    if recorder() is not None:  # which describes attention alone
+        return o.zero_(), state.zero_(), norm.zero_()
+    held = norm if found.op.normalize else None
+    kernel(
+        call.q,
+        call.k,
+        call.v,
+        _roles(call, found),
+        sequences,
+        o,
+        state,
+        held,
+        call.chunk,
+        torch.get_num_threads(),
+    )
+    counts.run()
+    return results
+
+
+def _fake(*args: Any) -> Results:
+    call = Call(*args)
+    found = found_in(call.program)
+    check_call(call, found)
+    return _outputs(call, found)
+
+
+# --- backwards ----------------------------------------------------------------------------------------------
+
+
+def _gradients(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """dq and dk with a head for each that reads or holds a state, float32 where several share one; and dv."""
+    q, k, v = call.q, call.k, call.v
+    batch, heads, length, _ = v.shape
+    readers, dim = max(q.shape[1], heads), q.shape[3]
+    dq = q.new_empty((batch, readers, length, dim), dtype=q.dtype if readers == q.shape[1] else torch.float32)
+    dk = k.new_empty((batch, heads, length, dim), dtype=k.dtype if heads == k.shape[1] else torch.float32)
+    return dq, dk, v.new_empty(v.shape)
+
+
+def _of_others(call: Call, found: Recurrence) -> list[Tensor]:
+    """Room for the gradients of others: gates for every token, a bonus for every sequence."""
+    (batch, heads, length, _), dim, states = call.v.shape, call.q.shape[3], states_of(call, found)
+    sizes = {"h": (batch, heads, length), "hd": (states, heads, dim)}
+    return [
+        t.new_empty(sizes.get(kind, tuple(t.shape))) for kind, t in zip(found.kinds, call.others, strict=True)
+    ]
+
+
+def _backward_kernel(*args: Any) -> Gradients:
+    d_o, d_state, d_norm, o, state, norm, *rest = args
+    call = Call(*rest)
+    found = found_in(call.program)
+    check_call(call, found)
+    kernel = _kernel_of(call)
+    sequences = _sequences(call, found)
+    try:
+        dq, dk, dv = _gradients(call)
+        d_others = _of_others(call, found)
+    except RuntimeError as exc:
+        raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
+    normal = found.op.normalize
+    kernel.backward(
+        call.q, call.k, call.v, o, _roles(call, found), state, norm if normal else None, sequences, call.chunk,
+        d_o, d_state.contiguous(), d_norm.contiguous() if normal else None, dq, dk, dv,
+        dict(zip(found.roles, d_others, strict=True)), torch.get_num_threads(),
+    )  # fmt: skip
+    counts.run()
+    sums = {"h": (0, 2), "hd": (0,)}
+    d_others = [
+        d.sum(sums[kind]) if kind in sums else d for kind, d in zip(found.kinds, d_others, strict=True)
+    ]
+    return _shared(dq, call.q), _shared(dk, call.k), dv, d_others
+
+
+def _shared(d: Tensor, t: Tensor) -> Tensor:
+    """The gradient of t, whose heads several share."""
+    if d.shape[1] == t.shape[1]:
+        return d
+    batch, heads, length, dim = d.shape
+    return d.view(batch, t.shape[1], heads // t.shape[1], length, dim).sum(2).to(t.dtype)
+
+
+def _backward_fake(*args: Any) -> Gradients:
+    call = Call(*args[6:])
+    contiguous = [t.new_empty(t.shape) for t in (call.q, call.k, call.v, *call.others)]
+    return contiguous[0], contiguous[1], contiguous[2], contiguous[3:]
+
+
+def _backward_autograd(*args: Any) -> Gradients:
+    tensors = [
+        t for each in args for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor)
+    ]
+    if needs_derivatives(tensors):
+        what = "recurrences have no second derivatives"
+        raise error("AK503", where="torch.ops.attnkit.recur_backward", what=what)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attnkit.recur_backward.default(*args)  # type: ignore[no-any-return]
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        program: str,
+        chunk: int,
+        buffers: list[Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *others: Tensor,
+    ) -> Results:
+        """See `torch.autograd.Function`."""
+        o, state, norm = torch.ops.attnkit.recur(q, k, v, list(others), program, buffers, chunk)
+        ctx.program, ctx.chunk, ctx.count = program, chunk, len(others)
+        op = found_in(program).op
+        # o is needed where it is divided, the state where all tokens read the last one.
+        kept = (o if op.normalize else q.new_empty(0), state if not op.causal else q.new_empty(0), norm)
+        ctx.save_for_backward(*kept, q, k, v, *others, *buffers)
+        return o, state, norm
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        """See `torch.autograd.Function`."""
+        if not torch.is_grad_enabled():
+            return _backward(ctx, *cotangents)
+        # A graph of the backward: as in gradients.py.
+        with torch.no_grad():
+            found = _backward(ctx, *cotangents)
+        refuse: Any = torch._C._functions.DelayedError(
+            b"recurrences have no second derivatives (AK503)", len(found)
+        )
+        return refuse(*(d if d is None else d.detach().requires_grad_() for d in found))  # type: ignore[no-any-return]
+
+
+def _backward(ctx: Any, d_o: Tensor, d_state: Tensor, d_norm: Tensor) -> tuple[Tensor | None, ...]:
+    o, state, norm, q, k, v, *rest = ctx.saved_tensors
+    others, buffers = rest[: ctx.count], rest[ctx.count :]
+    if o.dim() == 1:
+        o = torch.empty_like(d_o)
+    if state.dim() == 1:
+        state = torch.empty_like(d_state)
+    dq, dk, dv, d_others = torch.ops.attnkit.recur_backward(
+        d_o, d_state, d_norm, o, state, norm, q, k, v, others, ctx.program, buffers, ctx.chunk
+    )
+    found = (dq, dk, dv, *d_others)
+    wanted = ctx.needs_input_grad[3:]
+    return None, None, None, *(d if w else None for d, w in zip(found, wanted, strict=True))
+
+
+def _autograd(*args: Any) -> Results:
+    call = Call(*args)
+    tensors = [call.q, call.k, call.v, *call.others]
+    if needs_derivatives(tensors):
+        if has_tangent(tensors):
+            what = "attnkit has no forward-mode derivatives of recurrences"
+            raise error("AK503", where="torch.ops.attnkit.recur", what=what)
+        check_call(call, found_in(call.program))
+        found: Results = _Differentiable.apply(  # type: ignore[no-untyped-call]
+            call.program, call.chunk, call.buffers, call.q, call.k, call.v, *call.others
+        )
+        return found
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.attnkit.recur.default(*args)  # type: ignore[no-any-return]
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Results:
+    tensors = autocast(q, k, v)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+    with torch._C._ExcludeDispatchKeyGuard(keys):
+        return torch.ops.attnkit.recur.default(*tensors, *others)  # type: ignore[no-any-return]
+
+
+_lib.impl("recur", _kernel, "CPU")
+_lib.impl("recur", _autograd, "AutogradCPU")
+_lib.impl("recur", _autocast, "AutocastCPU")
+_lib.impl("recur_backward", _backward_kernel, "CPU")
+_lib.impl("recur_backward", _backward_autograd, "AutogradCPU")
+torch.library.register_fake("attnkit::recur", _fake, lib=_lib)
+torch.library.register_fake("attnkit::recur_backward", _backward_fake, lib=_lib)

@@ -1,0 +1,144 @@
+"""torch.ops.attnkit.recur and the face of ak.linear_attention: opcheck, graphs, autocast, every error."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import attnkit as ak
+from attnkit.ops.linear import program_text
+
+pytestmark = pytest.mark.shows
+Named = dict[str, Any]
+
+
+def problem(*names: str, length: int = 40, dim: int = 16, v_dim: int = 8, packed: bool = False) -> Named:
+    """q, k, v, and of everything else what is named."""
+    generator = torch.Generator().manual_seed(0)
+    batch, states = (1, 3) if packed else (2, 2)
+    sizes = {
+        "q": (batch, 2, length, dim), "k": (batch, 2, length, dim), "v": (batch, 2, length, v_dim),
+        "gate": (batch, 2, length), "gates": (batch, 2, length, dim), "beta": (batch, 2, length), "bonus": (2, dim),
+        "initial_state": (states, 2, dim, v_dim), "norm": (states, 2, dim),
+    }  # fmt: skip
+    given: Named = {x: torch.rand(sizes[x], generator=generator) for x in ("q", "k", "v", *names)}
+    for x in ("gate", "gates"):
+        if x in given:
+            given["gate"] = -given.pop(x)
+    if "norm" in given:
+        given["initial_state"] = (given["initial_state"], given.pop("norm"))
+    if packed:
+        given["cu_seqlens"] = torch.tensor([0, 7, 7, length], dtype=torch.int32)
+    return given
+
+
+def watched(given: Named) -> tuple[Named, list[Tensor]]:
+    call = {
+        x: t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t
+        for x, t in given.items()
+    }
+    return call, [t for t in call.values() if isinstance(t, Tensor) and t.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("initial_state", "norm"), ("gate", "bonus", "initial_state"), ("gate", "beta", "initial_state")],
+    ids=["normalised", "bonus", "delta"],
+)
+def test_opcheck(names: tuple[str, ...]) -> None:
+    given, normal = problem(*names, packed=True), "norm" in names
+    held = given["initial_state"]
+    others = [given[x] for x in ("gate", "beta", "bonus") if x in given]
+    others += list(held) if normal else [held]
+    feature_map = "elu1" if normal else "identity"
+    text = program_text(3 if "gate" in given else None, "beta" in given, "bonus" in given, True, normal, True, "l2",
+                        feature_map, normal, True, None)  # fmt: skip
+    plain: Any = (*(given[x] for x in "qkv"), others, text, [given["cu_seqlens"]], 16)
+    results = torch.ops.attnkit.recur(*plain)
+    torch.library.opcheck(torch.ops.attnkit.recur_backward.default, (*results, *results, *plain))
+    for t in (*plain[:3], *others):
+        t.requires_grad_()
+    torch.library.opcheck(torch.ops.attnkit.recur.default, plain)
+
+
+def test_compiles_into_one_graph() -> None:
+    given, leaves = watched(problem("gates", "beta", "initial_state"))
+    compiled = torch.compile(ak.linear_attention, fullgraph=True, backend="aot_eager")
+    o = compiled(**given)
+    expected = ak.linear_attention(**given)
+    assert torch.equal(o, expected)
+    for d, other in zip(
+        torch.autograd.grad(o.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        assert torch.equal(d, other)
+
+
+def test_defaults_are_the_linear_transformer() -> None:
+    bare = problem()
+    whole = ak.linear_attention(**bare, feature_map="elu1", normalize=True)
+    assert torch.equal(ak.linear_attention(**bare), whole)
+    function = ak.linear_attention(**bare, feature_map=lambda x: torch.nn.functional.elu(x) + 1)
+    torch.testing.assert_close(function, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_casts_tokens() -> None:
+    given = problem("gate")
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = ak.linear_attention(**given, return_state=True)
+    assert o.dtype == torch.bfloat16
+    assert state.dtype == torch.float32
+
+
+def test_no_second_derivatives() -> None:
+    given, _ = watched(problem("gate"))
+    (d,) = torch.autograd.grad(ak.linear_attention(**given).sum(), given["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="AK503"):
+        d.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "change"),
+    [
+        ("AK402", "gate", {"q": None}),
+        ("AK403", "gate", {"q": torch.zeros(2, 2, 40)}),
+        ("AK403", "gate", {"k": torch.zeros(2, 2, 39, 16)}),
+        ("AK403", "gate", {"k": torch.zeros(2, 2, 40, 15)}),
+        ("AK404", "gate", {"v": torch.zeros(2, 2, 40, 8, dtype=torch.bfloat16)}),
+        ("AK404", "gate", {x: torch.zeros(2, 2, 40, 16, dtype=torch.int32) for x in "qkv"}),
+        ("AK407", "gate", {"k": torch.zeros(2, 3, 40, 16)}),
+        ("AK403", "gate", {"gate": torch.zeros(2, 2)}),
+        ("AK403", "gate", {"gate": torch.zeros(2, 2, 39)}),
+        ("AK403", "beta", {"beta": torch.zeros(2, 2, 40, 1)}),
+        ("AK403", "bonus", {"bonus": torch.zeros(2, 15)}),
+        ("AK403", "gate", {"initial_state": torch.zeros(2, 2, 8, 16)}),
+        ("AK401", "", {"initial_state": (torch.zeros(2, 2, 16, 8),)}),
+        ("AK402", "", {"initial_state": torch.zeros(2, 2, 16, 8)}),
+        ("AK408", "gate", {"initial_state": (torch.zeros(2, 2, 16, 8), torch.zeros(2, 2, 16))}),
+        ("AK401", "gate", {"feature_map": "relu"}),
+        ("AK401", "gate", {"qk_norm": "l1"}),
+        ("AK408", "beta", {"feature_map": torch.relu, "qk_norm": "l2"}),
+        ("AK401", "gate", {"scale": 0.0}),
+        ("AK402", "gate", {"scale": "1"}),
+        ("AK401", "gate", {"chunk_size": 48}),
+        ("AK402", "gate", {"chunk_size": 64.0}),
+        ("AK402", "gate", {"causal": 1}),
+        ("AK220", "gate", {"causal": False}),
+        ("AK220", "beta", {"normalize": True}),
+        ("AK220", "beta", {"bonus": torch.zeros(2, 16)}),
+        ("AK404", "gate", {"cu_seqlens": torch.tensor([0, 40])}),
+        ("AK602", "gate", {"cu_seqlens": torch.tensor([0, 40], dtype=torch.int32)}),
+        ("AK502", "gate", {x: torch.zeros(2, 2, 40, 16, dtype=torch.float64) for x in "qkv"}),
+    ],
+)  # fmt: skip
+def test_errors(code: str, name: str, change: Named) -> None:
+    with pytest.raises(ak.AttnkitError) as caught:
+        ak.linear_attention(**(problem(*[name][: bool(name)]) | change))
+    assert caught.value.code == code
+
+
+def test_lengths_must_describe_the_tokens() -> None:
+    given = problem("gate", packed=True)
+    for cuts in ([0, 30], [1, 40], [0, 20, 10, 40]):
+        with pytest.raises(ak.AttnkitError, match="AK602"):
+            ak.linear_attention(**given | {"cu_seqlens": torch.tensor(cuts, dtype=torch.int32)})
