@@ -25,6 +25,8 @@ class CodeDecode : public PairDecode {
     const CodeTile k(keys_, p_.pages, seq_, kv_head_, first, k_codes);
     const bool direct = full && !thinned() && takes_values();
     const CodeTile v = direct ? CodeTile(values_, p_.pages, seq_, kv_head_, first, v_codes) : CodeTile();
+    const CodeTile then = next < 0 ? CodeTile() : codes_from(keys_, next);
+    open_pages(then);
     ld_ = round_up(count, kBlockVecs * kLanes);
     tile_.narrow(0, ld_);
     if (!full) find_live_by_key(first, count);
@@ -38,7 +40,7 @@ class CodeDecode : public PairDecode {
       return sum_values(values_of(first, count), count, full, first);
     }
     weights(count);
-    const CodeTile then = next < 0 ? CodeTile() : next_keys(next);
+    if (next >= 0) open_pages(codes_from(values_, next));
     const bool bytes = values_.codec == Codec::int8;
     if (v.count > 0 && bytes) byte_sums(v, v_codes, then);
     if (v.count > 0 && !bytes) pair_sums(v, then);
@@ -64,10 +66,11 @@ class CodeDecode : public PairDecode {
     return first < seq_.num_coded ? static_cast<int32_t>(seq_.num_coded - first) : 0;
   }
 
-  CodeTile next_keys(int64_t next) const {
-    const int64_t left = seq_.kv_len - next;
+  // Of as many tokens from `first` on as a tile has: they need not all be seen.
+  CodeTile codes_from(const Store& s, int64_t first) const {
+    const int64_t left = seq_.kv_len - first;
     const int32_t count = left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv;
-    return {keys_, p_.pages, seq_, kv_head_, next, codes_of(keys_, next, count)};
+    return {s, p_.pages, seq_, kv_head_, first, codes_of(s, first, count)};
   }
 
   // Tokens that are kept as they are, `first` at the beginning of a run.

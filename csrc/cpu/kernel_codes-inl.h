@@ -34,15 +34,37 @@ struct CodeTile {
                   part = together == 1 ? bytes * kRun : bytes * kRun / together;
     lines[0] = static_cast<int32_t>((part + 63) / 64);
     lines[1] = static_cast<int32_t>((run_bytes(s) + 63) / 64);
+    const int64_t run = run_bytes(s), page = int64_t{1} << pages.shift;
+    const uint16_t* base = nullptr;
+    int64_t within = 0;  // of the tokens that share scales, the first of the run
     for (int32_t r = 0; r < count; ++r) {
-      const Place place = place_of(pages, sequence.batch, first + r * kRun);
-      const int64_t run = together == 1 ? 0 : place.token % together / kRun;
-      runs[r] = codes_at(s, place, head);
-      scales[r] = scales_at(s, place, head) + (s.is_keys ? 0 : run * kRun);
-      fetched[r] = reinterpret_cast<const char*>(scales_at(s, place, head)) + run * part;
+      const int64_t token = first + r * kRun;
+      if (r == 0 || (pages.table != nullptr && (token & (page - 1)) == 0)) {
+        const Place place = place_of(pages, sequence.batch, token);
+        runs[r] = codes_at(s, place, head);
+        base = scales_at(s, place, head);
+        within = together == 1 ? 0 : place.token % together;
+      } else {
+        runs[r] = runs[r - 1] + run;
+        within += kRun;
+        if (within >= together) {
+          base += bytes / 2 * (together == 1 ? kRun : 1);
+          within = 0;
+        }
+      }
+      scales[r] = base + (s.is_keys ? 0 : within);
+      fetched[r] = reinterpret_cast<const char*>(base) + within / kRun * part;
     }
   }
 };
+
+// A fetch comes to nothing where its page of memory is new: one line of each is fetched earlier still.
+inline void open_pages(const CodeTile& tile) {
+  for (int32_t r = 0; r < tile.count; ++r) {
+    __builtin_prefetch(tile.runs[r] + tile.lines[1] * 64 - 1);
+    __builtin_prefetch(tile.fetched[r] + tile.lines[0] * 64 - 1);
+  }
+}
 
 // Fetches the codes of a run that is needed next, while those in use go by in steps; its scales come first, at once.
 // What is not there are codes that have been used.

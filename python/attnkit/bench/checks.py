@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from attnkit.bench.peers.own import meant
 from attnkit.bench.workloads import Inputs
 from attnkit.variants import dense
 
@@ -24,7 +25,7 @@ class Check:
         rng = np.random.default_rng(w.seed)
         self._inputs = inputs
         self.rows = np.unique(np.r_[0, s.sq - 1, rng.integers(0, s.sq, _ROWS - 2)])
-        q, k, v = (_host(t) for t in (inputs.q, inputs.k, inputs.v))
+        q, k, v = (_host(t) for t in (inputs.q, *meant(inputs)))
         self.expected = dense.naive(q, k, v, rows=self.rows, **w.parameters)[0]
 
     def output(self, o: Any) -> Error:

@@ -139,6 +139,23 @@ _PAGES = [
     for shuffled in (False, True)
 ]
 
+# Decoding over codes, beside our own cache of bfloat16: our time over its time.
+_CODES = [
+    Row(
+        Workload(
+            "full", Shape(1, 32, 8, 1, kv, 128, 128), direction="decode", dtype=BF16, pages=0, codec=codec
+        ),
+        (),
+        (Bar("beside", most=1 / least, stretch=1 / stretch), *([BANDWIDTH] if kv > 512 else [])),
+        beside=Workload("full", Shape(1, 32, 8, 1, kv, 128, 128), direction="decode", dtype=BF16, pages=0),
+    )
+    for kv, bars in (
+        (32768, {"int8": (1.6, 1.9), "int4": (2.5, 3.1), "int2": (3.2, 4.2)}),
+        (512, dict.fromkeys(("int8", "int4", "int2"), (1.0, 1.1))),
+    )
+    for codec, (least, stretch) in bars.items()
+]
+
 # Through Python: without gradients; in grad mode, forward alone; and a whole training step.
 _SMALL = [
     _row("full", Shape.of(b, 12, s, 64), (TORCH,), Bar("torch", least=least, stretch=stretch), **changes)
@@ -185,6 +202,7 @@ suites: dict[str, list[Row]] = {
     "cpu": [*_FORWARD, *_TRAINING, *_MODS, *_OVERHEAD, *_DECODE, *_PAGES, *_SMALL],
     # On a GPU, beside whoever computes attention there: the most important first, for a run that is cut off.
     "gpu": [*_GPU_FORWARD, *_GPU_TRAINING, *_GPU_DECODE],
+    "kv": _CODES,
     # Time and memory against length: attnkit alone, a head for each of two threads.
     "scaling": [
         Row(Workload("causal", Shape.of(1, 2, s, 64), direction=direction), ())

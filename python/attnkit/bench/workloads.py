@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from attnkit.variants import dense
+from attnkit.variants import dense, kv_quant
 
 Direction = Literal["fwd", "bwd", "fwdbwd", "decode"]
 DIRECTIONS: tuple[Direction, ...] = ("fwd",)  # those that the CPU engine has today
@@ -40,7 +40,8 @@ class Workload:
 
     Direction ``fwdbwd`` is a call and the gradients of q, k and v; ``decode`` reads another KV cache at every call, so
     that none is warm. ``grad``: forward alone, but of inputs that want gradients. ``pages``: keys and values are in an
-    `ak.KVCache`, of pages of so many tokens, ``shuffled`` or in turn; or (0) without pages.
+    `ak.KVCache`, of pages of so many tokens, ``shuffled`` or in turn; or (0) without pages. ``codec``: the cache's, where it keeps
+    codes.
     """
 
     variant: str
@@ -51,6 +52,7 @@ class Workload:
     grad: bool = False
     pages: int | None = None
     shuffled: bool = False
+    codec: str | None = None
 
     @property
     def name(self) -> str:
@@ -64,6 +66,7 @@ class Workload:
         if self.pages is not None:
             rest += [f"pages of {self.pages}" if self.pages else "cache"]
         rest += ["shuffled"] if self.shuffled else []
+        rest += [self.codec] if self.codec else []
         return " ".join([self.variant, f"b{s.b}", heads, lengths, dims, *rest])
 
     @property
@@ -111,6 +114,9 @@ class Workload:
         s = self.shape
         q, k, v, o = s.hq * s.sq * s.d, s.hkv * s.skv * s.d, s.hkv * s.skv * s.dv, s.hq * s.sq * s.dv
         elements = q + k + v + o
+        if self.codec is not None:
+            of_codes = kv_quant.CACHE_BITS[self.codec] * (k + v) // 8
+            return s.b * (int(of_codes) + (q + o) * ITEM_BYTES[self.dtype])
         if self.direction == "fwdbwd":
             elements += (q + k + v + 2 * o) + (q + k + v)
         return s.b * elements * ITEM_BYTES[self.dtype]

@@ -36,6 +36,8 @@ FP8 = Codec("fp8", "head", 0)
 KIVI4 = (Codec("int4", "channel", 32), Codec("int4", "token", 32))
 KIVI2 = (Codec("int2", "channel", 32), Codec("int2", "token", 32))
 BITS = {"int8": 8, "fp8": 8, "int4": 4, "int2": 2}
+# Of an element of a cache, scales and zeros among them, at 128 channels and groups of 32.
+CACHE_BITS = {"int8": 8.125, "fp8": 8.0, "int4": 5.0, "int2": 3.0}
 
 
 def has_zero(codec: Codec) -> bool:

@@ -77,11 +77,13 @@ class CpuBackend:
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
+        if _recurs(spec.program):
+            return recur.RecurKernel(spec, config)
         if any(x.codec is not None for x in spec.program.inputs):
             from attnkit.backends.cpu.cache import CacheKernel  # which is a kernel of this file
 
             return CacheKernel(spec, config)
-        return recur.RecurKernel(spec, config) if _recurs(spec.program) else CpuKernel(spec, config)
+        return CpuKernel(spec, config)
 
 
 def _recurs(program: Program) -> bool:

@@ -46,6 +46,14 @@ def _attnkit(inputs: Inputs, backend: str) -> Call:
     return Call(call, config=runs.config)
 
 
+def meant(inputs: Inputs) -> tuple[Any, Any]:
+    """Keys and values as attention sees them: of codes what they decode to."""
+    if inputs.workload.codec is None:
+        return inputs.k, inputs.v
+    k, v = _held(inputs)[0].dequantize()
+    return k, v
+
+
 def _held(inputs: Inputs) -> tuple[Any, ...]:
     """Keys and values as attention takes them: tensors, or a cache."""
     import torch
@@ -53,7 +61,8 @@ def _held(inputs: Inputs) -> tuple[Any, ...]:
     shape, pages = inputs.workload.shape, inputs.workload.pages
     if pages is None:
         return inputs.k, inputs.v
-    codec = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[inputs.k.dtype]
+    plain = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[inputs.k.dtype]
+    codec = inputs.workload.codec or plain
     cache = attnkit.KVCache(
         shape.b, shape.hkv, shape.d, shape.dv, max_len=shape.skv, codec=codec, page_size=pages or None
     )
