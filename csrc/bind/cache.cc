@@ -21,7 +21,7 @@ int64_t elements_from(const Tensor& t, size_t first) {
   int64_t n = 1;
   for (size_t d = t.size.size(); d-- > first;) {
     if (t.size[d] != 1 && t.stride[d] != n) return -1;
-    n *= t.size[d];
+    if (__builtin_mul_overflow(n, t.size[d], &n)) return -1;
   }
   return n;
 }

@@ -124,11 +124,10 @@ class FloatForward : public Forward {
       tile_.check_loads(0, shape.rows, count, full);
     }
     if (full) return;
-    const Operand mask = tile_.operand(c_.code.mask, kTile, 0);
     for (int32_t m = 0; m < shape.rows; ++m)
       for (int32_t n = 0; n < count; n += kLanes) {
         float* s = st + m * ld_ + n;
-        store(s, select(live_by_key(mask, m, n), load(s), set1(-kInfinity)));
+        store(s, select((load_int(ws_ + at_.live + n) & set1_int(1 << m)) != 0, load(s), set1(-kInfinity)));
       }
   }
 

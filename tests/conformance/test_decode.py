@@ -12,7 +12,7 @@ from torch import Tensor
 import attnkit as ak
 from attnkit import runtime
 from attnkit.errors import AttnkitError
-from attnkit.plan.spec import Config
+from attnkit.plan.space import Config, default_config
 from attnkit.testing import Dims, Pairs, qkv
 
 Split = Callable[[int], None]
@@ -23,15 +23,14 @@ SLOPES = np.float32([0.5, 0.25, 0.125, 0.0625])
 @pytest.fixture
 def split(monkeypatch: pytest.MonkeyPatch) -> Iterator[Split]:
     """``split(n)``: from now on stretches are n keys long, so that small problems have many."""
-    prepare = sys.modules["attnkit.runtime.prepare"]
-    default_config = prepare.default_config  # type: ignore[attr-defined]
+    lookup = sys.modules["attnkit.tune.lookup"]
 
     def every(keys: int) -> None:
         def config(space: Any) -> Config:
-            return {**default_config(space), **({"split_kv": keys} if "split_kv" in space else {})}
+            return default_config(space) | ({"split_kv": keys} if "split_kv" in space else {})
 
         runtime.clear()
-        monkeypatch.setattr(prepare, "default_config", config)
+        monkeypatch.setattr(lookup, "default_config", config)
 
     yield every
     runtime.clear()
@@ -230,6 +229,23 @@ def test_dead_slots(poison: float, q_len: int, isa: str, rng: np.random.Generato
     beyond = torch.arange(500)[None] >= lens[:, None]
     clean = run(q, k, v, kv_lens=lens)
     equal(run(q, *(x.masked_fill(beyond[:, None, :, None], poison) for x in (k, v)), kv_lens=lens), clean)
+
+
+@pytest.mark.parametrize("q_len", [1, 2, 5])
+def test_a_mask_outlives_the_score(q_len: int, isa: str, rng: np.random.Generator, compare: Any) -> None:
+    """What the mask has computed is overwritten by the score, and still decides."""
+    q, k, v = qkv("gaussian", rng, Dims(1, 3, 1, q_len, 70, 17, 16))
+    slopes = np.float32([1.6, -0.3, 0.6])
+    held = torch.from_numpy(slopes)
+    compare(
+        q, k, v,
+        oracle={
+            "score": lambda s, p: s - abs(slopes[p.h]) * abs(p.q_idx - p.kv_idx),
+            "mask": lambda p: abs(p.q_idx - p.kv_idx) <= 1,
+        },
+        score=lambda s, b, h, i, j: s - held[h].abs() * (i - j).abs(),
+        mask=lambda b, h, i, j: (i - j).abs() <= 1,
+    )  # fmt: skip
 
 
 def test_a_window_reads_only_its_keys(isa: str, rng: np.random.Generator, split: Split) -> None:

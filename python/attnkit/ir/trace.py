@@ -359,6 +359,7 @@ def build_text(
         kv = f"paged[b{context.capture(page_table)[0]}, b{context.capture(kv_lens)[0]}]"
     elif kv_lens is not None:
         kv = f"padded[b{context.capture(kv_lens)[0]}]"
+    keys, values = [f"{kv} {codec}" if codec else kv for codec in codecs]
     buffers = ", ".join([f"b{i}: {kind}" for i, kind in enumerate(context.buffer_types)])
     params = ", ".join([f"p{i}: f32" for i in range(len(context.params))])
     attributes = f"scale = {'default' if scale is None else context.number(scale)}"
@@ -373,7 +374,7 @@ def build_text(
     return "\n".join(
         [
             "attnkit 1",
-            f"program (q: {q}, k: {kv} {codecs[0]}, v: {kv} {codecs[1]}) buffers({buffers}) params({params}) {{",
+            f"program (q: {q}, k: {keys}, v: {values}) buffers({buffers}) params({params}) {{",
             f"{'o, lse' if has_lse else 'o'} = attend(q, k, v, {attributes}) {{",
             *body,
             "}",

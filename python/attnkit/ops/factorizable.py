@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import check_number, check_tensor
 from attnkit.ops.recur import recur
+from attnkit.ops.tracing import assume_constant
 from attnkit.variants import factorizable
 
 State = tuple[Tensor, Tensor]
@@ -110,7 +110,7 @@ def _state(initial_state: Any) -> list[Tensor]:
     return [t.float() for t in initial_state]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant
 def program_text(*member: Any) -> str:
     """The canonical text of a member of the family."""
     return _program_text(*member)

@@ -7,13 +7,13 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import check_number, check_tensor, shape_of
 from attnkit.ops.recur import recur
+from attnkit.ops.tracing import assume_constant
 from attnkit.variants import linear
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -152,7 +152,7 @@ def _pair(initial_state: Any, normalize: bool) -> tuple[Any, Any]:
     return initial_state, None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@assume_constant
 def program_text(*member: Any) -> str:
     """The canonical text of a member of the family. Raises as `_program_text`."""
     return _program_text(*member)

@@ -45,6 +45,12 @@ def param(name: str, value: float | None = None) -> Param:
     return TorchParam(name, value)
 
 
+def assume_constant(function: Callable[..., str]) -> Callable[..., str]:
+    """`torch.compiler.assume_constant_result`, which imports the compiler, and with it a Triton that may be broken."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # --- what torch's functions do to traced numbers ----------------------------------------------------------
 
 

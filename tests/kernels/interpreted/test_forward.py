@@ -20,10 +20,14 @@ Compare = Callable[..., Any]
 Gallery = Callable[[str, Dims], tuple[dict[str, Any], dict[str, Any]]]
 
 
-def test_gallery(variant: str, gallery: Gallery, compare: Compare, rng: np.random.Generator) -> None:
-    dims = Dims(1, 2, 1, 140, 130, 16, 24)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("q_len", [140, 3])
+def test_gallery(
+    variant: str, q_len: int, dtype: str, gallery: Gallery, compare: Compare, rng: np.random.Generator
+) -> None:
+    dims = Dims(1, 2, 1, q_len, 130, 16, 24)
     oracle, fields = gallery(variant, dims)
-    compare(*qkv("gaussian", rng, dims), oracle=oracle, **fields)
+    compare(*qkv("gaussian", rng, dims, dtype), oracle=oracle, dtype=dtype, mostly_dead=q_len == 3, **fields)
 
 
 def arrays(rng: np.random.Generator, *dims: int, dtype: str = "float32") -> tuple[Any, Any, Any]:
