@@ -288,16 +288,10 @@ def plot(document: Document, paths: list[Path]) -> None:
         OSError: a file cannot be written.
         ValueError: the suffix is not a known format.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from attnkit.bench.report import STYLE, caption
+    from attnkit.bench.report import drawing
 
     names = list(dict.fromkeys(r["model"] for r in document["runs"]))
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(10, 1.6 + 0.22 * len(names)), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(document, paths, (10, 1.6 + 0.22 * len(names))) as figure:
         for axes, stage in zip(figure.subplots(1, len(STAGES), sharey=True), STAGES, strict=True):
             runs = [r for r in document["runs"] if r["stage"] == stage]
             s = [r["speedup"] for r in runs]
@@ -311,7 +305,3 @@ def plot(document: Document, paths: list[Path]) -> None:
             axes.set_xlabel("times faster than sdpa (red: eager)")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
-        figure.suptitle(caption(document), fontsize="small")
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attnkit.bench.records import Document, Record
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 STYLE = Path(__file__).parent / "data" / "attnkit.mplstyle"
@@ -85,8 +88,9 @@ def caption(document: Document) -> str:
     return "; ".join([*parts, document.get("how", "medians of interleaved rounds")])
 
 
-def plot(document: Document, paths: list[Path]) -> None:
-    """Draw speed-ups over the baseline and shares of the ceiling, with error bars, into each of ``paths``.
+@contextmanager
+def drawing(document: Document, paths: list[Path], size: tuple[float, float]) -> Iterator[Figure]:
+    """A figure of so many inches, to be drawn on; then it is captioned and written into each of ``paths``.
 
     The suffix decides the format: ``.png``, ``.svg``, ``.pdf``.
 
@@ -98,11 +102,25 @@ def plot(document: Document, paths: list[Path]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    with mpl.rc_context(fname=STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        figure.suptitle(caption(document), fontsize="small")
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def plot(document: Document, paths: list[Path]) -> None:
+    """Draw speed-ups over the baseline and shares of the ceiling, with error bars, into each of ``paths``.
+
+    Raises:
+        OSError, ValueError: as `drawing`.
+    """
     names = list(dict.fromkeys(r["workload"] for r in document["records"]))
     backends = list(dict.fromkeys(r["backend"] for r in document["records"]))
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(11, 1.6 + 0.5 * len(names)), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(document, paths, (11, 1.6 + 0.5 * len(names))) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         _bars(left, document, names, backends, "speedup", "median", "{:.1f}x", start=1.0)
         left.set_xscale("log", base=2)
@@ -116,10 +134,6 @@ def plot(document: Document, paths: list[Path]) -> None:
         right.legend(loc="lower right")
         left.set_yticks(range(len(names)), names)
         left.invert_yaxis()
-        figure.suptitle(caption(document), fontsize="small")
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
 
 
 def _bars(

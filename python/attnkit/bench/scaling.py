@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from attnkit.bench.records import Document, Record
-from attnkit.bench.report import OWN, STYLE, caption
+from attnkit.bench.report import OWN, drawing
 
 _FIT_FROM = 4096  # below, what every call costs whatever its length is in sight
 # Time is quadratic without a cliff, memory linear: the most that a slope may be, and the most that time may grow beyond
@@ -106,13 +106,7 @@ def plot(document: Document, paths: list[Path]) -> None:
         OSError: a file cannot be written.
         ValueError: the suffix is not a known format.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(document, paths, (9, 3.6)) as figure:
         left, right = figure.subplots(1, 2)
         for curve in curves(document):
             read = [(s, b / 2**20) for s, b in zip(curve.lengths, curve.peak_bytes, strict=True) if b]
@@ -128,10 +122,6 @@ def plot(document: Document, paths: list[Path]) -> None:
             axes.set_ylabel(what)
             axes.grid(axis="y")
             axes.legend()
-        figure.suptitle(caption(document), fontsize="small")
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
 
 
 def _label(name: str, lengths: list[int], values: list[float]) -> str:

@@ -310,16 +310,10 @@ def plot(document: Document, paths: list[Path]) -> None:
         OSError: a file cannot be written.
         ValueError: the suffix is not a known format.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from attnkit.bench.report import STYLE, caption
+    from attnkit.bench.report import drawing
 
     dtypes = list(dict.fromkeys(r["dtype"] for r in document["runs"]))
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(max(8.0, 4.5 * len(dtypes)), 5.4), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(document, paths, (max(8.0, 4.5 * len(dtypes)), 5.4)) as figure:
         grid = figure.subplots(2, len(dtypes), sharex=True, sharey="row", squeeze=False)
         for (above, below), dtype in zip(grid.T, dtypes, strict=True):
             first, second, ours = (r for r in document["runs"] if r["dtype"] == dtype)
@@ -339,7 +333,3 @@ def plot(document: Document, paths: list[Path]) -> None:
                 axes.legend()
         grid[0, 0].set_ylabel("loss, nats a byte")
         grid[1, 0].set_ylabel("distance of two losses")
-        figure.suptitle(caption(document), fontsize="small")
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

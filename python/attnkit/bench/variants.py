@@ -17,7 +17,7 @@ from attnkit.bench.ceilings import Ceilings
 from attnkit.bench.measure import Contender, Interval, interval, measure, ratio
 from attnkit.bench.peers import recurrences
 from attnkit.bench.records import SCHEMA_VERSION, Document
-from attnkit.bench.report import STYLE, caption
+from attnkit.bench.report import drawing
 from attnkit.bench.runner import use_threads
 
 Progress = Callable[[str, float], None]
@@ -227,13 +227,7 @@ def plot(document: Document, paths: list[Path]) -> None:
         OSError: a file cannot be written.
         ValueError: the suffix is not a known format.
     """
-    import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(6, 3.6), layout="constrained")
-        FigureCanvasAgg(figure)
+    with drawing(document, paths, (6, 3.6)) as figure:
         axes = figure.subplots()
         rows = [r for r in document["runs"] if r["flat"]]
         for name in _OVER_LENGTHS:
@@ -253,7 +247,3 @@ def plot(document: Document, paths: list[Path]) -> None:
         axes.set_ylabel(f"µs a token, {_HEADS} heads of {_DIM}")
         axes.grid(axis="y")
         axes.legend()
-        figure.suptitle(caption(document), fontsize="small")
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -232,6 +233,19 @@ def differentiable(
     return found if way.need_lse else (found, None)
 
 
+def once(backward: Callable[[], tuple[Tensor | None, ...]], refusal: str) -> tuple[Tensor | None, ...]:
+    """What a backward gives; in a graph of it, what says ``refusal`` when it is differentiated itself.
+
+    torch's once_differentiable would give constants unless a cotangent itself is followed.
+    """
+    if not torch.is_grad_enabled():
+        return backward()
+    with torch.no_grad():
+        found = backward()
+    refuse: Any = torch._C._functions.DelayedError(refusal.encode(), len(found))
+    return refuse(*(d if d is None else d.detach().requires_grad_() for d in found))  # type: ignore[no-any-return]
+
+
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -247,15 +261,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        if not torch.is_grad_enabled():
-            return _backward(ctx, d_o, d_lse)
-        # A graph of the backward. torch's once_differentiable would give constants unless d_o itself is followed.
-        with torch.no_grad():
-            found = _backward(ctx, d_o, d_lse)
-        refuse: Any = torch._C._functions.DelayedError(
-            b"attention has no second derivatives (AK503)", len(found)
-        )
-        return refuse(*(d if d is None else d.detach().requires_grad_() for d in found))  # type: ignore[no-any-return]
+        return once(lambda: _backward(ctx, d_o, d_lse), "attention has no second derivatives (AK503)")
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:

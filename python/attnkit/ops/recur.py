@@ -13,6 +13,7 @@ from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import autocast, check_tensor, has_tangent, needs_derivatives
 from attnkit.ops.counts import counts, recorder
+from attnkit.ops.gradients import once
 from attnkit.ops.recur_checks import Call, check_call, states_of
 from attnkit.plan.recurrence import Recurrence, recurrence
 from attnkit.runtime import prepare
@@ -236,15 +237,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        if not torch.is_grad_enabled():
-            return _backward(ctx, *cotangents)
-        # A graph of the backward: as in gradients.py.
-        with torch.no_grad():
-            found = _backward(ctx, *cotangents)
-        refuse: Any = torch._C._functions.DelayedError(
-            b"recurrences have no second derivatives (AK503)", len(found)
-        )
-        return refuse(*(d if d is None else d.detach().requires_grad_() for d in found))  # type: ignore[no-any-return]
+        return once(lambda: _backward(ctx, *cotangents), "recurrences have no second derivatives (AK503)")
 
 
 def _backward(ctx: Any, d_o: Tensor, d_state: Tensor, d_norm: Tensor) -> tuple[Tensor | None, ...]:

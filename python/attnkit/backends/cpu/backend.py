@@ -9,7 +9,7 @@ from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
 from attnkit.backends.cpu import recur
-from attnkit.backends.cpu.engine import cpu_generation, cpu_model, engine, usable_cores
+from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.program import Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
@@ -17,8 +17,6 @@ from attnkit.plan.dropout import Dropped
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
 _DTYPES = ("float32", "bfloat16", "float16")
-# Status codes of csrc/cpu/problem.h.
-_FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607", 7: "AK602"}
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
 # As csrc/bind counts them: these, the buffers, what the backward has besides, the gradients of buffers.
 _TENSORS = ("q", "k", "v", "o", "lse", "sink")
@@ -138,9 +136,9 @@ class CpuKernel:
         except ValueError as exc:
             raise _too_large(exc) from exc
         if fault:
-            if _FAULTS[fault] == "AK602":
+            if FAULTS[fault] == "AK602":
                 raise self._no_page(about, k, buffers)
-            raise self._error(_FAULTS[fault], about, self.bytecode, len(buffers))
+            raise self._error(FAULTS[fault], about, self.bytecode, len(buffers))
 
     def backward(
         self,
@@ -183,7 +181,7 @@ class CpuKernel:
         except ValueError as exc:
             raise _too_large(exc) from exc
         if fault:
-            raise self._error(_FAULTS[fault], about, bytecode, len(buffers))
+            raise self._error(FAULTS[fault], about, bytecode, len(buffers))
 
     def _compile(self, gradients: frozenset[int] | None) -> tuple[Bytecode, Any]:
         """The bytecode, and the engine's program; ``gradients`` as `emit` has it."""
@@ -221,7 +219,7 @@ class CpuKernel:
         """
         fault, where, batch, heads, offsets, runs = engine().block_runs(self.program, *sizes, buffers, params)
         if fault:
-            raise self._error(_FAULTS[fault], where, self.bytecode, len(buffers))
+            raise self._error(FAULTS[fault], where, self.bytecode, len(buffers))
         return Structure(sizes._replace(batch=batch, heads=heads), offsets, runs)
 
     def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from attnkit.backends.cpu.backend import CpuKernel, missing_page
-from attnkit.backends.cpu.engine import engine
+from attnkit.backends.cpu.engine import FAULTS, engine
 from attnkit.errors import error
 
 Store = tuple[Any, ...]  # as csrc/bind/cache.cc takes it
-
-_FAULTS = {4: "AK603", 5: "AK606", 6: "AK607", 7: "AK602"}
 
 
 class CacheKernel(CpuKernel):
@@ -46,7 +44,7 @@ class CacheKernel(CpuKernel):
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
         if fault:
-            code = {1: "AK604", 2: "AK605", 3: "AK601"}.get(fault) or _FAULTS[fault]
+            code = FAULTS[fault]
             if code == "AK602":
                 assert self._table is not None
                 raise missing_page(
@@ -70,4 +68,4 @@ def append(
         )
     except ValueError as exc:
         raise error("AK502", where="append", given=str(exc)) from exc
-    return (_FAULTS[fault], about) if fault else None
+    return (FAULTS[fault], about) if fault else None

@@ -14,6 +14,9 @@ from types import ModuleType
 
 from attnkit.errors import error
 
+# What the engine's status codes (csrc/cpu/problem.h) are called.
+FAULTS = {1: "AK604", 2: "AK605", 3: "AK601", 4: "AK603", 5: "AK606", 6: "AK607", 7: "AK602"}
+
 
 @cache
 def engine() -> ModuleType:

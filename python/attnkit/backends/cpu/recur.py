@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from attnkit.backends.cpu.engine import engine
+from attnkit.backends.cpu.engine import FAULTS, engine
 from attnkit.errors import error
 from attnkit.plan.recurrence import ROLES, recurrence
 from attnkit.plan.spec import Config, KernelSpec
 
 _NORMS = ("none", "l2", "layer")
 _FEATURE_MAPS = ("identity", "elu1")
-_FAULTS = {4: "AK603", 5: "AK606", 6: "AK607"}
 # As csrc/bind/recur.cc counts them.
 _TENSORS = (
     "q", "k", "v", "o", *ROLES, "state", "norm", "d_o", "d_state", "d_norm", "dq", "dk", "dv",
@@ -118,4 +117,4 @@ def _run(entry: Callable[..., tuple[int, int]], *arguments: Any) -> None:
     except ValueError as exc:
         raise error("AK502", where="backend cpu", given=str(exc)) from exc
     if fault:
-        raise error(_FAULTS[fault], where="backend cpu" if about < 0 else _TENSORS[about])
+        raise error(FAULTS[fault], where="backend cpu" if about < 0 else _TENSORS[about])
