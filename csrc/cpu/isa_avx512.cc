@@ -19,10 +19,12 @@ namespace {
 #include "tile-inl.h"
 #include "products-inl.h"
 #include "decode-inl.h"
+#include "encode-inl.h"
 #include "fold-inl.h"
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "kernel_encoded-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"
@@ -38,7 +40,9 @@ namespace {
 #include "moments_backward-inl.h"
 }  // namespace
 
-const Kernel kAvx512Kernel{"avx512", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel};
+const Kernel kAvx512Kernel{"avx512",      workspace_bytes, run_floats<FloatForward>,
+                           merge_parts,   encode_tokens,   backward_bytes,
+                           backward_rows, backward,        evaluate,
+                           fma_burst,     read_burst,      kRecurKernel};
 
 }  // namespace attnkit::cpu

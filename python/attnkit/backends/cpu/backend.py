@@ -11,11 +11,14 @@ from attnkit.backends import Fingerprint, Kernel, refused
 from attnkit.backends.cpu import recur
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
+from attnkit.ir.expr import topological, var
 from attnkit.ir.program import Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
+from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, number
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
+_UNSPLIT = 1 << 30  # more keys than there are
 _DTYPES = ("float32", "bfloat16", "float16")
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
 # As csrc/bind counts them: these, the buffers, what the backward has besides, the gradients of buffers.
@@ -40,7 +43,7 @@ class CpuBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
-        recurs = recur.reasons(spec) if _recurs(spec.program) else None
+        recurs = recur.reasons(spec) if _recurs(spec.program) else _approximation(spec.program)
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=recurs
         )
@@ -55,10 +58,16 @@ class CpuBackend:
         if _recurs(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
+        tiles_kv = Field("numeric", tile_kv, (32, 64, 96, 128, 192))
+        splits = Field("numeric", 1024, (512, 1024, 2048, 4096))
+        if is_approximate(spec.program):
+            tiles_kv = Field("numeric", TILE, (TILE,))
+        if spec.program.attend.skip is not None:  # what was met before is all of the row
+            splits = Field("numeric", _UNSPLIT, (_UNSPLIT,))
         return {
-            "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
-            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128, 192)),
-            "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
+            "tile_q": Field("schedule", _tile_q(spec.program), (16, 32, 48, 64, 96)),
+            "tile_kv": tiles_kv,
+            "split_kv": splits,
             "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96), "backward"),
             "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192), "backward"),
         }
@@ -88,6 +97,27 @@ def _recurs(program: Program) -> bool:
     return any(isinstance(op, Recur) for op in program.ops)
 
 
+def _approximation(program: Program) -> tuple[str, ...] | None:
+    """Why the engine cannot run attention that encodes q and k, or skips; None of any other program."""
+    if not is_approximate(program):
+        return None
+    found = encoding(program)
+    if found is not None and found.kv_tile % TILE:
+        return (f"tiles of {found.kv_tile} encoded keys are not multiples of {TILE}",)
+    return ()
+
+
+def _tile_q(program: Program) -> int:
+    """As many queries as read one row of a map of blocks, at most 96."""
+    mask = program.attend.mask
+    rows = [node.args[1] for node in topological([] if mask is None else [mask])
+            if node.op == "floordiv" and node.args[0] is var("q_idx")]  # fmt: skip
+    fitting = [
+        n for n in (96, 64, 48, 32, 16) if all(x.op == "const" and int(x.attr or 1) % n == 0 for x in rows)
+    ]
+    return fitting[0] if fitting else 96
+
+
 class CpuKernel:
     """One program on the engine. Calling it reads and writes tensors in place; it allocates nothing of their size."""
 
@@ -101,11 +131,13 @@ class CpuKernel:
         self._scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self._sink = attend.normalizer.sink
         self._dropout = attend.dropout
-        self._q_layout: Layout = spec.program.inputs[attend.q]
-        self._kv_layout: Layout = spec.program.inputs[attend.k]
+        self._q_layout: Layout = spec.program.layout(attend.q)
+        self._kv_layout: Layout = spec.program.layout(attend.k)
         self._table = self._kv_layout.table
         self._attend = engine().attend
         self._sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
+        self._encoding: Encoding | None = encoding(spec.program)
+        self._skip = attend.skip
 
     def __call__(
         self,
@@ -131,7 +163,7 @@ class CpuKernel:
                 self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
                 self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), threads, *self._sizes,
-                None if self._table is None else buffers[self._table],
+                None if self._table is None else buffers[self._table], *self._approximately(params),
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
@@ -176,7 +208,7 @@ class CpuKernel:
             fault, about = engine().attend_backward(
                 program, q, k, v, o, lse, self._scale, sink, self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
-                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
+                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"], self._encoding,
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
@@ -193,6 +225,11 @@ class CpuKernel:
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
         return code, program
+
+    def _approximately(self, params: list[float]) -> tuple[Encoding | None, float] | tuple[()]:
+        if self._skip is None:
+            return () if self._encoding is None else (self._encoding, 0.0)
+        return self._encoding, number(self._skip, params)
 
     def _dropped(self, params: list[float], seed: int | None) -> tuple[int, int, float] | None:
         """Seed, threshold and factor, as csrc/cpu/problem.h has them."""
