@@ -48,7 +48,7 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
   if (status.fault != Fault::none) return {static_cast<int>(status.fault), status.value};
 
   need(r.problem.lse != nullptr || r.empty, "the backward needs lse");
-  r.problem.encoding = make_encoding(encoding, 1);
+  r.problem.encoding = make_encoding(encoding);
   std::vector<Memory> memory;
   const DType element = r.problem.dtype;
   Gradients g{};

@@ -53,7 +53,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
   need(skip >= 0, "skip is not below 0");
   Request r;
   Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout, page_table);
-  r.problem.encoding = make_encoding(encoding, tile_kv);
+  r.problem.encoding = make_encoding(encoding);
   r.problem.skip = skip;
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;

@@ -177,10 +177,10 @@ inline std::vector<Sequence> make_sequences(const std::optional<std::vector<Sequ
   return sequences;
 }
 
-inline Encoding make_encoding(const std::optional<EncodingTuple>& given, int tile_kv) {
+inline Encoding make_encoding(const std::optional<EncodingTuple>& given) {
   if (!given) return {};
   const auto [q_tile, kv_tile, center] = *given;
-  need(q_tile > 0 && kv_tile > 0 && kv_tile % tile_kv == 0, "tiles of codes are positive, and of keys whole tiles");
+  need(q_tile > 0 && kv_tile > 0, "tiles of codes are positive");
   return {q_tile, kv_tile, center};
 }
 

@@ -1,5 +1,6 @@
 // The forward kernel, one task: up to kMaxTileQ queries of one head against the keys they may see. Here is all but the
-// products, which are another file for each way to multiply: kernel_float-inl.h, kernel_bf16-inl.h, kernel_encoded-inl.h.
+// products, which are another file for each way to multiply: kernel_float-inl.h, kernel_bf16-inl.h,
+// kernel_encoded-inl.h.
 //
 // Scores are held key-major: a tile has one row per key and one lane per query. K and V are then read as they lie in
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are

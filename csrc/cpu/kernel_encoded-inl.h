@@ -69,15 +69,32 @@ class EncodedForward : public Products {
 
  protected:
   void scores(int64_t first, int32_t count, bool full) override {
+    float* largest = this->start_largest(full);
+    const int32_t tile = p_.codes[1].tile;
+    for (int32_t n = 0, some; n < count; n += some) {
+      const auto left = static_cast<int32_t>(tile - (first + n) % tile);  // that share a step
+      some = left < count - n ? left : count - n;
+      scores_of(first + n, n, some, full, largest);
+    }
+  }
+
+ private:
+  // Of `count` keys from row n of the tile on.
+  void scores_of(int64_t first, int32_t n, int32_t count, bool full, float* largest) {
     const Codes& k = p_.codes[1];
     const int64_t row = k.row(t_.sequence, seq_.kv_len, this->kv_head_, first);
     const vf step = set1(k.step(t_.sequence, seq_.kv_len, this->kv_head_, first));
     for (int32_t lane = 0; lane < at_.bm; lane += kLanes)
       store(ws_ + at_.factor + lane, load(ws_ + at_.steps + lane) * step);
+    Span live[kMaxTileQ / kLanes];
+    for (int32_t v = 0; !full && v * kLanes < at_.bm; ++v) {
+      const Span all = this->spans_[v];
+      live[v] = {all.first < n ? 0 : all.first - n, all.end < n + count ? all.end - n : count};
+    }
     const KeyRows keys = Product::key_units(k.data + row * k.stride, k.stride, count, p_.head_dim, ws_ + at_.k);
     qk_units<typename Product::Dot>(
-        ws_ + at_.qt, at_.bm, keys, count, this->live(full), (p_.head_dim + Product::kCodes - 1) / Product::kCodes,
-        {k.starts + row, ws_ + at_.factor, ws_ + at_.shift}, ws_ + at_.s, this->start_largest(full));
+        ws_ + at_.qt, at_.bm, keys, count, full ? nullptr : live, (p_.head_dim + Product::kCodes - 1) / Product::kCodes,
+        {k.starts + row, ws_ + at_.factor, ws_ + at_.shift}, ws_ + at_.s + static_cast<int64_t>(n) * at_.bm, largest);
   }
 };
 

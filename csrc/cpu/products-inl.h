@@ -76,9 +76,12 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = dot.finish(acc[r][v], v, first);
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       float* x = s + r * bm + v * kLanes;
-      acc[r][v] = dot.finish(acc[r][v], v, first);
       if (!first) acc[r][v] += load(x);
       store(x, acc[r][v]);
     }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from attnkit.ir.expr import Expr
 from attnkit.ir.program import Attend, Codec, Encode, Program, Return
 
-TILE = 64  # keys that are left out together; tiles of encoded keys are multiples of it
+TILE = 64  # keys that are left out together
 
 
 class Encoding(NamedTuple):

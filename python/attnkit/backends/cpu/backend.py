@@ -43,9 +43,13 @@ class CpuBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
-        recurs = recur.reasons(spec) if _recurs(spec.program) else _approximation(spec.program)
+        of_program: tuple[str, ...] | None = None
+        if _recurs(spec.program):
+            of_program = recur.reasons(spec)
+        elif is_approximate(spec.program):
+            of_program = ()
         reasons = refused(
-            spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=recurs
+            spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
         )
         return (*reasons, *_codec_reasons(spec.program))
 
@@ -60,12 +64,15 @@ class CpuBackend:
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
         tiles_kv = Field("numeric", tile_kv, (32, 64, 96, 128, 192))
         splits = Field("numeric", 1024, (512, 1024, 2048, 4096))
+        tile_q = 96
         if is_approximate(spec.program):
-            tiles_kv = Field("numeric", TILE, (TILE,))
+            tile_q = _fitting(spec.program, "q_idx", (96, 64, 48, 32, 16))
+            tiles_kv = Field("numeric", _fitting(spec.program, "kv_idx", (tile_kv, TILE)), tiles_kv.values)
         if spec.program.attend.skip is not None:  # what was met before is all of the row
+            tiles_kv = Field("numeric", TILE, (TILE,))
             splits = Field("numeric", _UNSPLIT, (_UNSPLIT,))
         return {
-            "tile_q": Field("schedule", _tile_q(spec.program), (16, 32, 48, 64, 96)),
+            "tile_q": Field("schedule", tile_q, (16, 32, 48, 64, 96)),
             "tile_kv": tiles_kv,
             "split_kv": splits,
             "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96), "backward"),
@@ -97,25 +104,13 @@ def _recurs(program: Program) -> bool:
     return any(isinstance(op, Recur) for op in program.ops)
 
 
-def _approximation(program: Program) -> tuple[str, ...] | None:
-    """Why the engine cannot run attention that encodes q and k, or skips; None of any other program."""
-    if not is_approximate(program):
-        return None
-    found = encoding(program)
-    if found is not None and found.kv_tile % TILE:
-        return (f"tiles of {found.kv_tile} encoded keys are not multiples of {TILE}",)
-    return ()
-
-
-def _tile_q(program: Program) -> int:
-    """As many queries as read one row of a map of blocks, at most 96."""
+def _fitting(program: Program, index: str, tiles: tuple[int, ...]) -> int:
+    """The first of ``tiles`` that lies within the blocks of every map that the mask reads by ``index // block``."""
     mask = program.attend.mask
-    rows = [node.args[1] for node in topological([] if mask is None else [mask])
-            if node.op == "floordiv" and node.args[0] is var("q_idx")]  # fmt: skip
-    fitting = [
-        n for n in (96, 64, 48, 32, 16) if all(x.op == "const" and int(x.attr or 1) % n == 0 for x in rows)
-    ]
-    return fitting[0] if fitting else 96
+    nodes = [] if mask is None else topological([mask])
+    blocks = [node.args[1] for node in nodes if node.op == "floordiv" and node.args[0] is var(index)]
+    sizes = [int(block.attr or 1) for block in blocks if block.op == "const"]
+    return next((n for n in tiles if all(size % n == 0 for size in sizes)), tiles[0])
 
 
 class CpuKernel:
