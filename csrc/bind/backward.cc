@@ -38,7 +38,8 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
                                   const std::vector<Tensor>& tensors, const std::vector<float>& params,
                                   const std::optional<DropoutTuple>& dropout, const Tensor& d_o, const Maybe& d_lse,
                                   const Tensor& dq, const Tensor& dk, const Tensor& dv, const Maybe& d_sink,
-                                  const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv) try {
+                                  const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv,
+                                  const std::optional<EncodingTuple>& encoding) try {
   need(threads > 0, "threads are at least 1");
   need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
@@ -47,6 +48,7 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
   if (status.fault != Fault::none) return {static_cast<int>(status.fault), status.value};
 
   need(r.problem.lse != nullptr || r.empty, "the backward needs lse");
+  r.problem.encoding = make_encoding(encoding);
   std::vector<Memory> memory;
   const DType element = r.problem.dtype;
   Gradients g{};
@@ -90,6 +92,13 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
 
 }  // namespace
 
-void bind_backward(pybind11::module_& m) { m.def("attend_backward", &call_backward); }
+void bind_backward(pybind11::module_& m) {
+  namespace py = pybind11;
+  m.def("attend_backward", &call_backward, py::arg("program"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"),
+        py::arg("lse"), py::arg("scale"), py::arg("sink"), py::arg("sequences"), py::arg("buffers"), py::arg("params"),
+        py::arg("dropout"), py::arg("d_o"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("d_sink"), py::arg("d_buffers"), py::arg("threads"), py::arg("tile_q"), py::arg("tile_kv"),
+        py::arg("encoding") = py::none());
+}
 
 }  // namespace attnkit::cpu

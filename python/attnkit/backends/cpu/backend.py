@@ -11,11 +11,14 @@ from attnkit.backends import Fingerprint, Kernel, refused
 from attnkit.backends.cpu import recur, select
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
+from attnkit.ir.expr import topological, var
 from attnkit.ir.program import Attend, Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
+from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, number
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
+_UNSPLIT = 1 << 30  # more keys than there are
 _DTYPES = ("float32", "bfloat16", "float16")
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
 # As csrc/bind counts them: these, the buffers, what the backward has besides, the gradients of buffers.
@@ -42,6 +45,8 @@ class CpuBackend:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         family = recur if _recurs(spec.program) else select if _only_selects(spec.program) else None
         of_program = None if family is None else family.reasons(spec)
+        if is_approximate(spec.program):
+            of_program = ()
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
         )
@@ -56,10 +61,19 @@ class CpuBackend:
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
+        tiles_kv = Field("numeric", tile_kv, (32, 64, 96, 128, 192))
+        splits = Field("numeric", 1024, (512, 1024, 2048, 4096))
+        tile_q = 96
+        if is_approximate(spec.program):
+            tile_q = _fitting(spec.program, "q_idx", (96, 64, 48, 32, 16))
+            tiles_kv = Field("numeric", _fitting(spec.program, "kv_idx", (tile_kv, TILE)), tiles_kv.values)
+        if spec.program.attend.skip is not None:  # what was met before is all of the row
+            tiles_kv = Field("numeric", TILE, (TILE,))
+            splits = Field("numeric", _UNSPLIT, (_UNSPLIT,))
         return {
-            "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
-            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128, 192)),
-            "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
+            "tile_q": Field("schedule", tile_q, (16, 32, 48, 64, 96)),
+            "tile_kv": tiles_kv,
+            "split_kv": splits,
             "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96), "backward"),
             "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192), "backward"),
         }
@@ -95,6 +109,15 @@ def _only_selects(program: Program) -> bool:
     return not any(isinstance(op, Attend) for op in program.ops)
 
 
+def _fitting(program: Program, index: str, tiles: tuple[int, ...]) -> int:
+    """The first of ``tiles`` that lies within the blocks of every map that the mask reads by ``index // block``."""
+    mask = program.attend.mask
+    nodes = [] if mask is None else topological([mask])
+    blocks = [node.args[1] for node in nodes if node.op == "floordiv" and node.args[0] is var(index)]
+    sizes = [int(block.attr or 1) for block in blocks if block.op == "const"]
+    return next((n for n in tiles if all(size % n == 0 for size in sizes)), tiles[0])
+
+
 class CpuKernel:
     """One program on the engine. Calling it reads and writes tensors in place; it allocates nothing of their size."""
 
@@ -108,11 +131,13 @@ class CpuKernel:
         self._scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self._sink = attend.normalizer.sink
         self._dropout = attend.dropout
-        self._q_layout: Layout = spec.program.inputs[attend.q]
-        self._kv_layout: Layout = spec.program.inputs[attend.k]
+        self._q_layout: Layout = spec.program.layout(attend.q)
+        self._kv_layout: Layout = spec.program.layout(attend.k)
         self._table = self._kv_layout.table
         self._attend = engine().attend
         self._sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
+        self._encoding: Encoding | None = encoding(spec.program)
+        self._skip = attend.skip
 
     def __call__(
         self,
@@ -138,7 +163,7 @@ class CpuKernel:
                 self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
                 self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), threads, *self._sizes,
-                None if self._table is None else buffers[self._table],
+                None if self._table is None else buffers[self._table], *self._approximately(params),
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
@@ -183,7 +208,7 @@ class CpuKernel:
             fault, about = engine().attend_backward(
                 program, q, k, v, o, lse, self._scale, sink, self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
-                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
+                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"], self._encoding,
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
@@ -200,6 +225,11 @@ class CpuKernel:
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
         return code, program
+
+    def _approximately(self, params: list[float]) -> tuple[Encoding | None, float] | tuple[()]:
+        if self._skip is None:
+            return () if self._encoding is None else (self._encoding, 0.0)
+        return self._encoding, number(self._skip, params)
 
     def _dropped(self, params: list[float], seed: int | None) -> tuple[int, int, float] | None:
         """Seed, threshold and factor, as csrc/cpu/problem.h has them."""
