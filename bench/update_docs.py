@@ -170,8 +170,8 @@ def resources_table() -> str:
     most = {
         kind: max(row["resources"]["stack"] for row in result["rows"] if row["case"]["kernel"] in kinds)
         for kind, kinds in (
-            ("forward and decode", ("forward", "decode")),
-            ("backward", ("dq", "dkv", "pairs", "delta")),
+            ("forward and decode", ("forward", "decode", "forward mend")),
+            ("backward", ("dq", "dkv", "pairs", "delta", "dq mend", "dkv mend")),
         )
     }
     said = {
