@@ -12,8 +12,10 @@ from attnkit.backends.cpu import recur, select
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.program import Attend, Layout, Program, Recur
+from attnkit.plan.blocks import block_of, tile_for
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
+from attnkit.plan.space import Direction, FieldKind
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -51,17 +53,25 @@ class CpuBackend:
         """Tile sizes, and how many keys are summed before they are merged.
 
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
-        Backwards, more keys at a time mean that queries are paired and dq is added to less often.
+        Backwards, more keys at a time mean that queries are paired and dq is added to less often. Tiles end where a mask's
+        blocks end: one that lies across two of them would be computed for both.
         """
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
+        mask = spec.program.attend.mask
+        q_block, kv_block = block_of(mask, "q_idx"), block_of(mask, "kv_idx")
+        tile_kv, backward_tile_kv = (tile_for(kv_block, n, n) for n in (tile_kv, backward_tile_kv))
+
+        def field(kind: FieldKind, default: int, values: set[int], direction: Direction = "forward") -> Field:
+            return Field(kind, default, tuple(sorted(values | {default})), direction)
+
         return {
-            "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
-            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128, 192)),
+            "tile_q": field("schedule", tile_for(q_block, 96, 128), {16, 32, 48, 64, 96, 128}),
+            "tile_kv": field("numeric", tile_kv, {32, 64, 96, 128, 192}),
             "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
-            "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96), "backward"),
-            "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192), "backward"),
+            "backward_tile_q": field("numeric", tile_for(q_block, 96, 96), {32, 48, 64, 96}, "backward"),
+            "backward_tile_kv": field("numeric", backward_tile_kv, {32, 48, 64, 96, 128, 192}, "backward"),
         }
 
     def fingerprint(self) -> Fingerprint:
