@@ -1,6 +1,8 @@
 """attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
 
+from attnkit.ops.block_choice import top_k_blocks
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
+from attnkit.ops.block_sparse import block_sparse_attention
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
 from attnkit.ops.factorizable import factorizable_attention
 from attnkit.ops.flex import flex_attention
@@ -20,6 +22,7 @@ __all__ = [
     "as_block_mask",
     "attention",
     "block_mask",
+    "block_sparse_attention",
     "dense_attention",
     "explain",
     "factorizable_attention",
@@ -31,6 +34,7 @@ __all__ = [
     "param",
     "quantized_kv_attention",
     "scaled_dot_product_attention",
+    "top_k_blocks",
     "trace",
     "tree",
     "uninstall",

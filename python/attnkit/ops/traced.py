@@ -112,7 +112,9 @@ class _Fingerprint:
 
     def _composite(self, value: Any) -> Any:
         if isinstance(value, Mask):
-            return ("mask", self.of(value.function))
+            if "function" in vars(value):
+                return ("mask", self.of(value.function))
+            return (type(value), *((name, self.of(held)) for name, held in vars(value).items()))
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, functools.partial):
