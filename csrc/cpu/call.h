@@ -7,6 +7,7 @@
 #include "encode.h"
 #include "problem.h"
 #include "recur.h"
+#include "select.h"
 
 namespace attnkit::cpu {
 
@@ -141,6 +142,7 @@ struct Kernel {
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.
   float (*read_burst)(const float* p, int64_t n);
   RecurKernel recur;
+  SelectKernel select;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;
 };

@@ -66,11 +66,13 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "select-inl.h"
 }  // namespace
 
 const Kernel kAvx2Kernel{"avx2",        workspace_bytes, run_floats<FloatForward>,
                          merge_parts,   encode_tokens,   backward_bytes,
                          backward_rows, backward,        evaluate,
-                         fma_burst,     read_burst,      kRecurKernel};
+                         fma_burst,     read_burst,      kRecurKernel,
+                         kSelectKernel};
 
 }  // namespace attnkit::cpu

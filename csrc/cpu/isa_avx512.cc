@@ -38,11 +38,13 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "select-inl.h"
 }  // namespace
 
 const Kernel kAvx512Kernel{"avx512",      workspace_bytes, run_floats<FloatForward>,
                            merge_parts,   encode_tokens,   backward_bytes,
                            backward_rows, backward,        evaluate,
-                           fma_burst,     read_burst,      kRecurKernel};
+                           fma_burst,     read_burst,      kRecurKernel,
+                           kSelectKernel};
 
 }  // namespace attnkit::cpu

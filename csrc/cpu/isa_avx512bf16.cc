@@ -43,6 +43,7 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "select-inl.h"
 
 double dot_burst(int64_t rounds) {
   constexpr int kChains = kAccumulators;
@@ -65,6 +66,6 @@ double dot_burst(int64_t rounds) {
 const Kernel kAvx512bf16Kernel{
     "avx512bf16",  workspace_bytes,   run_by_dtype, merge_parts, encode_tokens, backward_bytes_by_dtype,
     backward_rows, backward_by_dtype, evaluate,     fma_burst,   read_burst,    kRecurKernel,
-    dot_burst};
+    kSelectKernel, dot_burst};
 
 }  // namespace attnkit::cpu

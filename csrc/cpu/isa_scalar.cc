@@ -79,11 +79,13 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "select-inl.h"
 }  // namespace
 
 const Kernel kScalarKernel{"scalar",      workspace_bytes, run_floats<FloatForward>,
                            merge_parts,   encode_tokens,   backward_bytes,
                            backward_rows, backward,        evaluate,
-                           fma_burst,     read_burst,      kRecurKernel};
+                           fma_burst,     read_burst,      kRecurKernel,
+                           kSelectKernel};
 
 }  // namespace attnkit::cpu

@@ -9,6 +9,7 @@ from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
+from attnkit.ops.sparge import sparge_attention
 from attnkit.ops.tracing import param
 from attnkit.ops.trees import tree
 
@@ -31,6 +32,7 @@ __all__ = [
     "param",
     "quantized_kv_attention",
     "scaled_dot_product_attention",
+    "sparge_attention",
     "trace",
     "tree",
     "uninstall",

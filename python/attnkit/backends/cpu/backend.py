@@ -8,11 +8,11 @@ from attnkit._version import __version__
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
-from attnkit.backends.cpu import recur
+from attnkit.backends.cpu import recur, select
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.expr import topological, var
-from attnkit.ir.program import Layout, Program, Recur
+from attnkit.ir.program import Attend, Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, number
@@ -43,10 +43,9 @@ class CpuBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
-        of_program: tuple[str, ...] | None = None
-        if _recurs(spec.program):
-            of_program = recur.reasons(spec)
-        elif is_approximate(spec.program):
+        family = recur if _recurs(spec.program) else select if _only_selects(spec.program) else None
+        of_program = None if family is None else family.reasons(spec)
+        if is_approximate(spec.program):
             of_program = ()
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
@@ -59,15 +58,15 @@ class CpuBackend:
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
         Backwards, more keys at a time mean that queries are paired and dq is added to less often.
         """
-        if _recurs(spec.program):
+        if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
+        tile_q, tile_kv = (
+            _fitting(spec.program, "q_idx", (96, 64, 48)),
+            _fitting(spec.program, "kv_idx", (tile_kv, 64)),
+        )
         tiles_kv = Field("numeric", tile_kv, (32, 64, 96, 128, 192))
         splits = Field("numeric", 1024, (512, 1024, 2048, 4096))
-        tile_q = 96
-        if is_approximate(spec.program):
-            tile_q = _fitting(spec.program, "q_idx", (96, 64, 48, 32, 16))
-            tiles_kv = Field("numeric", _fitting(spec.program, "kv_idx", (tile_kv, TILE)), tiles_kv.values)
         if spec.program.attend.skip is not None:  # what was met before is all of the row
             tiles_kv = Field("numeric", TILE, (TILE,))
             splits = Field("numeric", _UNSPLIT, (_UNSPLIT,))
@@ -93,6 +92,8 @@ class CpuBackend:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
         if _recurs(spec.program):
             return recur.RecurKernel(spec, config)
+        if _only_selects(spec.program):
+            return select.SelectKernel(spec, config)
         if any(x.codec is not None for x in spec.program.inputs):
             from attnkit.backends.cpu.cache import CacheKernel  # which is a kernel of this file
 
@@ -102,6 +103,10 @@ class CpuBackend:
 
 def _recurs(program: Program) -> bool:
     return any(isinstance(op, Recur) for op in program.ops)
+
+
+def _only_selects(program: Program) -> bool:
+    return not any(isinstance(op, Attend) for op in program.ops)
 
 
 def _fitting(program: Program, index: str, tiles: tuple[int, ...]) -> int:
