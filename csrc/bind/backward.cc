@@ -41,7 +41,7 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
                                   const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv,
                                   const std::optional<EncodingTuple>& encoding) try {
   need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
+  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
   Request r;
   Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout);

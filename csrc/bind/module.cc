@@ -45,7 +45,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
                                 int split_kv, const Maybe& page_table, const std::optional<EncodingTuple>& encoding,
                                 float skip) try {
   need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
+  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
   need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");

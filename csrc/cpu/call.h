@@ -11,7 +11,7 @@
 
 namespace attnkit::cpu {
 
-inline constexpr int kMaxTileQ = 96;  // lanes: two micro-tiles of 48 queries
+inline constexpr int kMaxTileQ = 128;  // lanes: a row of blocks of the usual size
 inline constexpr int kMaxTileKv = 192;
 inline constexpr int kStrip = 16;  // keys a tile instruction handles at once: its operands stay in L1
 

@@ -122,7 +122,8 @@ void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, const Span*
                                     largest != nullptr && d + depth == units ? largest + lane : nullptr);
     };
     int32_t lane = 0;
-    for (; lane + kQueryVecs * kLanes <= bm; lane += kQueryVecs * kLanes)
+    // Four vectors are two and two: of three and one, the one would load as much for a third of the work.
+    for (; lane + kQueryVecs * kLanes <= bm && bm - lane != 4 * kLanes; lane += kQueryVecs * kLanes)
       columns.template operator()<kAccumulators / kQueryVecs, kQueryVecs>(lane);
     for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes) columns.template operator()<kAccumulators / 2, 2>(lane);
     for (; lane < bm; lane += kLanes) columns.template operator()<kMaxKeyRows, 1>(lane);
@@ -178,6 +179,7 @@ void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, in
     m += kRows;
   };
   while (queries - m >= kOutRows) group.template operator()<kOutRows>();
+  if (queries - m >= 4) group.template operator()<4>();
   while (queries - m >= 2) group.template operator()<2>();
   if (queries > m) group.template operator()<1>();
 }

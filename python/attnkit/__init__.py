@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
     from attnkit.ops import (
         BlockMask as BlockMask,
         KVCache as KVCache,
+        SpargeThresholds as SpargeThresholds,
         as_block_mask as as_block_mask,
         attention as attention,
         block_mask as block_mask,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         sparge_attention as sparge_attention,
         trace as trace,
         tree as tree,
+        tune_sparge as tune_sparge,
         uninstall as uninstall,
     )
 
@@ -60,6 +62,7 @@ _HOMES = {
     "AttnkitValueError": "attnkit.errors",
     "BlockMask": "attnkit.ops",
     "KVCache": "attnkit.ops",
+    "SpargeThresholds": "attnkit.ops",
     "alibi": "attnkit.ir",
     "as_block_mask": "attnkit.ops",
     "attention": "attnkit.ops",
@@ -88,6 +91,7 @@ _HOMES = {
     "softmax_over_queries": "attnkit.ir",
     "trace": "attnkit.ops",
     "tree": "attnkit.ops",
+    "tune_sparge": "attnkit.ops",
     "uninstall": "attnkit.ops",
     "window": "attnkit.ir",
 }

@@ -10,6 +10,7 @@ from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.sparge import sparge_attention
+from attnkit.ops.sparge_search import SpargeThresholds, tune_sparge
 from attnkit.ops.tracing import param
 from attnkit.ops.trees import tree
 
@@ -18,6 +19,7 @@ __all__ = [
     "InstalledReport",
     "KVCache",
     "Report",
+    "SpargeThresholds",
     "as_block_mask",
     "attention",
     "block_mask",
@@ -35,5 +37,6 @@ __all__ = [
     "sparge_attention",
     "trace",
     "tree",
+    "tune_sparge",
     "uninstall",
 ]

@@ -105,7 +105,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     program = prepared.spec.program
     new = Ready(
         prepared,
-        *layout_of_output(q, v),
+        *layout_of_output(q, v.shape[3]),
         bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,
         ragged=program.layout(program.attend.k).lengths is not None,
         automatic=backend == "auto",
@@ -144,10 +144,9 @@ def has_backward(prepared: Prepared) -> bool:
     return hasattr(prepared.kernel, "backward") and not is_paged(program) and program.attend.skip is None
 
 
-def layout_of_output(q: Tensor, v: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def layout_of_output(q: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape ``[B, Hq, Sq, Dv]`` and strides of o, laid out as [B, Sq, Hq, Dv]: models merge heads from that."""
     batch, heads, length, _ = q.shape
-    width = v.shape[3]
     return (batch, heads, length, width), (length * heads * width, width, heads * width, 1)
 
 

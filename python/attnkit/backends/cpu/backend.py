@@ -11,11 +11,12 @@ from attnkit.backends import Fingerprint, Kernel, refused
 from attnkit.backends.cpu import recur, select
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
-from attnkit.ir.expr import topological, var
 from attnkit.ir.program import Attend, Layout, Program, Recur
+from attnkit.plan.blocks import block_of, tile_for
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, number
+from attnkit.plan.space import Direction, FieldKind
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
 _UNSPLIT = 1 << 30  # more keys than there are
@@ -56,26 +57,30 @@ class CpuBackend:
         """Tile sizes, and how many keys are summed before they are merged.
 
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
-        Backwards, more keys at a time mean that queries are paired and dq is added to less often.
+        Backwards, more keys at a time mean that queries are paired and dq is added to less often. Tiles end where a mask's
+        blocks end: one that lies across two of them would be computed for both.
         """
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
-        tile_q, tile_kv = (
-            _fitting(spec.program, "q_idx", (96, 64, 48)),
-            _fitting(spec.program, "kv_idx", (tile_kv, 64)),
-        )
-        tiles_kv = Field("numeric", tile_kv, (32, 64, 96, 128, 192))
-        splits = Field("numeric", 1024, (512, 1024, 2048, 4096))
-        if spec.program.attend.skip is not None:  # what was met before is all of the row
-            tiles_kv = Field("numeric", TILE, (TILE,))
-            splits = Field("numeric", _UNSPLIT, (_UNSPLIT,))
+        mask, skips = spec.program.attend.mask, spec.program.attend.skip is not None
+        q_block, kv_block = block_of(mask, "q_idx"), block_of(mask, "kv_idx")
+        tile_kv, backward_tile_kv = (tile_for(kv_block, n, n) for n in (tile_kv, backward_tile_kv))
+
+        def field(kind: FieldKind, default: int, values: set[int], direction: Direction = "forward") -> Field:
+            return Field(kind, default, tuple(sorted(values | {default})), direction)
+
         return {
-            "tile_q": Field("schedule", tile_q, (16, 32, 48, 64, 96)),
-            "tile_kv": tiles_kv,
-            "split_kv": splits,
-            "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96), "backward"),
-            "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192), "backward"),
+            "tile_q": field("schedule", tile_for(q_block, 96, 128), {16, 32, 48, 64, 96, 128}),
+            "tile_kv": field("numeric", TILE, set())
+            if skips
+            else field("numeric", tile_kv, {32, 64, 96, 128, 192}),
+            # What was met before is to be all of the row.
+            "split_kv": field("numeric", _UNSPLIT, set())
+            if skips
+            else field("numeric", 1024, {512, 2048, 4096}),
+            "backward_tile_q": field("numeric", tile_for(q_block, 96, 96), {32, 48, 64, 96}, "backward"),
+            "backward_tile_kv": field("numeric", backward_tile_kv, {32, 48, 64, 96, 128, 192}, "backward"),
         }
 
     def fingerprint(self) -> Fingerprint:
@@ -107,15 +112,6 @@ def _recurs(program: Program) -> bool:
 
 def _only_selects(program: Program) -> bool:
     return not any(isinstance(op, Attend) for op in program.ops)
-
-
-def _fitting(program: Program, index: str, tiles: tuple[int, ...]) -> int:
-    """The first of ``tiles`` that lies within the blocks of every map that the mask reads by ``index // block``."""
-    mask = program.attend.mask
-    nodes = [] if mask is None else topological([mask])
-    blocks = [node.args[1] for node in nodes if node.op == "floordiv" and node.args[0] is var(index)]
-    sizes = [int(block.attr or 1) for block in blocks if block.op == "const"]
-    return next((n for n in tiles if all(size % n == 0 for size in sizes)), tiles[0])
 
 
 class CpuKernel:
