@@ -1,11 +1,12 @@
 // Products of float32, whatever the tensors hold.
 class FloatForward : public Forward {
  public:
-  // Of one tile, keys need not be fetched: then fewer queries are few.
+  // Of one tile, keys need not be fetched: then fewer queries are few. Few leave nothing out.
   FloatForward(const Call& c, const Task& t, float* workspace)
       : FloatForward(
             c, t, workspace,
-            t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
+            c.problem->skip == 0 &&
+                t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
 
   // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
     from attnkit.ops import (
         BlockMask as BlockMask,
         KVCache as KVCache,
+        SpargeThresholds as SpargeThresholds,
         as_block_mask as as_block_mask,
         attention as attention,
         block_mask as block_mask,
@@ -48,9 +49,11 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         param as param,
         quantized_kv_attention as quantized_kv_attention,
         scaled_dot_product_attention as scaled_dot_product_attention,
+        sparge_attention as sparge_attention,
         top_k_blocks as top_k_blocks,
         trace as trace,
         tree as tree,
+        tune_sparge as tune_sparge,
         uninstall as uninstall,
     )
 
@@ -61,6 +64,7 @@ _HOMES = {
     "AttnkitValueError": "attnkit.errors",
     "BlockMask": "attnkit.ops",
     "KVCache": "attnkit.ops",
+    "SpargeThresholds": "attnkit.ops",
     "alibi": "attnkit.ir",
     "as_block_mask": "attnkit.ops",
     "attention": "attnkit.ops",
@@ -82,6 +86,7 @@ _HOMES = {
     "prefix": "attnkit.ir",
     "quantized_kv_attention": "attnkit.ops",
     "scaled_dot_product_attention": "attnkit.ops",
+    "sparge_attention": "attnkit.ops",
     "sigmoid": "attnkit.ir",
     "signed_softmax": "attnkit.ir",
     "softcap": "attnkit.ir",
@@ -90,6 +95,7 @@ _HOMES = {
     "top_k_blocks": "attnkit.ops",
     "trace": "attnkit.ops",
     "tree": "attnkit.ops",
+    "tune_sparge": "attnkit.ops",
     "uninstall": "attnkit.ops",
     "window": "attnkit.ir",
 }

@@ -11,6 +11,8 @@ from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
+from attnkit.ops.sparge import sparge_attention
+from attnkit.ops.sparge_search import SpargeThresholds, tune_sparge
 from attnkit.ops.tracing import param
 from attnkit.ops.trees import tree
 
@@ -19,6 +21,7 @@ __all__ = [
     "InstalledReport",
     "KVCache",
     "Report",
+    "SpargeThresholds",
     "as_block_mask",
     "attention",
     "block_mask",
@@ -34,8 +37,10 @@ __all__ = [
     "param",
     "quantized_kv_attention",
     "scaled_dot_product_attention",
+    "sparge_attention",
     "top_k_blocks",
     "trace",
     "tree",
+    "tune_sparge",
     "uninstall",
 ]

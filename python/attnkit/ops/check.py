@@ -73,6 +73,22 @@ def check_number(name: str, value: Any) -> float:
         ) from None
 
 
+def check_scale(scale: Any) -> float | None:
+    """None, or a finite positive float. AK402 if it is no number, AK401 if it is another one."""
+    if scale is None:
+        return None
+    number = check_number("scale", scale)
+    if not 0 < number < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
+        raise error("AK401", where="scale", given=str(number), allowed="a finite positive number, or None")
+    return number
+
+
+def check_flag(name: str, value: Any) -> None:
+    """AK402 unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise error("AK402", where=name, given=type(value).__name__, allowed="True or False")
+
+
 def needs_derivatives(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd follows any of these tensors, backward or forward."""
     if torch.is_grad_enabled():

@@ -26,9 +26,9 @@ from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     autocast,
     check_bindings,
-    check_number,
     check_probability,
     check_qkv,
+    check_scale,
     check_tensor,
     has_tangent,
     needs_derivatives,
@@ -119,7 +119,7 @@ def attention(
     keys, values, kv_lens, page_table, codes = held
     _check_operands(q, *held)
     _check_normalizer(normalizer)
-    dropout_p, scale = check_probability("dropout_p", dropout_p), _check_scale(scale)
+    dropout_p, scale = check_probability("dropout_p", dropout_p), check_scale(scale)
     _check_function("score", score)
     _check_function("mask", mask)
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
@@ -426,15 +426,6 @@ def _check_sink(sink: Any, q: Tensor) -> Any:
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
     return sink
-
-
-def _check_scale(scale: Any) -> float | None:
-    if scale is None:
-        return None
-    number = check_number("scale", scale)
-    if not 0 < number < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
-        raise error("AK401", where="scale", given=str(number), allowed="a finite positive number, or None")
-    return number
 
 
 def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
