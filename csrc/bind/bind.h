@@ -7,5 +7,6 @@ namespace attnkit::cpu {
 void bind_backward(pybind11::module_& m);
 void bind_recur(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);
+void bind_groups(pybind11::module_& m);
 
 }  // namespace attnkit::cpu

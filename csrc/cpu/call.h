@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "bytecode.h"
+#include "groups.h"
 #include "problem.h"
 #include "recur.h"
 
@@ -138,6 +139,7 @@ struct Kernel {
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.
   float (*read_burst)(const float* p, int64_t n);
   RecurKernel recur;
+  GroupKernel groups;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;
 };

@@ -64,9 +64,10 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 }  // namespace
 
 const Kernel kAvx2Kernel{"avx2",   workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                         backward, evaluate,        fma_burst,         read_burst,  kRecurKernel};
+                         backward, evaluate,        fma_burst,         read_burst,  kRecurKernel,   kGroupKernel};
 
 }  // namespace attnkit::cpu

@@ -36,9 +36,10 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 }  // namespace
 
 const Kernel kAvx512Kernel{"avx512", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel};
+                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel,   kGroupKernel};
 
 }  // namespace attnkit::cpu

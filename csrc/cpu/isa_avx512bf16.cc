@@ -40,6 +40,7 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 
 double dot_burst(int64_t rounds) {
   constexpr int kChains = kAccumulators;
@@ -61,6 +62,6 @@ double dot_burst(int64_t rounds) {
 
 const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes,   run_by_dtype, merge_parts, backward_bytes_by_dtype,
                                backward_rows, backward_by_dtype, evaluate,     fma_burst,   read_burst,
-                               kRecurKernel,  dot_burst};
+                               kRecurKernel,  kGroupKernel,      dot_burst};
 
 }  // namespace attnkit::cpu

@@ -77,9 +77,10 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 }  // namespace
 
 const Kernel kScalarKernel{"scalar", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel};
+                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel,   kGroupKernel};
 
 }  // namespace attnkit::cpu

@@ -8,6 +8,7 @@ from attnkit.ops.functional import attention, dense_attention, quantized_kv_atte
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
+from attnkit.ops.routing import groups, routing, routing_attention
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
 from attnkit.ops.trees import tree
@@ -24,12 +25,15 @@ __all__ = [
     "explain",
     "factorizable_attention",
     "flex_attention",
+    "groups",
     "install",
     "installed",
     "installed_report",
     "linear_attention",
     "param",
     "quantized_kv_attention",
+    "routing",
+    "routing_attention",
     "scaled_dot_product_attention",
     "trace",
     "tree",

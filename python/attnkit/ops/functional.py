@@ -37,9 +37,11 @@ from attnkit.ops.gradients import Direct, differentiable
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
+from attnkit.ops.routing import Groups, Routing, within
 from attnkit.ops.seeds import draw
 from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, ready
+from attnkit.variants.vision import GridPattern
 
 Mod = Callable[..., Any]
 Output = Tensor | tuple[Tensor, Tensor]
@@ -76,7 +78,9 @@ def attention(
         v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
-        select: data-dependent selection; not built yet.
+        select: which tokens meet: `ak.routing` (clusters), `ak.groups` (lists of tokens), or a pattern over a grid of
+            `attnkit.variants.vision` (windows, halos). Beside it score, mask, scale and, where each query is in one
+            group, return_lse; on the CPU.
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
             ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
         scale: finite and positive; None is ``D ** -0.5``.
@@ -116,6 +120,13 @@ def attention(
             _check_captured(buffers, q)
             o, lse = attend(q, k, v, text, buffers, [p.current() for p in params], return_lse)
         return o if lse is None or not return_lse else (o, lse)
+    if isinstance(select, (Routing, Groups, GridPattern)):
+        others = v is None, isinstance(k, KVCache), normalizer, dropout_p, block_mask, cu_seqlens_q, cu_seqlens_kv, kv_lens
+        _check_beside_groups(*others, backend)
+        _check_function("score", score)
+        _check_function("mask", mask)
+        o, lse = within(select, q, k, v, score, mask, _check_scale(scale), return_lse)
+        return (o, lse) if return_lse else o
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
         _check_beside_cache(v, block_mask, kv_lens, cu_seqlens_q, cu_seqlens_kv)
@@ -329,6 +340,15 @@ def _check_beside_cache(*others: Any) -> None:
         if value is not None:
             what = "k is a KVCache, which has values and lengths of its own"
             raise error("AK408", what=what, where=name, given=type(value).__name__, allowed="None")
+
+
+def _check_beside_groups(no_v: bool, cached: bool, *others: Any) -> None:
+    names = "normalizer", "dropout_p", "block_mask", "cu_seqlens_q", "cu_seqlens_kv", "kv_lens", "backend"
+    if no_v or cached:
+        raise error("AK504", where="k, v", what="groups of cached tokens are not built yet", allowed="tensors")
+    for name, value in zip(names, others, strict=True):
+        if value not in ((None, 0.0) if name != "backend" else ("auto", "cpu")):
+            raise error("AK504", where=name, what="not built yet beside groups of tokens", allowed="its default")
 
 
 def _autocast(
