@@ -204,6 +204,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_recur(m);
   bind_cache(m);
   bind_groups(m);
+  bind_select(m);
   m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);
   m.def("isa_levels", [] {

@@ -7,6 +7,7 @@
 #include "groups.h"
 #include "problem.h"
 #include "recur.h"
+#include "select.h"
 
 namespace attnkit::cpu {
 
@@ -140,6 +141,7 @@ struct Kernel {
   float (*read_burst)(const float* p, int64_t n);
   RecurKernel recur;
   GroupKernel groups;
+  SelectKernel select;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;
 };

@@ -65,9 +65,11 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
 #include "groups-inl.h"
+#include "select-inl.h"
 }  // namespace
 
-const Kernel kAvx2Kernel{"avx2",   workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                         backward, evaluate,        fma_burst,         read_burst,  kRecurKernel,   kGroupKernel};
+const Kernel kAvx2Kernel{"avx2",        workspace_bytes, run<FloatForward>, merge_parts, backward_bytes,
+                         backward_rows, backward,        evaluate,          fma_burst,   read_burst,
+                         kRecurKernel,  kGroupKernel,    kSelectKernel};
 
 }  // namespace attnkit::cpu

@@ -37,9 +37,11 @@ namespace {
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
 #include "groups-inl.h"
+#include "select-inl.h"
 }  // namespace
 
-const Kernel kAvx512Kernel{"avx512", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel,   kGroupKernel};
+const Kernel kAvx512Kernel{"avx512",      workspace_bytes, run<FloatForward>, merge_parts, backward_bytes,
+                           backward_rows, backward,        evaluate,          fma_burst,   read_burst,
+                           kRecurKernel,  kGroupKernel,    kSelectKernel};
 
 }  // namespace attnkit::cpu

@@ -41,6 +41,7 @@ namespace {
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
 #include "groups-inl.h"
+#include "select-inl.h"
 
 double dot_burst(int64_t rounds) {
   constexpr int kChains = kAccumulators;
@@ -60,8 +61,8 @@ double dot_burst(int64_t rounds) {
 }
 }  // namespace
 
-const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes,   run_by_dtype, merge_parts, backward_bytes_by_dtype,
-                               backward_rows, backward_by_dtype, evaluate,     fma_burst,   read_burst,
-                               kRecurKernel,  kGroupKernel,      dot_burst};
+const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes,   run_by_dtype,  merge_parts, backward_bytes_by_dtype,
+                               backward_rows, backward_by_dtype, evaluate,      fma_burst,   read_burst,
+                               kRecurKernel,  kGroupKernel,      kSelectKernel, dot_burst};
 
 }  // namespace attnkit::cpu

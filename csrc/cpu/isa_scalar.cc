@@ -78,9 +78,11 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
 #include "groups-inl.h"
+#include "select-inl.h"
 }  // namespace
 
-const Kernel kScalarKernel{"scalar", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel,   kGroupKernel};
+const Kernel kScalarKernel{"scalar",      workspace_bytes, run<FloatForward>, merge_parts, backward_bytes,
+                           backward_rows, backward,        evaluate,          fma_burst,   read_burst,
+                           kRecurKernel,  kGroupKernel,    kSelectKernel};
 
 }  // namespace attnkit::cpu

@@ -48,6 +48,17 @@ def attend(
 _Others = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _Form = tuple[int, int, float, bool, bool, float, int, list[float]]
 
+def select(
+    q: Tensor,
+    k: Tensor,
+    chosen: Tensor,
+    form: tuple[int, int, float, bool, float | None, int, float, bool, bool],
+    mask: Program | None,
+    force: Program | None,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    threads: int,
+) -> tuple[int, int]: ...
 def recur(
     q: Tensor,
     k: Tensor,

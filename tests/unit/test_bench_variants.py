@@ -4,25 +4,26 @@ import pytest
 import torch
 
 from attnkit.bench import variants
+from attnkit.bench.measure import Contender
 from attnkit.bench.peers import recurrences
+from attnkit.bench.rows import Bar
+from attnkit.bench.variants.jobs import Job, Prepared
+from attnkit.bench.variants.linear import MEMBERS
 from attnkit.variants import linear
 
 
-@pytest.mark.parametrize("member", variants.MEMBERS)
-def test_torch_formulations_are_the_equation(member: str) -> None:
-    given = {
-        x: t[:, :2, :128].double() for x, t in variants._inputs(variants.Job(member, "fwd", 128), 0).items()
-    }
-    found = variants.MEMBERS[member].peer(**given)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_torch_formulations_are_the_equation(name: str) -> None:
+    given = {x: t[:, :2].double() for x, t in MEMBERS[name].inputs(128, 0).items()}
+    found = MEMBERS[name].peer(**given)
     expected = linear.naive(**{x: t.numpy() for x, t in given.items()}).o
     torch.testing.assert_close(found, torch.from_numpy(expected))
     assert recurrences.CHUNK < 128  # so that states were carried
 
 
 def test_a_run_is_judged() -> None:
-    chosen = [
-        variants.Job("scalar gate", "fwdbwd", 1024),
-        *(variants.Job("linear", "fwd", n, True) for n in (4096, 8192)),
+    chosen = variants.jobs(["scalar gate*fwdbwd"]) + [
+        job for job in variants.jobs(["linear*lengths"]) if job.length in (4096, 8192)
     ]
     document = variants.run(chosen, rounds=1, seconds=0.0)
     assert [r["workload"] for r in document["runs"]] == [job.title for job in chosen]
@@ -31,6 +32,20 @@ def test_a_run_is_judged() -> None:
     assert all(bar["measured"] is not None for bar in document["bars"])
 
 
+def test_who_is_wrong_is_not_judged() -> None:
+    def prepare(seed: int) -> Prepared:
+        rivals = {"attnkit": Contender(lambda: None), "torch": Contender(lambda: None)}
+        return Prepared(rivals, lambda: {"attnkit": 0.0, "torch": float("nan")}, facts={"density": 0.5})
+
+    bars = (Bar("torch", least=0.0), Bar("attnkit", most=10.0))
+    document = variants.run([Job("x", prepare, bars)], rounds=1, seconds=0.0)
+    assert [(bar["met"], bar["note"]) for bar in document["bars"]] == [(False, "wrong: torch"), (True, None)]
+    assert document["runs"][0]["facts"] == {"density": 0.5}
+
+
 def test_rows_are_picked_by_name() -> None:
-    assert {job.member for job in variants.jobs(["delta*fwd"])} == {"gated delta"}
-    assert len(variants.jobs()) == 2 * len(variants.MEMBERS) + 2 * len(variants._LENGTHS)
+    assert [job.title for job in variants.jobs(["gated delta*d64 fwdbwd"])] == [
+        "gated delta b1 h8 s4096 d64 fwdbwd"
+    ]
+    titles = [job.title for job in variants.jobs()]
+    assert len(titles) == len(set(titles))

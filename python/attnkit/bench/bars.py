@@ -33,24 +33,25 @@ def judge(
 
 def _judge(row: Row, bar: Bar, found: Found | None, refusal: str | None, own: str) -> dict[str, Any]:
     measured, note = (None, refusal) if found is None else _measured(row, bar, found, own)
+    return verdict(row.name, bar, measured, note)
+
+
+def verdict(workload: str, bar: Bar, measured: Interval | None, note: str | None = None) -> dict[str, Any]:
+    """A bar's entry in a result file."""
+    wish = (bar.stretch, None) if bar.most is None else (None, bar.stretch)
     return {
-        "workload": row.name,
+        "workload": workload,
         **asdict(bar),
         "measured": None if measured is None else asdict(measured),
-        "met": measured is not None and _reaches(bar, measured.median, bar.least, bar.most),
+        "met": measured is not None and _reaches(measured.median, bar.least, bar.most),
         "stretch_met": (
-            None
-            if bar.stretch is None
-            else measured is not None
-            and _reaches(
-                bar, measured.median, *((bar.stretch, None) if bar.most is None else (None, bar.stretch))
-            )
+            None if bar.stretch is None else measured is not None and _reaches(measured.median, *wish)
         ),
         "note": note,
     }
 
 
-def _reaches(bar: Bar, value: float, least: float | None, most: float | None) -> bool:
+def _reaches(value: float, least: float | None, most: float | None) -> bool:
     return (least is None or value >= least) and (most is None or value <= most)
 
 

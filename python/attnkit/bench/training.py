@@ -124,6 +124,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     kernel_runs: int = 0
+    model: Model | None = None  # once there is a trainer
 
     @property
     def name(self) -> str:
@@ -133,7 +134,7 @@ class Run:
     def trainer(self, recipe: Recipe) -> Callable[[Tensor], None]:
         """Make the model; a function that trains it on one batch ``[B, S + 1]`` and notes what that gave."""
         torch.manual_seed(self.seed)
-        model = Model(recipe, on_attnkit if self.backend == "attnkit" else on_torch)
+        self.model = model = Model(recipe, on_attnkit if self.backend == "attnkit" else on_torch)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
         warming = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / recipe.warmup))
 

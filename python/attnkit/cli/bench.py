@@ -83,7 +83,8 @@ def bench(
     the promises (bars) and whether they are met. pip install 'attnkit[peers]' gets the libraries; those that are
     not there are left out. Suite gpu measures an NVIDIA GPU beside the libraries that compute attention there. Suite scaling
     is time and memory against length, suite variants linear attention beside the same in torch. Suite models times architectures of
-    transformers beside its "sdpa"; suite training trains a small model on torch and on attnkit and compares the losses.
+    transformers beside its "sdpa"; suite training trains a small model on torch and on attnkit and compares the losses; suite
+    generation decodes on caches of codes, and reads text on them.
 
     \b
     Examples:
@@ -218,7 +219,17 @@ def _training(asked: Asked, progress: Progress) -> Measured:
     return found, training.plot
 
 
-_OF_THEIR_OWN = {"models": _models, "training": _training, "variants": _variants}
+def _generation(asked: Asked, progress: Progress) -> Measured:
+    from attnkit.bench import generation
+
+    if asked.patterns or asked.dtype:
+        raise click.UsageError("suite generation has no --rows and no --dtype")
+    seconds = 60.0 if asked.seconds is None else asked.seconds
+    found = generation.run(threads=asked.threads, seconds=seconds, rounds=asked.rounds, progress=progress)
+    return found, generation.plot
+
+
+_OF_THEIR_OWN = {"models": _models, "training": _training, "variants": _variants, "generation": _generation}
 
 
 def _table(document: dict[str, Any]) -> Any:

@@ -17,7 +17,19 @@ VARIANTS = (
     "full", "causal", "window", "alibi", "softcap", "alibi_softcap", "prefix", "document", "causal_alibi", "causal_softcap",
     "two_way_window", "two_way_document",
 )  # fmt: skip
-SUITES = ("quick", "demo", "smoke", "cpu", "gpu", "kv", "scaling", "variants", "models", "training")
+SUITES = (
+    "quick",
+    "demo",
+    "smoke",
+    "cpu",
+    "gpu",
+    "kv",
+    "scaling",
+    "variants",
+    "models",
+    "training",
+    "generation",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SHAPE = "1,8,8,4096,4096,64"
 

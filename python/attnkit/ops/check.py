@@ -143,27 +143,12 @@ def check_bindings(
     params: Sequence[float],
     seed: Tensor | None = None,
 ) -> None:
-    """Check that buffers, params and seed are what the program needs, and that its lengths describe q, k and v.
+    """Check that buffers, params and seed are what a program of attention needs, and that its lengths describe q, k and v.
 
     Raises:
         AttnkitError: AK401 counts and values, AK402 types, AK403 shapes, AK404 dtypes, AK405 devices, AK602 lengths.
     """
-    if len(buffers) != len(program.buffers):
-        raise error(
-            "AK401", where="buffers", given=str(len(buffers)), allowed=f"{len(program.buffers)} tensors"
-        )
-    if len(params) != program.num_params:
-        raise error("AK401", where="params", given=str(len(params)), allowed=f"{program.num_params} numbers")
-    for i, value in enumerate(params):
-        if _FLOAT32_MAX < abs(value) < math.inf:
-            raise error("AK401", where=f"param p{i}", given=str(value), allowed="what float32 can hold")
-    for i, (tensor, declared) in enumerate(zip(buffers, program.buffers, strict=True)):
-        where = f"buffer b{i}"
-        check_tensor(where, tensor, q.device)
-        if tensor.dtype not in _BUFFER_DTYPES[declared.dtype]:
-            raise error("AK404", where=where, given=str(tensor.dtype), allowed=declared.dtype)
-        if tensor.dim() != declared.rank:
-            raise error("AK403", where=where, given=shape_of(tensor), allowed=f"rank {declared.rank}")
+    check_values(program, q.device, buffers, params)
     attend = program.attend
     if attend.normalizer.sink is not None:
         sink = buffers[attend.normalizer.sink]
@@ -179,6 +164,32 @@ def check_bindings(
             )
     _check_dropout(program, params, seed)
     _check_lengths(program, q, k, buffers)
+
+
+def check_values(
+    program: Program, device: torch.device, buffers: Sequence[Tensor], params: Sequence[float]
+) -> None:
+    """Check that buffers and params are those that a program declares.
+
+    Raises:
+        AttnkitError: AK401 counts and values, AK402 types, AK403 ranks, AK404 dtypes, AK405 devices.
+    """
+    if len(buffers) != len(program.buffers):
+        raise error(
+            "AK401", where="buffers", given=str(len(buffers)), allowed=f"{len(program.buffers)} tensors"
+        )
+    if len(params) != program.num_params:
+        raise error("AK401", where="params", given=str(len(params)), allowed=f"{program.num_params} numbers")
+    for i, value in enumerate(params):
+        if _FLOAT32_MAX < abs(value) < math.inf:
+            raise error("AK401", where=f"param p{i}", given=str(value), allowed="what float32 can hold")
+    for i, (tensor, declared) in enumerate(zip(buffers, program.buffers, strict=True)):
+        where = f"buffer b{i}"
+        check_tensor(where, tensor, device)
+        if tensor.dtype not in _BUFFER_DTYPES[declared.dtype]:
+            raise error("AK404", where=where, given=str(tensor.dtype), allowed=declared.dtype)
+        if tensor.dim() != declared.rank:
+            raise error("AK403", where=where, given=shape_of(tensor), allowed=f"rank {declared.rank}")
 
 
 def check_probability(name: str, value: Any) -> float:

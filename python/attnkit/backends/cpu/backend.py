@@ -8,10 +8,10 @@ from attnkit._version import __version__
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
-from attnkit.backends.cpu import recur
+from attnkit.backends.cpu import recur, select
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
-from attnkit.ir.program import Layout, Program, Recur
+from attnkit.ir.program import Attend, Layout, Program, Recur
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
@@ -40,9 +40,10 @@ class CpuBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
-        recurs = recur.reasons(spec) if _recurs(spec.program) else None
+        family = recur if _recurs(spec.program) else select if _only_selects(spec.program) else None
+        of_program = None if family is None else family.reasons(spec)
         reasons = refused(
-            spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=recurs
+            spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
         )
         return (*reasons, *_codec_reasons(spec.program))
 
@@ -52,7 +53,7 @@ class CpuBackend:
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
         Backwards, more keys at a time mean that queries are paired and dq is added to less often.
         """
-        if _recurs(spec.program):
+        if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
         return {
@@ -77,6 +78,8 @@ class CpuBackend:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
         if _recurs(spec.program):
             return recur.RecurKernel(spec, config)
+        if _only_selects(spec.program):
+            return select.SelectKernel(spec, config)
         if any(x.codec is not None for x in spec.program.inputs):
             from attnkit.backends.cpu.cache import CacheKernel  # which is a kernel of this file
 
@@ -86,6 +89,10 @@ class CpuBackend:
 
 def _recurs(program: Program) -> bool:
     return any(isinstance(op, Recur) for op in program.ops)
+
+
+def _only_selects(program: Program) -> bool:
+    return not any(isinstance(op, Attend) for op in program.ops)
 
 
 class CpuKernel:

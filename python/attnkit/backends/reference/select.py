@@ -82,7 +82,7 @@ def select(
 def _choose(op: Select, z: Array, candidates: Array, group: int, scope: Scope) -> Array:
     if op.heads == "group":  # the mean softmax of the query heads that share a kv head
         shape = (len(z) // group, group, *z.shape[1:])
-        z = np.repeat(_softmax(z, candidates).reshape(shape).mean(axis=1), group, axis=0)
+        z = np.repeat(_softmax(z, candidates & ~np.isnan(z)).reshape(shape).mean(axis=1), group, axis=0)
         candidates = np.repeat(candidates.reshape(shape).any(axis=1), group, axis=0)
     if op.per == "column":
         return _rank(op, z.swapaxes(1, 2), candidates.swapaxes(1, 2), scope).swapaxes(1, 2)
@@ -95,7 +95,7 @@ def _rank(op: Select, z: Array, candidates: Array, scope: Scope) -> Array:
         kept: Array = candidates & (z > value)
         return kept
     ranked = np.where(candidates & ~np.isnan(z), z, -np.inf)
-    order = np.argsort(-ranked, axis=2, kind="stable")  # ties: the lowest index
+    order = np.lexsort((-ranked, np.isnan(z), ~candidates))  # the last counts most; ties: the lowest index
     columns = z.shape[2]
     if op.rule == "top_cdf":
         mass = np.take_along_axis(_softmax(ranked, candidates), order, axis=2)

@@ -22,7 +22,6 @@ def blocks(
     """The tiles of one row: how many are partial, how many full, and which."""
     $owner
     h = tl.program_id(1)
-    {own}_rows = tile_of * {OWN} + tl.arange(0, {OWN})
     {own}_idx = tl.minimum({own}_rows, {own}_len - 1).to({int}){own_shape}
     #if packed
     list_row = row + h * list_sh

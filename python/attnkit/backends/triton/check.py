@@ -67,8 +67,8 @@ PROGRAMS: dict[str, dict[str, str]] = {
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 FORWARD = ("paged", "int8", "paged int8")  # programs without a backward
 _ALIKE = ("window", "sink", "padded")  # programs that other kernels have no more lines for
-# Bytes a thread that a kernel may spill; they are recorded. Those that mend run where something was not a number.
-_STACK = {"dq": 64, "dkv": 64, "pairs": 64, "forward mend": 2048, "dq mend": 2048, "dkv mend": 2048}
+# Bytes a thread that a kernel may spill; they are recorded.
+_STACK = {"dq": 64, "dkv": 64, "pairs": 64, "dq mend": 64, "dkv mend": 64}
 _GROUP = 4  # query heads of a kv head
 
 

@@ -120,7 +120,6 @@ def attend_dkv(
     if tl.load(flags + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) == 0:
         return
     #end
-    kv_rows = tile_of * TILE_KV + tl.arange(0, TILE_KV)
     kv_head = tl.program_id(1)
     kv_live = kv_rows < kv_len
     places = tl.minimum(kv_rows, kv_len - 1)  # what is beyond the last key is the last key again
@@ -157,7 +156,7 @@ _SWEEP = Sweep(
     numbers="HEADS, TILE_Q // PARTS, TILE_KV", careful="HEADS, TILE_Q // PARTS, TILE_KV",
     deltas="of_row[None, :]", row="kv_start + kv_rows", live="kv_rows < kv_len",
 )  # fmt: skip
-_CONSTANTS = "TILE_Q, TILE_KV, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, GROUP, PRECISION"
+_CONSTANTS = "TILE_Q, ROWS, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, GROUP, PRECISION"
 _STORED = ("dk", "dv", "flags", "dk_s", "dv_s")  # arguments, by how they begin, that `group` does not see
 
 

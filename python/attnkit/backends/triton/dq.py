@@ -50,7 +50,6 @@ def attend_dq(
     if tl.load(flags + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) == 0:
         return
     #end
-    q_rows = tile_of * TILE_Q + tl.arange(0, TILE_Q)
     heads = tl.program_id(1)
     kv_head = heads // GROUP
     q_live = q_rows < q_len
@@ -74,9 +73,9 @@ def attend_dq(
     seed = tl.load(seed_at)
     #end
     #if sums
-    no_sum = tl.zeros([TILE_Q], tl.float32)
+    no_sum = tl.zeros([ROWS], tl.float32)
     #end
-    found = tl.zeros([TILE_Q, PADDED], tl.float32)
+    found = tl.zeros([ROWS, PADDED], tl.float32)
     #if mend
     PARTS: tl.constexpr = TILE_KV // 16
     found{sums_lost} = fold(found, {sums_start}{fold_full}, {careful}, False, True, PARTS, 1)
@@ -94,7 +93,7 @@ def attend_dq(
 _SWEEP = Sweep(
     QUERIES, ("dq",),
     tensors="query, d_out, log_sum, of_row, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, ",
-    numbers="TILE_Q, TILE_KV", careful="TILE_Q, TILE_KV // PARTS",
+    numbers="ROWS, TILE_KV", careful="ROWS, TILE_KV // PARTS",
     deltas="of_row[:, None]", row="rows", live="q_live",
 )  # fmt: skip
 

@@ -86,7 +86,6 @@ def attend(
     if tl.load(flags + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) == 0:
         return
     #end
-    q_rows = tile_of * TILE_Q + tl.arange(0, TILE_Q)
     #if grouped
     kv_head = tl.program_id(1)
     q_live = q_rows < q_len * GROUP
@@ -125,9 +124,9 @@ def attend(
     #if dropout
     seed = tl.load(seed_at)
     #end
-    acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
-    top = tl.full([TILE_Q], float("-inf"), tl.float32)
-    total = tl.zeros([TILE_Q], tl.float32)
+    acc = tl.zeros([ROWS, V_PADDED], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     #if mend
     PARTS: tl.constexpr = TILE_KV // 16
     acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
@@ -141,9 +140,9 @@ def attend(
     #if not encoded
     if has_nan(acc):  # rare: again, in narrow tiles, with care where there are pairs that do not exist
         PARTS: tl.constexpr = TILE_KV // 16
-        acc = tl.zeros([TILE_Q, V_PADDED], tl.float32)
-        top = tl.full([TILE_Q], float("-inf"), tl.float32)
-        total = tl.zeros([TILE_Q], tl.float32)
+        acc = tl.zeros([ROWS, V_PADDED], tl.float32)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
         acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
         acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
     #end
@@ -232,7 +231,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     partial = "tiles, 1, partial" if shape.lists else "partial, first, whole_first - first, full"
     common = f"query, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, {names}"
     common += "".join(f"{name}, " for name in storage) + dropout
-    numbers = "TILE_Q, {}, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
+    numbers = "ROWS, {}, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
     arguments = _arguments(on, captured)
     constants = [f" {name}: tl.constexpr," for name in ("SPLIT_KV",) * shape.split + ("PAGE",) * paged]
     holes: dict[str, list[str] | str] = {

@@ -11,7 +11,7 @@ from attnkit.backends.triton.delta import delta
 from attnkit.backends.triton.dkv import dkv
 from attnkit.backends.triton.dq import dq
 from attnkit.backends.triton.pair_sums import of_pairs
-from attnkit.backends.triton.parts import padded
+from attnkit.backends.triton.parts import MENDED, padded
 from attnkit.backends.triton.slopes import Sums, sums
 from attnkit.errors import error
 from attnkit.ir.expr import Expr
@@ -138,7 +138,8 @@ class Gradients:
                     (kind, pairs, found, mend),
                     lambda mend=mend: SWEEPS[kind](pairs, self._kernel.scale, found, lists, mend),
                 )
-                self._kernel.run(f"attend_{kind}", printed, numbers | only, grid, values, prefix)
+                shares = (tile // MENDED,) if mend else ()
+                self._kernel.run(f"attend_{kind}", printed, numbers | only, (*grid, *shares), values, prefix)
         for (load, _), each in zip(of_loads, partial, strict=True):
             add_sums(d_buffers[int(load.attr or 0)], each, load, "bh" + ("q" if kind == "dq" else "k"))
 

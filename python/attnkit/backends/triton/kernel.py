@@ -14,7 +14,7 @@ from attnkit.backends.triton.forward import Shape, forward
 from attnkit.backends.triton.gradients import Gradients
 from attnkit.backends.triton.merge import merge
 from attnkit.backends.triton.pairs import Pairs
-from attnkit.backends.triton.parts import padded
+from attnkit.backends.triton.parts import MENDED, padded
 from attnkit.backends.triton.schedule import WARPS
 from attnkit.backends.triton.source import Arguments
 from attnkit.errors import error
@@ -157,7 +157,8 @@ class TritonKernel:
             printed = self.printed(
                 ("forward", pairs, each), lambda each=each: forward(pairs, self.scale, each)
             )
-            self.run("attend", printed, numbers, grid, values)
+            shares = (self.config["tile_q"] // MENDED,) if care_of == "mend" else ()
+            self.run("attend", printed, numbers, (*grid, *shares), values)
 
     def admit(self, phase: Phase, like: Any) -> None:
         """Ask whether this config computes a phase rightly on the device of a tensor, once; it may become another one."""

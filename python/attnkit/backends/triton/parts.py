@@ -93,6 +93,13 @@ OWNER = """
     if tile_of * {OWN} >= {own}_len{times}:
         return
     #end
+    #if mend
+    ROWS: tl.constexpr = {MENDED}  # of the tile, a program each: their registers hold no more
+    {own}_rows = tile_of * {OWN} + tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    #else
+    ROWS: tl.constexpr = {OWN}
+    {own}_rows = tile_of * {OWN} + tl.arange(0, ROWS)
+    #end
 """
 
 # Which tiles of the other index: `full` ones, and those in which not every pair exists.
@@ -107,7 +114,7 @@ VISITS = """
     partial = tl.load(counts + 2 * list_row)
     full = tl.load(counts + 2 * list_row + 1)
     #else
-    lower = tl.zeros([{OWN}, 1], tl.int32)
+    lower = ({own}_idx * 0).to(tl.int32)
     upper = lower + {other}_len
     $bounds
     begin, end = tl.min(lower), tl.max(upper)  # some row sees something between these,
@@ -128,9 +135,12 @@ VISITS = """
     #end
 """
 
+# Rows of a tile that a program makes again.
+MENDED = 16
+
 # The names by which a kernel owns tiles of queries, or of keys.
-QUERIES = {"own": "q", "OWN": "TILE_Q", "other": "kv", "OTHER": "TILE_KV"}
-KEYS = {"own": "kv", "OWN": "TILE_KV", "other": "q", "OTHER": "TILE_Q"}
+QUERIES = {"own": "q", "OWN": "TILE_Q", "other": "kv", "OTHER": "TILE_KV", "MENDED": str(MENDED)}
+KEYS = {"own": "kv", "OWN": "TILE_KV", "other": "q", "OTHER": "TILE_Q", "MENDED": str(MENDED)}
 
 # In the loop of a fold: the tile to visit, and the indices of its columns. Rows are what a program owns.
 TILE = """

@@ -1,0 +1,144 @@
+"""Suite variants: the families beside what a user would write today, and beside our own dense attention.
+
+Each family is a file here that lists its jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from attnkit.bench import machine
+from attnkit.bench.bars import verdict
+from attnkit.bench.ceilings import Ceilings
+from attnkit.bench.measure import Interval, Rounds, interval, measure, ratio
+from attnkit.bench.records import SCHEMA_VERSION, Document
+from attnkit.bench.report import drawing
+from attnkit.bench.rows import Bar
+from attnkit.bench.runner import Progress, use_threads
+from attnkit.bench.variants import linear
+from attnkit.bench.variants.jobs import CEILING, OWN, Job
+
+FAMILIES = (linear,)
+SECONDS = 60.0
+_FLAT_FROM = 4096  # tokens: from there on the time of a token is to be the same
+_FLAT = Bar("time a token, most over least", most=1.15)
+
+
+def jobs(patterns: Sequence[str] = ()) -> list[Job]:
+    """The rows of the suite whose title has one of the patterns in it."""
+    found = [job for family in FAMILIES for job in family.jobs()]
+    return [job for job in found if not patterns or any(fnmatchcase(job.title, f"*{p}*") for p in patterns)]
+
+
+def run(
+    chosen: Sequence[Job],
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    seconds: float = SECONDS,
+    rounds: int | None = None,
+    progress: Progress = lambda what, fraction: None,
+) -> Document:
+    """Measure jobs; the result file's content. ``runs`` holds times in milliseconds, ``bars`` what they are judged by."""
+    document: Document = {
+        "schema_version": SCHEMA_VERSION, "suite": "variants", "machine": machine.describe(), "commit": machine.commit(),
+        "records": [], "runs": [], "bars": [], "skipped": [],
+    }  # fmt: skip
+    with use_threads(threads) as used:
+        document["threads"] = used
+        ceilings = Ceilings(used)
+        for i, job in enumerate(chosen):
+            progress(job.title, i / len(chosen))
+            found, bars = _measure(job, ceilings, seed, seconds / len(chosen), rounds)
+            document["runs"].append(found)
+            document["bars"] += bars
+    best = ceilings.best if ceilings.bursts else None
+    document["ceilings"] = {
+        "threads": used, "fma_gflops": best and best.gflops["float32"], "bf16_gflops": best and best.gflops.get("bfloat16"),
+        "read_gbytes_per_s": best and best.read_gbytes_per_s, "bursts": len(ceilings.bursts),
+    }  # fmt: skip
+    document["bars"] += _flatness(document["runs"])
+    return document
+
+
+def _measure(
+    job: Job, ceilings: Ceilings, seed: int, seconds: float, rounds: int | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What is noted of a row, and its bars judged."""
+    prepared = job.prepare(seed)
+    errors = prepared.errors()
+    wrong = {name for name, error in errors.items() if not error < prepared.wrong}
+    first = len(ceilings.bursts)
+    times = measure(prepared.rivals, seconds=seconds, rounds=rounds, after_round=ceilings.burst)
+    share = None
+    if prepared.flops is not None:
+        peaks = [burst.gflops[prepared.dtype] for burst in ceilings.bursts[first:]]
+        share = interval(
+            [prepared.flops / t / peak * 1e-9 for t, peak in zip(times[OWN], peaks, strict=True)]
+        )
+    found = {
+        "workload": job.title, "curve": job.curve, "length": job.length, "facts": dict(prepared.facts),
+        "ms": {name: asdict(interval(t).scaled(1e3)) for name, t in times.items()},
+        "speedup": {name: asdict(ratio(times, name, OWN)) for name in times if name != OWN},
+        "share": share and asdict(share), "error": errors,
+    }  # fmt: skip
+    judged = [
+        verdict(job.title, bar, None, f"wrong: {', '.join(sorted(wrong & {OWN, bar.against}))}")
+        if wrong & {OWN, bar.against}
+        else verdict(job.title, bar, share if bar.against == CEILING else _ratio(times, bar))
+        for bar in job.bars
+    ]
+    return found, judged
+
+
+def _ratio(times: Rounds, bar: Bar) -> Interval:
+    return ratio(times, OWN, bar.against) if bar.least is None else ratio(times, bar.against, OWN)
+
+
+def _flatness(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A verdict for each curve: whether a token takes the same time at any length."""
+    for name in dict.fromkeys(r["curve"] for r in runs if r["curve"]):
+        per_token = [
+            r["ms"][OWN]["median"] / r["length"]
+            for r in runs
+            if r["curve"] == name and r["length"] >= _FLAT_FROM
+        ]
+        if len(per_token) > 1:
+            spread = [x / min(per_token) for x in per_token]
+            found = Interval(max(spread), min(spread), max(spread), len(spread))
+            yield verdict(f"{name}, {_FLAT_FROM} tokens and more", _FLAT, found)
+
+
+def plot(document: Document, paths: list[Path]) -> None:
+    """Time a token against length, beside dense attention, into each of ``paths``.
+
+    Raises:
+        OSError: a file cannot be written.
+        ValueError: the suffix is not a known format.
+    """
+    with drawing(document, paths, (6, 3.6)) as figure:
+        axes = figure.subplots()
+        points = [r for r in document["runs"] if r["curve"]]
+        lines = {
+            name: [r for r in points if r["curve"] == name]
+            for name in dict.fromkeys(r["curve"] for r in points)
+        }
+        for name, mine in lines.items():
+            axes.plot(*_per_token(mine, OWN), "o-", label=name)
+        dense = [r for r in next(iter(lines.values()), []) if "dense" in r["ms"]]
+        axes.plot(*_per_token(dense, "dense"), "o--", color="black", label="dense, causal")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("µs a token")
+        axes.grid(axis="y")
+        axes.legend()
+
+
+def _per_token(runs: Sequence[dict[str, Any]], rival: str) -> tuple[list[int], list[float]]:
+    lengths = [r["length"] for r in runs]
+    return lengths, [1e3 * r["ms"][rival]["median"] / r["length"] for r in runs]
