@@ -37,7 +37,7 @@ from attnkit.ops.gradients import Direct, differentiable
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
-from attnkit.ops.routing import Groups, Routing, within
+from attnkit.ops.routed import Groups, Routing, within
 from attnkit.ops.seeds import draw
 from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, ready
@@ -121,11 +121,13 @@ def attention(
             o, lse = attend(q, k, v, text, buffers, [p.current() for p in params], return_lse)
         return o if lse is None or not return_lse else (o, lse)
     if isinstance(select, (Routing, Groups, GridPattern)):
-        others = v is None, isinstance(k, KVCache), normalizer, dropout_p, block_mask, cu_seqlens_q, cu_seqlens_kv, kv_lens
-        _check_beside_groups(*others, backend)
         _check_function("score", score)
         _check_function("mask", mask)
-        o, lse = within(select, q, k, v, score, mask, _check_scale(scale), return_lse)
+        others = {
+            "normalizer": normalizer, "dropout_p": dropout_p or None, "block_mask": block_mask, "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_kv": cu_seqlens_kv, "kv_lens": kv_lens, "backend": None if backend in ("auto", "cpu") else backend,
+        }  # fmt: skip
+        o, lse = within(select, q, k, v, score, mask, _check_scale(scale), return_lse, **others)
         return (o, lse) if return_lse else o
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
@@ -340,15 +342,6 @@ def _check_beside_cache(*others: Any) -> None:
         if value is not None:
             what = "k is a KVCache, which has values and lengths of its own"
             raise error("AK408", what=what, where=name, given=type(value).__name__, allowed="None")
-
-
-def _check_beside_groups(no_v: bool, cached: bool, *others: Any) -> None:
-    names = "normalizer", "dropout_p", "block_mask", "cu_seqlens_q", "cu_seqlens_kv", "kv_lens", "backend"
-    if no_v or cached:
-        raise error("AK504", where="k, v", what="groups of cached tokens are not built yet", allowed="tensors")
-    for name, value in zip(names, others, strict=True):
-        if value not in ((None, 0.0) if name != "backend" else ("auto", "cpu")):
-            raise error("AK504", where=name, what="not built yet beside groups of tokens", allowed="its default")
 
 
 def _autocast(

@@ -8,7 +8,6 @@ change unseen: such a function is traced again at every call.
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import functools
 import inspect
 import math
@@ -113,8 +112,8 @@ class _Fingerprint:
 
     def _composite(self, value: Any) -> Any:
         if isinstance(value, Mask):
-            if dataclasses.is_dataclass(value):  # a pattern, which its fields describe
-                return (type(value), *(self.of(getattr(value, field.name)) for field in dataclasses.fields(value)))
+            if "function" not in value.__dict__:  # a pattern, which its fields describe
+                return (type(value), *map(self.of, value.__dict__.values()))
             return ("mask", self.of(value.function))
         if isinstance(value, types.FunctionType):
             return self._function(value)

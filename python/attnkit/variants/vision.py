@@ -67,7 +67,9 @@ class GridPattern(Pattern):
         Queries and keys are int32 ``[groups, most]``: ascending, then -1. Each query is in one group.
         """
         together = list(product(*(self.parts(axis) for axis in range(len(self.shape)))))
-        lists = [[_tokens([part[side] for part in parts], self.shape) for parts in together] for side in (0, 1)]
+        lists = [
+            [_tokens([part[side] for part in parts], self.shape) for parts in together] for side in (0, 1)
+        ]
         return _filled(lists[0]), _filled(lists[1]), self.exact
 
 
@@ -173,7 +175,10 @@ class Halo(GridPattern):
     def parts(self, axis: int) -> list[Part]:
         size, length, r = self.block[axis], self.shape[axis], self.halo
         blocks = _classes(length, lambda y: y // size)
-        return [(own, range(max(own[0] // size * size - r, 0), min(own[0] // size * size + size + r, length))) for own in blocks]
+        return [
+            (own, range(max(own[0] // size * size - r, 0), min(own[0] // size * size + size + r, length)))
+            for own in blocks
+        ]
 
     def keys(self, at: Query) -> Iterable[int]:
         """The rectangle around the block, cut off at the borders."""

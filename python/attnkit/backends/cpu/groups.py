@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from attnkit.backends.cpu.backend import CpuKernel
@@ -20,8 +21,16 @@ class ListFacts(NamedTuple):
 
 
 def look_at(lists: Any, tokens: int) -> ListFacts:
-    """What holds of lists of ``tokens`` tokens."""
-    return ListFacts(*engine().look_at_lists(lists, tokens))
+    """What holds of lists of ``tokens`` tokens.
+
+    Raises:
+        AttnkitError: AK502, they are no such lists, or have no memory.
+    """
+    return (
+        ListFacts(*_run(engine().look_at_lists, lists, tokens))
+        if lists.numel() > 0
+        else ListFacts(True, False, False)
+    )
 
 
 def attend(
@@ -34,12 +43,10 @@ def attend(
     Raises:
         AttnkitError: as `CpuKernel`.
     """
-    try:
-        fault, about = engine().attend_groups(
-            kernel.program, q, k, v, o, lse, kernel.scale, queries, keys, rows, buffers, params, threads, *kernel.sizes
-        )  # fmt: skip
-    except ValueError as exc:
-        raise error("AK502", where="backend cpu", given=str(exc)) from exc
+    fault, about = _run(
+        engine().attend_groups, kernel.program, q, k, v, o, lse, kernel.scale, queries, keys, rows, buffers, params, threads,
+        *kernel.sizes,
+    )  # fmt: skip
     if fault:
         raise kernel.error(FAULTS[fault], about, kernel.bytecode, len(buffers))
 
@@ -56,13 +63,10 @@ def backward(
         AttnkitError: as `CpuKernel`.
     """
     bytecode, program = kernel.backward_program(d_buffers)
-    try:
-        fault, about = engine().attend_groups_backward(
-            program, q, k, v, o, lse, kernel.scale, queries, keys, rows, kv_rows, buffers, params, d_o, d_lse, dq, dk, dv,
-            d_buffers, threads, kernel.config["backward_tile_q"], kernel.config["backward_tile_kv"],
-        )  # fmt: skip
-    except ValueError as exc:
-        raise error("AK502", where="backend cpu", given=str(exc)) from exc
+    fault, about = _run(
+        engine().attend_groups_backward, program, q, k, v, o, lse, kernel.scale, queries, keys, rows, kv_rows, buffers, params,
+        d_o, d_lse, dq, dk, dv, d_buffers, threads, kernel.config["backward_tile_q"], kernel.config["backward_tile_kv"],
+    )  # fmt: skip
     if fault:
         raise kernel.error(FAULTS[fault], about, bytecode, len(buffers))
 
@@ -72,7 +76,7 @@ def sum_rows(rows: Any, lists: Any, to: Any, mean: bool, lse: Any | None, thread
 
     The lse of each row is raised by the logarithm of how many its token has.
     """
-    engine().sum_rows(rows, lists, to, mean, lse, threads)
+    _run(engine().sum_rows, rows, lists, to, mean, lse, threads)
 
 
 def route(x: Any, centroids: Any, norm: str, lists: Any, threads: int) -> None:
@@ -81,7 +85,7 @@ def route(x: Any, centroids: Any, norm: str, lists: Any, threads: int) -> None:
     Raises:
         AttnkitError: AK603, out of memory.
     """
-    _checked(engine().route(x, centroids, NORMS.index(norm), lists, threads))
+    _checked(_run(engine().route, x, centroids, NORMS.index(norm), lists, threads))
 
 
 def route_prefix(
@@ -93,8 +97,15 @@ def route_prefix(
         AttnkitError: AK603, out of memory.
     """
     _checked(
-        engine().route_prefix(q, k, centroids, NORMS.index(norm), w, block, queries, keys, threads)
+        _run(engine().route_prefix, q, k, centroids, NORMS.index(norm), w, block, queries, keys, threads)
     )
+
+
+def _run(entry: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return entry(*arguments)
+    except ValueError as exc:
+        raise error("AK502", where="backend cpu", given=str(exc)) from exc
 
 
 def _checked(fault: int) -> None:

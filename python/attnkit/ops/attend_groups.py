@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
+from attnkit.ir.text import parse
 from attnkit.ops.check import (
     autocast,
     check_bindings,
@@ -18,7 +19,6 @@ from attnkit.ops.check import (
     needs_derivatives,
     shape_of,
 )
-from attnkit.ir.text import parse
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
 from attnkit.ops.warm import layout_of_output
@@ -130,7 +130,9 @@ def _kernel_of(call: Call) -> Any:
     prepared = prepare(call.program, dtype, q.shape[3], v.shape[3], q.device.type)
     if prepared.backend != "cpu":
         given = f"backend {prepared.backend!r}"
-        raise error("AK502", where="torch.ops.attnkit.attend_groups", given=given, allowed="tensors on the CPU")
+        raise error(
+            "AK502", where="torch.ops.attnkit.attend_groups", given=given, allowed="tensors on the CPU"
+        )
     return prepared.kernel
 
 
@@ -143,12 +145,19 @@ def _kernel(*args: Any) -> Results:
     o, lse, rows = _outputs(call)
     of_q, _ = _facts("queries", queries, q.shape[2]), _facts("keys", keys, k.shape[2])
     if of_q.shared and not call.shared:
-        raise error("AK608", where="queries", given="a token in two groups", allowed="one, unless they share tokens")
+        raise error(
+            "AK608", where="queries", given="a token in two groups", allowed="one, unless they share tokens"
+        )
     if recorder() is not None or queries.numel() == 0 or o.numel() == 0:  # which describes attention alone
         return o.zero_(), lse.fill_(-torch.inf), rows.zero_()
     threads = torch.get_num_threads()
     held = lse if call.need_lse else None
     if call.shared:
+        if call.need_lse and bool(
+            (queries[..., -1] < 0).any()
+        ):  # nobody gives what follows the last of a list
+            lse.zero_()
+            rows.zero_()
         if not call.need_lse:
             rows = _new(*q.shape[:2], queries.shape[2] * queries.shape[3], v.shape[3])
         engine.attend(kernel, q, k, v, rows, held, queries, keys, True, call.buffers, call.params, threads)
@@ -194,14 +203,17 @@ def _backward_kernel(
     q, k, v, d_o = map(adjacent, (q, k, v, d_o))
     _facts("queries", queries, q.shape[2])
     of_k = _facts("keys", keys, k.shape[2])
-    sums = [
-        _new(*b.shape, zero=True) if w else None for b, w in zip(buffers, wanted, strict=True)
-    ]
+    sums = [_new(*b.shape, zero=True) if w else None for b, w in zip(buffers, wanted, strict=True)]
     empty = queries.numel() == 0 or keys.numel() == 0 or o.numel() == 0
     zero = empty or not of_k.complete
     dk, dv = ((torch.zeros_like if zero else torch.empty_like)(t) for t in (k, v))
     if empty:
-        return torch.zeros_like(q), dk, dv, [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
+        return (
+            torch.zeros_like(q),
+            dk,
+            dv,
+            [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None],
+        )
     threads = torch.get_num_threads()
     of_q = (*q.shape[:2], queries.shape[2] * queries.shape[3] if shared else q.shape[2], q.shape[3])
     dq = _new(*of_q, zero=True)
@@ -218,13 +230,23 @@ def _backward_kernel(
         engine.sum_rows(dk_rows, keys, dk, False, None, threads)
         engine.sum_rows(dv_rows, keys, dv, False, None, threads)
     counts.run()
-    return dq.to(q.dtype), dk, dv, [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
+    return (
+        dq.to(q.dtype),
+        dk,
+        dv,
+        [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None],
+    )
 
 
 def _backward_fake(*args: Any) -> Gradients:
     _, _, q, k, v, _, _, _, _, _, _, buffers, _, wanted = args
     d_buffers = [b.new_empty(b.shape) for b, w in zip(buffers, wanted, strict=True) if w]
-    return torch.empty_like(adjacent(q)), torch.empty_like(adjacent(k)), torch.empty_like(adjacent(v)), d_buffers
+    return (
+        torch.empty_like(adjacent(q)),
+        torch.empty_like(adjacent(k)),
+        torch.empty_like(adjacent(v)),
+        d_buffers,
+    )
 
 
 def _backward_autograd(*args: Any) -> Gradients:
@@ -257,7 +279,10 @@ class _Differentiable(torch.autograd.Function):
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, queries, keys, *buffers = ctx.saved_tensors
-    _, *of, = ctx.needs_input_grad
+    (
+        _,
+        *of,
+    ) = ctx.needs_input_grad
     if d_o is None:
         d_o = q.new_zeros((*q.shape[:3], v.shape[3]))
     dq, dk, dv, d_buffers = torch.ops.attnkit.attend_groups_backward(

@@ -13,9 +13,10 @@ from torch import Tensor
 from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
 from attnkit.ir.mods import causal as causal_mask
+from attnkit.ops.attend_groups import attend_groups
 from attnkit.ops.check import autocast, check_qkv, check_tensor, shape_of
-from attnkit.ops.groups import attend_groups
 from attnkit.ops.traced import Traceable, bind
+from attnkit.ops.tracing import assume_constant
 from attnkit.variants.vision import GridPattern
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -102,7 +103,9 @@ def groups(queries: Tensor, keys: Tensor | None = None) -> Groups:
         if t.dtype != torch.int32:
             raise error("AK404", where=name, given=str(t.dtype), allowed="torch.int32")
         if t.dim() not in (2, 4):
-            raise error("AK403", where=name, given=shape_of(t), allowed="[groups, most], or [B or 1, Hkv or 1, ...]")
+            raise error(
+                "AK403", where=name, given=shape_of(t), allowed="[groups, most], or [B or 1, Hkv or 1, ...]"
+            )
     if queries.dim() == 2:
         queries = queries[None, None]
     if keys.dim() == 2:
@@ -116,10 +119,15 @@ def groups(queries: Tensor, keys: Tensor | None = None) -> Groups:
 
 
 @lru_cache(maxsize=256)
-def of_pattern(pattern: GridPattern) -> tuple[Groups, bool]:
-    """The groups of a pattern over a grid, and whether the pattern is a mask besides."""
+def _found(pattern: GridPattern) -> tuple[Tensor, Tensor, bool]:
     queries, keys, exact = pattern.groups()
-    return groups(torch.from_numpy(queries), torch.from_numpy(keys)), not exact
+    return torch.from_numpy(queries)[None, None], torch.from_numpy(keys)[None, None], not exact
+
+
+@assume_constant
+def of_pattern(pattern: GridPattern) -> tuple[Tensor, Tensor, bool]:
+    """Lists of the queries and keys of a pattern over a grid, and whether the pattern is a mask besides."""
+    return _found(pattern)
 
 
 def routing_attention(
@@ -169,14 +177,20 @@ def routing_attention(
 
 
 def within(
-    select: Any, q: Tensor, k: Tensor, v: Tensor, score: Mod | None, mask: Mod | None, scale: float | None,
-    need_lse: bool = False,
+    select: Any, q: Tensor, k: Any, v: Any, score: Mod | None, mask: Mod | None, scale: float | None, need_lse: bool = False,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention within what ``select`` says, and its lse where each query is in one group at most.
+    """Attention within what ``select`` says, and its lse where each query is in one group at most. ``others`` must be None.
 
     Raises:
-        AttnkitError: as `routing_attention`; AK221, lse is asked for where a result is a mean over groups.
+        AttnkitError: as `routing_attention`; AK221, lse is asked for where a result is a mean over groups; AK504, one of the
+            others is not None.
     """
+    for name, value in others.items():
+        if value is not None:
+            raise error(
+                "AK504", where=name, what="not built yet beside groups of tokens", allowed="its default"
+            )
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     if isinstance(select, Routing):
@@ -187,12 +201,17 @@ def within(
         elif not shared:
             mask = _both(causal_mask(), mask)
     else:
-        found, is_mask = of_pattern(select) if isinstance(select, GridPattern) else (select, False)
-        queries, keys, shared = found.queries, found.keys, found.shared
+        is_mask, shared = False, False
+        if isinstance(select, GridPattern):
+            queries, keys, is_mask = of_pattern(select)
+        else:
+            queries, keys, shared = select.queries, select.keys, select.shared
         if is_mask:
             mask = _both(select, mask)
     if need_lse and shared:
-        raise error("AK221", where="return_lse", given="queries in several groups", allowed="one group for each")
+        raise error(
+            "AK221", where="return_lse", given="queries in several groups", allowed="one group for each"
+        )
     text, buffers, params = bind(Traceable(score, mask, scale), q)
     numbers = [p.current() for p in params]
     o, lse, _ = attend_groups(q, k, v, queries, keys, shared, text, buffers, numbers, need_lse)
@@ -214,7 +233,9 @@ def _lists(q: Tensor, k: Tensor, centroids: Tensor, cluster_size: int, block: in
     """Lists of queries and keys, unset."""
     if q.shape[1] != k.shape[1]:
         given = f"q {shape_of(q)}, k {shape_of(k)}"
-        raise error("AK407", where="q, k", given=given, allowed="as many kv heads as query heads, to be routed")
+        raise error(
+            "AK407", where="q, k", given=given, allowed="as many kv heads as query heads, to be routed"
+        )
     if centroids.shape[0] != q.shape[1] or centroids.shape[2] != q.shape[3]:
         allowed = f"[{q.shape[1]}, C, {q.shape[3]}]"
         raise error("AK403", where="centroids", given=shape_of(centroids), allowed=allowed)
