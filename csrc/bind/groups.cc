@@ -57,14 +57,16 @@ void check_lists(const Lists& queries, const Lists& keys, const Tensor& q, const
   for (const Tensor* t : {&q, &k}) need(t->stride[3] == 1 || t->size[3] == 1, "channels are not adjacent");
 }
 
-// As `attend`; lists have been looked at. `q_rows`: o and lse are float32, with a row for each entry of a list.
+// As `attend`; lists have been looked at. `q_rows`: o and lse are float32, with a row for each entry of a list. `mean`:
+// o is the mean over the groups of a token, without lse.
 std::pair<int, int> call_attend(const Program& program, const Tensor& q, const Tensor& k, const Tensor& v,
                                 const Tensor& o, const Maybe& lse, float scale, const Tensor& queries,
-                                const Tensor& keys, bool q_rows, const std::vector<Tensor>& buffers,
+                                const Tensor& keys, bool q_rows, bool mean, const std::vector<Tensor>& buffers,
                                 const std::vector<float>& params, int threads, int tile_q, int tile_kv,
                                 int split_kv) try {
   need_tiles(threads, tile_q, tile_kv);
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
+  need(!mean || (!q_rows && !lse), "a mean has no rows and no lse");
   const Lists q_lists = lists_of(queries), kv_lists = lists_of(keys);
   Request r;
   r.rows = q_rows ? std::max<int64_t>(q_lists.rows(), 1) : 0;
@@ -74,8 +76,8 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
     need(v.stride[3] == 1 || v.size[3] == 1, "channels are not adjacent");
     r.problem.q_rows = q_rows;
     pybind11::gil_scoped_release release;
-    status = attend_groups(program, r.problem, q_lists, kv_lists,
-                           {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
+    status = (mean ? attend_groups_mean : attend_groups)(program, r.problem, q_lists, kv_lists,
+                                                         {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
   }
   return {static_cast<int>(status.fault), status.value};
 } catch (const std::bad_alloc&) {

@@ -38,10 +38,12 @@ ATTNKIT_INLINE vi in_order(vf x) {
 }
 
 inline void best(const float* numbers, int64_t n, int64_t w, float* keys, int32_t* places) {
-  for (int64_t i = 0; i < n; i += kLanes) {
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store_int(keys + i, in_order(load(numbers + i)));
+  if (whole < n) {
     vf x = set1(__builtin_nanf(""));
-    __builtin_memcpy(&x, numbers + i, static_cast<size_t>(n - i < kLanes ? n - i : kLanes) * sizeof(float));
-    store_int(keys + i, in_order(x));
+    __builtin_memcpy(&x, numbers + whole, static_cast<size_t>(n - whole) * sizeof(float));
+    store_int(keys + whole, in_order(x));
   }
   // The w-th largest, bit by bit from the top; if w of them are at least as large as something, that will do.
   int64_t ties = 0;

@@ -65,6 +65,10 @@ Status attend_groups(const Program& program, const Problem& problem, const Lists
 Status attend_groups_backward(const Program& program, const Problem& problem, const Gradients& gradients,
                               const Lists& queries, const Lists& keys, const Config& config);
 
+// The mean over the groups that a token is in, straight into o: rows are kept for some heads at a time. No lse.
+Status attend_groups_mean(const Program& program, const Problem& problem, const Lists& queries, const Lists& keys,
+                          const Config& config);
+
 // The rows of lists, summed (averaged) for each of `tokens`; a token without any gets 0.
 void sum_rows(const RowSums& sums, const Lists& lists, int64_t batches, int64_t heads, int64_t tokens, int threads);
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         trace as trace,
         tree as tree,
         uninstall as uninstall,
+        window_bias as window_bias,
     )
 
 _HOMES = {
@@ -94,6 +95,7 @@ _HOMES = {
     "tree": "attnkit.ops",
     "uninstall": "attnkit.ops",
     "window": "attnkit.ir",
+    "window_bias": "attnkit.ops",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 -- the keys are the public names

@@ -104,6 +104,7 @@ def attend_groups(
     queries: Tensor,
     keys: Tensor,
     q_rows: bool,
+    mean: bool,
     buffers: Sequence[Tensor],
     params: Sequence[float],
     threads: int,

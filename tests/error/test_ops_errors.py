@@ -22,6 +22,7 @@ import attnkit.ops  # defines torch.ops.attnkit
 from attnkit.errors import CODES
 from attnkit.runtime import prepare
 from attnkit.testing import strategies
+from attnkit.variants import vision
 
 B, H, HKV, S, D = 2, 4, 2, 6, 8
 PLAIN = ak.trace(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx).text
@@ -308,6 +309,8 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "lse of shared groups": ("AK221", "return_lse", lambda: attention(select=ak.groups(i32(0, 0)[:, None]), return_lse=True)),
     "groups and dropout": ("AK504", "dropout_p", lambda: attention(select=ak.groups(i32(0)[None]), dropout_p=0.5)),
     "groups and a cache": ("AK402", "k", lambda: ak.attention(Q, ak.KVCache(B, HKV, D, max_len=S), select=ak.groups(i32(0)[None]))),
+    "window bias of a halo": ("AK402", "windows", lambda: ak.window_bias(rand(1, 3, 3), vision.Halo((4, 4), (2, 2), 1))),
+    "window bias of another window": ("AK403", "table", lambda: ak.window_bias(rand(1, 3, 3), vision.Windows((4, 4), (2, 3), (0, 0)))),
     "groups of double": ("AK502", "backend", lambda: attention(*(x.double() for x in (Q, K, V)), select=ak.groups(i32(0)[None]))),
     "routing heads": ("AK407", "q, k", lambda: ak.routing_attention(Q, K, V, rand(H, 2, D), cluster_size=2)),
     "routing centroids": ("AK403", "centroids", lambda: ak.routing_attention(Q, Q, Q, rand(H, 2, 3), cluster_size=2)),

@@ -246,6 +246,21 @@ def test_patterns_are_their_masks(name: str, randn: Randn) -> None:
         assert (one - other).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "windows", [p for p in vision.CASES.values() if isinstance(p, vision.Windows)], ids=repr
+)
+def test_bias_by_place_is_bias_by_offset(windows: vision.Windows, randn: Randn) -> None:
+    """Also of windows that the border cuts off: results and the gradient of the table."""
+    n = prod(windows.shape)
+    q, k, v = (randn(1, 2, n, 4) for _ in range(3))
+    table = randn(2, *(2 * w - 1 for w in windows.window)).requires_grad_()
+    scores = ak.window_bias(table, windows), vision.relative_bias(table, windows.shape)
+    results = [ak.attention(q, k, v, select=windows, score=score) for score in scores]
+    assert torch.allclose(*results, atol=1e-6)
+    d_o = randn(*results[0].shape)
+    assert torch.allclose(*(torch.autograd.grad(o, table, d_o)[0] for o in results), atol=1e-5)
+
+
 def test_every_part_of_an_axis() -> None:
     """Parts cover each query once, and hold every key that one of their queries sees; exact ones no other."""
     for length in range(1, 20):

@@ -8,7 +8,7 @@ from attnkit.ops.functional import attention, dense_attention, quantized_kv_atte
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
-from attnkit.ops.routed import groups, routing, routing_attention
+from attnkit.ops.routed import groups, routing, routing_attention, window_bias
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.tracing import param
 from attnkit.ops.trees import tree
@@ -38,4 +38,5 @@ __all__ = [
     "trace",
     "tree",
     "uninstall",
+    "window_bias",
 ]

@@ -151,24 +151,23 @@ def _kernel(*args: Any) -> Results:
     if recorder() is not None or queries.numel() == 0 or o.numel() == 0:  # which describes attention alone
         return o.zero_(), lse.fill_(-torch.inf), rows.zero_()
     threads = torch.get_num_threads()
-    held = lse if call.need_lse else None
-    if call.shared:
-        if call.need_lse and bool(
-            (queries[..., -1] < 0).any()
-        ):  # nobody gives what follows the last of a list
+
+    def run(o: Tensor, lse: Tensor | None, way: engine.Way) -> None:
+        engine.attend(kernel, q, k, v, o, lse, queries, keys, way, call.buffers, call.params, threads)
+
+    if call.shared and not call.need_lse:
+        run(o, None, engine.Way(mean=True))
+    elif call.shared:
+        if bool((queries[..., -1] < 0).any()):  # nobody gives what follows the last of a list
             lse.zero_()
             rows.zero_()
-        if not call.need_lse:
-            rows = _new(*q.shape[:2], queries.shape[2] * queries.shape[3], v.shape[3])
-        engine.attend(kernel, q, k, v, rows, held, queries, keys, True, call.buffers, call.params, threads)
-        engine.sum_rows(rows, queries, o, True, held, threads)
-        if not call.need_lse:
-            rows = q.new_empty((0,), dtype=torch.float32)
+        run(rows, lse, engine.Way(rows=True))
+        engine.sum_rows(rows, queries, o, True, lse, threads)
     else:
         if not of_q.complete:
             o.zero_()
             lse.fill_(-torch.inf)
-        engine.attend(kernel, q, k, v, o, held, queries, keys, False, call.buffers, call.params, threads)
+        run(o, lse if call.need_lse else None, engine.Way())
     counts.run()
     return o, lse, rows
 

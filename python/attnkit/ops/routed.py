@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from attnkit.ops.attend_groups import attend_groups
 from attnkit.ops.check import autocast, check_qkv, check_tensor, shape_of
 from attnkit.ops.traced import Traceable, bind
 from attnkit.ops.tracing import assume_constant
-from attnkit.variants.vision import GridPattern
+from attnkit.variants.vision import GridPattern, Windows
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -116,6 +118,45 @@ def groups(queries: Tensor, keys: Tensor | None = None) -> Groups:
         if not facts.valid:
             raise error("AK608", where=name, allowed="ascending tokens, then -1")
     return Groups(queries, keys, found[0].shared)
+
+
+def window_bias(table: Tensor, windows: Windows) -> Mod:
+    """Swin's learned bias of the offset from key to query, as a score within ``select=windows``.
+
+    What `attnkit.variants.vision.relative_bias` adds, by a token's place in its window: one short row of memory for each
+    query, where offsets in the whole image would have to be looked up pair by pair.
+
+    Args:
+        table: float32 ``[Hq, 2 w0 - 1, 2 w1 - 1, ...]`` for windows ``w0 x w1 x ...``; it takes a gradient.
+        windows: an `attnkit.variants.vision.Windows`.
+
+    Raises:
+        AttnkitError: AK402, AK403, an argument is wrong.
+    """
+    check_tensor("table", table)
+    if not isinstance(windows, Windows):
+        raise error("AK402", where="windows", given=type(windows).__name__, allowed="vision.Windows")
+    sizes = tuple(2 * w - 1 for w in windows.window)
+    if tuple(table.shape[1:]) != sizes:
+        raise error(
+            "AK403", where="table", given=shape_of(table), allowed=f"[Hq, {', '.join(map(str, sizes))}]"
+        )
+    place, offsets = _places(windows)
+    bias = table.flatten(1)[:, offsets]
+    return lambda s, b, h, q_idx, kv_idx: s + bias[h, place[q_idx], place[kv_idx]]
+
+
+@lru_cache(maxsize=256)
+def _places(windows: Windows) -> tuple[Tensor, Tensor]:
+    """Of each token its place in its window, and of two places where their offset is in a table."""
+    at = windows.places()
+    n = prod(windows.window)
+    own = np.stack(np.unravel_index(np.arange(n), windows.window))
+    middle = np.array(windows.window)[:, None, None] - 1
+    offsets = np.ravel_multi_index(
+        tuple(own[:, :, None] - own[:, None] + middle), tuple(2 * w - 1 for w in windows.window)
+    )
+    return torch.from_numpy(at), torch.from_numpy(offsets)
 
 
 @lru_cache(maxsize=256)

@@ -116,6 +116,13 @@ class Windows(GridPattern):
         w, s = self.window[axis], self.shift[axis]
         return [(own, own) for own in _classes(self.shape[axis], lambda y: (y - s) // w)]
 
+    def places(self) -> Array:
+        """Of each token its place in its window, int32 ``[S]``, row-major; those of a window that is cut off stay theirs."""
+        at = coordinates(np.arange(prod(self.shape)), self.shape)
+        own = [(y - s) % w for y, s, w in zip(at, self.shift, self.window, strict=True)]
+        found: Array = np.ravel_multi_index(tuple(own), self.window).astype(np.int32)
+        return found
+
     def keys(self, at: Query) -> Iterable[int]:
         """As Swin does it: pad to whole windows, roll, cut into windows, keep what was together before the roll."""
         pad = [(0, -size % w) for size, w in zip(self.shape, self.window, strict=True)]

@@ -20,6 +20,14 @@ class ListFacts(NamedTuple):
     complete: bool
 
 
+class Way(NamedTuple):
+    """What o is: of each token; ``rows``: float32, with a row for each entry of a list, ``[B, Hq, groups * most, Dv]``, and lse
+    likewise; or the mean over a token's groups, without lse."""
+
+    rows: bool = False
+    mean: bool = False
+
+
 def look_at(lists: Any, tokens: int) -> ListFacts:
     """What holds of lists of ``tokens`` tokens.
 
@@ -34,17 +42,16 @@ def look_at(lists: Any, tokens: int) -> ListFacts:
 
 
 def attend(
-    kernel: CpuKernel, q: Any, k: Any, v: Any, o: Any, lse: Any | None, queries: Any, keys: Any, rows: bool,
+    kernel: CpuKernel, q: Any, k: Any, v: Any, o: Any, lse: Any | None, queries: Any, keys: Any, way: Way,
     buffers: list[Any], params: list[float], threads: int,
 ) -> None:  # fmt: skip
-    """Compute ``o`` (and ``lse``) in place, within groups whose lists are valid; ``rows``: they are float32, with a row for
-    each entry of a list, ``[B, Hq, groups * most, Dv]``.
+    """Compute ``o`` (and ``lse``) in place, within groups whose lists are valid.
 
     Raises:
         AttnkitError: as `CpuKernel`.
     """
     fault, about = _run(
-        engine().attend_groups, kernel.program, q, k, v, o, lse, kernel.scale, queries, keys, rows, buffers, params, threads,
+        engine().attend_groups, kernel.program, q, k, v, o, lse, kernel.scale, queries, keys, *way, buffers, params, threads,
         *kernel.sizes,
     )  # fmt: skip
     if fault:
