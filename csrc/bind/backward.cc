@@ -19,11 +19,13 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
                                   const std::vector<Tensor>& tensors, const std::vector<float>& params,
                                   const std::optional<DropoutTuple>& dropout, const Tensor& d_o, const Maybe& d_lse,
                                   const Tensor& dq, const Tensor& dk, const Tensor& dv, const Maybe& d_sink,
-                                  const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv) try {
+                                  const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv,
+                                  const std::optional<EncodingTuple>& encoding) try {
   need_tiles(threads, tile_q, tile_kv);
   Request r;
   Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout);
   if (status.fault != Fault::none) return {static_cast<int>(status.fault), status.value};
+  r.problem.encoding = make_encoding(encoding);
   Cotangents c;
   status = c.fill(program, r, q, k, v, sink, d_o, d_lse, dq, dk, dv, d_sink, d_buffers);
   if (status.fault == Fault::none && !r.empty) {
@@ -38,6 +40,13 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
 
 }  // namespace
 
-void bind_backward(pybind11::module_& m) { m.def("attend_backward", &call_backward); }
+void bind_backward(pybind11::module_& m) {
+  namespace py = pybind11;
+  m.def("attend_backward", &call_backward, py::arg("program"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"),
+        py::arg("lse"), py::arg("scale"), py::arg("sink"), py::arg("sequences"), py::arg("buffers"), py::arg("params"),
+        py::arg("dropout"), py::arg("d_o"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("d_sink"), py::arg("d_buffers"), py::arg("threads"), py::arg("tile_q"), py::arg("tile_kv"),
+        py::arg("encoding") = py::none());
+}
 
 }  // namespace attnkit::cpu

@@ -157,7 +157,7 @@ std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, c
                                       const std::vector<float>& params, const std::optional<DropoutTuple>& dropout,
                                       int threads, int tile_q, int tile_kv, int split_kv, const Maybe& page_table) try {
   need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
+  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv && tile_kv % kScaleRun == 0, "tile_kv is 32 to 192, a multiple of 32");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   need(q.size.size() == 4, "q has four dimensions");

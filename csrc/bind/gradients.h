@@ -6,7 +6,7 @@ namespace attnkit::cpu {
 
 inline void need_tiles(int threads, int tile_q, int tile_kv) {
   need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 96");
+  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
 }
 

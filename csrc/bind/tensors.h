@@ -50,6 +50,7 @@ struct Tensor {
 using Maybe = std::optional<Tensor>;
 using SequenceTuple = std::tuple<int32_t, int64_t, int64_t, int64_t, int64_t>;  // see Sequence
 using DropoutTuple = std::tuple<uint64_t, uint32_t, float>;  // see Dropout
+using EncodingTuple = std::tuple<int32_t, int32_t, bool>;  // see Encoding
 inline constexpr int kMaxThreads = 1024;  // OpenMP ends the process where the system has no more to give
 
 inline void need(bool ok, const char* what) {
@@ -174,6 +175,13 @@ inline std::vector<Sequence> make_sequences(const std::optional<std::vector<Sequ
   for (const Sequence& s : sequences)
     need(s.q_len <= INT32_MAX && s.kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
   return sequences;
+}
+
+inline Encoding make_encoding(const std::optional<EncodingTuple>& given) {
+  if (!given) return {};
+  const auto [q_tile, kv_tile, center] = *given;
+  need(q_tile > 0 && kv_tile > 0, "tiles of codes are positive");
+  return {q_tile, kv_tile, center};
 }
 
 // One problem of `attend`, and what its views point to.

@@ -400,8 +400,15 @@ class Pass {
 
 }  // namespace
 
-Status attend_backward(const Program& program, const Problem& p, const Gradients& gradients, const Config& config) {
-  if (p.num_heads == 0 || p.num_sequences == 0) return {};
+Status attend_backward(const Program& program, const Problem& given, const Gradients& gradients, const Config& config) {
+  if (given.num_heads == 0 || given.num_sequences == 0) return {};
+  // Gradients go straight through what queries and keys are rounded to: they are those at what the codes mean.
+  Problem p = given;
+  Encoded encoded;
+  if (p.encoding.q_tile > 0) {
+    if (!encoded.encode(p, current_isa(), worth(config.threads, 1e9))) return {Fault::no_memory, -1};
+    encoded.decode(p);
+  }
   Analysis analysis(program, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;

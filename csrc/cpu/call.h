@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "bytecode.h"
+#include "encode.h"
 #include "groups.h"
 #include "problem.h"
 #include "recur.h"
@@ -11,7 +12,7 @@
 
 namespace attnkit::cpu {
 
-inline constexpr int kMaxTileQ = 96;  // lanes: two micro-tiles of 48 queries
+inline constexpr int kMaxTileQ = 128;  // lanes: a row of blocks of the usual size
 inline constexpr int kMaxTileKv = 192;
 inline constexpr int kStrip = 16;  // keys a tile instruction handles at once: its operands stay in L1
 
@@ -128,6 +129,8 @@ struct Kernel {
   int32_t (*run)(const Call&, const Task&, const KeyRange*, size_t num_ranges, const Parts* parts, float* workspace);
   // Brings the stretches that several tasks left to the end: `task` is any of them.
   void (*merge)(const Call&, const Task& task, const Parts&, float* workspace);
+  // Tokens as int8: a workspace of encode_floats floats.
+  void (*encode)(const EncodeTask&, float* workspace);
   size_t (*backward_bytes)(const BackwardCall&);
   void (*backward_rows)(const BackwardCall&, const Task&, RowBlock&);
   // As `run`. The task's rows of dk and dv are written, also where it has no tiles.

@@ -1,5 +1,6 @@
 // The forward kernel, one task: up to kMaxTileQ queries of one head against the keys they may see. Here is all but the
-// products, which are another file for each way to multiply: kernel_float-inl.h, kernel_bf16-inl.h.
+// products, which are another file for each way to multiply: kernel_float-inl.h, kernel_bf16-inl.h,
+// kernel_encoded-inl.h.
 //
 // Scores are held key-major: a tile has one row per key and one lane per query. K and V are then read as they lie in
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
@@ -20,6 +21,7 @@ struct Layout {
   size_t listed_k, listed_v;  // of groups, as memory has them
   size_t code_q, code_bytes, code_weights;  // of few queries over codes
   size_t q, st;  // of few queries: rows of them, and of S^T
+  size_t steps, shift, factor;  // of encoded queries
   int32_t dq;  // channels in a row of them
 
   // `few`: expressions are computed on S^T.
@@ -57,6 +59,7 @@ struct Layout {
     code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
     code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     st = take(kFewLanes, ld);
+    for (size_t* at : {&steps, &shift, &factor}) *at = take(p.codes != nullptr, bm);
   }
 };
 
@@ -137,14 +140,22 @@ class Forward {
 
   int32_t bad_load() const { return tile_.bad_load(); }
 
+  // The first of its tiles a row never leaves out, nor the last two.
+  void turn(int64_t tile, int64_t tiles) { may_skip_ = p_.skip > 0 && tile > 0 && tile < tiles - 2; }
+
  protected:
+  static constexpr int32_t kSkipLanes = 16;
+
   // The products find the largest scores on their way; not so where expressions change them.
   bool plain(bool full) const { return full && !c_.has_score; }
 
   // Where products that find them leave the largest scores.
   float* start_largest(bool full) {
-    __builtin_memcpy(ws_ + at_.largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
-    return plain(full) ? ws_ + at_.largest : nullptr;
+    float* largest = ws_ + at_.largest;
+    __builtin_memcpy(largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
+    if (may_skip_)
+      for (int32_t m = 0; m < at_.bm; ++m) largest[m] = -kInfinity;
+    return plain(full) ? largest : nullptr;
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
@@ -214,6 +225,28 @@ class Forward {
   }
 
   const Span* live(bool full) const { return full ? nullptr : spans_; }
+
+  // Whether every query weighs every key of a tile whose scores are there. Of those that do not exist, and of a tile
+  // that 16 queries leave out, spans_ says which it weighs.
+  bool weigh_all(int32_t count, bool full) {
+    if (!may_skip_) return full;
+    float *largest = ws_ + at_.largest, *max = ws_ + at_.max;
+    bool all = full;
+    for (int32_t lane = 0; lane < at_.bm; lane += kSkipLanes) {
+      bool needed = false;
+      for (int32_t m = lane; m < lane + kSkipLanes && m < at_.bm; ++m) {
+        if (m < t_.lanes() && largest[m] > -kInfinity) needed |= !((largest[m] - max[m]) * kLog2e <= -p_.skip);
+        if (max[m] > largest[m]) largest[m] = max[m];
+      }
+      for (int32_t v = lane / kLanes; v * kLanes < lane + kSkipLanes && v * kLanes < at_.bm; ++v)
+        if (!needed)
+          spans_[v] = {0, 0};
+        else if (full)
+          spans_[v] = {0, count};
+      all &= needed;
+    }
+    return all;
+  }
 
   int32_t live_bits(int32_t n, int32_t vec) const { return int_at(ws_ + at_.live + n * (at_.bm / kLanes) + vec); }
 
@@ -411,7 +444,7 @@ class Forward {
   const Fold now_, before_;
   const Philox philox_;
   const SplitWords<QueryWords> random_;
-  bool any_before_ = false;
+  bool any_before_ = false, may_skip_ = false;
 };
 
 template <class Products>
@@ -421,6 +454,9 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
   forward.pack_queries();
   forward.begin(num_ranges > 0);
   int64_t stretch = num_ranges > 0 ? ranges[0].first / c.split_kv : -1;
+  int64_t tile = 0, tiles = 0;
+  for (size_t i = 0; i < num_ranges; ++i)
+    tiles += (ranges[i].first + ranges[i].count - 1) / c.tile_kv - ranges[i].first / c.tile_kv + 1;
   const auto save = [&] {
     if (stretch < 0) return;
     forward.save(fold_of(*parts, stretch, *c.problem, t.lanes()));
@@ -443,6 +479,7 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
         stretch = first / c.split_kv;
       }
       const int64_t next = stop < end ? stop : i + 1 < num_ranges ? ranges[i + 1].first : -1;
+      forward.turn(tile++, tiles);
       forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full, next);
       first = stop;
     }

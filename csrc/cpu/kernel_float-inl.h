@@ -33,9 +33,11 @@ class FloatForward : public Forward {
 
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    float *s = ws_ + at_.s, *largest = start_largest(full);
-    const Lines keys = keys_of(first, count), values = values_of(first, count);
+    float* s = ws_ + at_.s;
+    bool all = full;
+    const Lines values = values_of(first, count);
     if (few_) {
+      const Lines keys = keys_of(first, count);
       ld_ = round_up(count, kBlockVecs * kLanes);
       tile_.narrow(0, ld_);
       if (!full) find_live_by_key(first, count);
@@ -44,17 +46,22 @@ class FloatForward : public Forward {
       few_softmax(count);
     } else {
       if (!full) find_live(first, count);
-      const Rows k = rows(p_.k, keys, p_.head_dim, p_.head_dim, at_.k);
-      qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
-                         p_.head_dim, 1, s, largest);
+      scores(first, count, full);
       modify(first, count, full);
-      softmax(count, full, Weights{s, at_.bm});
+      all = weigh_all(count, full);
+      softmax(count, all, Weights{s, at_.bm});
     }
     thin_weights(first, count, full);
-    sum_values(values, count, full, next < 0 ? first : next);
+    sum_values(values, count, full, all, next < 0 ? first : next);
   }
 
  protected:
+  virtual void scores(int64_t first, int32_t count, bool full) {
+    const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
+    qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
+                       p_.head_dim, {}, ws_ + at_.s, start_largest(full));
+  }
+
   void thin_weights(int64_t first, int32_t count, bool full) {
     if (!thinned()) return;
     float* s = ws_ + at_.s;
@@ -64,8 +71,8 @@ class FloatForward : public Forward {
     });
   }
 
-  // `next`: where the keys that are needed next begin.
-  void sum_values(const Lines& values, int32_t count, bool full, int64_t next) {
+  // `all`: every weight counts. `next`: where the keys that are needed next begin.
+  void sum_values(const Lines& values, int32_t count, bool full, bool all, int64_t next) {
     const float* s = ws_ + at_.s;
     if (few_ && full) {
       const Lines then = keys_ahead(next);
@@ -74,7 +81,7 @@ class FloatForward : public Forward {
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
-    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(all), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
   FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}

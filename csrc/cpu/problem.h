@@ -92,6 +92,31 @@ struct Dropout {
   float factor;        // of the weights that are kept
 };
 
+// Queries and keys that are multiplied as int8, with a scale for every so many tokens of a sequence and head.
+struct Encoding {
+  int32_t q_tile = 0, kv_tile = 0;  // tokens; 0: they are multiplied as they are
+  bool center = false;              // the mean key is taken from keys before, and given back to scores
+};
+
+// Such tokens, sequence by sequence, head by head. See encode.h.
+struct Codes {
+  int8_t* data;      // rows of `stride` bytes, zeros behind the last channel
+  float* steps;      // what a code is worth: one a tile
+  int32_t* starts;   // of keys: -128 times the sum of a row
+  float* means;      // of centred keys: a row of `width` for each sequence and head, zeros behind the last channel
+  int64_t* rows;     // of each sequence the first row,
+  int64_t* tiles;    // and the first tile
+  int64_t stride, width;
+  int32_t heads, tile;
+
+  int64_t row(int32_t sequence, int64_t length, int32_t head, int64_t token) const {
+    return rows[sequence] + head * length + token;
+  }
+  float step(int32_t sequence, int64_t length, int32_t head, int64_t token) const {
+    return steps[tiles[sequence] + head * ((length + tile - 1) / tile) + token / tile];
+  }
+};
+
 struct Problem {
   View q, k, v, o;
   Pages pages;  // of k and v
@@ -109,6 +134,9 @@ struct Problem {
   const float* params;
   int32_t num_params;
   Dropout dropout{0, 0, 1};
+  Encoding encoding{};
+  const Codes* codes = nullptr;  // of q and of k, where they are encoded
+  float skip = 0;  // above 0: 16 queries leave out a tile of keys whose logits lie so far below those before; in log2
   // Of each sequence, or null. Then channels are adjacent, and there are no pages, stores, sink or dropout.
   const Group* groups = nullptr;
   int64_t q_tokens = 0, kv_tokens = 0;  // of a batch entry of groups
@@ -137,24 +165,24 @@ struct Problem {
 
 // What the backward of a problem reads and writes besides.
 struct Gradients {
-  View d_o;            // the cotangent of o
+  View d_o;  // the cotangent of o
   const float* d_lse;  // the cotangent of lse [batch, head, token] by d_lse_stride, or null: it is zero
   int64_t d_lse_stride[3];
   // Written: dq (which must be zero before), and the rows of dk and dv that belong to a sequence.
   View dq, dk, dv;
-  float* d_sink;                // [num_heads], or null
-  float* const* buffers;        // for each buffer its gradient, contiguous and zero before, or null
+  float* d_sink;  // [num_heads], or null
+  float* const* buffers;  // for each buffer its gradient, contiguous and zero before, or null
 };
 
 enum class Fault : int32_t {
   none = 0,
-  int_range,    // an integer of the expression may leave 32 bits; value = instruction
-  div_zero,     // an integer divisor may be zero; value = instruction
+  int_range,  // an integer of the expression may leave 32 bits; value = instruction
+  div_zero,  // an integer divisor may be zero; value = instruction
   index_range,  // a pair that exists reads outside a buffer; value = instruction
   no_memory,
-  no_data,      // a tensor that has elements has no address; value = which (csrc/bind/module.cc)
-  misaligned,   // an address is not a multiple of the element's size; value = which
-  no_page,      // the page table names no page for a token that exists; value = sequence
+  no_data,  // a tensor that has elements has no address; value = which (csrc/bind/module.cc)
+  misaligned,  // an address is not a multiple of the element's size; value = which
+  no_page,  // the page table names no page for a token that exists; value = sequence
 };
 
 struct Status {

@@ -28,7 +28,7 @@ Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads) : p
     for (int32_t i = 0; i < p.num_sequences; ++i) {
       const Sequence& s = p.sequences[i];
       Cut& cut = cuts_[static_cast<size_t>(i)];
-      cut.heads = most;
+      cut.heads = p.skip > 0 ? 1 : most;  // which 16 queries leave out a tile together, threads may not decide
       while (group % cut.heads != 0 || (cut.heads > 1 && cut.heads * s.q_len > lanes)) --cut.heads;
       cut.blocks = ceil_div(s.q_len, call.tile_q);
       cut.stretches = std::max<int64_t>(ceil_div(s.kv_len, call.split_kv), 1);

@@ -42,6 +42,9 @@ def attend(
     tile_q: int,
     tile_kv: int,
     split_kv: int,
+    page_table: Tensor | None = None,
+    encoding: tuple[int, int, bool] | None = None,
+    skip: float = 0.0,
     /,
 ) -> tuple[int, int]: ...
 

@@ -174,12 +174,12 @@ def test_blocks_and_mask_mod_that_disagree(qkv: Any, oracle: Any) -> None:
 
 
 def test_without_mask_mod_partial_blocks_are_whole(qkv: Any) -> None:
-    q, k, v = qkv(1, 1, 64)
+    q, k, v = qkv(1, 1, 128)
     counts, indices = torch.tensor([[[1, 2]]]).int(), torch.tensor([[[[1, 0], [0, 1]]]]).int()
-    crafted = flex.BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=32)
+    crafted = flex.BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=64)
     assert ak.as_block_mask(crafted).to_dense().flatten().tolist() == [EMPTY, FULL, FULL, FULL]
     o = ak.attention(q, k, v, block_mask=crafted)
-    assert torch.equal(o, ak.attention(q, k, v, mask=lambda b, h, i, j: (i >= 32) | (j >= 32)))
+    assert torch.equal(o, ak.attention(q, k, v, mask=lambda b, h, i, j: (i >= 64) | (j >= 64)))
 
 
 def test_what_torch_makes_of_ours(qkv: Any) -> None:

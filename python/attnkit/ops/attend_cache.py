@@ -17,8 +17,8 @@ from attnkit.ir.text import parse
 from attnkit.ops.check import check_bindings, check_tensor, shape_of
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.kv_append import refuse_gradients
-from attnkit.ops.kv_codes import Parts, Scheme, parse_scheme, parts_of, store, tokens_of
-from attnkit.ops.warm import is_unwatched
+from attnkit.ops.kv_codes import Scheme, parse_scheme, parts_of, store, tokens_of
+from attnkit.ops.warm import is_unwatched, layout_of_output
 from attnkit.runtime import Prepared, prepare
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -30,10 +30,57 @@ _lib.define(
 
 
 class Codes(NamedTuple):
-    """What attention reads of a cache that keeps codes."""
+    """What attention reads of a cache that keeps codes; ``k`` and ``v`` are what the engine takes for its tensors."""
 
     storage: list[Tensor]
     scheme: Scheme
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
+    state: Tensor | None
+    table: Tensor | None
+    tokens: int  # of a batch entry, or of a page
+
+    @classmethod
+    def of(cls, storage: list[Tensor], scheme: Scheme) -> Codes:
+        """The tensors of a cache, sorted."""
+        parts = parts_of(scheme, storage)
+        return cls(
+            storage, scheme, store(parts.k, scheme.k, scheme.head_dim, scheme.group),
+            store(parts.v, scheme.v, scheme.v_head_dim, scheme.group), None if parts.state is None else parts.state[0],
+            parts.table, tokens_of(scheme, parts),
+        )  # fmt: skip
+
+
+class _Ready(NamedTuple):
+    """A kernel, and what is known of every call with the same program, scheme and q of these sizes, which has been checked."""
+
+    prepared: Prepared
+    shape: tuple[int, ...]  # of o,
+    stride: tuple[int, ...]  # laid out as [B, Sq, Hq, Dv]
+
+
+# A model has a handful; the bound only stops a leak.
+_MAX_ENTRIES = 4096
+_ready: dict[Any, _Ready] = {}
+
+
+def _make_ready(program: str, q: Tensor, codes: Codes) -> _Ready:
+    """The kernel for a q of these sizes and this dtype. One lookup, the first call apart.
+
+    Raises:
+        AttnkitError: as `check_q` and `attnkit.runtime.prepare`.
+    """
+    scheme, heads = codes.scheme, codes.storage[0].shape[1]
+    key = program, scheme, heads, q.shape, q.dtype, q.device
+    found = _ready.get(key)
+    if found is None:
+        check_q(q, scheme, heads)
+        dtype = str(q.dtype).removeprefix("torch.")
+        prepared = prepare(program, dtype, scheme.head_dim, scheme.v_head_dim, "cpu", "cpu")
+        if len(_ready) >= _MAX_ENTRIES:
+            _ready.clear()
+        found = _ready[key] = _Ready(prepared, *layout_of_output(q, scheme.v_head_dim))
+    return found
 
 
 def check_q(q: Any, scheme: Scheme, heads: int) -> None:
@@ -74,36 +121,28 @@ def attend_cache(
 def _run(
     q: Tensor, codes: Codes, program: str, buffers: list[Tensor], params: Sequence[float], seed: Tensor | None, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    scheme, parts = codes.scheme, parts_of(codes.scheme, codes.storage)
-    check_q(q, scheme, parts.k.codes.shape[1])
+    check_tensor("q", q)
+    ready = _make_ready(program, q, codes)
     refuse_gradients("q", (q, *buffers))
-    prepared = _prepared(program, q, scheme)
-    size = tokens_of(scheme, parts)
-    rows = _Rows((parts.k.codes.shape[0], parts.k.codes.shape[1], size, scheme.head_dim))
+    prepared, scheme = ready.prepared, codes.scheme
+    rows = _Rows((codes.storage[0].shape[0], codes.storage[0].shape[1], codes.tokens, scheme.head_dim))
     check_bindings(prepared.spec.program, q, rows, buffers, params, seed)  # type: ignore[arg-type]
     try:
-        o, lse = _outputs(q, scheme, need_lse)
+        o = q.new_empty_strided(ready.shape, ready.stride)
+        lse = q.new_empty(ready.shape[:3], dtype=torch.float32) if need_lse else None
     except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
-        raise error(
-            "AK603", where="o, lse", given=str(exc).splitlines()[0], allowed="what fits the memory"
-        ) from exc
+        given = str(exc).splitlines()[0]
+        raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc
     record = recorder()
     if record is not None:
-        record(
-            prepared=prepared,
-            q=q,
-            k=parts.k.codes,
-            v=parts.v.codes,
-            buffers=buffers,
-            params=params,
-            reason=None,
-        )
+        k, v = codes.k[3], codes.v[3]
+        record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), None if lse is None else lse.zero_()
     kernel = prepared.kernel
     assert isinstance(kernel, CacheKernel)
     kernel.attend_stores(
-        q, *_stores(scheme, parts), None if parts.state is None else parts.state[0], size, o, lse, buffers,
-        list(params), torch.get_num_threads(), None if seed is None else int(seed),
+        q, codes.k, codes.v, codes.state, codes.tokens, o, lse, buffers, list(params), torch.get_num_threads(),
+        None if seed is None else int(seed),
     )  # fmt: skip
     counts.run()
     return o, lse
@@ -113,30 +152,11 @@ class _Rows(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _stores(scheme: Scheme, parts: Parts) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    return (
-        store(parts.k, scheme.k, scheme.head_dim, scheme.group),
-        store(parts.v, scheme.v, scheme.v_head_dim, scheme.group),
-    )
-
-
-def _prepared(program: str, q: Tensor, scheme: Scheme) -> Prepared:
-    dtype = str(q.dtype).removeprefix("torch.")
-    return prepare(program, dtype, scheme.head_dim, scheme.v_head_dim, "cpu", "cpu")
-
-
-def _outputs(q: Tensor, scheme: Scheme, need_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """o laid out as [B, Sq, Hq, Dv], and lse; unset."""
-    batch, heads, length, _ = q.shape
-    o = q.new_empty((batch, length, heads, scheme.v_head_dim)).transpose(1, 2)
-    return o, q.new_empty((batch, heads, length), dtype=torch.float32) if need_lse else None
-
-
 def _kernel(
     q: Tensor, storage: list[Tensor], codec: str, program: str, buffers: list[Tensor], params: list[float],
     seed: Tensor | None, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o, lse = _run(q, Codes(storage, parse_scheme(codec)), program, buffers, params, seed, need_lse)
+    o, lse = _run(q, Codes.of(storage, parse_scheme(codec)), program, buffers, params, seed, need_lse)
     return o, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
 
 
@@ -147,8 +167,9 @@ def _fake(
     scheme = parse_scheme(codec)
     check_q(q, scheme, storage[0].shape[1])
     parse(program)
-    o, lse = _outputs(q, scheme, need_lse)
-    return o, q.new_empty((0,), dtype=torch.float32) if lse is None else lse
+    shape, stride = layout_of_output(q, scheme.v_head_dim)
+    lse = q.new_empty(shape[:3] if need_lse else (0,), dtype=torch.float32)
+    return q.new_empty_strided(shape, stride), lse
 
 
 def _autograd(

@@ -102,7 +102,7 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def is_paged(program: Program) -> bool:
     """Whether its keys and values are pages, ``[pages, heads, page size, head_dim]``."""
-    return program.inputs[program.attend.k].kind == "paged"
+    return program.layout(program.attend.k).kind == "paged"
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> None:
@@ -219,7 +219,7 @@ def _check_dropout(program: Program, params: Sequence[float], seed: Tensor | Non
 def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Tensor]) -> None:
     if q.is_cuda:  # to look at lengths there would be to wait for them
         return
-    q_layout, kv_layout = program.inputs[program.attend.q], program.inputs[program.attend.k]
+    q_layout, kv_layout = program.layout(program.attend.q), program.layout(program.attend.k)
     if kv_layout.kind == "padded":
         assert kv_layout.lengths is not None
         lens = buffers[kv_layout.lengths]

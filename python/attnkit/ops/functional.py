@@ -107,19 +107,12 @@ def attention(
         block_mask is None and type(mask) is not BlockMask and normalizer is None
         and (scale is None or (type(scale) is float and 0.0 < scale < math.inf))
         and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
-        and dropout_p == 0.0 and backend in ("auto", "cpu")
-        and not torch.compiler.is_compiling() and v is not None and not isinstance(k, KVCache) and is_unwatched((q, k, v))
+        and dropout_p == 0.0 and backend in ("auto", "cpu") and not torch.compiler.is_compiling()
     ):  # fmt: skip
-        # A score and a mask at most, and nobody watches: what else there is to check, `ready` does for tensors that it has not seen.
-        if score is None and mask is None:
-            o, lse = attend(q, k, v, plain_text(scale), [], [], return_lse, unwatched=True)
-        else:
-            _check_function("score", score)
-            _check_function("mask", mask)
-            text, buffers, params = bind(Traceable(score, mask, scale), q)
-            _check_captured(buffers, q)
-            o, lse = attend(q, k, v, text, buffers, [p.current() for p in params], return_lse)
-        return o if lse is None or not return_lse else (o, lse)
+        found = _short_way(q, k, v, score, mask, scale, return_lse)
+        if found is not None:
+            o, lse = found
+            return o if lse is None or not return_lse else (o, lse)
     if isinstance(select, (Routing, Groups, GridPattern)):
         _check_function("score", score)
         _check_function("mask", mask)
@@ -169,6 +162,38 @@ def attention(
     else:
         o, lse = _run_on(backend, q, keys, values, text, buffers, numbers, return_lse, seed)
     return o if lse is None or not return_lse else (o, lse)
+
+
+def _short_way(
+    q: Tensor, k: Any, v: Any, score: Mod | None, mask: Mod | None, scale: float | None, need_lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """A score and a mask at most, and nobody watches: what else there is to check, ops do for tensors that they have not seen.
+
+    None where that is not so.
+    """
+    cached = type(k) is KVCache
+    if (v is None) is not cached or not is_unwatched((q,) if cached else (q, k, v)):
+        return None
+    if cached:
+        if needs_derivatives((q,)):
+            return None  # which is said elsewhere
+        k, v, kv_lens, page_table, codes = k.segment
+        codecs = None if codes is None else codes.scheme.codecs
+        what = Traceable(score, mask, scale, kv_lens=kv_lens, page_table=page_table, codecs=codecs)
+    elif score is None and mask is None:
+        return attend(q, k, v, plain_text(scale), [], [], need_lse, unwatched=True)
+    else:
+        what, codes = Traceable(score, mask, scale), None
+    _check_function("score", score)
+    _check_function("mask", mask)
+    text, buffers, params = bind(what, q)
+    _check_captured(buffers, q)
+    numbers = [p.current() for p in params]
+    if codes is not None:
+        return attend_cache(q, codes, text, buffers, numbers, need_lse, None)
+    if cached:
+        refuse_gradients("q", buffers)
+    return attend(q, k, v, text, buffers, numbers, need_lse)
 
 
 @lru_cache(maxsize=1024)

@@ -158,6 +158,7 @@ class KVCache:
         self._storage = storage
         self.lengths = lengths
         self._scheme = scheme
+        self._codes = None if scheme is None else Codes.of(storage, scheme)
         self._external = external
         if scheme is None:
             self.codec = next(name for name, dtype in PLAIN.items() if dtype is storage[0].dtype)
@@ -206,9 +207,8 @@ class KVCache:
     @property
     def segment(self) -> Segment:
         """The tensors that attention reads."""
-        if self._scheme is not None:
-            codes = Codes(self._storage, self._scheme)
-            return Segment(None, None, self.lengths, kv_coded.page_table(self._scheme, self._storage), codes)
+        if self._codes is not None:
+            return Segment(None, None, self.lengths, self._codes.table, self._codes)
         k, v, *table = self._storage
         return Segment(k, v, self.lengths, table[0] if table else None)
 

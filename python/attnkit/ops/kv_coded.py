@@ -68,11 +68,6 @@ def page_size(scheme: Scheme, storage: Sequence[Tensor]) -> int | None:
     return None if parts.table is None else tokens_of(scheme, parts)
 
 
-def page_table(scheme: Scheme, storage: Sequence[Tensor]) -> Tensor | None:
-    """The page table, if there is one."""
-    return parts_of(scheme, storage).table
-
-
 def tensors(scheme: Scheme, storage: Sequence[Tensor]) -> list[Tensor]:
     """Everything that holds keys and values."""
     parts = parts_of(scheme, storage)

@@ -58,7 +58,7 @@ class Call(NamedTuple):
 
 def outputs(q: Tensor, v: Tensor, need_lse: bool) -> tuple[Tensor, Tensor]:
     """``o [B, Hq, Sq, Dv]`` and lse, unset."""
-    shape, stride = layout_of_output(q, v)
+    shape, stride = layout_of_output(q, v.shape[3])
     o = torch.empty_strided(shape, stride, dtype=q.dtype, device=q.device)
     return o, torch.empty(shape[:3] if need_lse else (0,), dtype=torch.float32, device=q.device)
 

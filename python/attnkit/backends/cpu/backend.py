@@ -12,10 +12,14 @@ from attnkit.backends.cpu import recur, select
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.program import Attend, Layout, Program, Recur
+from attnkit.plan.blocks import block_of, tile_for
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
+from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, number
+from attnkit.plan.space import Direction, FieldKind
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
+_UNSPLIT = 1 << 30  # more keys than there are
 _DTYPES = ("float32", "bfloat16", "float16")
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
 # As csrc/bind counts them: these, the buffers, what the backward has besides, the gradients of buffers.
@@ -42,6 +46,8 @@ class CpuBackend:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         family = recur if _recurs(spec.program) else select if _only_selects(spec.program) else None
         of_program = None if family is None else family.reasons(spec)
+        if is_approximate(spec.program):
+            of_program = ()
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
         )
@@ -51,17 +57,29 @@ class CpuBackend:
         """Tile sizes, and how many keys are summed before they are merged.
 
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
-        Backwards, more keys at a time mean that queries are paired and dq is added to less often.
+        Backwards, more keys at a time mean that queries are paired and dq is added to less often. Tiles end where a mask's
+        blocks end: one that lies across two of them would be computed for both.
         """
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
+        mask = spec.program.attend.mask
+        q_block, kv_block = block_of(mask, "q_idx"), block_of(mask, "kv_idx")
+        tile_kv, backward_tile_kv = (tile_for(kv_block, n, n) for n in (tile_kv, backward_tile_kv))
+
+        def field(kind: FieldKind, default: int, values: set[int], direction: Direction = "forward") -> Field:
+            return Field(kind, default, tuple(sorted(values | {default})), direction)
+
+        tiles_kv = field("numeric", tile_kv, {32, 64, 96, 128, 192})
+        splits = Field("numeric", 1024, (512, 1024, 2048, 4096))
+        if spec.program.attend.skip is not None:  # what was met before is all of the row
+            tiles_kv, splits = Field("numeric", TILE, (TILE,)), Field("numeric", _UNSPLIT, (_UNSPLIT,))
         return {
-            "tile_q": Field("schedule", 96, (16, 32, 48, 64, 96)),
-            "tile_kv": Field("numeric", tile_kv, (32, 64, 96, 128, 192)),
-            "split_kv": Field("numeric", 1024, (512, 1024, 2048, 4096)),
-            "backward_tile_q": Field("numeric", 96, (32, 48, 64, 96), "backward"),
-            "backward_tile_kv": Field("numeric", backward_tile_kv, (32, 48, 64, 96, 128, 192), "backward"),
+            "tile_q": field("schedule", tile_for(q_block, 96, 128), {16, 32, 48, 64, 96, 128}),
+            "tile_kv": tiles_kv,
+            "split_kv": splits,
+            "backward_tile_q": field("numeric", tile_for(q_block, 96, 96), {32, 48, 64, 96}, "backward"),
+            "backward_tile_kv": field("numeric", backward_tile_kv, {32, 48, 64, 96, 128, 192}, "backward"),
         }
 
     def fingerprint(self) -> Fingerprint:
@@ -108,11 +126,13 @@ class CpuKernel:
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self._sink = attend.normalizer.sink
         self._dropout = attend.dropout
-        self._q_layout: Layout = spec.program.inputs[attend.q]
-        self._kv_layout: Layout = spec.program.inputs[attend.k]
+        self._q_layout: Layout = spec.program.layout(attend.q)
+        self._kv_layout: Layout = spec.program.layout(attend.k)
         self._table = self._kv_layout.table
         self._attend = engine().attend
         self.sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
+        self._encoding: Encoding | None = encoding(spec.program)
+        self._skip = attend.skip
 
     def __call__(
         self,
@@ -138,7 +158,7 @@ class CpuKernel:
                 self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
                 self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), threads, *self.sizes,
-                None if self._table is None else buffers[self._table],
+                None if self._table is None else buffers[self._table], *self._approximately(params),
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
@@ -179,7 +199,7 @@ class CpuKernel:
             fault, about = engine().attend_backward(
                 program, q, k, v, o, lse, self.scale, sink, self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
-                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"],
+                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"], self._encoding,
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
@@ -202,6 +222,11 @@ class CpuKernel:
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
         return code, program
+
+    def _approximately(self, params: list[float]) -> tuple[Encoding | None, float] | tuple[()]:
+        if self._skip is None:
+            return () if self._encoding is None else (self._encoding, 0.0)
+        return self._encoding, number(self._skip, params)
 
     def _dropped(self, params: list[float], seed: int | None) -> tuple[int, int, float] | None:
         """Seed, threshold and factor, as csrc/cpu/problem.h has them."""
