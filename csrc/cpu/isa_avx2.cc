@@ -66,6 +66,7 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 }  // namespace
 
@@ -82,6 +83,7 @@ const Kernel kAvx2Kernel{
     .fma_burst = fma_burst,
     .read_burst = read_burst,
     .recur = kRecurKernel,
+    .groups = kGroupKernel,
     .select = kSelectKernel,
 };
 

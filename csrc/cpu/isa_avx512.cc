@@ -38,6 +38,7 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 }  // namespace
 
@@ -54,6 +55,7 @@ const Kernel kAvx512Kernel{
     .fma_burst = fma_burst,
     .read_burst = read_burst,
     .recur = kRecurKernel,
+    .groups = kGroupKernel,
     .select = kSelectKernel,
 };
 

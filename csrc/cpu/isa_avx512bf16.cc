@@ -43,6 +43,7 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 
 double dot_burst(int64_t rounds) {
@@ -76,6 +77,7 @@ const Kernel kAvx512bf16Kernel{
     .fma_burst = fma_burst,
     .read_burst = read_burst,
     .recur = kRecurKernel,
+    .groups = kGroupKernel,
     .select = kSelectKernel,
     .dot_burst = dot_burst,
 };

@@ -79,6 +79,7 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 }  // namespace
 
@@ -95,6 +96,7 @@ const Kernel kScalarKernel{
     .fma_burst = fma_burst,
     .read_burst = read_burst,
     .recur = kRecurKernel,
+    .groups = kGroupKernel,
     .select = kSelectKernel,
 };
 
