@@ -121,14 +121,13 @@ def _kernel_of(call: Call) -> Any:
     q, v = call.q, call.v
     program = parse(call.program)
     attend = program.attend
-    plain = len(program.ops) == 1 and all(x.kind == "bhsd" and x.codec is None for x in program.inputs)
-    if (
-        not plain
-        or attend.dropout is not None
-        or attend.skip is not None
-        or attend.normalizer.sink is not None
-    ):
-        given = "lengths, pages, codecs, other operations, dropout, skip or a sink"
+    plain = (
+        attend.plain
+        and len(program.ops) == 2
+        and all(x.kind == "bhsd" and x.codec is None for x in program.inputs)
+    )
+    if not plain or attend.dropout is not None or attend.normalizer.sink is not None:
+        given = "lengths, pages, codecs, other operations, dropout, a sink or another normalizer"
         raise error("AK502", where="torch.ops.attnkit.attend_groups", given=given, allowed="score and mask")
     check_bindings(program, q, call.k, call.buffers, call.params)
     dtype = str(q.dtype).removeprefix("torch.")

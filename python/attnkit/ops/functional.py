@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -161,12 +161,12 @@ def attention(
     if cached:
         refuse_gradients("q", (q, *buffers))
     seed = draw(dropout_p, q)
+    what = text, buffers, numbers, return_lse, seed
     if codes is not None:
-        o, lse = attend_cache(q, codes, text, buffers, numbers, return_lse, seed, backend)
-    elif backend in ("auto", q.device.type):
-        o, lse = attend(q, keys, values, text, buffers, numbers, return_lse, seed)
+        o, lse = attend_cache(q, codes, *what, backend)
     else:
-        o, lse = _run_on(backend, q, keys, values, text, buffers, numbers, return_lse, seed)
+        run = attend if backend in ("auto", q.device.type) else partial(_run_on, backend)
+        o, lse = run(q, keys, values, *what)
     return o if lse is None or not return_lse else (o, lse)
 
 
