@@ -15,6 +15,7 @@
 
 #include "../cpu/blocks.h"
 #include "bind.h"
+#include "gradients.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -42,14 +43,17 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
                                 const std::optional<std::vector<SequenceTuple>>& given_sequences,
                                 const std::vector<Tensor>& tensors, const std::vector<float>& params,
                                 const std::optional<DropoutTuple>& dropout, int threads, int tile_q, int tile_kv,
-                                int split_kv, const Maybe& page_table) try {
-  need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
-  need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
+                                int split_kv, const Maybe& page_table, const std::optional<EncodingTuple>& encoding,
+                                float skip) try {
+  need_tiles(threads, tile_q, tile_kv);
   need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
+  need(!encoding || !page_table, "codes of pages are a cache's");
+  need(skip >= 0, "skip is not below 0");
   Request r;
   Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout, page_table);
+  r.problem.encoding = make_encoding(encoding);
+  r.problem.skip = skip;
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;
     status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
@@ -200,10 +204,11 @@ PYBIND11_MODULE(_engine, m) {
   m.def("attend", &call_attend, py::arg("program"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"),
         py::arg("lse"), py::arg("scale"), py::arg("sink"), py::arg("sequences"), py::arg("buffers"), py::arg("params"),
         py::arg("dropout"), py::arg("threads"), py::arg("tile_q"), py::arg("tile_kv"), py::arg("split_kv"),
-        py::arg("page_table") = py::none());
+        py::arg("page_table") = py::none(), py::arg("encoding") = py::none(), py::arg("skip") = 0.0f);
   bind_backward(m);
   bind_recur(m);
   bind_cache(m);
+  bind_groups(m);
   bind_select(m);
   m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);

@@ -72,6 +72,7 @@ std::pair<int, int> call_select(const Tensor& q, const Tensor& k, const Tensor& 
   std::vector<Buffer> buffers;
   for (const Program* program : {mask, force})
     if (program != nullptr) {
+      need(program->mask >= 0, "an expression is a mask");
       need(static_cast<int>(params.size()) == program->num_params, "wrong number of parameters");
       of_buffers.clear();
       buffers = make_buffers(*program, tensors, of_buffers);

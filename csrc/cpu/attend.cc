@@ -45,7 +45,7 @@ class Scratch {
   std::unique_ptr<float, Free> memory_;
   size_t size_ = 0;
 };
-thread_local Scratch t_workspace, t_parts;
+thread_local Scratch t_workspace, t_parts, t_codes;
 
 // Below twice this, one thread works alone. Another one that still spins for work is worth it early: 16 tokens of 12
 // heads (8e5 operations) take 4.5 us on two threads and 7.4 on one.
@@ -57,6 +57,7 @@ constexpr int64_t kQueriesPerRead = 4;
 }  // namespace
 
 float* workspace(size_t bytes) { return t_workspace.get(bytes); }
+char* codes_memory(size_t bytes) { return reinterpret_cast<char*>(t_codes.get(bytes)); }
 
 CodeView view(const Program& program, const Facts& facts) {
   CodeView v{};
@@ -83,8 +84,9 @@ int worth(int threads, double flops) {
 
 void ran(const Kernel& kernel) { g_last_isa = &kernel; }
 
-Status attend(const Program& program, const Problem& p, const Config& config) {
-  if (p.num_heads == 0 || p.num_sequences == 0) return {};
+Status attend(const Program& program, const Problem& given, const Config& config) {
+  if (given.num_heads == 0 || given.num_sequences == 0) return {};
+  Problem p = given;
   Analysis analysis(program, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
@@ -92,11 +94,14 @@ Status attend(const Program& program, const Problem& p, const Config& config) {
   double flops = 0;
   for (int32_t i = 0; i < p.num_sequences; ++i) {
     const Sequence& s = p.sequences[i];
-    const int64_t queries = std::max(s.q_len * p.num_heads, kQueriesPerRead * p.num_kv_heads);
+    const int64_t heads = p.heads_of(i), group = p.num_heads / p.num_kv_heads;
+    const int64_t queries = std::max(s.q_len * heads, kQueriesPerRead * heads / group);
     flops += 2.0 * static_cast<double>(queries) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim);
   }
   const Kernel& kernel = current_isa();
   int threads = worth(config.threads, flops);
+  Encoded encoded;
+  if (p.encoding.q_tile > 0 && !encoded.encode(p, kernel, threads)) return {Fault::no_memory, -1};
 
   const int32_t split_kv = (config.split_kv + config.tile_kv - 1) / config.tile_kv * config.tile_kv;
   Call call{view(program, facts), &p, 0, config.tile_kv, program.score >= 0, program.mask >= 0, split_kv};

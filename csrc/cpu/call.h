@@ -4,6 +4,8 @@
 #include <cstddef>
 
 #include "bytecode.h"
+#include "encode.h"
+#include "groups.h"
 #include "problem.h"
 #include "recur.h"
 #include "select.h"
@@ -127,6 +129,8 @@ struct Kernel {
   int32_t (*run)(const Call&, const Task&, const KeyRange*, size_t num_ranges, const Parts* parts, float* workspace);
   // Brings the stretches that several tasks left to the end: `task` is any of them.
   void (*merge)(const Call&, const Task& task, const Parts&, float* workspace);
+  // Tokens as int8: a workspace of encode_floats floats.
+  void (*encode)(const EncodeTask&, float* workspace);
   size_t (*backward_bytes)(const BackwardCall&);
   void (*backward_rows)(const BackwardCall&, const Task&, RowBlock&);
   // As `run`. The task's rows of dk and dv are written, also where it has no tiles.
@@ -139,6 +143,7 @@ struct Kernel {
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.
   float (*read_burst)(const float* p, int64_t n);
   RecurKernel recur;
+  GroupKernel groups;
   SelectKernel select;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;

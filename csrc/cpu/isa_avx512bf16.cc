@@ -19,13 +19,16 @@ namespace {
 #include "tile-inl.h"
 #include "products-inl.h"
 #include "decode-inl.h"
+#include "encode-inl.h"
 #include "fold-inl.h"
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "kernel_encoded-inl.h"
 #include "kernel_bf16-inl.h"
 #include "kernel_codes-inl.h"
 #include "kernel_code_decode-inl.h"
+#include "kernel_bytes-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"
@@ -40,6 +43,7 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 
 double dot_burst(int64_t rounds) {
@@ -60,8 +64,22 @@ double dot_burst(int64_t rounds) {
 }
 }  // namespace
 
-const Kernel kAvx512bf16Kernel{"avx512bf16",  workspace_bytes,   run_by_dtype, merge_parts, backward_bytes_by_dtype,
-                               backward_rows, backward_by_dtype, evaluate,     fma_burst,   read_burst,
-                               kRecurKernel,  kSelectKernel,     dot_burst};
+const Kernel kAvx512bf16Kernel{
+    .name = "avx512bf16",
+    .workspace_bytes = workspace_bytes,
+    .run = run_by_dtype,
+    .merge = merge_parts,
+    .encode = encode_tokens,
+    .backward_bytes = backward_bytes_by_dtype,
+    .backward_rows = backward_rows,
+    .backward = backward_by_dtype,
+    .evaluate = evaluate,
+    .fma_burst = fma_burst,
+    .read_burst = read_burst,
+    .recur = kRecurKernel,
+    .groups = kGroupKernel,
+    .select = kSelectKernel,
+    .dot_burst = dot_burst,
+};
 
 }  // namespace attnkit::cpu

@@ -60,10 +60,12 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "tile-inl.h"
 #include "products-inl.h"
 #include "decode-inl.h"
+#include "encode-inl.h"
 #include "fold-inl.h"
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "kernel_encoded-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"
@@ -77,10 +79,25 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 }  // namespace
 
-const Kernel kScalarKernel{"scalar", workspace_bytes, run<FloatForward>, merge_parts, backward_bytes, backward_rows,
-                           backward, evaluate,        fma_burst,         read_burst,  kRecurKernel,   kSelectKernel};
+const Kernel kScalarKernel{
+    .name = "scalar",
+    .workspace_bytes = workspace_bytes,
+    .run = run_floats<FloatForward>,
+    .merge = merge_parts,
+    .encode = encode_tokens,
+    .backward_bytes = backward_bytes,
+    .backward_rows = backward_rows,
+    .backward = backward,
+    .evaluate = evaluate,
+    .fma_burst = fma_burst,
+    .read_burst = read_burst,
+    .recur = kRecurKernel,
+    .groups = kGroupKernel,
+    .select = kSelectKernel,
+};
 
 }  // namespace attnkit::cpu

@@ -1,5 +1,6 @@
 // The forward kernel, one task: up to kMaxTileQ queries of one head against the keys they may see. Here is all but the
-// products, which are another file for each way to multiply: kernel_float-inl.h, kernel_bf16-inl.h.
+// products, which are another file for each way to multiply: kernel_float-inl.h, kernel_bf16-inl.h,
+// kernel_encoded-inl.h.
 //
 // Scores are held key-major: a tile has one row per key and one lane per query. K and V are then read as they lie in
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
@@ -17,8 +18,10 @@ struct Layout {
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t random;  // words of the queries
+  size_t listed_k, listed_v;  // of groups, as memory has them
   size_t code_q, code_bytes, code_weights;  // of few queries over codes
   size_t q, st;  // of few queries: rows of them, and of S^T
+  size_t steps, shift, factor;  // of encoded queries
   int32_t dq;  // channels in a row of them
 
   // `few`: expressions are computed on S^T.
@@ -46,6 +49,9 @@ struct Layout {
     before_max = take(1, bm);
     before_sum = take(1, bm);
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
+    const int32_t listed = p.groups == nullptr ? 0 : c.tile_kv;
+    listed_k = take(listed, listed_stride(p.dtype, p.head_dim) / 4);
+    listed_v = take(listed, listed_stride(p.dtype, p.v_head_dim) / 4);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
     const bool coded = p.stores != nullptr;
@@ -53,6 +59,7 @@ struct Layout {
     code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
     code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     st = take(kFewLanes, ld);
+    for (size_t* at : {&steps, &shift, &factor}) *at = take(p.codes != nullptr, bm);
   }
 };
 
@@ -112,14 +119,14 @@ class Forward {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int32_t head = head_of(m);
-      const int64_t token = token_of(m);
+      const int64_t token = p_.result_at(t_.sequence, t_.q_first + m % t_.q_count);
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
       const float norm = dead ? 0 : rescale / sum * p_.dropout.factor;
       float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
       if (dead) clear(at_.o + static_cast<size_t>(m) * static_cast<size_t>(at_.dv), at_.dv);
-      with_elements(p_.dtype, [&](auto* type) {
+      with_elements(p_.o_dtype(), [&](auto* type) {
         narrow_row(row<decltype(type)>(p_.o, head, token), p_.o.stride[3], o, p_.v_head_dim, norm);
       });
       if (p_.lse != nullptr) {
@@ -133,36 +140,47 @@ class Forward {
 
   int32_t bad_load() const { return tile_.bad_load(); }
 
+  // The first of its tiles a row never leaves out, nor the last two.
+  void turn(int64_t tile, int64_t tiles) { may_skip_ = p_.skip > 0 && tile > 0 && tile < tiles - 2; }
+
  protected:
+  static constexpr int32_t kSkipLanes = 16;
+
   // The products find the largest scores on their way; not so where expressions change them.
   bool plain(bool full) const { return full && !c_.has_score; }
 
   // Where products that find them leave the largest scores.
   float* start_largest(bool full) {
-    __builtin_memcpy(ws_ + at_.largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
-    return plain(full) ? ws_ + at_.largest : nullptr;
+    float* largest = ws_ + at_.largest;
+    __builtin_memcpy(largest, ws_ + at_.max, static_cast<size_t>(at_.bm) * sizeof(float));
+    if (may_skip_)
+      for (int32_t m = 0; m < at_.bm; ++m) largest[m] = -kInfinity;
+    return plain(full) ? largest : nullptr;
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
-  int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
+  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.q_first + lane % t_.q_count); }
 
   template <class P>  // a pointer to the elements
   P row(const View& view, int32_t head, int64_t token) const {
     return row_of<P>(view, seq_.batch, head, token);
   }
 
-  // Keys or values as they lie in memory.
-  Lines lines(const View& view, int32_t channels, int64_t first, int32_t count) const {
+  // Keys or values as they lie in memory; of groups a copy of the tile's.
+  Lines lines(const View& view, int32_t channels, int64_t first, int32_t count, size_t listed) const {
+    if (p_.groups != nullptr)
+      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, p_.groups[t_.sequence].keys + first, count, channels,
+                          ws_ + listed);
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
   // Keys and values: of a cache that keeps codes, a copy of the tile as float32.
   Lines keys_of(int64_t first, int32_t count) {
-    if (p_.stores == nullptr) return lines(p_.k, p_.head_dim, first, count);
+    if (p_.stores == nullptr) return lines(p_.k, p_.head_dim, first, count, at_.listed_k);
     return decoded(p_.stores[0], first, count, round_up(p_.head_dim, kLanes), at_.k);
   }
   Lines values_of(int64_t first, int32_t count) {
-    if (p_.stores == nullptr) return lines(p_.v, p_.v_head_dim, first, count);
+    if (p_.stores == nullptr) return lines(p_.v, p_.v_head_dim, first, count, at_.listed_v);
     return decoded(p_.stores[1], first, count, at_.dv, at_.v);
   }
   Lines decoded(const Store& s, int64_t first, int32_t count, int32_t padded, size_t at) {
@@ -207,6 +225,28 @@ class Forward {
   }
 
   const Span* live(bool full) const { return full ? nullptr : spans_; }
+
+  // Whether every query weighs every key of a tile whose scores are there. Of those that do not exist, and of a tile
+  // that 16 queries leave out, spans_ says which it weighs.
+  bool weigh_all(int32_t count, bool full) {
+    if (!may_skip_) return full;
+    float *largest = ws_ + at_.largest, *max = ws_ + at_.max;
+    bool all = full;
+    for (int32_t lane = 0; lane < at_.bm; lane += kSkipLanes) {
+      bool needed = false;
+      for (int32_t m = lane; m < lane + kSkipLanes && m < at_.bm; ++m) {
+        if (m < t_.lanes() && largest[m] > -kInfinity) needed |= !((largest[m] - max[m]) * kLog2e <= -p_.skip);
+        if (max[m] > largest[m]) largest[m] = max[m];
+      }
+      for (int32_t v = lane / kLanes; v * kLanes < lane + kSkipLanes && v * kLanes < at_.bm; ++v)
+        if (!needed)
+          spans_[v] = {0, 0};
+        else if (full)
+          spans_[v] = {0, count};
+      all &= needed;
+    }
+    return all;
+  }
 
   int32_t live_bits(int32_t n, int32_t vec) const { return int_at(ws_ + at_.live + n * (at_.bm / kLanes) + vec); }
 
@@ -404,7 +444,7 @@ class Forward {
   const Fold now_, before_;
   const Philox philox_;
   const SplitWords<QueryWords> random_;
-  bool any_before_ = false;
+  bool any_before_ = false, may_skip_ = false;
 };
 
 template <class Products>
@@ -414,6 +454,9 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
   forward.pack_queries();
   forward.begin(num_ranges > 0);
   int64_t stretch = num_ranges > 0 ? ranges[0].first / c.split_kv : -1;
+  int64_t tile = 0, tiles = 0;
+  for (size_t i = 0; i < num_ranges; ++i)
+    tiles += (ranges[i].first + ranges[i].count - 1) / c.tile_kv - ranges[i].first / c.tile_kv + 1;
   const auto save = [&] {
     if (stretch < 0) return;
     forward.save(fold_of(*parts, stretch, *c.problem, t.lanes()));
@@ -436,6 +479,7 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
         stretch = first / c.split_kv;
       }
       const int64_t next = stop < end ? stop : i + 1 < num_ranges ? ranges[i + 1].first : -1;
+      forward.turn(tile++, tiles);
       forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full, next);
       first = stop;
     }

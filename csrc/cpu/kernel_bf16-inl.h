@@ -3,7 +3,10 @@
 
 struct PairDot {
   static constexpr int kKeys = 2;
-  static constexpr bool kScaled = true;  // scaled queries would be rounded once more
+  float scale = 1;  // of scores: scaled queries would be rounded once more
+  ATTNKIT_INLINE PairDot at(int32_t, int32_t) const { return *this; }
+  ATTNKIT_INLINE vf start(int32_t) const { return vf{}; }
+  ATTNKIT_INLINE vf finish(vf sum, int, bool) const { return sum * set1(scale); }
   static ATTNKIT_INLINE vf run(vf a, vf b, vf sum) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -74,13 +77,12 @@ class PairForward : public Forward {
   }
 
   void keys(int64_t first, int32_t count, bool full, int64_t) {
-    const int32_t pairs = (p_.head_dim + 1) / 2;
-    const Lines keys = lines(p_.k, p_.head_dim, first, count), values = lines(p_.v, p_.v_head_dim, first, count);
+    const Lines values = values_of(first, count);
     if (!full) find_live(first, count);
-    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), pairs, p_.scale, ws_ + at_.s,
-                      start_largest(full));
+    scores(first, count, full);
     modify(first, count, full);
-    softmax(count, full, Weights{ws_ + at_.weights, at_.bm});
+    const bool all = weigh_all(count, full);
+    softmax(count, all, Weights{ws_ + at_.weights, at_.bm});
     if (thinned())
       thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
         float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
@@ -89,8 +91,15 @@ class PairForward : public Forward {
     pack_values(values);
     if (!full && !is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), count, at_.dv))
       return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
-    pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(full), ws_ + at_.alpha, ws_ + at_.o,
+    pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(all), ws_ + at_.alpha, ws_ + at_.o,
                 at_.dv, t_.lanes());
+  }
+
+ protected:
+  virtual void scores(int64_t first, int32_t count, bool full) {
+    const Lines keys = keys_of(first, count);
+    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), (p_.head_dim + 1) / 2, {p_.scale},
+                      ws_ + at_.s, start_largest(full));
   }
 
  private:

@@ -37,7 +37,7 @@ class CodeDecode : public PairDecode {
     if (!direct) {
       few_softmax(count);
       thin_weights(first, count, full);
-      return sum_values(values_of(first, count), count, full, first);
+      return sum_values(values_of(first, count), count, full, full, first);
     }
     weights(count);
     if (next >= 0) open_pages(codes_from(values_, next));
@@ -319,16 +319,3 @@ class CodeDecode : public PairDecode {
     few_values<Bf16>(ws_ + at_.s, at_.bm, lines, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv, t_.lanes(), kNothing);
   }
 };
-
-int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
-                     float* workspace) {
-  // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
-  const Problem& p = *c.problem;
-  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
-  if (p.dtype == DType::bf16 && p.stores != nullptr && few && CodeDecode::takes(p))
-    return run<CodeDecode>(c, t, ranges, num_ranges, parts, workspace);
-  const auto run_it = p.dtype != DType::bf16 || p.stores != nullptr ? run<FloatForward>
-                      : few                                         ? run<PairDecode>
-                                                                    : run<PairForward>;
-  return run_it(c, t, ranges, num_ranges, parts, workspace);
-}

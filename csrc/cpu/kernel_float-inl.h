@@ -1,11 +1,12 @@
 // Products of float32, whatever the tensors hold.
 class FloatForward : public Forward {
  public:
-  // Of one tile, keys need not be fetched: then fewer queries are few.
+  // Of one tile, keys need not be fetched: then fewer queries are few. Few leave nothing out.
   FloatForward(const Call& c, const Task& t, float* workspace)
       : FloatForward(
             c, t, workspace,
-            t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
+            c.problem->skip == 0 &&
+                t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
 
   // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {
@@ -33,9 +34,11 @@ class FloatForward : public Forward {
 
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    float *s = ws_ + at_.s, *largest = start_largest(full);
-    const Lines keys = keys_of(first, count), values = values_of(first, count);
+    float* s = ws_ + at_.s;
+    bool all = full;
+    const Lines values = values_of(first, count);
     if (few_) {
+      const Lines keys = keys_of(first, count);
       ld_ = round_up(count, kBlockVecs * kLanes);
       tile_.narrow(0, ld_);
       if (!full) find_live_by_key(first, count);
@@ -44,17 +47,22 @@ class FloatForward : public Forward {
       few_softmax(count);
     } else {
       if (!full) find_live(first, count);
-      const Rows k = rows(p_.k, keys, p_.head_dim, p_.head_dim, at_.k);
-      qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
-                         p_.head_dim, 1, s, largest);
+      scores(first, count, full);
       modify(first, count, full);
-      softmax(count, full, Weights{s, at_.bm});
+      all = weigh_all(count, full);
+      softmax(count, all, Weights{s, at_.bm});
     }
     thin_weights(first, count, full);
-    sum_values(values, count, full, next < 0 ? first : next);
+    sum_values(values, count, full, all, next < 0 ? first : next);
   }
 
  protected:
+  virtual void scores(int64_t first, int32_t count, bool full) {
+    const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
+    qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
+                       p_.head_dim, {}, ws_ + at_.s, start_largest(full));
+  }
+
   void thin_weights(int64_t first, int32_t count, bool full) {
     if (!thinned()) return;
     float* s = ws_ + at_.s;
@@ -64,8 +72,8 @@ class FloatForward : public Forward {
     });
   }
 
-  // `next`: where the keys that are needed next begin.
-  void sum_values(const Lines& values, int32_t count, bool full, int64_t next) {
+  // `all`: every weight counts. `next`: where the keys that are needed next begin.
+  void sum_values(const Lines& values, int32_t count, bool full, bool all, int64_t next) {
     const float* s = ws_ + at_.s;
     if (few_ && full) {
       const Lines then = keys_ahead(next);
@@ -74,7 +82,7 @@ class FloatForward : public Forward {
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
-    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(full), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(all), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
 
   FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
@@ -162,9 +170,9 @@ class FloatForward : public Forward {
 
   // As many keys from `first` on as a tile has: they need not all be seen.
   Lines keys_ahead(int64_t first) const {
-    if (p_.stores != nullptr) return kNoLines;
+    if (p_.stores != nullptr || p_.groups != nullptr) return kNoLines;  // not to be copied twice
     const int64_t left = seq_.kv_len - first;
-    return lines(p_.k, p_.head_dim, first, left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv);
+    return lines(p_.k, p_.head_dim, first, left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv, at_.listed_k);
   }
 
   static Lines lines_of(Rows rows, int32_t count) {

@@ -2,9 +2,11 @@
 //
 // Both take 4-byte units: a float, or (kernel_bf16-inl.h) a pair of bfloat16 that are multiplied and summed together.
 // What is done with a unit is a `Dot`:
-//   run(a, b, sum)   sum + a * b, lane by lane
-//   kKeys            how many keys' weights and values are in a unit
-//   kScaled          whether scores are still to be multiplied by the scale
+//   run(a, b, sum)          sum + a * b, lane by lane
+//   kKeys                   how many keys' weights and values are in a unit
+// and for scores, of keys and lanes counted from those of at(key, lane):
+//   start(key)              what the sum of a key's scores begins with
+//   finish(sum, v, first)   the scores of vector v of queries; `first`: of the first stretch of units
 //
 // An instruction set says, before it includes this, how its registers are used: scores are computed for
 // kAccumulators / kQueryVecs keys by kQueryVecs vectors of queries (where only one vector of queries is left, for
@@ -14,9 +16,11 @@
 static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kAccumulators / 2 <= kMaxKeyRows);
 static_assert(kMaxTileQ % kLanes == 0 && kMaxTileKv % kLanes == 0);
 
-struct FloatDot {
+struct FloatDot {  // of queries that are scaled
   static constexpr int kKeys = 1;
-  static constexpr bool kScaled = false;  // the queries are
+  ATTNKIT_INLINE FloatDot at(int32_t, int32_t) const { return {}; }
+  ATTNKIT_INLINE vf start(int32_t) const { return vf{}; }
+  ATTNKIT_INLINE vf finish(vf sum, int, bool) const { return sum; }
   static ATTNKIT_INLINE vf run(vf a, vf b, vf sum) { return fma(a, b, sum); }
 };
 
@@ -46,15 +50,18 @@ struct KeyRows {
 // Scores of kRows keys, over `depth` units; added to what `s` holds, or (`first`) put there. `largest`, if not null, is
 // raised to them: one value per query.
 template <class Dot, int kRows, int kVecs>
-ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32_t rows, int32_t depth, float scale,
+ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32_t rows, int32_t depth, const Dot& dot,
                             bool first, float* s, float* largest) {
+  const auto in_tile = [&](int r) { return r < rows ? r : rows - 1; };  // tails repeat the last key
   const char* key[kRows];
-  for (int r = 0; r < kRows; ++r) key[r] = k.data + (r < rows ? r : rows - 1) * k.stride;  // tails repeat the last key
+  for (int r = 0; r < kRows; ++r) key[r] = k.data + in_tile(r) * k.stride;
   vf acc[kRows][kVecs];
 #pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r)
+  for (int r = 0; r < kRows; ++r) {
+    const vf begin = first ? dot.start(in_tile(r)) : vf{};
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = vf{};
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = begin;
+  }
   for (int32_t d = 0; d < depth; ++d) {
     vf q[kVecs];
 #pragma GCC unroll 4
@@ -69,9 +76,12 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = dot.finish(acc[r][v], v, first);
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       float* x = s + r * bm + v * kLanes;
-      if constexpr (Dot::kScaled) acc[r][v] *= set1(scale);
       if (!first) acc[r][v] += load(x);
       store(x, acc[r][v]);
     }
@@ -88,9 +98,9 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32
 // Not inlined: inside `run` the compiler would keep the keys' addresses in memory.
 template <class Dot, int kRows, int kVecs>
 __attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const KeyRows& k, int32_t count, int32_t depth,
-                                          float scale, bool first, float* s, float* largest) {
+                                          const Dot& dot, bool first, float* s, float* largest) {
   for (int32_t n = 0; n < count; n += kRows)
-    qk_tile<Dot, kRows, kVecs>(qt, bm, {k.data + n * k.stride, k.stride}, count - n, depth, scale, first,
+    qk_tile<Dot, kRows, kVecs>(qt, bm, {k.data + n * k.stride, k.stride}, count - n, depth, dot.at(n, 0), first,
                                s + static_cast<int64_t>(n) * bm, largest);
 }
 
@@ -100,14 +110,15 @@ inline constexpr int32_t kChannels = 128;
 // S = K Q^T for `count` keys, as far as `live` needs it. Rows up to the next multiple of the micro-tile are written
 // with copies of the last key. `largest`, if not null, is raised to the largest score of each query.
 template <class Dot>
-void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, const Span* live, int32_t units, float scale,
+void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, const Span* live, int32_t units, const Dot& dot,
               float* s, float* largest) {
   for (int32_t d = 0; d < units; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k.data += 4 * kChannels) {
     const int32_t depth = units - d < kChannels ? units - d : kChannels;
     const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
       const Span keys = seen(live, lane, kVecs * kLanes, count);
       qk_columns<Dot, kRows, kVecs>(qt + lane, bm, {k.data + keys.first * k.stride, k.stride}, keys.end - keys.first,
-                                    depth, scale, d == 0, s + lane + static_cast<int64_t>(keys.first) * bm,
+                                    depth, dot.at(keys.first, lane), d == 0,
+                                    s + lane + static_cast<int64_t>(keys.first) * bm,
                                     largest != nullptr && d + depth == units ? largest + lane : nullptr);
     };
     int32_t lane = 0;

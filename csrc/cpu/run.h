@@ -14,6 +14,8 @@ namespace attnkit::cpu {
 // This thread's memory, kept between calls, grown and never shrunk; null if there is not that much.
 float* workspace(size_t bytes);
 
+char* codes_memory(size_t bytes);  // likewise, for encoded queries and keys
+
 CodeView view(const Program& program, const Facts& facts);
 
 // How many threads are worth waking for so many operations, of the `threads` that there are.

@@ -312,23 +312,26 @@ def recur_backward(rng: Rng) -> str:
 # --- select ----------------------------------------------------------------------------------------------
 
 
+CAUSAL = _engine.Program(rows(KEY, ("var_q_idx", 0), ("le_i", 0, 0, 1)), -1, 2, 0, 0)
+
+
 def select(rng: Rng) -> str:
     batch, heads, q_len, kv_len = (int(n) for n in rng.integers(1, 6, 4))
-    rows, columns = (int(n) for n in rng.integers(1, 4, 2))
+    row, column = (int(n) for n in rng.integers(1, 4, 2))
     group, dtype = bool(rng.integers(2)), of(rng, [0, 0, 4, 5])
 
     def room(at: int, *shape: int, dtype: int = dtype) -> Any:
         return (MIDDLE + 4096 * at, dtype, shape, contiguous(shape))
 
     q, k = room(0, batch, 2 * heads, q_len, 5), room(1, batch, heads, kv_len, 5)
-    chosen = room(2, batch, heads if group else 2 * heads, -(-q_len // rows), -(-kv_len // columns), dtype=3)
-    form = (rows, columns, 0.5, bool(rng.integers(2)), of(rng, [None, 0.1]), int(rng.integers(3)), 0.7, True, group)
+    chosen = room(2, batch, heads if group else 2 * heads, -(-q_len // row), -(-kv_len // column), dtype=3)
+    form = (row, column, 0.5, bool(rng.integers(2)), of(rng, [None, 0.1]), int(rng.integers(3)), 0.7, True, group)
     arguments = [q, k, chosen, form, of(rng, [None, CAUSAL]), of(rng, [None, CAUSAL]), [], [], int(rng.integers(1, 4))]
     at, wrong = int(rng.integers(9)), of(rng, [None, "x", -1, 0, 3, 2.5, [], 2**31, np.nan])
     replace: dict[int, Callable[[], Any]] = {
         **{i: partial(damaged, rng, arguments[i]) for i in range(3)},
         3: lambda: of(rng, [None, (), form[:3], (*form[:at], wrong, *form[at + 1 :])]),
-        4: lambda: of(rng, [3, "x", []]),
+        4: lambda: of(rng, [3, "x", [], PROGRAMS[0][0], PROGRAMS[1][0]]),
         6: lambda: of(rng, [None, 3, [buffer_tuple(rng, 0, (2, 2))]]),
         7: lambda: of(rng, [None, [1.0], ["x"]]),
         8: lambda: integer(rng, [64, 10**6, 2**31]),

@@ -19,6 +19,8 @@ OBJECTS = sorted(
 # A loop of a matrix product holds many of these, each adding to a register that stays what it is.
 ACCUMULATES = re.compile(r"vfmadd231ps|vdpbf16ps|vpdpbusd")
 HOT = 12
+# Not so an exponential: a polynomial, a power of two.
+EXPONENTIAL = re.compile("213ps|vscalefps|vcvttps2dq")
 # Those of few queries fetch ahead, in loops of their own inside: there the whole function is looked at, and at whole
 # vectors, for addresses of rows are computed in narrower ones.
 FEW = re.compile(r"few_tile<4, \d, .*(float|Bf16)>\(|few_values_tile<.*(float|Bf16)>\(|dot_rows<4>\(")
@@ -59,8 +61,7 @@ def spills(path: Path) -> tuple[int, list[str]]:
     for name, body in functions(path):
         for loop in straight_loops(body):
             products = sum(bool(ACCUMULATES.match(i.text)) for i in loop)
-            # Not an exponential: a polynomial, a power of two.
-            if products < HOT or any("213ps" in i.text or "vscalefps" in i.text for i in loop):
+            if products < HOT or any(EXPONENTIAL.search(i.text) for i in loop):
                 continue
             hot += 1
             bad += [

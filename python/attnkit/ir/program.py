@@ -375,6 +375,21 @@ class Program:
         return next(op for op in self.ops if isinstance(op, Attend))
 
     @cached_property
+    def encoded(self) -> dict[int, Encode]:
+        """What encodes tokens, by the value that it gives."""
+        found, value = {}, len(self.inputs)
+        for op in self.ops:
+            if isinstance(op, Encode):
+                found[value] = op
+            value += len(op.results)
+        return found
+
+    def layout(self, value: int) -> Layout:
+        """How an input lies, or what is encoded of one."""
+        op = self.encoded.get(value)
+        return self.inputs[value if op is None else op.operands[0]]
+
+    @cached_property
     def scale(self) -> float | None:
         """The scale of its first attention or recurrence; None means ``head_dim ** -0.5``, or that it has neither."""
         return next((op.scale for op in self.ops if isinstance(op, (Attend, Recur))), None)

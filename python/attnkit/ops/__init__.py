@@ -10,7 +10,10 @@ from attnkit.ops.functional import attention, dense_attention, quantized_kv_atte
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
+from attnkit.ops.routed import groups, routing, routing_attention, window_bias
 from attnkit.ops.sdpa import scaled_dot_product_attention
+from attnkit.ops.sparge import sparge_attention
+from attnkit.ops.sparge_search import SpargeThresholds, tune_sparge
 from attnkit.ops.tracing import param
 from attnkit.ops.trees import tree
 
@@ -19,6 +22,7 @@ __all__ = [
     "InstalledReport",
     "KVCache",
     "Report",
+    "SpargeThresholds",
     "as_block_mask",
     "attention",
     "block_mask",
@@ -27,15 +31,21 @@ __all__ = [
     "explain",
     "factorizable_attention",
     "flex_attention",
+    "groups",
     "install",
     "installed",
     "installed_report",
     "linear_attention",
     "param",
     "quantized_kv_attention",
+    "routing",
+    "routing_attention",
     "scaled_dot_product_attention",
+    "sparge_attention",
     "top_k_blocks",
     "trace",
     "tree",
+    "tune_sparge",
     "uninstall",
+    "window_bias",
 ]

@@ -73,6 +73,22 @@ def check_number(name: str, value: Any) -> float:
         ) from None
 
 
+def check_scale(scale: Any) -> float | None:
+    """None, or a finite positive float. AK402 if it is no number, AK401 if it is another one."""
+    if scale is None:
+        return None
+    number = check_number("scale", scale)
+    if not 0 < number < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
+        raise error("AK401", where="scale", given=str(number), allowed="a finite positive number, or None")
+    return number
+
+
+def check_flag(name: str, value: Any) -> None:
+    """AK402 unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise error("AK402", where=name, given=type(value).__name__, allowed="True or False")
+
+
 def needs_derivatives(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd follows any of these tensors, backward or forward."""
     if torch.is_grad_enabled():
@@ -102,7 +118,7 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 def is_paged(program: Program) -> bool:
     """Whether its keys and values are pages, ``[pages, heads, page size, head_dim]``."""
-    return program.inputs[program.attend.k].kind == "paged"
+    return program.layout(program.attend.k).kind == "paged"
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> None:
@@ -219,7 +235,7 @@ def _check_dropout(program: Program, params: Sequence[float], seed: Tensor | Non
 def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Tensor]) -> None:
     if q.is_cuda:  # to look at lengths there would be to wait for them
         return
-    q_layout, kv_layout = program.inputs[program.attend.q], program.inputs[program.attend.k]
+    q_layout, kv_layout = program.layout(program.attend.q), program.layout(program.attend.k)
     if kv_layout.kind == "padded":
         assert kv_layout.lengths is not None
         lens = buffers[kv_layout.lengths]

@@ -107,7 +107,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
         prepared,
         *layout_of_output(q, v.shape[3]),
         bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,
-        ragged=program.inputs[program.attend.k].lengths is not None,
+        ragged=program.layout(program.attend.k).lengths is not None,
         automatic=backend == "auto",
         differentiable=has_backward(prepared),
     )
@@ -139,8 +139,9 @@ def seed_of(seed: Tensor | None) -> int | Tensor | None:
 
 
 def has_backward(prepared: Prepared) -> bool:
-    """Whether a kernel can go backwards. Pages belong to a cache, which takes no gradient."""
-    return hasattr(prepared.kernel, "backward") and not is_paged(prepared.spec.program)
+    """Whether a kernel can go backwards. Pages belong to a cache, which takes no gradient; what skips has none."""
+    program = prepared.spec.program
+    return hasattr(prepared.kernel, "backward") and not is_paged(program) and program.attend.skip is None
 
 
 def layout_of_output(q: Tensor, width: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -73,6 +73,6 @@ def buckets(spec: KernelSpec, lengths: Lengths) -> Lengths:
     What is beside a sequence may not change a bit of it: the shapes of a batch that holds many lengths decide nothing.
     """
     attend = spec.program.attend
-    known = (spec.program.inputs[i].lengths is None for i in (attend.q, attend.k))
+    known = (spec.program.layout(i).lengths is None for i in (attend.q, attend.k))
     q, kv = (bucket(n) if own else 0 for n, own in zip(lengths, known, strict=True))
     return q, kv

@@ -79,7 +79,7 @@ class Folder:
         path, line = self._place(entry.key), (merge(known, entry) if known else entry).line
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _write(path, line.encode("ascii"))
+            write_whole(path, line.encode("ascii"))
         except OSError as exc:
             _warn(self.path, "cannot be written", f"{exc.strerror or exc}: what was measured is not kept")
             return False
@@ -168,7 +168,7 @@ def write_pack(path: Path, entries: list[Entry]) -> None:
     """
     ordered = sorted(entries, key=lambda e: e.line)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, "".join(e.line + "\n" for e in ordered).encode("ascii"), mode=0o644)
+    write_whole(path, "".join(e.line + "\n" for e in ordered).encode("ascii"), mode=0o644)
 
 
 def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
@@ -183,7 +183,7 @@ def _read(path: Path) -> Entry:
         return parse(file.read(MAX_LINE + 1))
 
 
-def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
+def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Whole or not at all. What is lost with the power was measured, and can be again: nothing is flushed."""
     handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=path.parent)
     partial = Path(name)

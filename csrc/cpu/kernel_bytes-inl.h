@@ -1,0 +1,54 @@
+// Codes on the byte dot product, four channels to a unit. It takes one unsigned operand: queries are read 128 larger
+// than they are, and what that adds to a key's sums they start with.
+
+struct ByteProduct {
+  struct Dot {
+    const int32_t* starts;
+    const float *factor, *shift;
+
+    static ATTNKIT_INLINE vf run(vf key, vf queries, vf sum) {
+      asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(queries), "v"(key));  // as dot_bytes
+      return sum;
+    }
+    ATTNKIT_INLINE Dot at(int32_t key, int32_t lane) const { return {starts + key, factor + lane, shift + lane}; }
+    ATTNKIT_INLINE vf start(int32_t key) const { return set1_bits(starts + key); }
+    ATTNKIT_INLINE vf finish(vf sum, int v, bool first) const {
+      return fma(to_float(as_int(sum)), load(factor + v * kLanes), first ? load(shift + v * kLanes) : vf{});
+    }
+  };
+  static constexpr int32_t kCodes = 4;
+
+  static void pack(const int8_t* const* rows, int32_t queries, int32_t channels, float* qt, int32_t bm) {
+    const auto unsigned_bytes = [](auto x) { return __builtin_bit_cast(decltype(x), flip(x)); };
+    const float* units[kMaxTileQ];
+    for (int32_t m = 0; m < queries; ++m) units[m] = reinterpret_cast<const float*>(rows[m]);
+    transpose_rows(units, queries, round_up(channels, 4 * kLanes) / 4, unsigned_bytes, qt, bm);
+  }
+  static KeyRows key_units(const int8_t* codes, int64_t stride, int32_t, int32_t, float*) {
+    return {reinterpret_cast<const char*>(codes), stride};
+  }
+  static ATTNKIT_INLINE vf code(const float* qt, int32_t channel, int32_t bm) {
+    const vi units = load_int(qt + channel / 4 * bm);
+    return to_float((units >> channel % 4 * 8 & 0xff) - 128);
+  }
+
+ private:
+  static ATTNKIT_INLINE vi flip(vf x) { return as_int(x) ^ static_cast<int32_t>(0x80808080); }
+  static ATTNKIT_INLINE uint32_t flip(float x) { return __builtin_bit_cast(uint32_t, x) ^ 0x80808080; }
+};
+
+int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
+                     float* workspace) {
+  const Problem& p = *c.problem;
+  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr;
+  // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
+  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes && p.skip == 0;
+  const auto run_it = [&] {
+    if (p.codes != nullptr)
+      return pairs ? run<EncodedForward<PairForward, ByteProduct>> : run<EncodedForward<FloatForward, ByteProduct>>;
+    if (pairs) return few ? run<PairDecode> : run<PairForward>;
+    const bool codes = p.stores != nullptr && p.dtype == DType::bf16 && few && CodeDecode::takes(p);
+    return codes ? run<CodeDecode> : run<FloatForward>;
+  }();
+  return run_it(c, t, ranges, num_ranges, parts, workspace);
+}

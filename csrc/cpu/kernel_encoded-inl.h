@@ -1,0 +1,107 @@
+// Queries and keys as int8 (encode.h). Their dot products are integers, and exact; scales join them once a tile, and
+// what the mean key adds to a query's scores. What instructions multiply codes is a `Product`:
+//   Dot                            see products-inl.h, with kCodes codes in a unit
+//   pack(rows, queries, ...)       queries to lanes; zeros beyond the last
+//   key_units(...)                 rows of keys as units
+//   code(queries, channel, bm)     a channel of a vector of queries
+
+// Codes are whole numbers, and floats hold their sums exactly up to 1040 channels.
+struct FloatProduct {
+  struct Dot : FloatDot {
+    const int32_t* starts;  // not needed: no code is moved
+    const float *factor, *shift;
+
+    Dot(const int32_t* s, const float* f, const float* h) : starts(s), factor(f), shift(h) {}
+    ATTNKIT_INLINE Dot at(int32_t key, int32_t lane) const { return {starts + key, factor + lane, shift + lane}; }
+    ATTNKIT_INLINE vf finish(vf sum, int v, bool first) const {
+      return fma(sum, load(factor + v * kLanes), first ? load(shift + v * kLanes) : vf{});
+    }
+  };
+  static constexpr int32_t kCodes = 1;
+
+  static void pack(const int8_t* const* rows, int32_t queries, int32_t channels, float* qt, int32_t bm) {
+    for (int32_t d = 0; d < channels; ++d, qt += bm)
+      for (int32_t m = 0; m < bm; ++m) qt[m] = m < queries ? rows[m][d] : 0;
+  }
+  static KeyRows key_units(const int8_t* codes, int64_t stride, int32_t count, int32_t channels, float* to) {
+    for (int32_t n = 0; n < count; ++n)
+      for (int32_t d = 0; d < channels; ++d) to[n * channels + d] = codes[n * stride + d];
+    return {reinterpret_cast<const char*>(to), int64_t{4} * channels};
+  }
+  static ATTNKIT_INLINE vf code(const float* qt, int32_t channel, int32_t bm) { return load(qt + channel * bm); }
+};
+
+template <class Products, class Product>
+class EncodedForward : public Products {
+  using Products::at_;
+  using Products::c_;
+  using Products::p_;
+  using Products::seq_;
+  using Products::t_;
+  using Products::ws_;
+
+ public:
+  EncodedForward(const Call& c, const Task& t, float* workspace) : Products(c, t, workspace, false) {}
+
+  void pack_queries() {
+    const Codes& q = p_.codes[0];
+    const int8_t* rows[kMaxTileQ];
+    float *step = ws_ + at_.steps, *shift = ws_ + at_.shift;
+    for (int32_t m = 0; m < at_.bm; ++m) {
+      step[m] = 0;
+      if (m >= t_.lanes()) continue;
+      const int32_t head = this->head_of(m);
+      const int64_t token = t_.q_first + m % t_.q_count;
+      rows[m] = q.data + q.row(t_.sequence, seq_.q_len, head, token) * q.stride;
+      step[m] = q.step(t_.sequence, seq_.q_len, head, token) * p_.scale;
+    }
+    Product::pack(rows, t_.lanes(), p_.head_dim, ws_ + at_.qt, at_.bm);
+    // The mean key gives each query's scores the same. Channel by channel, so that the order of the sum is one.
+    const Codes& k = p_.codes[1];
+    const float* mean = k.means + (t_.sequence * k.heads + this->kv_head_) * k.width;
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
+      vf sum{};
+      for (int32_t d = 0; p_.encoding.center && d < p_.head_dim; ++d)
+        sum = fma(Product::code(ws_ + at_.qt + lane, d, at_.bm), set1(mean[d]), sum);
+      store(shift + lane, sum * load(step + lane));
+    }
+  }
+
+ protected:
+  void scores(int64_t first, int32_t count, bool full) override {
+    float* largest = this->start_largest(full);
+    const int32_t tile = p_.codes[1].tile;
+    for (int32_t n = 0, some; n < count; n += some) {
+      const auto left = static_cast<int32_t>(tile - (first + n) % tile);  // that share a step
+      some = left < count - n ? left : count - n;
+      scores_of(first + n, n, some, full, largest);
+    }
+  }
+
+ private:
+  // Of `count` keys from row n of the tile on.
+  void scores_of(int64_t first, int32_t n, int32_t count, bool full, float* largest) {
+    const Codes& k = p_.codes[1];
+    const int64_t row = k.row(t_.sequence, seq_.kv_len, this->kv_head_, first);
+    const vf step = set1(k.step(t_.sequence, seq_.kv_len, this->kv_head_, first));
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes)
+      store(ws_ + at_.factor + lane, load(ws_ + at_.steps + lane) * step);
+    Span live[kMaxTileQ / kLanes];
+    for (int32_t v = 0; !full && v * kLanes < at_.bm; ++v) {
+      const Span all = this->spans_[v];
+      live[v] = {all.first < n ? 0 : all.first - n, all.end < n + count ? all.end - n : count};
+    }
+    const KeyRows keys = Product::key_units(k.data + row * k.stride, k.stride, count, p_.head_dim, ws_ + at_.k);
+    qk_units<typename Product::Dot>(
+        ws_ + at_.qt, at_.bm, keys, count, full ? nullptr : live, (p_.head_dim + Product::kCodes - 1) / Product::kCodes,
+        {k.starts + row, ws_ + at_.factor, ws_ + at_.shift}, ws_ + at_.s + static_cast<int64_t>(n) * at_.bm, largest);
+  }
+};
+
+// Where only floats are multiplied.
+template <class Products>
+int32_t run_floats(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
+                   float* workspace) {
+  const auto run_it = c.problem->codes == nullptr ? run<Products> : run<EncodedForward<Products, FloatProduct>>;
+  return run_it(c, t, ranges, num_ranges, parts, workspace);
+}
