@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from attnkit.ops.tracing import assume_constant
 from attnkit.variants.sequences import CAUSAL
 from attnkit.variants.sparge import KV_TILE, Q_TILE
 
-Numbers = float | Sequence[float]  # one for all heads, or one for each
+Numbers = float | Sequence[float | None]  # one for all heads, or one for each
 
 
 class Prediction(NamedTuple):
@@ -64,7 +64,7 @@ def sparge_attention(
         causal: bottom-right aligned, exact for every pair. Smoothed int8 keys then know the whole sequence: a prefill method,
             which a warning says once.
         topk: the share of all tiles of keys that a tile of queries keeps, in (0, 1], rounded down, at least one; 1 keeps all.
-            Like cdf and similarity one number, or one for each query head.
+            Like cdf and similarity one number, or a list of them, or None, for each query head.
         cdf: or as many of the best as together hold no more than so much of the softmax, in (0, 1], at least one; 1 keeps all.
             If neither is given ``topk = 0.5``.
         similarity: None is -0.1 with topk, 0.6 with cdf; from 1 on nothing is coherent and all is kept.
@@ -117,31 +117,30 @@ def predictions_of(heads: int, topk: Any, cdf: Any, similarity: Any) -> list[Pre
     Raises:
         AttnkitError: AK401, AK402, a number is wrong; AK403, another number of them than of heads; AK408, topk beside cdf.
     """
-    if topk is not None and cdf is not None:
-        raise error("AK408", where="topk, cdf", given="both", allowed="one of them, or neither")
-    if topk is None and cdf is None:
-        topk = 0.5
-    if similarity is None:
-        similarity = -0.1 if cdf is None else 0.6
-    given = {
-        "topk": _each(heads, "topk", topk, 1.0),
-        "cdf": _each(heads, "cdf", cdf, 1.0),
-        "similarity": _each(heads, "similarity", similarity, None),
-    }
-    return [Prediction(*numbers) for numbers in zip(*given.values(), strict=True)]
+    given = [
+        _each(heads, "topk", topk, _share), _each(heads, "cdf", cdf, _share), _each(heads, "similarity", similarity, check_number)
+    ]  # fmt: skip
+    found = []
+    for share, mass, least in zip(*given, strict=True):
+        if share is not None and mass is not None:
+            raise error("AK408", where="topk, cdf", given="both", allowed="one of them, or neither")
+        usual = -0.1 if mass is None else 0.6
+        found.append(
+            Prediction(0.5 if share is mass is None else share, mass, usual if least is None else least)
+        )
+    return found
 
 
-def _each(heads: int, name: str, given: Any, most: float | None) -> list[Any]:
-    if given is None:
-        return [None] * heads
+def _each(heads: int, name: str, given: Any, check: Callable[[str, Any], float]) -> list[float | None]:
     numbers = list(given) if isinstance(given, (list, tuple)) else [given] * heads
     if len(numbers) != heads:
-        raise error(
-            "AK403", where=name, given=f"{len(numbers)} numbers", allowed=f"one, or {heads}: one a query head"
-        )
-    if name == "similarity":
-        return [check_number(name, number) for number in numbers]
-    return [_number(name, number, "a number in (0, 1]", most) for number in numbers]
+        allowed = f"one, or {heads}: one a query head"
+        raise error("AK403", where=name, given=f"{len(numbers)} numbers", allowed=allowed)
+    return [None if number is None else check(name, number) for number in numbers]
+
+
+def _share(name: str, given: Any) -> float:
+    return _number(name, given, "a number in (0, 1]", 1.0)
 
 
 def _number(name: str, given: Any, allowed: str, most: float | None) -> float:
