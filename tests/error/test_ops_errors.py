@@ -264,7 +264,7 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "lse of another shape": ("AK403", "lse", lambda: backward(lse=rand(1))),
     "lse of another dtype": ("AK404", "lse", lambda: backward(lse=rand(*Q.shape[:3]).double())),
     "gradients of no buffer": ("AK401", "wanted", lambda: backward(wanted=[True])),
-    "select": ("AK504", "select", lambda: attention(select=object())),
+    "select": ("AK402", "select", lambda: attention(select=object())),
     "sdpa in float64": (
         "AK504", "scaled_dot_product_attention", lambda: ak.scaled_dot_product_attention(Q.double(), Q.double(), Q.double()),
     ),

@@ -1,6 +1,8 @@
 """attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
 
+from attnkit.ops.block_choice import top_k_blocks
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
+from attnkit.ops.block_sparse import block_sparse_attention
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
 from attnkit.ops.factorizable import factorizable_attention
 from attnkit.ops.flex import flex_attention
@@ -9,7 +11,7 @@ from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.sdpa import scaled_dot_product_attention
-from attnkit.ops.sparge import sparge_attention
+from attnkit.ops.sparge_family import sparge, sparge_attention
 from attnkit.ops.sparge_search import SpargeThresholds, tune_sparge
 from attnkit.ops.tracing import param
 from attnkit.ops.trees import tree
@@ -23,6 +25,7 @@ __all__ = [
     "as_block_mask",
     "attention",
     "block_mask",
+    "block_sparse_attention",
     "dense_attention",
     "explain",
     "factorizable_attention",
@@ -34,7 +37,9 @@ __all__ = [
     "param",
     "quantized_kv_attention",
     "scaled_dot_product_attention",
+    "sparge",
     "sparge_attention",
+    "top_k_blocks",
     "trace",
     "tree",
     "tune_sparge",

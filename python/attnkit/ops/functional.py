@@ -21,6 +21,7 @@ from attnkit.ir.mods import (
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops.attend_cache import Codes, attend_cache, check_q
+from attnkit.ops.block_choice import Operands, chosen_by
 from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     autocast,
@@ -76,7 +77,8 @@ def attention(
         v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
-        select: data-dependent selection; not built yet.
+        select: ``ak.top_k_blocks(block, k)`` or ``ak.sparge(...)``: blocks of keys that the queries choose, joined with the masks
+            by "and".
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
             ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
         scale: finite and positive; None is ``D ** -0.5``.
@@ -117,13 +119,19 @@ def attention(
     q, *held = _autocast(q, k, v, kv_lens)
     keys, values, kv_lens, page_table, codes = held
     _check_operands(q, *held)
-    _check_not_built(select, normalizer)
+    _check_normalizer(normalizer)
     dropout_p, scale = check_probability("dropout_p", dropout_p), check_scale(scale)
     _check_function("score", score)
     _check_function("mask", mask)
     _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     common = cu_seqlens_q is None and not cached
     mask = _with_blocks(mask, block_mask, q, keys, common=common)
+    approximation = None
+    if select is not None:
+        approximation = getattr(select, "approximation", None)
+        apart = {"packed": cu_seqlens_q, "in pages": page_table, "codes": codes}
+        chosen = chosen_by(select, Operands(q, keys, scale, kv_lens, backend), apart)
+        mask = chosen if mask is None else _all_of([chosen, mask])
     normalizer = normalizer or Weighting()
     if return_lse and not normalizer.has_lse:
         raise error("AK221", where="return_lse", given=normalizer.kind, allowed="softmax and signed_softmax")
@@ -132,7 +140,7 @@ def attention(
     sink = _check_sink(normalizer.sink, q)
     text, buffers, params = bind(
         Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, page_table,
-                  dropout_p, None if codes is None else codes.scheme.codecs),
+                  dropout_p, None if codes is None else codes.scheme.codecs, approximation),
         q,
     )  # fmt: skip
     _check_captured(buffers, q)
@@ -410,9 +418,7 @@ def _check_captured(buffers: list[Tensor], q: Tensor) -> None:
         check_tensor(f"captured tensor b{i}", buffer, q.device)
 
 
-def _check_not_built(select: Any, normalizer: Any) -> None:
-    if select is not None:
-        raise error("AK504", where="select", what="selection is not built yet", allowed="None")
+def _check_normalizer(normalizer: Any) -> None:
     if normalizer is not None and not isinstance(normalizer, Weighting):
         raise error("AK402", where="normalizer", given=type(normalizer).__name__, allowed="ak.softmax(...)")
 
