@@ -59,7 +59,7 @@ def of_minilm(first: int, tokens: int) -> list[Sample]:
     def whole(layer: int, name: str) -> Tensor:
         """``[1, heads, tokens, head_dim]``"""
         x = torch.cat(held[layer, name]).flatten(0, 1)
-        return x.unflatten(1, (heads, -1)).transpose(0, 1)[None].clone()
+        return x.view(len(x), heads, -1).transpose(0, 1)[None].clone()
 
     return [(whole(i, "query"), whole(i, "key"), whole(i, "value")) for i in range(len(attentions))]
 
