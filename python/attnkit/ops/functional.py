@@ -79,8 +79,8 @@ def attention(
         v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
-        select: which pairs meet. ``ak.top_k_blocks(block, k)``: blocks of keys that the queries choose, joined with the masks by
-            "and". Or groups, on the CPU, beside score, mask, scale and, where each query is in one group, return_lse:
+        select: which pairs meet. ``ak.top_k_blocks(block, k)`` or ``ak.sparge(...)``: blocks of keys that the queries choose, joined with the
+            masks by "and". Or groups, on the CPU, beside score, mask, scale and, where each query is in one group, return_lse:
             `ak.routing` (clusters), `ak.groups` (lists of tokens), or a pattern over a grid of `attnkit.variants.vision`
             (windows, halos).
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
@@ -142,7 +142,9 @@ def attention(
     check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     common = cu_seqlens_q is None and not cached
     mask = _with_blocks(mask, block_mask, q, keys, common=common)
+    approximation = None
     if select is not None:
+        approximation = getattr(select, "approximation", None)
         apart = {"packed": cu_seqlens_q, "in pages": page_table, "codes": codes}
         chosen = chosen_by(select, Operands(q, keys, scale, kv_lens, backend), apart)
         mask = chosen if mask is None else all_of([chosen, mask])
@@ -154,7 +156,7 @@ def attention(
     sink = _check_sink(normalizer.sink, q)
     text, buffers, params = bind(
         Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, page_table,
-                  dropout_p, None if codes is None else codes.scheme.codecs),
+                  dropout_p, None if codes is None else codes.scheme.codecs, approximation),
         q,
     )  # fmt: skip
     _check_captured(buffers, q)
