@@ -325,8 +325,28 @@ def select(rng: Rng) -> str:
 
     q, k = room(0, batch, 2 * heads, q_len, 5), room(1, batch, heads, kv_len, 5)
     chosen = room(2, batch, heads if group else 2 * heads, -(-q_len // row), -(-kv_len // column), dtype=3)
-    form = (row, column, 0.5, bool(rng.integers(2)), of(rng, [None, 0.1]), int(rng.integers(3)), 0.7, True, group)
-    arguments = [q, k, chosen, form, of(rng, [None, CAUSAL]), of(rng, [None, CAUSAL]), [], [], int(rng.integers(1, 4))]
+    form = (
+        row,
+        column,
+        0.5,
+        bool(rng.integers(2)),
+        of(rng, [None, 0.1]),
+        int(rng.integers(3)),
+        0.7,
+        True,
+        group,
+    )
+    arguments = [
+        q,
+        k,
+        chosen,
+        form,
+        of(rng, [None, CAUSAL]),
+        of(rng, [None, CAUSAL]),
+        [],
+        [],
+        int(rng.integers(1, 4)),
+    ]
     at, wrong = int(rng.integers(9)), of(rng, [None, "x", -1, 0, 3, 2.5, [], 2**31, np.nan])
     replace: dict[int, Callable[[], Any]] = {
         **{i: partial(damaged, rng, arguments[i]) for i in range(3)},
@@ -575,7 +595,9 @@ def test_wrong_arguments(seed: int, effort: int) -> None:
         assert tally[f"{name}: ValueError"] > 0, tally
     assert tally["attend: computed"] > count / 20, tally
     assert tally["attend_backward: computed"] > count / 200, tally
-    assert min(tally[f"{name}: computed"] for name in ("recur", "recur_backward", "select")) > count / 200, tally
+    assert min(tally[f"{name}: computed"] for name in ("recur", "recur_backward", "select")) > count / 200, (
+        tally
+    )
     assert tally["attend: fault 5"] > 0, tally  # no memory behind it
     assert tally["attend: fault 6"] > 0, tally  # misaligned
 
