@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
@@ -36,7 +37,10 @@ class Choice(Protocol):
     """What ``ak.attention(select=)`` takes."""
 
     def over(self, operands: Operands) -> MaskFunction:
-        """The pairs that it leaves, as a mask. No gradient passes through it."""
+        """The pairs that it leaves, as a mask. No gradient passes through it.
+
+        What attends to them in a way of its own says so: ``approximation``, see `attnkit.ops.traced.Traceable`.
+        """
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,12 @@ def chosen_by(select: Any, operands: Operands, apart: dict[str, Any]) -> MaskFun
         AttnkitError: AK402, it is no choice; AK408, keys lie so that there is no choice among them.
     """
     if not hasattr(select, "over"):
-        raise error("AK402", where="select", given=type(select).__name__, allowed="ak.top_k_blocks(...)")
+        raise error(
+            "AK402",
+            where="select",
+            given=type(select).__name__,
+            allowed="ak.top_k_blocks(...), ak.sparge(...)",
+        )
     for how, given in apart.items():
         if given is not None and (how == "packed" or getattr(select, "means", None) is None):
             raise error("AK408", where="select", given=f"keys that are {how}", allowed="plain or padded keys",
@@ -198,7 +207,9 @@ program (q: bhsd, k: bhsd) {"buffers(b0: i32[1])" if causal else ""} {{
     ).text
 
 
-def choose(q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str) -> Tensor:
+def choose(
+    q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str, params: Sequence[float] = ()
+) -> Tensor:
     """What a selection of q and k keeps, on a backend: bool ``[B, heads, rows, columns]``.
 
     Raises:
@@ -211,7 +222,10 @@ def choose(q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str)
         from attnkit.backends.reference import run
 
         found = run(
-            parse(text), [t.detach().double().cpu().numpy() for t in (q, k)], [b.numpy() for b in buffers]
+            parse(text),
+            [t.detach().double().cpu().numpy() for t in (q, k)],
+            [b.numpy() for b in buffers],
+            params,
         )
         return torch.from_numpy(found[0][:, :, 0].copy())
     if q.device.type != "cpu" or backend not in ("auto", "cpu"):
@@ -222,4 +236,4 @@ def choose(q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str)
             given=given,
             allowed="tensors on the CPU, backend 'auto', 'cpu' or 'reference'",
         )
-    return select(q, k, text, buffers, [])
+    return select(q, k, text, buffers, list(params))
