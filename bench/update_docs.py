@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from attnkit.bench.training import distances, plot
+from attnkit.bench import learning, training
+from attnkit.bench.training import distances
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -132,6 +133,45 @@ def models_table() -> str:
     return "\n".join([*lines, "", summary, *_source(result, name)])
 
 
+def generation_table() -> str:
+    """Decoding on caches of codes, and what they cost a model that has learnt something."""
+    name = "zen5-2core-generation.json"
+    if not (RESULTS / name).is_file():
+        return (
+            f"Not measured yet: `attnkit bench --suite generation --threads 2 --json bench/results/{name}`."
+        )
+    result = _load(name)
+    faster = {bar["workload"]: bar["measured"] for bar in result["bars"]}
+    lines = ["| cache | tokens a second | over transformers' own | MiB |", "|---|---|---|---|"]
+    for r in (r for r in result["runs"] if "cache" in r):
+        own = r["cache"] == "sdpa"
+        what = "transformers' own, `sdpa`" if own else f"`{r['cache']}`"
+        ratio = "" if own else _ratio(faster[f"decoding on {r['cache']}"])
+        lines.append(f"| {what} | {r['tokens_per_s']['median']:.0f} | {ratio} | {r['bytes'] / 2**20:.1f} |")
+    lines += ["", "| codec | newest tokens kept exact | perplexity a byte |", "|---|---|---|"]
+    for r in (r for r in result["runs"] if "codec" in r):
+        exact = str(r["residual"]) if r["codec"] in ("int4", "int2") else ""
+        codec = "no cache, float32" if r["codec"] == "none" else f"`{r['codec']}`"
+        lines.append(f"| {codec} | {exact} | {r['perplexity']:.4f} |")
+    return "\n".join([*lines, "", *_source(result, name)])
+
+
+def learning_table() -> str:
+    """What the models of suite learning have learnt, and what a step takes."""
+    name = "zen5-2core-learning.json"
+    if not (RESULTS / name).is_file():
+        return f"Not measured yet: `attnkit bench --suite learning --threads 2 --json bench/results/{name}`."
+    result = _load(name)
+    lines = ["| | weights | loss of unseen text | last losses | ms a step |", "|---|---|---|---|---|"]
+    for r in result["runs"]:
+        last = sum(r["losses"][-20:]) / 20
+        ms = 1e3 * r["seconds_per_step"]["median"]
+        lines.append(
+            f"| {r['model']} | {r['parameters'] / 1e6:.2f} M | {r['held_out']:.3f} | {last:.3f} | {ms:.0f} |"
+        )
+    return "\n".join([*lines, "", *_source(result, name), "", "![losses while learning](learning.svg)"])
+
+
 def _ratio(s: dict[str, float]) -> str:
     return f"**{s['median']:.2f}×** [{s['lo']:.2f}, {s['hi']:.2f}]"
 
@@ -170,8 +210,8 @@ def resources_table() -> str:
     most = {
         kind: max(row["resources"]["stack"] for row in result["rows"] if row["case"]["kernel"] in kinds)
         for kind, kinds in (
-            ("forward and decode", ("forward", "decode")),
-            ("backward", ("dq", "dkv", "pairs", "delta")),
+            ("forward and decode", ("forward", "decode", "forward mend")),
+            ("backward", ("dq", "dkv", "pairs", "delta", "dq mend", "dkv mend")),
         )
     }
     said = {
@@ -187,6 +227,31 @@ def resources_table() -> str:
     return "\n".join(lines)
 
 
+def sparge_table() -> str:
+    """What searched thresholds cost and give."""
+    name = "zen5-2core-sparge-curve.json"
+    result = _load(name)
+    lines = [
+        "| | bound | searched: largest error | other text: mean and largest | tiles kept | times faster than dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in result["runs"]:
+        s, e = r["speedup"], r["error"]
+        lines.append(
+            f"| {r['model']}, {r['heads']} heads | {r['bound']:g} | {r['searched']['error']:.3f} | {e['mean']:.3f}, {e['max']:.3f} "
+            f"| {r['density']:.2f} | **{s['median']:.2f}×** [{s['lo']:.2f}, {s['hi']:.2f}] |"
+        )
+    m = result["machine"]
+    lines += [
+        "",
+        f"All layers together, {result['tokens']} tokens, {result['dtype']}, {result['threads']} threads, prediction included, beside our dense attention;",
+        f"{m['cpu']}, {m['isa']}, attnkit at {result['commit']} (`bench/results/{name}`).",
+        "",
+        "![error against what is kept, and speed against error](../sparge.svg)",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = [
     ("README.md", "results", quick_table),
     ("docs/design/cpu-engine.md", "expression cost", cost_table),
@@ -195,6 +260,9 @@ TABLES = [
     ("docs/design/triton.md", "resources", resources_table),
     ("docs/training.md", "training suite", training_table),
     ("docs/training.md", "models suite", models_table),
+    ("docs/training.md", "learning suite", learning_table),
+    ("docs/kv-cache.md", "generation suite", generation_table),
+    ("docs/variants/sparge.md", "sparge curve", sparge_table),
 ]
 
 
@@ -211,9 +279,10 @@ def main() -> None:
     for name, marker, table in TABLES:
         path = ROOT / name
         path.write_text(updated(path.read_text(), marker, table()))
-    training = RESULTS / "zen5-2core-training.json"
-    if training.is_file():
-        plot(_load(training.name), [ROOT / "docs" / "training.svg"])
+    for suite in (training, learning):
+        name = suite.__name__.rpartition(".")[2]
+        if (RESULTS / f"zen5-2core-{name}.json").is_file():
+            suite.plot(_load(f"zen5-2core-{name}.json"), [ROOT / "docs" / f"{name}.svg"])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@
 
 #include "../cpu/blocks.h"
 #include "bind.h"
+#include "gradients.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -44,9 +45,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
                                 const std::optional<DropoutTuple>& dropout, int threads, int tile_q, int tile_kv,
                                 int split_kv, const Maybe& page_table, const std::optional<EncodingTuple>& encoding,
                                 float skip) try {
-  need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
-  need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
+  need_tiles(threads, tile_q, tile_kv);
   need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   need(!encoding || !page_table, "codes of pages are a cache's");
@@ -209,6 +208,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_backward(m);
   bind_recur(m);
   bind_cache(m);
+  bind_groups(m);
   bind_select(m);
   m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);

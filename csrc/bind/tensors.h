@@ -190,6 +190,7 @@ struct Request {
   std::vector<Buffer> buffers;
   std::vector<Sequence> sequences;
   PageTable pages;
+  int64_t rows = 0;  // of o and lse, both float32, of groups that have rows of their own
   Ints o_shape, lse_shape;
   bool empty = false;  // there is nothing to compute
 
@@ -206,13 +207,14 @@ struct Request {
     need(q.size[3] == k.size[3], "q and k differ in head_dim");
     need(q.size[3] <= 4096 && v.size[3] <= 4096, "head_dim above 4096");
     need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
-    need(q.dtype == k.dtype && q.dtype == v.dtype && q.dtype == o.dtype, "q, k, v and o differ in dtype");
+    constexpr int f32 = static_cast<int>(DType::f32);
+    need(q.dtype == k.dtype && q.dtype == v.dtype && o.dtype == (rows > 0 ? f32 : q.dtype),
+         "q, k, v and o differ in dtype");
     need(q.dtype == static_cast<int>(DType::f32) || q.dtype == static_cast<int>(DType::bf16) ||
              q.dtype == static_cast<int>(DType::f16),
          "q, k, v and o are float32, bfloat16 or float16");
     need(q.size[0] <= INT32_MAX && q.size[1] <= INT32_MAX, "more than 2^31 - 1 batch entries or heads");
-    constexpr int f32 = static_cast<int>(DType::f32);
-    o_shape = {q.size[0], q.size[1], q.size[2], v.size[3]};
+    o_shape = {q.size[0], q.size[1], rows > 0 ? rows : q.size[2], v.size[3]};
     lse_shape = {o_shape.begin(), o_shape.end() - 1};
     need(o.size == o_shape, "o is not of the shape of the output");
     problem = Problem{};
@@ -237,7 +239,7 @@ struct Request {
     std::vector<Memory> memory{{q.data, q.size, q.stride, element},
                                {k.data, k.size, k.stride, element},
                                {v.data, v.size, v.stride, element},
-                               {o.data, o.size, o.stride, element}};
+                               {o.data, o.size, o.stride, rows > 0 ? 4 : element}};
     memory.push_back(lse ? Memory{lse->data, lse->size, lse->stride, element_size(DType::f32)} : kAbsent);
     memory.push_back(sink ? Memory{sink->data, sink->size, sink->stride, element_size(DType::f32)} : kAbsent);
     int64_t kv_len = k.size[2];

@@ -153,15 +153,14 @@ void Analysis::eval(size_t i) { new (&value_[i]) Interval(evaluate(i)); }
 Facts Analysis::prove(bool mask_only) {
   Facts facts;
   facts.load_in_bounds.assign(program_.code.size(), 0);
-  frame_ = {{0, std::max(problem_.num_sequences - 1, 0)},
-            {0, std::max(problem_.num_heads - 1, 0)},
-            {INT64_MAX, 0},
-            {INT64_MAX, 0}};
+  frame_ = {{0, 0}, {0, std::max(problem_.num_heads - 1, 0)}, {INT64_MAX, 0}, {INT64_MAX, 0}};
   for (int32_t n = 0; n < problem_.num_sequences; ++n) {
     const Sequence& s = problem_.sequences[n];
+    frame_.b.hi = std::max<int64_t>(frame_.b.hi, problem_.entry_of(n));
     if (s.q_len == 0 || s.kv_len == 0) continue;
-    frame_.q_len = {std::min(frame_.q_len.lo, s.q_len), std::max(frame_.q_len.hi, s.q_len)};
-    frame_.kv_len = {std::min(frame_.kv_len.lo, s.kv_len), std::max(frame_.kv_len.hi, s.kv_len)};
+    const int64_t q_len = problem_.q_len_of(n), kv_len = problem_.kv_len_of(n);
+    frame_.q_len = {std::min(frame_.q_len.lo, q_len), std::max(frame_.q_len.hi, q_len)};
+    frame_.kv_len = {std::min(frame_.kv_len.lo, kv_len), std::max(frame_.kv_len.hi, kv_len)};
   }
   if (frame_.q_len.hi == 0) return facts;  // no pairs: nothing is evaluated
   q_ = {0, frame_.q_len.hi - 1};

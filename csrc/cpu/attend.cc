@@ -94,7 +94,8 @@ Status attend(const Program& program, const Problem& given, const Config& config
   double flops = 0;
   for (int32_t i = 0; i < p.num_sequences; ++i) {
     const Sequence& s = p.sequences[i];
-    const int64_t queries = std::max(s.q_len * p.num_heads, kQueriesPerRead * p.num_kv_heads);
+    const int64_t heads = p.heads_of(i), group = p.num_heads / p.num_kv_heads;
+    const int64_t queries = std::max(s.q_len * heads, kQueriesPerRead * heads / group);
     flops += 2.0 * static_cast<double>(queries) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim);
   }
   const Kernel& kernel = current_isa();

@@ -15,6 +15,7 @@ struct BackwardLayout {
   int32_t bn, dk, dv;  // key lanes; channels rounded up to whole vectors
   TileLayout tile;
   size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, live, alive, random, kept;
+  size_t listed_q, listed_do, listed_k, listed_v;  // of groups, as memory has them
 
   explicit BackwardLayout(const BackwardCall& c)
       : bn(round_up(c.tile_kv, kLanes)),
@@ -39,6 +40,12 @@ struct BackwardLayout {
     const bool thinned = p.dropout.threshold != 0;
     random = places.take(thinned ? SplitWords<KeyWords>::kVector : 0, bn / kLanes);
     kept = places.take(thinned ? kStrip : 0, bn);
+    const int32_t of_k = p.groups == nullptr ? 0 : listed_stride(p.dtype, p.head_dim) / 4,
+                  of_v = p.groups == nullptr ? 0 : listed_stride(p.dtype, p.v_head_dim) / 4;
+    listed_q = places.take(c.tile_q, of_k);
+    listed_do = places.take(c.tile_q, of_v);
+    listed_k = places.take(c.tile_kv, of_k);
+    listed_v = places.take(c.tile_kv, of_v);
   }
 };
 
@@ -99,8 +106,7 @@ class Backward {
   // Before the first tile, if there is one.
   void begin() {
     take_keys();
-    const Rows v = rows_of(p_.v, p_.dtype, seq_.batch, t_.kv_head, seq_.kv_start + t_.first, t_.count, p_.v_head_dim,
-                           at_.dv, ws_ + at_.v);
+    const Rows v = rows(p_.v, value_lines(), p_.v_head_dim, at_.dv, at_.v);
     const vf scale = set1(p_.scale);
     transpose(k_, p_.head_dim, ws_ + at_.kt, [=](vf x) { return x * scale; });
     transpose(v, p_.v_head_dim, ws_ + at_.vt, [](vf x) { return x; });
@@ -194,27 +200,46 @@ class Backward {
   Extent extent(const BackwardTile& tile) const {
     return {tile.queries.q_count, static_cast<int32_t>(tile.first - t_.first), round_up(tile.count, kLanes)};
   }
-  int64_t token(const BackwardTile& tile) const { return seq_.q_start + tile.queries.q_first; }
   bool exists(const BackwardTile& tile) const { return tile.full && !tile.rows.dead; }
   // 0 * NaN is NaN: what a pair that does not exist would read may not be multiplied at all, not even by zero.
   bool guarded(const BackwardTile& tile) const { return !exists(tile) && !(finite_ && tile.rows.finite); }
   float* d_keys(const Extent& of) const { return ws_ + at_.d_keys + static_cast<int64_t>(of.lane) * at_.dk; }
   float* d_values(const Extent& of) const { return ws_ + at_.d_values + static_cast<int64_t>(of.lane) * at_.dv; }
 
-  Rows queries(const BackwardTile& tile) const {
-    return rows_of(p_.q, p_.dtype, seq_.batch, tile.queries.head, token(tile), tile.queries.q_count, p_.head_dim,
-                   at_.dk, ws_ + at_.q);
+  // Tokens as they lie in memory; of groups a copy of the tile's.
+  Lines query_lines(const View& view, const BackwardTile& tile, int32_t width, size_t listed) const {
+    const Task& t = tile.queries;
+    if (p_.groups != nullptr)
+      return listed_lines(view, p_.dtype, seq_.batch, t.head, p_.groups[t.sequence].queries + t.q_first, t.q_count,
+                          width, ws_ + listed);
+    return lines_of(view, {}, p_.dtype, seq_.batch, t.head, seq_.q_start + t.q_first, t.q_count, width);
   }
+  Lines key_lines(const View& view, int32_t width, size_t listed) const {
+    if (p_.groups != nullptr)
+      return listed_lines(view, p_.dtype, seq_.batch, t_.kv_head, p_.groups[t_.sequence].keys + t_.first, t_.count,
+                          width, ws_ + listed);
+    return lines_of(view, {}, p_.dtype, seq_.batch, t_.kv_head, seq_.kv_start + t_.first, t_.count, width);
+  }
+  Lines query_lines(const BackwardTile& tile) const { return query_lines(p_.q, tile, p_.head_dim, at_.listed_q); }
+  Lines cotangent_lines(const BackwardTile& tile) const {
+    return query_lines(g_.d_o, tile, p_.v_head_dim, at_.listed_do);
+  }
+  Lines key_lines() const { return key_lines(p_.k, p_.head_dim, at_.listed_k); }
+  Lines value_lines() const { return key_lines(p_.v, p_.v_head_dim, at_.listed_v); }
+
+  // As float32, `padded` channels wide.
+  Rows rows(const View& view, const Lines& lines, int32_t width, int32_t padded, size_t at) const {
+    return rows_of(lines, p_.dtype, view.stride[3], width, padded, ws_ + at);
+  }
+  Rows queries(const BackwardTile& tile) const { return rows(p_.q, query_lines(tile), p_.head_dim, at_.dk, at_.q); }
   Rows cotangents(const BackwardTile& tile) const {
-    return rows_of(g_.d_o, p_.dtype, seq_.batch, tile.queries.head, token(tile), tile.queries.q_count, p_.v_head_dim,
-                   at_.dv, ws_ + at_.d_o);
+    return rows(g_.d_o, cotangent_lines(tile), p_.v_head_dim, at_.dv, at_.d_o);
   }
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
   void take_keys() {
-    k_ = rows_of(p_.k, p_.dtype, seq_.batch, t_.kv_head, seq_.kv_start + t_.first, t_.count, p_.head_dim, at_.dk,
-                 ws_ + at_.k);
+    k_ = rows(p_.k, key_lines(), p_.head_dim, at_.dk, at_.k);
     finite_ = is_finite(k_, t_.count, at_.dk);
     tile_.begin();
     tile_.keys(t_.first, t_.count);
@@ -246,14 +271,19 @@ class Backward {
   void add_to_queries(const BackwardTile& tile, const Tiles& tiles, F add) {
     tiles.wait(tiles.state, tile);
     const View& view = g_.dq;
-    float* dq = row_of<float*>(view, seq_.batch, tile.queries.head, token(tile));
-    if (view.stride[3] == 1 && at_.dk == p_.head_dim) return add(dq, view.stride[2]);
+    const auto row = [&](int32_t m) {
+      return row_of<float*>(view, seq_.batch, tile.queries.head, p_.result_at(t_.sequence, tile.queries.q_first + m));
+    };
+    const bool adjacent = p_.groups == nullptr || p_.q_rows;
+    if (adjacent && view.stride[3] == 1 && at_.dk == p_.head_dim) return add(row(0), view.stride[2]);
     const int32_t rows = tile.queries.q_count;
     float* sum = ws_ + at_.dq;
     clear(at_.dq, static_cast<int64_t>(rows) * at_.dk);
     add(sum, at_.dk);
-    for (int32_t m = 0; m < rows; ++m)
-      for (int32_t d = 0; d < p_.head_dim; ++d) dq[m * view.stride[2] + d * view.stride[3]] += sum[m * at_.dk + d];
+    for (int32_t m = 0; m < rows; ++m) {
+      float* dq = row(m);
+      for (int32_t d = 0; d < p_.head_dim; ++d) dq[d * view.stride[3]] += sum[m * at_.dk + d];
+    }
   }
 
   // As the forward sums scores.
@@ -379,10 +409,12 @@ class Backward {
   }
 
   void put(const View& view, size_t at, int32_t padded, int32_t width, float factor) const {
-    with_elements(p_.dtype, [&](auto* type) {
-      const auto to = row_of<decltype(type)>(view, seq_.batch, t_.kv_head, seq_.kv_start + t_.first);
-      for (int32_t n = 0; n < t_.count; ++n)
-        narrow_row(to + n * view.stride[2], view.stride[3], ws_ + at + static_cast<size_t>(n * padded), width, factor);
+    with_elements(p_.key_result_dtype(), [&](auto* type) {
+      for (int32_t n = 0; n < t_.count; ++n) {
+        const int64_t token = p_.key_result_at(t_.sequence, t_.first + n);
+        narrow_row(row_of<decltype(type)>(view, seq_.batch, t_.kv_head, token), view.stride[3],
+                   ws_ + at + static_cast<size_t>(n * padded), width, factor);
+      }
     });
   }
 

@@ -67,12 +67,12 @@ class Pass {
     double flops = 0;
     for (size_t i = 0; i < n; ++i) {
       const Sequence& s = p.sequences[i];
-      first_block_[i + 1] = first_block_[i] + q_blocks(s) * p.num_heads;
-      first_task_[i + 1] = first_task_[i] + kv_blocks(s) * p.num_kv_heads;
-      flops += 5.0 * static_cast<double>(s.q_len) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim) *
-               p.num_heads;
-      for (int32_t h = 0; h < (by_head ? p.num_heads : 1); ++h)
-        structures_.push_back({static_cast<int32_t>(i), h, by_head ? 1 : p.num_heads, {}, {}, {}});
+      const int32_t head = p.first_head(static_cast<int32_t>(i)), heads = p.heads_of(static_cast<int32_t>(i));
+      first_block_[i + 1] = first_block_[i] + q_blocks(s) * heads;
+      first_task_[i + 1] = first_task_[i] + kv_blocks(s) * (heads / group());
+      flops += 5.0 * static_cast<double>(s.q_len) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim) * heads;
+      for (int32_t h = 0; h < (by_head ? heads : 1); ++h)
+        structures_.push_back({static_cast<int32_t>(i), head + h, by_head ? 1 : heads, {}, {}, {}});
       first_structure_[i + 1] = structures_.size();
     }
     plan_buffers();
@@ -135,7 +135,8 @@ class Pass {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
       const size_t sequence = owner(first_block_, i);
       const int64_t in_sequence = i - first_block_[sequence], per_head = q_blocks(p_.sequences[sequence]);
-      const Task task = queries_of(sequence, static_cast<int32_t>(in_sequence / per_head), in_sequence % per_head);
+      const int32_t head = first_head(sequence) + static_cast<int32_t>(in_sequence / per_head);
+      const Task task = queries_of(sequence, head, in_sequence % per_head);
       kernel_.backward_rows(call_, task, rows_[static_cast<size_t>(i)]);
     }
   }
@@ -180,13 +181,15 @@ class Pass {
         return std::any_of(in.args, in.args + in.nargs,
                            [&](int32_t a) { return program_.code[static_cast<size_t>(a)].op == op; });
       };
-      const bool one_head = (has(Op::var_b) || p_.num_sequences == 1) && (has(Op::var_h) || p_.num_heads == 1);
+      // Tokens may meet in several groups.
+      const bool one_head =
+          p_.groups == nullptr && (has(Op::var_b) || p_.num_sequences == 1) && (has(Op::var_h) || p_.num_heads == 1);
       const bool query = has(Op::var_q_idx), pair = query && has(Op::var_kv_idx);
-      buffers_[b].way = count[b] > 1        ? BufferPlan::apart
-                        : pair && one_head  ? BufferPlan::alone
-                        : query && one_head ? BufferPlan::by_turn
-                        : pair              ? BufferPlan::by_pair
-                                            : BufferPlan::apart;
+      buffers_[b].way = count[b] > 1                   ? BufferPlan::apart
+                        : pair && one_head             ? BufferPlan::alone
+                        : query && one_head            ? BufferPlan::by_turn
+                        : pair && p_.groups == nullptr ? BufferPlan::by_pair
+                                                       : BufferPlan::apart;
     }
     for (const BufferPlan& b : buffers_) {
       by_turn_ |= b.way == BufferPlan::by_turn;
@@ -224,9 +227,9 @@ class Pass {
     int32_t row;  // the next to look at, -1: the head's first
 
     const Structure& structure() const {
-      const size_t first = pass->first_structure_[static_cast<size_t>(task->sequence)],
-                   end = pass->first_structure_[static_cast<size_t>(task->sequence) + 1];
-      return pass->structures_[first + (end - first == 1 ? 0 : static_cast<size_t>(head))];
+      const auto sequence = static_cast<size_t>(task->sequence);
+      const size_t first = pass->first_structure_[sequence], end = pass->first_structure_[sequence + 1];
+      return pass->structures_[first + (end - first == 1 ? 0 : static_cast<size_t>(head - pass->first_head(sequence)))];
     }
 
     bool next(BackwardTile& tile) {
@@ -240,7 +243,8 @@ class Pass {
           if (find(s.rows[static_cast<size_t>(at)], tile)) {
             const auto sequence = static_cast<size_t>(task->sequence);
             tile.queries = pass->queries_of(sequence, head, at);
-            tile.block = pass->first_block_[sequence] + head * pass->q_blocks(pass->p_.sequences[sequence]) + at;
+            tile.block = pass->first_block_[sequence] +
+                         (head - pass->first_head(sequence)) * pass->q_blocks(pass->p_.sequences[sequence]) + at;
             tile.rows = pass->rows_[static_cast<size_t>(tile.block)];
             return true;
           }
@@ -293,6 +297,7 @@ class Pass {
   }
 
   int32_t group() const { return p_.num_heads / p_.num_kv_heads; }
+  int32_t first_head(size_t sequence) const { return p_.first_head(static_cast<int32_t>(sequence)); }
 
   // How far a task is when it has done a tile; blocks of queries that it does not have count as its last.
   int64_t position(size_t task, int32_t head_of_group, int64_t query) const {
@@ -358,7 +363,8 @@ class Pass {
       const Sequence& s = p_.sequences[sequence];
       const int64_t in_sequence = i - first_task_[sequence], column = in_sequence % kv_blocks(s);
       const int64_t first = column * call_.tile_kv;
-      const BackwardTask task{static_cast<int32_t>(sequence), static_cast<int32_t>(in_sequence / kv_blocks(s)), first,
+      const BackwardTask task{static_cast<int32_t>(sequence),
+                              first_head(sequence) / group() + static_cast<int32_t>(in_sequence / kv_blocks(s)), first,
                               static_cast<int32_t>(std::min<int64_t>(call_.tile_kv, s.kv_len - first)),
                               parts.targets.data()};
       Walk walk{this, &task, i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(), -1};

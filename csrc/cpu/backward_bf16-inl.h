@@ -111,9 +111,8 @@ class PairBackward : public Backward {
 
   void begin() {
     take_keys();
-    const int64_t token = seq_.kv_start + t_.first;
-    const Rows k = units_of(p_.k, t_.kv_head, token, t_.count, p_.head_dim, pairs_.q_units),
-               v = units_of(p_.v, t_.kv_head, token, t_.count, p_.v_head_dim, pairs_.do_units);
+    const Rows k = units_of(p_.k, key_lines(), p_.head_dim, pairs_.q_units),
+               v = units_of(p_.v, value_lines(), p_.v_head_dim, pairs_.do_units);
     const auto same = [](vf x) { return x; };
     transpose(k, (p_.head_dim + 1) / 2, ws_ + at_.kt, same);
     transpose(v, (p_.v_head_dim + 1) / 2, ws_ + at_.vt, same);
@@ -123,9 +122,8 @@ class PairBackward : public Backward {
   void visit(const BackwardTile& tile, const Tiles& tiles) {
     const Extent of = extent(tile);
     const int32_t rows = of.rows, lanes = of.lanes, depth_k = (p_.head_dim + 1) / 2, depth_v = (p_.v_head_dim + 1) / 2;
-    const int32_t head = tile.queries.head;
-    const Rows qs = units_of(p_.q, head, token(tile), rows, p_.head_dim, pairs_.q_units),
-               dos = units_of(g_.d_o, head, token(tile), rows, p_.v_head_dim, pairs_.do_units);
+    const Rows qs = units_of(p_.q, query_lines(tile), p_.head_dim, pairs_.q_units),
+               dos = units_of(g_.d_o, cotangent_lines(tile), p_.v_head_dim, pairs_.do_units);
     const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
     float *s = ws_ + at_.s, *dp = ws_ + at_.dp, *weights = ws_ + pairs_.weights;
     slopes_.stride = lanes;
@@ -189,14 +187,14 @@ class PairBackward : public Backward {
   }
 
   // Pairs of channels, padded with zeros to whole vectors; where they lie, if they lie so.
-  Rows units_of(const View& view, int32_t head, int64_t token, int32_t rows, int32_t width, size_t at) const {
-    const Bf16* from = row_of<const Bf16*>(view, seq_.batch, head, token);
-    const int64_t stride = view.stride[2], channel = view.stride[3];
+  Rows units_of(const View& view, const Lines& lines, int32_t width, size_t at) const {
+    const Bf16* from = reinterpret_cast<const Bf16*>(lines.at(0));
+    const int64_t stride = lines.stride / 2, channel = view.stride[3];
     if (channel == 1 && width % (2 * kLanes) == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0)
       return {reinterpret_cast<const float*>(from), stride / 2};
     const int32_t padded = round_up(width, 2 * kLanes);
     Bf16* to = reinterpret_cast<Bf16*>(ws_ + at);
-    for (int32_t r = 0; r < rows; ++r, from += stride, to += padded) {
+    for (int32_t r = 0; r < lines.count; ++r, from += stride, to += padded) {
       __builtin_memset(to + width, 0, static_cast<size_t>(padded - width) * sizeof(Bf16));
       if (channel == 1) {
         __builtin_memcpy(to, from, static_cast<size_t>(width) * sizeof(Bf16));

@@ -15,7 +15,7 @@ void each_vector(const T* row, int64_t stride, int32_t width, F f) {
 }
 
 // Before the tasks: what they need to know of one block of queries.
-template <class T>
+template <class T, class O>
 void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
   const Problem& p = *c.problem;
   const Gradients& g = *c.gradients;
@@ -23,21 +23,21 @@ void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
   rows.dead = false;
   vf zero{};
   for (int32_t m = 0; m < t.q_count; ++m) {
-    const int64_t token = seq.q_start + t.q_first + m;
-    const T *q = row_of<T*>(p.q, seq.batch, t.head, token), *o = row_of<T*>(p.o, seq.batch, t.head, token),
-            *d_o = row_of<T*>(g.d_o, seq.batch, t.head, token);
+    const int64_t token = p.query_at(t.sequence, t.q_first + m), result = p.result_at(t.sequence, t.q_first + m);
+    const T *q = row_of<T*>(p.q, seq.batch, t.head, token), *d_o = row_of<T*>(g.d_o, seq.batch, t.head, token);
+    const auto* o = row_of<O*>(p.o, seq.batch, t.head, result);
     each_vector(q, p.q.stride[3], p.head_dim, [&](vf x, int32_t) { zero = fma(x, vf{}, zero); });
     vf sum{};
     each_vector(d_o, g.d_o.stride[3], p.v_head_dim, [&](vf x, int32_t d) {
       zero = fma(x, vf{}, zero);
       sum = fma(x, vector_at(o, p.o.stride[3], p.v_head_dim, d), sum);
     });
-    const float lse = p.lse[seq.batch * p.lse_stride[0] + t.head * p.lse_stride[1] + token * p.lse_stride[2]];
+    const float lse = p.lse[seq.batch * p.lse_stride[0] + t.head * p.lse_stride[1] + result * p.lse_stride[2]];
     const bool dead = lse == -kInfinity;
     float delta = 0;
     for (int l = 0; l < kLanes; ++l) delta += sum[l];
     if (g.d_lse != nullptr)
-      delta -= g.d_lse[seq.batch * g.d_lse_stride[0] + t.head * g.d_lse_stride[1] + token * g.d_lse_stride[2]];
+      delta -= g.d_lse[seq.batch * g.d_lse_stride[0] + t.head * g.d_lse_stride[1] + result * g.d_lse_stride[2]];
     rows.dead |= dead;
     rows.lse[m] = dead ? kInfinity : lse;
     rows.delta[m] = dead ? 0 : delta;
@@ -46,5 +46,8 @@ void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
 }
 
 void backward_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
-  with_elements(c.problem->dtype, [&](auto* type) { look_at_rows<std::remove_pointer_t<decltype(type)>>(c, t, rows); });
+  with_elements(c.problem->dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    c.problem->q_rows ? look_at_rows<T, float>(c, t, rows) : look_at_rows<T, T>(c, t, rows);
+  });
 }

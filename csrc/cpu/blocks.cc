@@ -10,8 +10,9 @@ int64_t half(int64_t n) { return static_cast<int64_t>(std::bit_floor(static_cast
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-Frame frame_of(const Sequence& s, int32_t sequence, int32_t head, int32_t heads) {
-  return {{sequence, sequence}, {head, head + heads - 1}, {s.q_len, s.q_len}, {s.kv_len, s.kv_len}};
+Frame frame_of(const Problem& p, int32_t sequence, int32_t head, int32_t heads) {
+  const int64_t entry = p.entry_of(sequence), q_len = p.q_len_of(sequence), kv_len = p.kv_len_of(sequence);
+  return {{entry, entry}, {head, head + heads - 1}, {q_len, q_len}, {kv_len, kv_len}};
 }
 
 }  // namespace
@@ -27,7 +28,7 @@ RowPlan::RowPlan(const Program& program, const Problem& problem, const Call& cal
 const std::vector<KeyRange>& RowPlan::plan(const Task& task) {
   const Sequence& s = problem_.sequences[task.sequence];
   const int64_t kv_end = std::min(task.kv_end, s.kv_len);
-  if (!keep_) return find(task, s, task.kv_first, kv_end);
+  if (!keep_) return find(task, task.kv_first, kv_end);
   if (kept_sequence_ != task.sequence) {
     kept_sequence_ = task.sequence;
     kept_.assign(static_cast<size_t>(blocks_of(s.q_len, call_.tile_q)), {});
@@ -35,7 +36,7 @@ const std::vector<KeyRange>& RowPlan::plan(const Task& task) {
   }
   const auto row = static_cast<size_t>(task.q_first / call_.tile_q);
   if (!is_kept_[row]) {
-    kept_[row] = find(task, s, 0, s.kv_len);
+    kept_[row] = find(task, 0, s.kv_len);
     is_kept_[row] = 1;
   }
   return within(kept_[row], task.kv_first, kv_end);
@@ -51,7 +52,7 @@ const std::vector<KeyRange>& RowPlan::within(const std::vector<KeyRange>& row, i
   return ranges_;
 }
 
-const std::vector<KeyRange>& RowPlan::find(const Task& task, const Sequence& s, int64_t kv_first, int64_t kv_end) {
+const std::vector<KeyRange>& RowPlan::find(const Task& task, int64_t kv_first, int64_t kv_end) {
   ranges_.clear();
   kv_end_ = kv_end;
   if (kv_first >= kv_end) return ranges_;
@@ -59,21 +60,27 @@ const std::vector<KeyRange>& RowPlan::find(const Task& task, const Sequence& s, 
     add(kv_first, kv_end, true);
     return ranges_;
   }
-  analysis_.frame(frame_of(s, task.sequence, task.head, task.heads));
-  q_ = {task.q_first, task.q_first + task.q_count - 1};
+  analysis_.frame(frame_of(problem_, task.sequence, task.head, task.heads));
+  sequence_ = task.sequence;
+  q_ = {problem_.query_of(sequence_, task.q_first), problem_.query_of(sequence_, task.q_first + task.q_count - 1)};
   descend(kv_first / call_.tile_kv, blocks_of(kv_end, call_.tile_kv));
   return ranges_;
 }
 
+// Lists ascend: between the first and the last of a stretch lies all of it.
+Range RowPlan::keys(int64_t first, int64_t end) const {
+  return {problem_.key_of(sequence_, first), problem_.key_of(sequence_, end - 1)};
+}
+
 Block RowPlan::classify(int64_t first, int64_t end) {
   analysis_.queries(q_);
-  return analysis_.classify({first, end - 1});
+  return analysis_.classify(keys(first, end));
 }
 
 void RowPlan::descend(int64_t tile, int64_t tile_end) {
   const int64_t first = tile * call_.tile_kv, end = std::min(tile_end * call_.tile_kv, kv_end_);
   Block block = classify(first, end);
-  if (block == Block::partial && tile_end - tile == 1) block = analysis_.settle(q_, {first, end - 1});
+  if (block == Block::partial && tile_end - tile == 1) block = analysis_.settle(q_, keys(first, end));
   if (block == Block::full && !trust_full_) block = Block::partial;
   if (block == Block::empty) return;
   if (block == Block::full) return add(first, end, true);
@@ -172,7 +179,7 @@ BlockRuns block_runs(const Program& program, const Problem& p, int32_t q_block, 
     for (int32_t h = 0; h < (out.per_head ? p.num_heads : 1); ++h) {
       const Sequence& s = p.sequences[b];
       std::vector<std::vector<Run>> rows(static_cast<size_t>(blocks_of(s.q_len, q_block)));
-      analysis.frame(frame_of(s, b, h, 1));
+      analysis.frame(frame_of(p, b, h, 1));
       Quadtree(analysis, s, facts.mask_loads_in_bounds, q_block, kv_block).run(rows, program.boxes.dense);
       for (const std::vector<Run>& row : rows) {
         out.runs.insert(out.runs.end(), row.begin(), row.end());

@@ -15,8 +15,9 @@ class RowPlan {
   const std::vector<KeyRange>& plan(const Task& task);
 
  private:
-  const std::vector<KeyRange>& find(const Task& task, const Sequence& sequence, int64_t kv_first, int64_t kv_end);
+  const std::vector<KeyRange>& find(const Task& task, int64_t kv_first, int64_t kv_end);
   const std::vector<KeyRange>& within(const std::vector<KeyRange>& row, int64_t kv_first, int64_t kv_end);
+  Range keys(int64_t first, int64_t end) const;
   Block classify(int64_t first, int64_t end);
   void descend(int64_t tile, int64_t tile_end);
   void trim(int64_t first, int64_t end);
@@ -27,6 +28,7 @@ class RowPlan {
   Analysis analysis_;
   const bool trust_full_;  // a mask that reads outside its buffers must be evaluated to be caught at it
   const bool keep_;        // whether plans are worth keeping for the next heads
+  int32_t sequence_ = 0;
   Range q_{};
   int64_t kv_end_ = 0;
   std::vector<KeyRange> ranges_;

@@ -5,6 +5,7 @@
 
 #include "bytecode.h"
 #include "encode.h"
+#include "groups.h"
 #include "problem.h"
 #include "recur.h"
 #include "select.h"
@@ -142,6 +143,7 @@ struct Kernel {
   // Reads n floats once; the memory ceiling. The sum keeps the reads alive.
   float (*read_burst)(const float* p, int64_t n);
   RecurKernel recur;
+  GroupKernel groups;
   SelectKernel select;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;

@@ -38,13 +38,25 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 }  // namespace
 
-const Kernel kAvx512Kernel{"avx512",      workspace_bytes, run_floats<FloatForward>,
-                           merge_parts,   encode_tokens,   backward_bytes,
-                           backward_rows, backward,        evaluate,
-                           fma_burst,     read_burst,      kRecurKernel,
-                           kSelectKernel};
+const Kernel kAvx512Kernel{
+    .name = "avx512",
+    .workspace_bytes = workspace_bytes,
+    .run = run_floats<FloatForward>,
+    .merge = merge_parts,
+    .encode = encode_tokens,
+    .backward_bytes = backward_bytes,
+    .backward_rows = backward_rows,
+    .backward = backward,
+    .evaluate = evaluate,
+    .fma_burst = fma_burst,
+    .read_burst = read_burst,
+    .recur = kRecurKernel,
+    .groups = kGroupKernel,
+    .select = kSelectKernel,
+};
 
 }  // namespace attnkit::cpu

@@ -43,6 +43,7 @@ namespace {
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 
 double dot_burst(int64_t rounds) {
@@ -64,8 +65,21 @@ double dot_burst(int64_t rounds) {
 }  // namespace
 
 const Kernel kAvx512bf16Kernel{
-    "avx512bf16",  workspace_bytes,   run_by_dtype, merge_parts, encode_tokens, backward_bytes_by_dtype,
-    backward_rows, backward_by_dtype, evaluate,     fma_burst,   read_burst,    kRecurKernel,
-    kSelectKernel, dot_burst};
+    .name = "avx512bf16",
+    .workspace_bytes = workspace_bytes,
+    .run = run_by_dtype,
+    .merge = merge_parts,
+    .encode = encode_tokens,
+    .backward_bytes = backward_bytes_by_dtype,
+    .backward_rows = backward_rows,
+    .backward = backward_by_dtype,
+    .evaluate = evaluate,
+    .fma_burst = fma_burst,
+    .read_burst = read_burst,
+    .recur = kRecurKernel,
+    .groups = kGroupKernel,
+    .select = kSelectKernel,
+    .dot_burst = dot_burst,
+};
 
 }  // namespace attnkit::cpu

@@ -79,13 +79,25 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
 #include "moments_backward-inl.h"
+#include "groups-inl.h"
 #include "select-inl.h"
 }  // namespace
 
-const Kernel kScalarKernel{"scalar",      workspace_bytes, run_floats<FloatForward>,
-                           merge_parts,   encode_tokens,   backward_bytes,
-                           backward_rows, backward,        evaluate,
-                           fma_burst,     read_burst,      kRecurKernel,
-                           kSelectKernel};
+const Kernel kScalarKernel{
+    .name = "scalar",
+    .workspace_bytes = workspace_bytes,
+    .run = run_floats<FloatForward>,
+    .merge = merge_parts,
+    .encode = encode_tokens,
+    .backward_bytes = backward_bytes,
+    .backward_rows = backward_rows,
+    .backward = backward,
+    .evaluate = evaluate,
+    .fma_burst = fma_burst,
+    .read_burst = read_burst,
+    .recur = kRecurKernel,
+    .groups = kGroupKernel,
+    .select = kSelectKernel,
+};
 
 }  // namespace attnkit::cpu

@@ -18,6 +18,7 @@ struct Layout {
   size_t weights, values;  // as pairs of keys
   size_t before_o, before_max, before_sum;  // of the stretches of keys before this one
   size_t random;  // words of the queries
+  size_t listed_k, listed_v;  // of groups, as memory has them
   size_t code_q, code_bytes, code_weights;  // of few queries over codes
   size_t q, st;  // of few queries: rows of them, and of S^T
   size_t steps, shift, factor;  // of encoded queries
@@ -48,6 +49,9 @@ struct Layout {
     before_max = take(1, bm);
     before_sum = take(1, bm);
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
+    const int32_t listed = p.groups == nullptr ? 0 : c.tile_kv;
+    listed_k = take(listed, listed_stride(p.dtype, p.head_dim) / 4);
+    listed_v = take(listed, listed_stride(p.dtype, p.v_head_dim) / 4);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
     const bool coded = p.stores != nullptr;
@@ -115,14 +119,14 @@ class Forward {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int32_t head = head_of(m);
-      const int64_t token = token_of(m);
+      const int64_t token = p_.result_at(t_.sequence, t_.q_first + m % t_.q_count);
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
       const float norm = dead ? 0 : rescale / sum * p_.dropout.factor;
       float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
       if (dead) clear(at_.o + static_cast<size_t>(m) * static_cast<size_t>(at_.dv), at_.dv);
-      with_elements(p_.dtype, [&](auto* type) {
+      with_elements(p_.o_dtype(), [&](auto* type) {
         narrow_row(row<decltype(type)>(p_.o, head, token), p_.o.stride[3], o, p_.v_head_dim, norm);
       });
       if (p_.lse != nullptr) {
@@ -155,25 +159,28 @@ class Forward {
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
-  int64_t token_of(int32_t lane) const { return seq_.q_start + t_.q_first + lane % t_.q_count; }
+  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.q_first + lane % t_.q_count); }
 
   template <class P>  // a pointer to the elements
   P row(const View& view, int32_t head, int64_t token) const {
     return row_of<P>(view, seq_.batch, head, token);
   }
 
-  // Keys or values as they lie in memory.
-  Lines lines(const View& view, int32_t channels, int64_t first, int32_t count) const {
+  // Keys or values as they lie in memory; of groups a copy of the tile's.
+  Lines lines(const View& view, int32_t channels, int64_t first, int32_t count, size_t listed) const {
+    if (p_.groups != nullptr)
+      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, p_.groups[t_.sequence].keys + first, count, channels,
+                          ws_ + listed);
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
   // Keys and values: of a cache that keeps codes, a copy of the tile as float32.
   Lines keys_of(int64_t first, int32_t count) {
-    if (p_.stores == nullptr) return lines(p_.k, p_.head_dim, first, count);
+    if (p_.stores == nullptr) return lines(p_.k, p_.head_dim, first, count, at_.listed_k);
     return decoded(p_.stores[0], first, count, round_up(p_.head_dim, kLanes), at_.k);
   }
   Lines values_of(int64_t first, int32_t count) {
-    if (p_.stores == nullptr) return lines(p_.v, p_.v_head_dim, first, count);
+    if (p_.stores == nullptr) return lines(p_.v, p_.v_head_dim, first, count, at_.listed_v);
     return decoded(p_.stores[1], first, count, at_.dv, at_.v);
   }
   Lines decoded(const Store& s, int64_t first, int32_t count, int32_t padded, size_t at) {

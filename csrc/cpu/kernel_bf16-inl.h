@@ -77,7 +77,7 @@ class PairForward : public Forward {
   }
 
   void keys(int64_t first, int32_t count, bool full, int64_t) {
-    const Lines values = lines(p_.v, p_.v_head_dim, first, count);
+    const Lines values = values_of(first, count);
     if (!full) find_live(first, count);
     scores(first, count, full);
     modify(first, count, full);
@@ -97,7 +97,7 @@ class PairForward : public Forward {
 
  protected:
   virtual void scores(int64_t first, int32_t count, bool full) {
-    const Lines keys = lines(p_.k, p_.head_dim, first, count);
+    const Lines keys = keys_of(first, count);
     qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), (p_.head_dim + 1) / 2, {p_.scale},
                       ws_ + at_.s, start_largest(full));
   }

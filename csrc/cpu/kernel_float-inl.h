@@ -170,9 +170,9 @@ class FloatForward : public Forward {
 
   // As many keys from `first` on as a tile has: they need not all be seen.
   Lines keys_ahead(int64_t first) const {
-    if (p_.stores != nullptr) return kNoLines;
+    if (p_.stores != nullptr || p_.groups != nullptr) return kNoLines;  // not to be copied twice
     const int64_t left = seq_.kv_len - first;
-    return lines(p_.k, p_.head_dim, first, left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv);
+    return lines(p_.k, p_.head_dim, first, left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv, at_.listed_k);
   }
 
   static Lines lines_of(Rows rows, int32_t count) {

@@ -44,6 +44,27 @@ struct Sequence {
   int64_t num_coded = 0;  // of stores that keep the newest tokens apart: the tokens before those, a multiple of kRun
 };
 
+// What makes a sequence some tokens of a batch entry, apart from all others: its q_len queries and kv_len keys are
+// lists of them, ascending. Programs know the tokens by their own numbers.
+struct Group {
+  int32_t entry;            // the batch entry
+  int32_t head, heads;      // the query heads that it is for
+  const int32_t *queries, *keys;
+  int64_t q_row,
+      kv_row;  // where the rows of its queries and keys begin, in tensors that have one for each entry of a list
+};
+
+// The lists of all groups, [batches][heads][groups][most], -1 after a list's last; one batch or head stands for all.
+struct Lists {
+  const int32_t* tokens;
+  int64_t batches, heads, groups, most;
+
+  const int32_t* of(int64_t batch, int64_t head, int64_t group) const {
+    return tokens + ((batch % batches * heads + head % heads) * groups + group) * most;
+  }
+  int64_t rows() const { return groups * most; }  // of a head
+};
+
 enum class Codec : uint8_t { plain, int8, fp8, int4, int2 };
 
 // Keys or values as a cache keeps them. What belongs to one head of a batch entry (or page) is in one piece, of which
@@ -116,6 +137,30 @@ struct Problem {
   Encoding encoding{};
   const Codes* codes = nullptr;  // of q and of k, where they are encoded
   float skip = 0;  // above 0: 16 queries leave out a tile of keys whose logits lie so far below those before; in log2
+  // Of each sequence, or null. Then channels are adjacent, and there are no pages, stores, sink or dropout.
+  const Group* groups = nullptr;
+  int64_t q_tokens = 0, kv_tokens = 0;  // of a batch entry of groups
+  // Whether o and lse, of keys their gradients, are float32 with a row for each entry of a list.
+  bool q_rows = false, kv_rows = false;
+
+  // A sequence as programs know it.
+  int32_t entry_of(int32_t i) const { return groups == nullptr ? i : groups[i].entry; }
+  int64_t q_len_of(int32_t i) const { return groups == nullptr ? sequences[i].q_len : q_tokens; }
+  int64_t kv_len_of(int32_t i) const { return groups == nullptr ? sequences[i].kv_len : kv_tokens; }
+  int64_t query_of(int32_t i, int64_t n) const { return groups == nullptr ? n : groups[i].queries[n]; }
+  int64_t key_of(int32_t i, int64_t n) const { return groups == nullptr ? n : groups[i].keys[n]; }
+
+  int32_t first_head(int32_t i) const { return groups == nullptr ? 0 : groups[i].head; }
+  int32_t heads_of(int32_t i) const { return groups == nullptr ? num_heads : groups[i].heads; }
+
+  // Where what belongs to a query is read, where its results are, and where those of a key are.
+  int64_t query_at(int32_t i, int64_t n) const { return sequences[i].q_start + query_of(i, n); }
+  int64_t result_at(int32_t i, int64_t n) const { return q_rows ? groups[i].q_row + n : query_at(i, n); }
+  int64_t key_result_at(int32_t i, int64_t n) const {
+    return kv_rows ? groups[i].kv_row + n : sequences[i].kv_start + key_of(i, n);
+  }
+  DType o_dtype() const { return q_rows ? DType::f32 : dtype; }
+  DType key_result_dtype() const { return kv_rows ? DType::f32 : dtype; }
 };
 
 // What the backward of a problem reads and writes besides.

@@ -32,7 +32,7 @@ Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads) : p
       while (group % cut.heads != 0 || (cut.heads > 1 && cut.heads * s.q_len > lanes)) --cut.heads;
       cut.blocks = ceil_div(s.q_len, call.tile_q);
       cut.stretches = std::max<int64_t>(ceil_div(s.kv_len, call.split_kv), 1);
-      pieces += p.num_heads / cut.heads * cut.blocks * cut.stretches;
+      pieces += p.heads_of(i) / cut.heads * cut.blocks * cut.stretches;
     }
   }
 
@@ -40,7 +40,7 @@ Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads) : p
   for (int32_t i = 0; i < p.num_sequences; ++i) {
     Cut &cut = cuts_[static_cast<size_t>(i)], &next = cuts_[static_cast<size_t>(i) + 1];
     cut.pieces = together < cut.stretches ? ceil_div(cut.stretches, together) : 1;
-    const int64_t units = p.num_heads / cut.heads * cut.blocks, shared = cut.pieces > 1 ? units : 0;
+    const int64_t units = p.heads_of(i) / cut.heads * cut.blocks, shared = cut.pieces > 1 ? units : 0;
     const auto most_lanes = static_cast<int32_t>(cut.heads * std::min<int64_t>(call.tile_q, p.sequences[i].q_len));
     next.first_task = cut.first_task + units * cut.pieces;
     next.first_unit = cut.first_unit + shared;
@@ -59,7 +59,7 @@ Schedule::Item Schedule::item(int64_t i) const {
   const Sequence& s = problem_.sequences[sequence];
   const int64_t in_sequence = i - cut.first_task, piece = in_sequence % cut.pieces, unit = in_sequence / cut.pieces;
   const int64_t block = cut.blocks - 1 - unit % cut.blocks;
-  const auto head = static_cast<int32_t>(unit / cut.blocks) * cut.heads;
+  const auto head = problem_.first_head(sequence) + static_cast<int32_t>(unit / cut.blocks) * cut.heads;
   Item item{{sequence, head, cut.heads, block * call_.tile_q, 0}};
   item.task.q_count = static_cast<int32_t>(std::min<int64_t>(call_.tile_q, s.q_len - item.task.q_first));
   if (cut.pieces == 1) return item;

@@ -116,6 +116,26 @@ inline Lines lines_of(const View& view, const Pages& pages, DType dtype, int32_t
   return lines;
 }
 
+// Listed tokens, whose channels are adjacent: copied to `to`, one after the other, in rows of whole vectors.
+inline int32_t listed_stride(DType dtype, int32_t width) {
+  return (width * element_size(dtype) + kBytes - 1) / kBytes * kBytes;
+}
+inline Lines listed_lines(const View& view, DType dtype, int32_t batch, int32_t head, const int32_t* tokens,
+                          int32_t rows, int32_t width, void* to) {
+  const int64_t size = element_size(dtype), stride = view.stride[2] * size;
+  const auto bytes = static_cast<int32_t>(width * size), row = listed_stride(dtype, width),
+             whole = bytes / kBytes * kBytes;
+  const char* from = view.data + (batch * view.stride[0] + head * view.stride[1]) * size;
+  char* out = static_cast<char*>(to);
+  for (int32_t n = 0; n < rows; ++n, out += row) {
+    const char* token = from + tokens[n] * stride;
+    for (int32_t i = 0; i < whole; i += kBytes)
+      store(reinterpret_cast<float*>(out + i), load(reinterpret_cast<const float*>(token + i)));
+    if (whole < bytes) __builtin_memcpy(out + whole, token + whole, static_cast<size_t>(bytes - whole));
+  }
+  return {to, row, bytes, rows};
+}
+
 // Where they lie, if they lie so; else they are packed into `to`. `channel`: elements from one channel to the next.
 inline Rows rows_of(const Lines& lines, DType dtype, int64_t channel, int32_t width, int32_t padded, float* to) {
   const int32_t count = lines.count;

@@ -35,15 +35,7 @@ class Tile {
   // kPerKey; its rows are the other.
   Tile(const CodeView& code, const Problem& p, int32_t sequence, const TileLayout& at, float* workspace, float* s,
        Rank lanes)
-      : code_(code),
-        p_(p),
-        seq_(p.sequences[sequence]),
-        sequence_(sequence),
-        at_(at),
-        ws_(workspace),
-        s_(s),
-        lane_rank_(lanes),
-        lanes_(at.bm) {}
+      : code_(code), p_(p), sequence_(sequence), at_(at), ws_(workspace), s_(s), lane_rank_(lanes), lanes_(at.bm) {}
 
   // Once, before anything else. Not where nothing is visible: then no index of the sequence was proven.
   void begin() {
@@ -167,15 +159,18 @@ class Tile {
       case Op::const_i: return fill(dst, in.attr);
       case Op::const_b: return fill(dst, in.attr != 0 ? ~0 : 0);
       case Op::param: return fill(dst, __builtin_bit_cast(int32_t, p_.params[in.attr]));
-      case Op::var_b: return fill(dst, sequence_);
-      case Op::var_q_len: return fill(dst, static_cast<int32_t>(seq_.q_len));
-      case Op::var_kv_len: return fill(dst, static_cast<int32_t>(seq_.kv_len));
+      case Op::var_b: return fill(dst, p_.entry_of(sequence_));
+      case Op::var_q_len: return fill(dst, static_cast<int32_t>(p_.q_len_of(sequence_)));
+      case Op::var_kv_len: return fill(dst, static_cast<int32_t>(p_.kv_len_of(sequence_)));
       case Op::var_s: return;
       // Lanes past the end repeat the last one, so that every lane stays inside what the analysis has proven.
       case Op::var_h: return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return head_of(m); });
       case Op::var_q_idx:
-        return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return t_->q_first + m % t_->q_count; });
-      case Op::var_kv_idx: return count_up(dst, shape.lanes, count_, static_cast<int32_t>(first_));
+        return fill_lanes(dst, shape.lanes, t_->lanes(),
+                          [&](int32_t m) { return p_.query_of(sequence_, t_->q_first + m % t_->q_count); });
+      case Op::var_kv_idx:
+        if (p_.groups == nullptr) return count_up(dst, shape.lanes, count_, static_cast<int32_t>(first_));
+        return fill_lanes(dst, shape.lanes, count_, [&](int32_t n) { return p_.key_of(sequence_, first_ + n); });
       case Op::load_f:
       case Op::load_i:
       case Op::load_b: {
@@ -193,7 +188,6 @@ class Tile {
 
   const CodeView& code_;
   const Problem& p_;
-  const Sequence& seq_;
   const int32_t sequence_;
   const TileLayout at_;
   float *ws_, *s_;

@@ -42,12 +42,15 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         explain as explain,
         factorizable_attention as factorizable_attention,
         flex_attention as flex_attention,
+        groups as groups,
         install as install,
         installed as installed,
         installed_report as installed_report,
         linear_attention as linear_attention,
         param as param,
         quantized_kv_attention as quantized_kv_attention,
+        routing as routing,
+        routing_attention as routing_attention,
         scaled_dot_product_attention as scaled_dot_product_attention,
         sparge as sparge,
         sparge_attention as sparge_attention,
@@ -56,6 +59,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         tree as tree,
         tune_sparge as tune_sparge,
         uninstall as uninstall,
+        window_bias as window_bias,
     )
 
 _HOMES = {
@@ -78,6 +82,7 @@ _HOMES = {
     "explain": "attnkit.ops",
     "factorizable_attention": "attnkit.ops",
     "flex_attention": "attnkit.ops",
+    "groups": "attnkit.ops",
     "install": "attnkit.ops",
     "installed": "attnkit.ops",
     "installed_report": "attnkit.ops",
@@ -86,6 +91,8 @@ _HOMES = {
     "parse": "attnkit.ir",
     "prefix": "attnkit.ir",
     "quantized_kv_attention": "attnkit.ops",
+    "routing": "attnkit.ops",
+    "routing_attention": "attnkit.ops",
     "scaled_dot_product_attention": "attnkit.ops",
     "sparge": "attnkit.ops",
     "sparge_attention": "attnkit.ops",
@@ -100,6 +107,7 @@ _HOMES = {
     "tune_sparge": "attnkit.ops",
     "uninstall": "attnkit.ops",
     "window": "attnkit.ir",
+    "window_bias": "attnkit.ops",
 }
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 -- the keys are the public names

@@ -95,6 +95,68 @@ def recur_backward(
     threads: int,
     /,
 ) -> tuple[int, int]: ...
+def look_at_lists(lists: Tensor, tokens: int, /) -> tuple[bool, bool, bool]: ...
+def attend_groups(
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    queries: Tensor,
+    keys: Tensor,
+    q_rows: bool,
+    mean: bool,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    threads: int,
+    tile_q: int,
+    tile_kv: int,
+    split_kv: int,
+    /,
+) -> tuple[int, int]: ...
+def attend_groups_backward(
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    queries: Tensor,
+    keys: Tensor,
+    q_rows: bool,
+    kv_rows: bool,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_buffers: Sequence[Tensor | None],
+    threads: int,
+    tile_q: int,
+    tile_kv: int,
+    /,
+) -> tuple[int, int]: ...
+def sum_rows(
+    rows: Tensor, lists: Tensor, to: Tensor, mean: bool, lse: Tensor | None, threads: int, /
+) -> None: ...
+def route(x: Tensor, centroids: Tensor, norm: int, lists: Tensor, threads: int, /) -> int: ...
+def route_prefix(
+    q: Tensor,
+    k: Tensor,
+    centroids: Tensor,
+    norm: int,
+    w: int,
+    block: int,
+    queries: Tensor,
+    keys: Tensor,
+    threads: int,
+    /,
+) -> int: ...
 def block_runs(
     program: Program,
     batch: int,

@@ -180,6 +180,7 @@ CODES: dict[str, Code] = {
         _VALUE, "tensor has elements but no memory", "a wrapper of another library: unwrap it first"
     ),
     "AK607": Code(_VALUE, "tensor's address is not a multiple of its element size", "copy it: x = x.clone()"),
+    "AK608": Code(_VALUE, "lists of groups are not valid", "see ak.groups"),
 }
 
 

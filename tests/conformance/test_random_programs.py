@@ -189,3 +189,87 @@ def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]
             want, want_lse = weights_of(z, live[at])
             np.testing.assert_allclose(o[at].numpy(), want, rtol=3e-5, atol=1e-36)
             np.testing.assert_allclose(lse[at].numpy(), want_lse, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=MANY, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(problems(), st.sampled_from([32, 48, 96]), st.sampled_from([32, 96, 192]))
+def test_gradients_of_tiles_are_sums_over_pairs(
+    problem: tuple[Program, int, int, int, dict[str, int]], tile_q: int, tile_kv: int
+) -> None:
+    """From the slopes of every pair, by the engine's operators, in float64: what q, k, v and captured tensors get."""
+    program, q_len, kv_len, seed, tiles = problem
+    rng = np.random.default_rng(seed)
+    arrays, param = contents(program.buffers, rng), float(np.float32(rng.standard_normal()))
+    shapes = [(BATCH, HEADS, q_len, 1), *2 * [(BATCH, KV_HEADS, kv_len, 1)], (BATCH, HEADS, q_len, 1)]
+    q, k, v, d_o = (rng.integers(-4, 5, shape).astype(np.float32) for shape in shapes)
+    d_lse = rng.integers(-2, 3, (BATCH, HEADS, q_len)).astype(np.float32)
+    wanted = [i for i, buffer in enumerate(program.buffers) if buffer.dtype == "f32"]
+    config = {**tiles, "backward_tile_q": tile_q, "backward_tile_kv": tile_kv}
+    try:
+        kernel = CpuKernel(KernelSpec(program, "float32", 1, 1), config)
+        code, _ = kernel._compile(frozenset(wanted))
+    except AttnkitError as refused:
+        if "tiles alive" not in str(refused):
+            raise
+        event("too many tiles")
+        return
+    held = [torch.from_numpy(np.array(x)) for x in (q, k, v)]
+    captured = [torch.from_numpy(x) for x in arrays]
+    for isa in _engine.isa_levels():
+        _engine.set_isa(isa)
+        o, lse = torch.zeros(BATCH, HEADS, q_len, 1), torch.zeros(BATCH, HEADS, q_len)
+        dq, dk, dv = (torch.zeros_like(x) for x in held)
+        sums = [torch.zeros_like(x) if i in wanted else None for i, x in enumerate(captured)]
+        try:
+            kernel(*held, o, lse, captured, [param], 2)
+            cotangents = torch.from_numpy(d_o), torch.from_numpy(d_lse)
+            kernel.backward(*held, o, lse, captured, [param], *cotangents, dq, dk, dv, sums, 2)
+        except AttnkitError as fault:
+            event(fault.code)
+            continue
+        found = [dq, dk, dv, *(sums[i] for i in wanted)]
+        exact = [np.zeros(x.shape) for x in found if x is not None]
+        sizes = [np.zeros(x.shape) for x in exact]  # of what was added: roundings are shares of it
+        steepest, finite = 0.0, True
+        for b, h in itertools.product(range(BATCH), range(HEADS)):
+            g = h // (HEADS // KV_HEADS)
+            s = q[b, h] @ k[b, g].T
+            pairs = PairByPair(
+                code.code, s, {"b": b, "h": h, "q_len": q_len, "kv_len": kv_len}, arrays, param
+            )
+            value = [x.astype(np.float64) for x in pairs.values]
+            live = np.ones(s.shape, bool) if code.mask < 0 else value[code.mask] != 0
+            z = np.where(live, s.astype(np.float64) if code.score < 0 else value[code.score], -np.inf)
+            slope = np.where(live, 1.0 if code.slope < 0 else value[code.slope], 0)
+            of_loads = [(load, np.where(live, value[at], 0)) for load, at in code.loads]
+            weights, _ = weights_of(z, live)
+            finite &= not np.isnan(weights).any() and not np.isposinf(z).any()
+            finite &= all(np.isfinite(x).all() for x in (slope, *(each for _, each in of_loads)))
+            if not finite:
+                break
+            steepest = max(steepest, float(abs(z[np.isfinite(z)]).max(initial=0)))
+            d_weights, delta = d_o[b, h] * v[b, g].T, (weights @ v[b, g]) * d_o[b, h]
+            d_z = weights * (d_weights - delta + d_lse[b, h][:, None])
+            most = weights * (
+                abs(d_weights) + abs(weights @ abs(v[b, g]) * d_o[b, h]) + abs(d_lse[b, h])[:, None]
+            )
+            for to, by, of in ((exact, d_z, lambda x: x), (sizes, most, abs)):
+                ds = by * of(slope)
+                to[0][b, h] += ds @ of(k[b, g])
+                to[1][b, g] += ds.T @ of(q[b, h])
+                to[2][b, g] += weights.T @ of(d_o[b, h])
+                for load, each in of_loads:
+                    _, buffer, nargs, *args = code.code[load]
+                    at = np.zeros(s.shape, np.int64)
+                    for a, n in zip(args[:nargs], arrays[buffer].shape, strict=True):
+                        at = at * n + np.clip(pairs.values[a], 0, n - 1)
+                    flat = to[3 + wanted.index(buffer)].reshape(-1)
+                    np.add.at(flat, at, np.where(live, by * of(each), 0))
+        if not finite:
+            event("not finite")
+            continue
+        event("ran")
+        share = 2e-5 + 4e-7 * steepest
+        for got, want, size in zip(found, exact, sizes, strict=True):
+            assert got is not None
+            np.testing.assert_array_less(abs(got.numpy() - want), share * size + 1e-30)

@@ -22,6 +22,7 @@ import attnkit.ops  # defines torch.ops.attnkit
 from attnkit.errors import CODES
 from attnkit.runtime import prepare
 from attnkit.testing import strategies
+from attnkit.variants import vision
 
 B, H, HKV, S, D = 2, 4, 2, 6, 8
 PLAIN = ak.trace(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx).text
@@ -297,6 +298,29 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "misaligned v": ("AK607", "v", lambda: attention(v=misaligned(B, HKV, S, D))),
     "misaligned sink": ("AK607", "sink", lambda: dense(sink=misaligned(H))),
     "misaligned captured": ("AK607", "b0", lambda: attention(score=ak.bias(misaligned(S, S)))),
+    "lists fall": ("AK608", "queries", lambda: ak.groups(i32(2, 1)[None])),
+    "lists go on after their end": ("AK608", "keys", lambda: ak.groups(i32(0, 1)[None], i32(-1, 1)[None])),
+    "lists name no token": ("AK608", "queries", lambda: attention(select=ak.groups(i32(0, S)[None]))),
+    "lists of floats": ("AK404", "queries", lambda: ak.groups(rand(2, 2))),
+    "lists of three dimensions": ("AK403", "keys", lambda: ak.groups(i32(0)[None], i32(0)[None, None])),
+    "lists of other heads": ("AK403", "queries", lambda: attention(select=ak.groups(torch.zeros(1, 3, 1, 1, dtype=torch.int32)))),
+    "lists of other groups": ("AK403", "queries, keys", lambda: attention(select=ak.groups(i32(0, 1)[:, None], i32(0)[None]))),
+    "lists and no tensor": ("AK402", "queries", lambda: ak.groups([0])),
+    "lse of shared groups": ("AK221", "return_lse", lambda: attention(select=ak.groups(i32(0, 0)[:, None]), return_lse=True)),
+    "groups and dropout": ("AK504", "dropout_p", lambda: attention(select=ak.groups(i32(0)[None]), dropout_p=0.5)),
+    "groups and a cache": ("AK402", "k", lambda: ak.attention(Q, ak.KVCache(B, HKV, D, max_len=S), select=ak.groups(i32(0)[None]))),
+    "window bias of a halo": ("AK402", "windows", lambda: ak.window_bias(rand(1, 3, 3), vision.Halo((4, 4), (2, 2), 1))),
+    "window bias of another window": ("AK403", "table", lambda: ak.window_bias(rand(1, 3, 3), vision.Windows((4, 4), (2, 3), (0, 0)))),
+    "groups of double": ("AK502", "backend", lambda: attention(*(x.double() for x in (Q, K, V)), select=ak.groups(i32(0)[None]))),
+    "routing heads": ("AK407", "q, k", lambda: ak.routing_attention(Q, K, V, rand(H, 2, D), cluster_size=2)),
+    "routing centroids": ("AK403", "centroids", lambda: ak.routing_attention(Q, Q, Q, rand(H, 2, 3), cluster_size=2)),
+    "routing no centroids": ("AK403", "centroids", lambda: ak.routing(rand(H, 0, D), cluster_size=2)),
+    "routing int centroids": ("AK404", "centroids", lambda: ak.routing(i32(0)[None, None], cluster_size=2)),
+    "routing cluster size": ("AK401", "cluster_size", lambda: ak.routing(rand(H, 2, D), cluster_size=0)),
+    "routing cluster size of floats": ("AK402", "cluster_size", lambda: ak.routing(rand(H, 2, D), cluster_size=2.0)),
+    "routing norm": ("AK401", "qk_norm", lambda: ak.routing(rand(H, 2, D), cluster_size=2, qk_norm="l1")),
+    "routing membership": ("AK401", "membership", lambda: ak.routing(rand(H, 2, D), cluster_size=2, membership="all")),
+    "routing causal": ("AK402", "causal", lambda: ak.routing_attention(Q, Q, Q, rand(H, 2, D), cluster_size=2, causal=1)),
     "packed batch": ("AK602", "q", lambda: attention(cu_seqlens_q=i32(0, S), cu_seqlens_kv=i32(0, S))),
     "tree with a cycle": ("AK414", "parents", lambda: ak.tree(i32(-1, 2, 1))),
     "flex heads": ("AK407", "query, key", lambda: ak.flex_attention(Q, K, V)),

@@ -26,6 +26,10 @@ TESTS = {
     "laws": ["tests/laws"],
     "errors": ["tests/error/test_ops_errors.py", "--deselect", "tests/error/test_ops_errors.py::test_out_of_memory"],
     "ops": ["tests/ops/test_attend_op.py", "tests/ops/test_functional.py", "tests/ops/test_gradients.py"],
+    "states": ["tests/ops/test_recur_op.py", "tests/ops/test_linear_attention.py", "tests/ops/test_factorizable_attention.py"],
+    "caches": ["tests/ops/test_kv_cache.py", "tests/ops/test_kv_codes.py"],
+    "choices": ["tests/ops/test_select_op.py", "tests/ops/test_encoded_attention.py", "tests/ops/test_sparge_attention.py"],
+    "groups": ["tests/ops/test_groups.py", "tests/ops/test_routing_attention.py"],
     "engine": [
         "tests/unit/test_bytecode.py", "tests/unit/test_bytecode_verifier.py", "tests/unit/test_block_map.py",
         "tests/unit/test_engine_ops.py", "tests/fuzz/test_bindings.py", "tests/fuzz/test_hostile.py",

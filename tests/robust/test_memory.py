@@ -238,6 +238,32 @@ def test_offsets_of_64_bits(
     assert resident_bytes() - before < 2**30
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["batch", "head", "token", "channel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_at_offsets_of_64_bits(
+    dtype: torch.dtype, dim: int, vast: Tensor, isa: str, rng: np.random.Generator
+) -> None:
+    """Every tensor of the backward by itself is that far apart: what is read, and what is written."""
+    shapes = [(2, 2, n, 20) for n in (19, 35, 35)]
+    q, k, v, d_o = (
+        torch.from_numpy(rng.standard_normal(s, dtype=np.float32)).to(dtype) for s in (*shapes, shapes[0])
+    )
+    o, lse, d_lse = torch.zeros_like(q), torch.zeros(shapes[0][:3]), torch.ones(shapes[0][:3])
+    text = text_of(None, ak.causal(), [])
+    attend(text, q, k, v, o, lse, [])
+    kernel = prepare(text, str(dtype).removeprefix("torch."), 20, 20, backend="cpu").kernel
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        kernel.backward(*tensors[:5], [], [], *tensors[5:], [], 2)  # type: ignore[attr-defined]
+        return tensors[-3:]
+
+    given = (q, k, v, o, lse, d_o, d_lse, torch.zeros(shapes[0]), torch.zeros_like(k), torch.zeros_like(v))
+    far = [spread(vast, x, min(dim, x.dim() - 1), i * 2**22 // x.element_size()) for i, x in enumerate(given)]
+    for got, want in zip(run(*far), run(*given), strict=True):
+        assert want.any()
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dim", [1, 2, 3], ids=["head", "token", "channel"])
 def test_segments_of_64_bit_offsets(dim: int, vast: Tensor, isa: str, rng: np.random.Generator) -> None:
     """Packed and padded sequences, and more channels than are summed in one stretch."""

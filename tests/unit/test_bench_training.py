@@ -48,7 +48,7 @@ def test_entropy_after_one_byte() -> None:
 
 def test_recipe_is_the_promised_one() -> None:
     recipe = Recipe()
-    size = sum(p.numel() for p in training.Model(recipe, training.on_torch).parameters())
+    size = sum(p.numel() for p in training.Model.attending(recipe, training.on_torch).parameters())
     assert (recipe.steps, recipe.context) == (300, 256)
     assert 0.9e6 < size < 1.2e6
 
@@ -71,7 +71,7 @@ def test_first_losses_and_gradients_are_the_float64_models() -> None:
 
     torch.manual_seed(3)
     batch = next(training.batches(SMALL, training.TEXT.read_bytes()))
-    model = training.Model(SMALL, plainly)
+    model = training.Model.attending(SMALL, plainly)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     found = {}

@@ -80,7 +80,7 @@ def test_version(cli: Cli) -> None:
 def test_names_are_the_librarys() -> None:
     """They are written down twice, so that `--help` need not import the library."""
     assert tuple(dense.CASES) == options.VARIANTS
-    assert (*suites, "variants", "models", "training", "generation") == options.SUITES
+    assert (*suites, "variants", "models", "training", "generation", "learning") == options.SUITES
     assert options.DTYPES == DTYPES
 
 

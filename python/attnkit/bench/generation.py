@@ -9,7 +9,6 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -25,8 +24,7 @@ from attnkit.bench.runner import Progress, use_threads
 
 SDPA = "sdpa"
 CODECS = ("bf16", "int8", "int4", "int2")
-_HELD_OUT = 0.1  # of the text, its end: the model does not learn it
-_PIECES = 16  # of that end, that are read
+_PIECES = 16  # of the text that the model did not learn
 
 
 @dataclass(frozen=True)
@@ -121,23 +119,21 @@ def _token_by_token(codec: str, residual: int) -> training.Attend:
 
 def _learnt(plan: Plan, on_step: Callable[[int], None]) -> tuple[training.Model, Tensor]:
     """The model of suite training after its steps on most of the text, and pieces of the rest: bytes ``[n, context + 1]``."""
-    text = training.TEXT.read_bytes()
-    cut = int(len(text) * (1 - _HELD_OUT))
-    run = training.Run("attnkit", 0, "float32")
+    text, pieces = training.held_out(plan.recipe, _PIECES)
+    torch.manual_seed(0)
+    model = training.Model.attending(plan.recipe, training.on_attnkit)
+    learn = training.learner(model, plan.recipe)
     with torch.enable_grad():
-        step = run.trainer(plan.recipe)
-        for i, batch in enumerate(training.batches(plan.recipe, text[:cut])):
-            step(batch)
+        for i, batch in enumerate(training.batches(plan.recipe, text)):
+            learn(batch)
             on_step(i + 1)
-    rest = torch.from_numpy(np.frombuffer(text, np.uint8)[cut:].astype(np.int64))
-    starts = np.linspace(0, len(rest) - plan.recipe.context - 1, _PIECES).astype(int).tolist()
-    assert run.model is not None
-    return run.model, torch.stack([rest[i : i + plan.recipe.context + 1] for i in starts])
+    return model, pieces
 
 
 def _perplexity(model: training.Model, pieces: Tensor, attend: training.Attend) -> float:
-    for block in model.blocks:
-        block.attend = attend  # type: ignore[assignment]
+    for part in model.modules():
+        if isinstance(part, training.Attention):
+            part.attend = attend
     with torch.no_grad():
         logits = model(pieces[:, :-1])
     return exp(float(functional.cross_entropy(logits.flatten(0, 1), pieces[:, 1:].flatten())))

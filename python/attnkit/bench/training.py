@@ -64,21 +64,18 @@ def on_attnkit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o
 
 
-class _Block(nn.Module):
-    """Attention of rotated queries and keys, and a multilayer perceptron; each on normalised inputs, and added to them."""
+class Attention(nn.Module):
+    """Attention of rotated queries and keys. ``[B, S, W]`` to the same."""
 
     cos: Tensor
     sin: Tensor
 
     def __init__(self, recipe: Recipe, attend: Attend) -> None:
         super().__init__()
-        width = recipe.width
         self.heads, self.attend = recipe.heads, attend
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.merge = nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        half = width // recipe.heads // 2
+        self.qkv = nn.Linear(recipe.width, 3 * recipe.width, bias=False)
+        self.merge = nn.Linear(recipe.width, recipe.width, bias=False)
+        half = recipe.width // recipe.heads // 2
         angles = torch.arange(recipe.context)[:, None] * recipe.slowest ** (torch.arange(half) / half)
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
@@ -90,28 +87,72 @@ class _Block(nn.Module):
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
         batch, length, _ = x.shape
-        q, k, v = self.qkv(self.norms[0](x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         o = self.attend(self._rotated(q), self._rotated(k), v)
-        x = x + self.merge(o.transpose(1, 2).reshape(batch, length, -1))
+        out: Tensor = self.merge(o.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+
+class _Block(nn.Module):
+    """What mixes tokens, and a multilayer perceptron; each on normalised inputs, and added to them."""
+
+    def __init__(self, recipe: Recipe, mixer: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        width = recipe.width
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.mixer = mixer()
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mixer(self.norms[0](x))
         more: Tensor = self.mlp(self.norms[1](x))
         return x + more
 
 
 class Model(nn.Module):
-    """A decoder of bytes: ``[B, S]`` bytes (int64) to logits ``[B, S, 256]`` of the next ones."""
+    """A decoder of bytes: ``[B, S]`` bytes (int64) to logits ``[B, S, 256]`` of the next ones.
 
-    def __init__(self, recipe: Recipe, attend: Attend) -> None:
+    ``mixers``, one for each layer, make what mixes tokens: ``[B, S, W]`` to the same.
+    """
+
+    def __init__(self, recipe: Recipe, mixers: Sequence[Callable[[], nn.Module]]) -> None:
         super().__init__()
         self.bytes = nn.Embedding(BYTES, recipe.width)
-        self.blocks = nn.Sequential(*(_Block(recipe, attend) for _ in range(recipe.layers)))
+        self.blocks = nn.Sequential(*(_Block(recipe, mixer) for mixer in mixers))
         self.norm = nn.LayerNorm(recipe.width)
         self.out = nn.Linear(recipe.width, BYTES, bias=False)
+
+    @classmethod
+    def attending(cls, recipe: Recipe, attend: Attend) -> Model:
+        """One of attention alone."""
+        return cls(recipe, [lambda: Attention(recipe, attend)] * recipe.layers)
 
     def forward(self, ids: Tensor) -> Tensor:
         """See the class."""
         out: Tensor = self.out(self.norm(self.blocks(self.bytes(ids))))
         return out
+
+
+def learner(
+    model: nn.Module, recipe: Recipe, precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Callable[[Tensor], float]:
+    """What trains a model on a batch ``[B, S + 1]``, forwards in ``precision``, and gives its loss in nats a byte."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
+    warming = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / recipe.warmup))
+
+    def step(batch: Tensor) -> float:
+        optimizer.zero_grad()
+        with precision():
+            logits = model(batch[:, :-1])
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        warming.step()
+        return float(loss.detach())
+
+    return step
 
 
 @dataclass
@@ -124,7 +165,6 @@ class Run:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     kernel_runs: int = 0
-    model: Model | None = None  # once there is a trainer
 
     @property
     def name(self) -> str:
@@ -134,20 +174,12 @@ class Run:
     def trainer(self, recipe: Recipe) -> Callable[[Tensor], None]:
         """Make the model; a function that trains it on one batch ``[B, S + 1]`` and notes what that gave."""
         torch.manual_seed(self.seed)
-        self.model = model = Model(recipe, on_attnkit if self.backend == "attnkit" else on_torch)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
-        warming = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / recipe.warmup))
+        model = Model.attending(recipe, on_attnkit if self.backend == "attnkit" else on_torch)
+        learn = learner(model, recipe, self._precision)
 
         def step(batch: Tensor) -> None:
             before, start = attnkit.installed_report().kernel_runs, time.perf_counter()
-            optimizer.zero_grad()
-            with self._precision():
-                logits = model(batch[:, :-1])
-            loss = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            warming.step()
-            self.losses.append(float(loss.detach()))
+            self.losses.append(learn(batch))
             self.seconds.append(time.perf_counter() - start)
             self.kernel_runs += attnkit.installed_report().kernel_runs - before
 
@@ -167,6 +199,15 @@ def batches(recipe: Recipe, text: bytes) -> Iterator[Tensor]:
     )
     for of_batch in starts.tolist():
         yield torch.stack([data[i : i + recipe.context + 1] for i in of_batch])
+
+
+def held_out(recipe: Recipe, pieces: int) -> tuple[bytes, Tensor]:
+    """Most of the text, to learn from, and pieces of its last tenth, evenly spread: bytes ``[pieces, context + 1]``."""
+    text = TEXT.read_bytes()
+    cut = len(text) * 9 // 10
+    rest = torch.from_numpy(np.frombuffer(text, np.uint8)[cut:].astype(np.int64))
+    starts = torch.linspace(0, len(rest) - recipe.context - 1, pieces).long().tolist()
+    return text[:cut], torch.stack([rest[i : i + recipe.context + 1] for i in starts])
 
 
 def train(
@@ -270,7 +311,7 @@ def run(
         "commit": machine.commit(),
         "text": TEXT.name,
         "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in Model(recipe, on_torch).parameters()),
+        "parameters": sum(p.numel() for p in Model.attending(recipe, on_torch).parameters()),
         "records": [],
         "runs": [], "bars": [], "speedups": {}, "skipped": [],
     }  # fmt: skip

@@ -84,7 +84,8 @@ def bench(
     not there are left out. Suite gpu measures an NVIDIA GPU beside the libraries that compute attention there. Suite scaling
     is time and memory against length, suite variants linear attention beside the same in torch. Suite models times architectures of
     transformers beside its "sdpa"; suite training trains a small model on torch and on attnkit and compares the losses; suite
-    generation decodes on caches of codes, and reads text on them.
+    generation decodes on caches of codes, and reads text on them; suite learning trains models whose layers fold keys and values into
+    a state.
 
     \b
     Examples:
@@ -229,7 +230,20 @@ def _generation(asked: Asked, progress: Progress) -> Measured:
     return found, generation.plot
 
 
-_OF_THEIR_OWN = {"models": _models, "training": _training, "variants": _variants, "generation": _generation}
+def _learning(asked: Asked, progress: Progress) -> Measured:
+    from attnkit.bench import learning, training
+
+    if asked.patterns or asked.dtype or asked.seconds is not None:
+        raise click.UsageError(
+            "suite learning has no --rows, --dtype and --seconds; --rounds is its number of steps"
+        )
+    recipe = training.Recipe() if asked.rounds is None else training.Recipe(steps=asked.rounds)
+    return learning.run(recipe, seed=asked.seed, threads=asked.threads, progress=progress), learning.plot
+
+
+_OF_THEIR_OWN = {
+    "models": _models, "training": _training, "variants": _variants, "generation": _generation, "learning": _learning,
+}  # fmt: skip
 
 
 def _table(document: dict[str, Any]) -> Any:

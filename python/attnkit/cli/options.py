@@ -29,6 +29,7 @@ SUITES = (
     "models",
     "training",
     "generation",
+    "learning",
 )
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SHAPE = "1,8,8,4096,4096,64"

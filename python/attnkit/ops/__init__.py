@@ -10,6 +10,7 @@ from attnkit.ops.functional import attention, dense_attention, quantized_kv_atte
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
+from attnkit.ops.routed import groups, routing, routing_attention, window_bias
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.sparge_family import sparge, sparge_attention
 from attnkit.ops.sparge_search import SpargeThresholds, tune_sparge
@@ -30,12 +31,15 @@ __all__ = [
     "explain",
     "factorizable_attention",
     "flex_attention",
+    "groups",
     "install",
     "installed",
     "installed_report",
     "linear_attention",
     "param",
     "quantized_kv_attention",
+    "routing",
+    "routing_attention",
     "scaled_dot_product_attention",
     "sparge",
     "sparge_attention",
@@ -44,4 +48,5 @@ __all__ = [
     "tree",
     "tune_sparge",
     "uninstall",
+    "window_bias",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,9 +38,11 @@ from attnkit.ops.gradients import Direct, differentiable
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
+from attnkit.ops.routed import Groups, Routing, within
 from attnkit.ops.seeds import draw
 from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, ready
+from attnkit.variants.vision import GridPattern
 
 Mod = Callable[..., Any]
 Output = Tensor | tuple[Tensor, Tensor]
@@ -77,8 +79,10 @@ def attention(
         v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
-        select: ``ak.top_k_blocks(block, k)`` or ``ak.sparge(...)``: blocks of keys that the queries choose, joined with the masks
-            by "and".
+        select: which pairs meet. ``ak.top_k_blocks(block, k)`` or ``ak.sparge(...)``: blocks of keys that the queries choose, joined
+            with the masks by "and". Or groups, on the CPU, beside score, mask, scale and, where each query is in one group,
+            return_lse: `ak.routing` (clusters), `ak.groups` (lists of tokens), or a pattern over a grid of
+            `attnkit.variants.vision` (windows, halos).
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
             ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
         scale: finite and positive; None is ``D ** -0.5``.
@@ -111,6 +115,15 @@ def attention(
         if found is not None:
             o, lse = found
             return o if lse is None or not return_lse else (o, lse)
+    if isinstance(select, (Routing, Groups, GridPattern)):
+        _check_function("score", score)
+        _check_function("mask", mask)
+        others = {
+            "normalizer": normalizer, "dropout_p": dropout_p or None, "block_mask": block_mask, "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_kv": cu_seqlens_kv, "kv_lens": kv_lens, "backend": None if backend in ("auto", "cpu") else backend,
+        }  # fmt: skip
+        o, lse = within(select, q, k, v, score, mask, check_scale(scale), return_lse, **others)
+        return (o, lse) if return_lse else o
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
         _check_beside_cache(v, block_mask, kv_lens, cu_seqlens_q, cu_seqlens_kv)
@@ -150,12 +163,12 @@ def attention(
     if cached:
         refuse_gradients("q", (q, *buffers))
     seed = draw(dropout_p, q)
+    what = text, buffers, numbers, return_lse, seed
     if codes is not None:
-        o, lse = attend_cache(q, codes, text, buffers, numbers, return_lse, seed, backend)
-    elif backend in ("auto", q.device.type):
-        o, lse = attend(q, keys, values, text, buffers, numbers, return_lse, seed)
+        o, lse = attend_cache(q, codes, *what, backend)
     else:
-        o, lse = _run_on(backend, q, keys, values, text, buffers, numbers, return_lse, seed)
+        run = attend if backend in ("auto", q.device.type) else partial(_run_on, backend)
+        o, lse = run(q, keys, values, *what)
     return o if lse is None or not return_lse else (o, lse)
 
 

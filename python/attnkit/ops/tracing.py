@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ class TorchParam(Param):
         return apply(func, args, kwargs)
 
 
+T = TypeVar("T")
+
+
 def param(name: str, value: float | None = None) -> Param:
     """A run-time scalar for score and mask functions; a new value compiles nothing.
 
@@ -45,7 +48,7 @@ def param(name: str, value: float | None = None) -> Param:
     return TorchParam(name, value)
 
 
-def assume_constant(function: Callable[..., str]) -> Callable[..., str]:
+def assume_constant(function: Callable[..., T]) -> Callable[..., T]:
     """`torch.compiler.assume_constant_result`, which imports the compiler, and with it a Triton that may be broken."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -19,7 +19,7 @@ lie cell by cell. DaViT's channel attention is the dense family with roles excha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -34,6 +34,7 @@ from attnkit.variants.block_sparse import Bool, Pattern, Query, attend_pairs, vi
 from attnkit.variants.sequences import Array, Float64, Piece
 
 Shape = tuple[int, ...]
+Part = tuple[Sequence[int], Sequence[int]]  # queries and keys
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,50 @@ class GridPattern(Pattern):
         """Whether two traced coordinates see each other along one axis."""
         raise NotImplementedError
 
+    exact = True  # whether the parts say it all; else the pattern is a mask within them
+
+    def parts(self, axis: int) -> list[Part]:
+        """Coordinates along one axis: which queries see which keys together. Each query is in one part."""
+        raise NotImplementedError
+
+    def groups(self) -> tuple[Array, Array, bool]:
+        """The pattern as an index map: lists of tokens that attend to each other, and whether they say it all.
+
+        Queries and keys are int32 ``[groups, most]``: ascending, then -1. Each query is in one group.
+        """
+        together = list(product(*(self.parts(axis) for axis in range(len(self.shape)))))
+        lists = [
+            [_tokens([part[side] for part in parts], self.shape) for parts in together] for side in (0, 1)
+        ]
+        return _filled(lists[0]), _filled(lists[1]), self.exact
+
 
 def coordinates(index: Any, shape: Shape) -> list[Any]:
     """Where a token is in a grid. Works for ints, arrays and traced indices."""
     steps = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return [index // step % size for step, size in zip(steps, shape, strict=True)]
+
+
+def _tokens(coordinates: Sequence[Sequence[int]], shape: Shape) -> Array:
+    tokens = np.zeros(1, np.int32)
+    for own, size in zip(coordinates, shape, strict=True):
+        tokens = (tokens[:, None] * size + np.asarray(own, np.int32)).ravel()
+    return tokens
+
+
+def _filled(lists: list[Array]) -> Array:
+    found = np.full((len(lists), max(map(len, lists))), -1, np.int32)
+    for row, tokens in zip(found, lists, strict=True):
+        row[: len(tokens)] = tokens
+    return found
+
+
+def _classes(length: int, of: Callable[[int], int]) -> list[Sequence[int]]:
+    """Coordinates below ``length`` with the same ``of``, in the order of their first."""
+    found: dict[int, list[int]] = {}
+    for y in range(length):
+        found.setdefault(of(y), []).append(y)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -71,6 +111,17 @@ class Windows(GridPattern):
     def along(self, axis: int, y_q: Any, y_k: Any) -> Any:
         w, s = self.window[axis], self.shift[axis]
         return (y_q - s) // w == (y_k - s) // w
+
+    def parts(self, axis: int) -> list[Part]:
+        w, s = self.window[axis], self.shift[axis]
+        return [(own, own) for own in _classes(self.shape[axis], lambda y: (y - s) // w)]
+
+    def places(self) -> Array:
+        """Of each token its place in its window, int32 ``[S]``, row-major; those of a window that is cut off stay theirs."""
+        at = coordinates(np.arange(prod(self.shape)), self.shape)
+        own = [(y - s) % w for y, s, w in zip(at, self.shift, self.window, strict=True)]
+        found: Array = np.ravel_multi_index(tuple(own), self.window).astype(np.int32)
+        return found
 
     def keys(self, at: Query) -> Iterable[int]:
         """As Swin does it: pad to whole windows, roll, cut into windows, keep what was together before the roll."""
@@ -103,6 +154,10 @@ class Grid(GridPattern):
         step = -(-self.shape[axis] // self.grid[axis])
         return y_q % step == y_k % step
 
+    def parts(self, axis: int) -> list[Part]:
+        step = -(-self.shape[axis] // self.grid[axis])
+        return [(own, own) for own in _classes(self.shape[axis], lambda y: y % step)]
+
     def keys(self, at: Query) -> Iterable[int]:
         """Every step-th line of the grid, starting where the query's own position tells."""
         steps = [-(-size // g) for size, g in zip(self.shape, self.grid, strict=True)]
@@ -123,6 +178,14 @@ class Halo(GridPattern):
         size = self.block[axis]
         start = y_q // size * size
         return (y_k >= start - self.halo) & (y_k < start + (size + self.halo))
+
+    def parts(self, axis: int) -> list[Part]:
+        size, length, r = self.block[axis], self.shape[axis], self.halo
+        blocks = _classes(length, lambda y: y // size)
+        return [
+            (own, range(max(own[0] // size * size - r, 0), min(own[0] // size * size + size + r, length)))
+            for own in blocks
+        ]
 
     def keys(self, at: Query) -> Iterable[int]:
         """The rectangle around the block, cut off at the borders."""
@@ -161,6 +224,20 @@ class Neighbourhood(GridPattern):
         near = (y_k // step >= start) & (y_k // step < start + size)
         return near if step == 1 else near & (y_q % step == y_k % step)
 
+    exact = False
+
+    def parts(self, axis: int) -> list[Part]:
+        """Queries in stretches of as many as fill the lanes of a tile, with all that one of them sees."""
+        step, size = self.step, self.size[axis]
+        together = 8 if len(self.shape) == 2 else 96 if len(self.shape) == 1 else 4
+        parts: list[Part] = []
+        for line in _classes(self.shape[axis], lambda y: y % step):
+            for first in range(0, len(line), together):
+                last = min(first + together, len(line)) - 1
+                start, end = (min(max(y - size // 2, 0), len(line) - size) for y in (first, last))
+                parts.append((line[first : last + 1], line[start : end + size]))
+        return parts
+
     def keys(self, at: Query) -> Iterable[int]:
         """Of the lines ``step`` apart on which the query is, the ``size`` whose middle is nearest to it."""
         lines = []
@@ -193,6 +270,11 @@ class Sampled(GridPattern):
         count = length // self.factor
         n = (2 * count * y_k + (length - 1)) // (2 * length)
         return (2 * n + 1) * length < 2 * count * (y_k + 1)
+
+    def parts(self, axis: int) -> list[Part]:
+        length = self.shape[axis]
+        count = length // self.factor
+        return [(range(length), [(2 * n + 1) * length // (2 * count) for n in range(count)])]
 
     def keys(self, at: Query) -> Iterable[int]:
         """The tokens at the whole parts of the centres."""

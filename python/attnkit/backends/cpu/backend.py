@@ -63,22 +63,21 @@ class CpuBackend:
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
-        mask, skips = spec.program.attend.mask, spec.program.attend.skip is not None
+        mask = spec.program.attend.mask
         q_block, kv_block = block_of(mask, "q_idx"), block_of(mask, "kv_idx")
         tile_kv, backward_tile_kv = (tile_for(kv_block, n, n) for n in (tile_kv, backward_tile_kv))
 
         def field(kind: FieldKind, default: int, values: set[int], direction: Direction = "forward") -> Field:
             return Field(kind, default, tuple(sorted(values | {default})), direction)
 
+        tiles_kv = field("numeric", tile_kv, {32, 64, 96, 128, 192})
+        splits = Field("numeric", 1024, (512, 1024, 2048, 4096))
+        if spec.program.attend.skip is not None:  # what was met before is all of the row
+            tiles_kv, splits = Field("numeric", TILE, (TILE,)), Field("numeric", _UNSPLIT, (_UNSPLIT,))
         return {
             "tile_q": field("schedule", tile_for(q_block, 96, 128), {16, 32, 48, 64, 96, 128}),
-            "tile_kv": field("numeric", TILE, set())
-            if skips
-            else field("numeric", tile_kv, {32, 64, 96, 128, 192}),
-            # What was met before is to be all of the row.
-            "split_kv": field("numeric", _UNSPLIT, set())
-            if skips
-            else field("numeric", 1024, {512, 2048, 4096}),
+            "tile_kv": tiles_kv,
+            "split_kv": splits,
             "backward_tile_q": field("numeric", tile_for(q_block, 96, 96), {32, 48, 64, 96}, "backward"),
             "backward_tile_kv": field("numeric", backward_tile_kv, {32, 48, 64, 96, 128, 192}, "backward"),
         }
@@ -124,14 +123,14 @@ class CpuKernel:
         self.bytecode, self.program = self._compile(None)
         self._backwards: dict[frozenset[int], tuple[Bytecode, Any]] = {}
         attend = spec.program.attend
-        self._scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
+        self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self._sink = attend.normalizer.sink
         self._dropout = attend.dropout
         self._q_layout: Layout = spec.program.layout(attend.q)
         self._kv_layout: Layout = spec.program.layout(attend.k)
         self._table = self._kv_layout.table
         self._attend = engine().attend
-        self._sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
+        self.sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
         self._encoding: Encoding | None = encoding(spec.program)
         self._skip = attend.skip
 
@@ -156,9 +155,9 @@ class CpuKernel:
         """
         try:
             fault, about = self._attend(
-                self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
+                self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
                 self._sequences(q, k, buffers), buffers, params,
-                self._dropped(params, seed), threads, *self._sizes,
+                self._dropped(params, seed), threads, *self.sizes,
                 None if self._table is None else buffers[self._table], *self._approximately(params),
             )  # fmt: skip
         except ValueError as exc:
@@ -166,7 +165,7 @@ class CpuKernel:
         if fault:
             if FAULTS[fault] == "AK602":
                 raise self._no_page(about, k, buffers)
-            raise self._error(FAULTS[fault], about, self.bytecode, len(buffers))
+            raise self.error(FAULTS[fault], about, self.bytecode, len(buffers))
 
     def backward(
         self,
@@ -194,22 +193,24 @@ class CpuKernel:
         Raises:
             AttnkitError: as the call; AK502 too where the derivative needs more tiles at once than the engine has.
         """
-        wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
-        found = self._backwards.get(wanted)
-        if found is None:
-            found = self._backwards.setdefault(wanted, self._compile(wanted))
-        bytecode, program = found
+        bytecode, program = self.backward_program(d_buffers)
         sink, d_sink = (None, None) if self._sink is None else (buffers[self._sink], d_buffers[self._sink])
         try:
             fault, about = engine().attend_backward(
-                program, q, k, v, o, lse, self._scale, sink, self._sequences(q, k, buffers), buffers, params,
+                program, q, k, v, o, lse, self.scale, sink, self._sequences(q, k, buffers), buffers, params,
                 self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
                 threads, self.config["backward_tile_q"], self.config["backward_tile_kv"], self._encoding,
             )  # fmt: skip
         except ValueError as exc:
             raise _too_large(exc) from exc
         if fault:
-            raise self._error(FAULTS[fault], about, bytecode, len(buffers))
+            raise self.error(FAULTS[fault], about, bytecode, len(buffers))
+
+    def backward_program(self, d_buffers: list[Any | None]) -> tuple[Bytecode, Any]:
+        """The bytecode and the engine's program that give these gradients, compiled on first use."""
+        wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
+        found = self._backwards.get(wanted)
+        return self._backwards.setdefault(wanted, self._compile(wanted)) if found is None else found
 
     def _compile(self, gradients: frozenset[int] | None) -> tuple[Bytecode, Any]:
         """The bytecode, and the engine's program; ``gradients`` as `emit` has it."""
@@ -252,7 +253,7 @@ class CpuKernel:
         """
         fault, where, batch, heads, offsets, runs = engine().block_runs(self.program, *sizes, buffers, params)
         if fault:
-            raise self._error(FAULTS[fault], where, self.bytecode, len(buffers))
+            raise self.error(FAULTS[fault], where, self.bytecode, len(buffers))
         return Structure(sizes._replace(batch=batch, heads=heads), offsets, runs)
 
     def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:
@@ -277,7 +278,7 @@ class CpuKernel:
         length = int(buffers[self._kv_layout.lengths][b])
         return missing_page(buffers[self._table], b, length, k.shape[2], k.shape[0])
 
-    def _error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
+    def error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
         """The error for a fault of the engine: about an instruction, a tensor, or nothing in particular (-1)."""
         names = (*_TENSORS, *(f"buffer b{i}" for i in range(num_buffers)), *_GRADIENTS)
         if about < 0:

@@ -37,8 +37,8 @@ class CacheKernel(CpuKernel):
         assert lengths is not None
         try:
             fault, about = engine().attend_cache(
-                self.program, q, k, v, o, lse, self._scale, None if self._sink is None else buffers[self._sink],
-                buffers[lengths], num_coded, buffers, params, self._dropped(params, seed), threads, *self._sizes,
+                self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
+                buffers[lengths], num_coded, buffers, params, self._dropped(params, seed), threads, *self.sizes,
                 None if self._table is None else buffers[self._table],
             )  # fmt: skip
         except ValueError as exc:
@@ -50,7 +50,7 @@ class CacheKernel(CpuKernel):
                 raise missing_page(
                     buffers[self._table], about, int(buffers[lengths][about]), page_size, k[3].shape[0]
                 )
-            raise self._error(code, about, self.bytecode, len(buffers))
+            raise self.error(code, about, self.bytecode, len(buffers))
 
 
 def append(
