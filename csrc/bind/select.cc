@@ -58,8 +58,11 @@ std::pair<int, int> call_select(const Tensor& q, const Tensor& k, const Tensor& 
            chosen.size == Ints{q.size[0], int64_t{s.choosers()}, rows, columns},
        what);
   int64_t contiguous = 1;
-  for (size_t d = 4; d-- > 0; contiguous *= std::max<int64_t>(chosen.size[d], 1))
+  for (size_t d = 4; d-- > 0; contiguous *= std::max<int64_t>(chosen.size[d], 1)) {
     need(chosen.size[d] <= 1 || chosen.stride[d] == contiguous, what);
+    need(chosen.size[d] <= kFarthest / contiguous, "chosen has more than 2^54 elements");
+  }
+  need(contiguous <= (int64_t{1} << 40), "more than 2^40 pairs of rows and columns");
   s.chosen = reinterpret_cast<uint8_t*>(chosen.data);
   const int element = element_size(s.dtype);
   std::vector<Memory> memory{{q.data, q.size, q.stride, element},
@@ -69,6 +72,7 @@ std::pair<int, int> call_select(const Tensor& q, const Tensor& k, const Tensor& 
   std::vector<Buffer> buffers;
   for (const Program* program : {mask, force})
     if (program != nullptr) {
+      need(program->mask >= 0, "an expression is a mask");
       need(static_cast<int>(params.size()) == program->num_params, "wrong number of parameters");
       of_buffers.clear();
       buffers = make_buffers(*program, tensors, of_buffers);

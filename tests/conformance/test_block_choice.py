@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 import attnkit as ak
+from attnkit.backends.reference import gradients
+from attnkit.ir.text import parse
+from attnkit.ops.block_means import BlockMeans
+from attnkit.ops.nsa import nsa_attention
 from attnkit.variants import block_select as bsel
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -216,4 +220,109 @@ LENS = torch.tensor([0, 70], dtype=torch.int32)
 def test_errors(code: str, make: Any, rng: np.random.Generator) -> None:
     with pytest.raises(ak.AttnkitError) as caught:
         make(*tensors(rng))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("cache", [{"codec": "f32"}, {"codec": "bf16", "page_size": 16}, {"codec": "int8"}])
+def test_decoding_with_running_means(cache: dict[str, Any], rng: np.random.Generator) -> None:
+    """Beside the whole, token by token, in rows of two lengths: the keys that a step does not see are not read."""
+    q, k, v = tensors(rng, heads=4)
+    held = ak.KVCache(2, 2, 16, 8, max_len=96, **cache)
+    if cache["codec"] == "bf16":
+        q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    means = BlockMeans(2, 2, 16, block=16, max_len=96)
+    select = ak.top_k_blocks(16, 2).given(means)
+    lens = torch.tensor([37, 5], dtype=torch.int32)
+    held.append(k[:, :, :37], v[:, :, :37], lens)
+    means.append(k[:, :, :37], lens)
+    for _ in range(14):
+        new = [torch.stack([x[b, :, n : n + 1] for b, n in enumerate(lens.tolist())]) for x in (k, v, q)]
+        held.append(new[0], new[1])
+        means.append(new[0])
+        lens = lens + 1
+        o = ak.attention(new[2], held, select=select)
+        for b, n in enumerate(lens.tolist()):
+            expected = bsel.moba_naive(
+                *(x.double().numpy() for x in (new[2][b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n])),
+                block=16,
+                top_k=2,
+            )[0]
+            limit = 3e-6 if cache["codec"] == "f32" else 3e-2
+            np.testing.assert_allclose(o[b : b + 1].double().numpy(), expected, atol=limit, rtol=limit)
+    torch.testing.assert_close(means.means()[1, :, 0], k[1, :, :16].float().mean(1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("code", "make"),
+    [
+        ("AK401", lambda m: BlockMeans(1, 1, 4, block=0, max_len=8)),
+        ("AK402", lambda m: BlockMeans(1, 1, 4, block=2.0, max_len=8)),  # type: ignore[arg-type]
+        ("AK403", lambda m: m.append(torch.ones(1, 2, 3, 4))),
+        ("AK402", lambda m: m.append(None)),
+        ("AK602", lambda m: m.append(torch.ones(1, 1, 9, 4))),
+        ("AK602", lambda m: m.append(torch.ones(1, 1, 2, 4), torch.tensor([3]))),
+        ("AK402", lambda m: ak.top_k_blocks(4, 1).given(None)),  # type: ignore[arg-type]
+        ("AK401", lambda m: ak.top_k_blocks(8, 1).given(m)),
+        ("AK401", lambda m: ak.top_k_blocks(4, 1, causal=False).given(m)),
+    ],
+)
+def test_errors_of_means(code: str, make: Any) -> None:
+    means = BlockMeans(1, 1, 4, block=4, max_len=8)
+    with pytest.raises(ak.AttnkitError) as caught:
+        make(means)
+    assert caught.value.code == code
+    assert int(means.lengths) == 0
+    assert not means.sums.any()
+
+
+@HALVES
+@pytest.mark.parametrize("lengths", [(70, 70), (5, 70), (7, 7)])
+def test_native_sparse_attention(
+    dtype: torch.dtype, lengths: tuple[int, int], rng: np.random.Generator
+) -> None:
+    q, k, v = (x.to(dtype) for x in tensors(rng, *lengths))
+    gates = [torch.rand(2, 4, lengths[0]) for _ in range(3)]
+    o = nsa_attention(q, k, v, *gates, block=16, top_k=1, left=5)
+    arrays = [x.double().numpy() for x in (q, k, v, *gates)]
+    close(o, bsel.nsa_naive(*arrays, block=16, top_k=1, left=5), dtype)
+
+
+def test_native_sparse_attention_whose_gates_leave_the_chosen(rng: np.random.Generator) -> None:
+    """variants.md B7: gates (0, 1, 0) and as many blocks as there are is causal attention. And gradients of all."""
+    q, k, v = (x.requires_grad_() for x in tensors(rng))
+    zero, one = torch.zeros(2, 4, 70), torch.ones(2, 4, 70)
+    o = nsa_attention(q, k, v, zero, one, zero, block=16, top_k=9, left=3)
+    torch.testing.assert_close(o, ak.dense_attention(q, k, v, causal=True), atol=2e-6, rtol=1e-5)
+    gates = [torch.rand(2, 4, 70, requires_grad=True) for _ in range(3)]
+    found = torch.autograd.grad(
+        nsa_attention(q, k, v, *gates, block=16, top_k=1, left=5).sum(), (q, k, v, *gates)
+    )
+    assert all(bool(x.isfinite().all()) and bool(x.any()) for x in found)
+    program, buffers = bsel.nsa_program(block=16, top_k=1, left=5)
+    expected = gradients(
+        parse(program),
+        [x.detach().double().numpy() for x in (q, k, v, *gates)],
+        [np.ones((2, 4, 70, 8))],
+        buffers,
+    )
+    for one_, other in zip(found, expected.inputs, strict=True):
+        np.testing.assert_allclose(one_.double().numpy(), other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("AK401", {"block": 0}),
+        ("AK402", {"top_k": 1.0}),
+        ("AK401", {"left": -1}),
+        ("AK403", {"g_cmp": torch.ones(1)}),
+    ],
+)
+def test_errors_of_native_sparse_attention(
+    code: str, change: dict[str, Any], rng: np.random.Generator
+) -> None:
+    q, k, v = tensors(rng)
+    gates = {name: torch.ones(2, 4, 70) for name in ("g_cmp", "g_slc", "g_swa")}
+    with pytest.raises(ak.AttnkitError) as caught:
+        nsa_attention(q, k, v, **({**gates, "block": 16, "top_k": 1, "left": 3} | change))
     assert caught.value.code == code

@@ -309,6 +309,60 @@ def recur_backward(rng: Rng) -> str:
     return f"fault {fault}" if fault else "computed"
 
 
+# --- select ----------------------------------------------------------------------------------------------
+
+
+CAUSAL = _engine.Program(rows(KEY, ("var_q_idx", 0), ("le_i", 0, 0, 1)), -1, 2, 0, 0)
+
+
+def select(rng: Rng) -> str:
+    batch, heads, q_len, kv_len = (int(n) for n in rng.integers(1, 6, 4))
+    row, column = (int(n) for n in rng.integers(1, 4, 2))
+    group, dtype = bool(rng.integers(2)), of(rng, [0, 0, 4, 5])
+
+    def room(at: int, *shape: int, dtype: int = dtype) -> Any:
+        return (MIDDLE + 4096 * at, dtype, shape, contiguous(shape))
+
+    q, k = room(0, batch, 2 * heads, q_len, 5), room(1, batch, heads, kv_len, 5)
+    chosen = room(2, batch, heads if group else 2 * heads, -(-q_len // row), -(-kv_len // column), dtype=3)
+    form = (
+        row,
+        column,
+        0.5,
+        bool(rng.integers(2)),
+        of(rng, [None, 0.1]),
+        int(rng.integers(3)),
+        0.7,
+        True,
+        group,
+    )
+    arguments = [
+        q,
+        k,
+        chosen,
+        form,
+        of(rng, [None, CAUSAL]),
+        of(rng, [None, CAUSAL]),
+        [],
+        [],
+        int(rng.integers(1, 4)),
+    ]
+    at, wrong = int(rng.integers(9)), of(rng, [None, "x", -1, 0, 3, 2.5, [], 2**31, np.nan])
+    replace: dict[int, Callable[[], Any]] = {
+        **{i: partial(damaged, rng, arguments[i]) for i in range(3)},
+        3: lambda: of(rng, [None, (), form[:3], (*form[:at], wrong, *form[at + 1 :])]),
+        4: lambda: of(rng, [3, "x", [], PROGRAMS[0][0], PROGRAMS[1][0]]),
+        6: lambda: of(rng, [None, 3, [buffer_tuple(rng, 0, (2, 2))]]),
+        7: lambda: of(rng, [None, [1.0], ["x"]]),
+        8: lambda: integer(rng, [64, 10**6, 2**31]),
+    }
+    for i in rng.choice(list(replace), rng.integers(0, 3), replace=False):
+        arguments[i] = replace[i]()
+    fault, about = _engine.select(*(arguments if rng.integers(50) else arguments[:3]))
+    assert (fault == 0) == (about == -1) or fault == 4
+    return f"fault {fault}" if fault else "computed"
+
+
 # --- caches of codes -------------------------------------------------------------------------------------
 
 DTYPE_NUMBERS = {torch.float32: 0, torch.int32: 1, torch.uint8: 3, torch.bfloat16: 4, torch.float16: 5}
@@ -510,7 +564,7 @@ def no_arguments(rng: Rng) -> str:
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
     "attend": attend, "attend_backward": attend_backward, "recur": recur, "recur_backward": recur_backward,
-    "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
+    "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
     "set_poison": set_poison, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
     **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),
@@ -541,7 +595,9 @@ def test_wrong_arguments(seed: int, effort: int) -> None:
         assert tally[f"{name}: ValueError"] > 0, tally
     assert tally["attend: computed"] > count / 20, tally
     assert tally["attend_backward: computed"] > count / 200, tally
-    assert min(tally["recur: computed"], tally["recur_backward: computed"]) > count / 200, tally
+    assert min(tally[f"{name}: computed"] for name in ("recur", "recur_backward", "select")) > count / 200, (
+        tally
+    )
     assert tally["attend: fault 5"] > 0, tally  # no memory behind it
     assert tally["attend: fault 6"] > 0, tally  # misaligned
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import attnkit as ak
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError
-from attnkit.ops import sparge as ops
+from attnkit.ops import sparge_family as ops
 from attnkit.variants import sparge
 
 pytestmark = [pytest.mark.shows, pytest.mark.filterwarnings("ignore:sparge_attention:UserWarning")]
@@ -340,3 +340,51 @@ def test_in_a_graph(rng: np.random.Generator) -> None:
     )
     for found, expected in zip(compiled(*inputs), call(inputs, causal=True), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+# --- as a choice ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_as_a_choice_it_is_the_same(causal: bool, rng: np.random.Generator) -> None:
+    inputs = structured(rng, 300, 300)
+    for parameters in (
+        {"topk": 0.4},
+        {"cdf": 0.8},
+        {"topk": 1.0},
+        {"topk": [0.2, 0.4, 0.6, 1.0], "int8": False},
+    ):
+        found = ak.attention(*inputs, select=ak.sparge(causal=causal, **parameters))
+        assert torch.equal(found, call(inputs, causal=causal, **parameters)[0])
+    skipping: Any = {"topk": 0.6, "pv_threshold": 6.0}
+    assert torch.equal(ak.attention(*inputs, select=ak.sparge(**skipping)), call(inputs, **skipping)[0])
+
+
+def test_as_a_choice_beside_scores_masks_and_a_sink(rng: np.random.Generator) -> None:
+    q, k, v = structured(rng, 200, 300)
+    sink = torch.zeros(4)
+    given: Any = {
+        "score": ak.softcap(2.0),
+        "mask": ak.window(90, 40),
+        "normalizer": ak.softmax(sink),
+        "return_lse": True,
+    }
+    for parameters in ({"topk": 0.4, "int8": False}, {"topk": 0.4}):
+        o, lse = ak.attention(q, k, v, select=ak.sparge(**parameters), **given)
+        wide = [x.double() for x in (q, k, v)]
+        wanted = ak.attention(*wide, select=ak.sparge(**parameters), backend="reference", **given)
+        int8 = parameters.get("int8", True)
+        agree(o, wanted[0].numpy(), torch.float32, int8=int8)
+        dead = torch.isinf(wanted[1])
+        assert torch.equal(torch.isinf(lse), dead)
+        agree(lse[~dead], wanted[1][~dead].numpy(), torch.float32, int8=int8)
+
+
+def test_what_goes_with_no_choice(rng: np.random.Generator) -> None:
+    inputs = structured(rng, 20, 20)
+    with pytest.raises(AttnkitError, match="AK408"):
+        ak.attention(*inputs, select=ak.sparge(), kv_lens=torch.tensor([7], dtype=torch.int32))
+    with pytest.raises(AttnkitError, match="AK226"):
+        ak.attention(*inputs, select=ak.sparge(pv_threshold=9.0), dropout_p=0.1)
+    with pytest.raises(AttnkitError, match="AK401"):
+        ak.sparge(pv_threshold=-1.0)

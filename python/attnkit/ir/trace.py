@@ -338,13 +338,15 @@ def build_text(
     page_table: Any = None,
     dropout_p: float = 0.0,
     codecs: tuple[str, str] = ("", ""),
+    approximation: tuple[str, str, float | None] | None = None,
     return_lse: bool = True,
 ) -> str:
     """The text of the whole program: ``attend`` with the traced score and mask. Valid, but not canonical.
 
     ``sink``, ``cu_seqlens_q``, ``cu_seqlens_kv``, ``kv_lens`` and ``page_table`` are tensors; those given are appended to
-    ``traced.buffers`` (once each), so that this list is what the program takes. ``codecs`` are those of k and v. Only
-    string operations: works under dynamo.
+    ``traced.buffers`` (once each), so that this list is what the program takes. ``codecs`` are those of k and v;
+    ``approximation`` is what `encode` makes of q and of k, "" where it leaves them, and ``skip``. Only string operations: works
+    under dynamo.
     """
     context = traced.context
     has_lse = NORMALIZERS[normalizer].lse
@@ -365,6 +367,13 @@ def build_text(
     attributes = f"scale = {'default' if scale is None else context.number(scale)}"
     if dropout_p != 0.0:
         attributes += f", dropout = {context.number(dropout_p)}"
+    operands, encodes = "q, k, v", []
+    if approximation is not None:
+        of_q, of_k, skip = approximation
+        if of_q:
+            operands, encodes = "q8, k8, v", [f"q8 = encode(q, {of_q})", f"k8 = encode(k, {of_k})"]
+        if skip is not None:
+            attributes += f", skip = {context.number(skip)}"
     body = list(context.lines)
     if traced.score is not None:
         body.append(f"score = {traced.score}")
@@ -375,7 +384,8 @@ def build_text(
         [
             "attnkit 1",
             f"program (q: {q}, k: {keys}, v: {values}) buffers({buffers}) params({params}) {{",
-            f"{'o, lse' if has_lse else 'o'} = attend(q, k, v, {attributes}) {{",
+            *encodes,
+            f"{'o, lse' if has_lse else 'o'} = attend({operands}, {attributes}) {{",
             *body,
             "}",
             "return o, lse" if return_lse and has_lse else "return o",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from attnkit.errors import error
 from attnkit.ir.mods import MaskFunction, causal as causal_mask
 from attnkit.ir.text import parse
+from attnkit.ops.block_means import BlockMeans
 from attnkit.ops.check import check_qkv, check_tensor
 from attnkit.ops.select import select
 from attnkit.ops.tracing import assume_constant
@@ -35,7 +37,10 @@ class Choice(Protocol):
     """What ``ak.attention(select=)`` takes."""
 
     def over(self, operands: Operands) -> MaskFunction:
-        """The pairs that it leaves, as a mask. No gradient passes through it."""
+        """The pairs that it leaves, as a mask. No gradient passes through it.
+
+        What attends to them in a way of its own says so: ``approximation``, see `attnkit.ops.traced.Traceable`.
+        """
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,20 @@ class TopKBlocks:
     first: int
     last: int
     shared: bool
+    means: BlockMeans | None = None
+
+    def given(self, means: BlockMeans) -> TopKBlocks:
+        """The same choice among blocks whose means are at hand: the keys, which may then lie in any way, are not read.
+
+        Raises:
+            AttnkitError: AK402, they are none; AK401, they are of blocks of another size, or the choice is not causal.
+        """
+        if not isinstance(means, BlockMeans):
+            raise error("AK402", where="means", given=type(means).__name__, allowed="a BlockMeans")
+        if means.block != self.block or not self.causal:
+            given = f"means of {means.block} keys for a choice of {self.block}, causal={self.causal}"
+            raise error("AK401", where="means", given=given, allowed="one size, and causal=True")
+        return replace(self, means=means)
 
     def over(self, operands: Operands) -> MaskFunction:
         """See `Choice`.
@@ -56,12 +75,22 @@ class TopKBlocks:
         Raises:
             AttnkitError: AK408, padded keys and a choice that is not causal: the mean of a block would hold what is no key.
         """
-        q, k, lens = operands.q, operands.k, operands.kv_lens
+        q, k, lens, size = operands.q, operands.k, operands.kv_lens, self.block
+        if self.means is not None:
+            q, k, lens, size = q.float(), self.means.means(), self.means.lengths, 1
         if lens is not None and not self.causal:
             given = "keys of their own lengths, and causal=False"
             raise error("AK408", where="select", given=given, allowed="ak.top_k_blocks(..., causal=True)")
         text = program_text(
-            self.block, self.k, self.q_block, self.causal, self.first, self.last, self.shared, operands.scale
+            size,
+            self.block,
+            self.k,
+            self.q_block,
+            self.causal,
+            self.first,
+            self.last,
+            self.shared,
+            operands.scale,
         )
         past = (q.new_full((q.shape[0],), k.shape[2], dtype=torch.int32) if lens is None else lens) - q.shape[
             2
@@ -73,10 +102,11 @@ class TopKBlocks:
         """The mask of what was chosen, bool ``[B, heads, rows, columns]``; so many query heads share a kv head."""
         block, q_block, heads = self.block, self.q_block, group if self.shared else 1
         visible = causal_mask() if self.causal else None
+        of_column = chosen.mT.contiguous()  # the queries of a tile are read one after the other
 
         def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
             row = q_idx if q_block == 1 else q_idx // q_block
-            seen = chosen[b, h if heads == 1 else h // heads, row, kv_idx // block]
+            seen = of_column[b, h if heads == 1 else h // heads, kv_idx // block, row]
             return seen if visible is None else seen & visible(b, h, q_idx, kv_idx)
 
         return mask
@@ -128,24 +158,29 @@ def chosen_by(select: Any, operands: Operands, apart: dict[str, Any]) -> MaskFun
         AttnkitError: AK402, it is no choice; AK408, keys lie so that there is no choice among them.
     """
     if not hasattr(select, "over"):
-        raise error("AK402", where="select", given=type(select).__name__, allowed="ak.top_k_blocks(...)")
+        raise error(
+            "AK402",
+            where="select",
+            given=type(select).__name__,
+            allowed="ak.top_k_blocks(...), ak.sparge(...)",
+        )
     for how, given in apart.items():
-        if given is not None:
+        if given is not None and (how == "packed" or getattr(select, "means", None) is None):
             raise error("AK408", where="select", given=f"keys that are {how}", allowed="plain or padded keys",
-                        hint="choose with attnkit.ops.block_means, and pass the mask")  # fmt: skip
+                        hint="of a cache, keep the blocks' means: attnkit.ops.block_means")  # fmt: skip
     mask: MaskFunction = select.over(operands)
     return mask
 
 
 @assume_constant
 def program_text(*member: Any) -> str:
-    """The canonical text of a choice: `TopKBlocks`' numbers and the scale."""
+    """The canonical text of a choice: the keys that one of k is the mean of, `TopKBlocks`' numbers, and the scale."""
     return _program_text(*member)
 
 
 @lru_cache(maxsize=1024)
 def _program_text(
-    block: int, k: int, q_block: int, causal: bool, first: int, last: int, shared: bool, scale: float | None
+    pooled: int, block: int, k: int, q_block: int, causal: bool, first: int, last: int, shared: bool, scale: float | None
 ) -> str:  # fmt: skip
     rule = f"top_k = {k - 1 if causal else k}" + (", heads = group" if shared else "")
     forced = f"(kv_idx < {first})"
@@ -163,7 +198,7 @@ def _program_text(
         f"""attnkit 1
 program (q: bhsd, k: bhsd) {"buffers(b0: i32[1])" if causal else ""} {{
   rows = pool(q, size = {q_block}, how = mean)
-  columns = pool(k, size = {block}, how = mean)
+  columns = pool(k, size = {pooled}, how = mean)
   chosen = select(rows, columns, scale = {"default" if scale is None else repr(scale)}, {rule}) {{
     {body}
   }}
@@ -172,7 +207,9 @@ program (q: bhsd, k: bhsd) {"buffers(b0: i32[1])" if causal else ""} {{
     ).text
 
 
-def choose(q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str) -> Tensor:
+def choose(
+    q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str, params: Sequence[float] = ()
+) -> Tensor:
     """What a selection of q and k keeps, on a backend: bool ``[B, heads, rows, columns]``.
 
     Raises:
@@ -185,7 +222,10 @@ def choose(q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str)
         from attnkit.backends.reference import run
 
         found = run(
-            parse(text), [t.detach().double().cpu().numpy() for t in (q, k)], [b.numpy() for b in buffers]
+            parse(text),
+            [t.detach().double().cpu().numpy() for t in (q, k)],
+            [b.numpy() for b in buffers],
+            params,
         )
         return torch.from_numpy(found[0][:, :, 0].copy())
     if q.device.type != "cpu" or backend not in ("auto", "cpu"):
@@ -196,4 +236,4 @@ def choose(q: Tensor, k: Tensor, text: str, buffers: list[Tensor], backend: str)
             given=given,
             allowed="tensors on the CPU, backend 'auto', 'cpu' or 'reference'",
         )
-    return select(q, k, text, buffers, [])
+    return select(q, k, text, buffers, list(params))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from torch import Tensor
 from attnkit.errors import error
 from attnkit.ops.check import check_number, check_qkv
 from attnkit.ops.functional import dense_attention
-from attnkit.ops.sparge import sparge_attention
+from attnkit.ops.sparge_family import sparge_attention
 from attnkit.tune.key import dumps
 from attnkit.tune.store import write_whole
 
 Sample = tuple[Tensor, Tensor, Tensor]
-SIMILARITIES = (-1.0, 0.0, 0.1, 0.2, 0.4, 0.6, 0.8)
-STEPS = 8  # halvings of what the mass may be
+RULES = ("topk", "cdf")
+SIMILARITIES = (-1.0, 0.0, 0.2, 0.4, 0.6, 0.8)
+STEPS = 8  # halvings of what the share, or the mass, may be
 DENSE_FROM = 0.9  # a head that keeps more keeps all: predicting would cost more than it saves
 
 
@@ -38,7 +39,8 @@ class SpargeThresholds:
     int8: bool
     smooth_k: bool
     scale: float | None
-    cdf: tuple[float, ...]
+    topk: tuple[float | None, ...]
+    cdf: tuple[float | None, ...]
     similarity: tuple[float, ...]
     error: tuple[float, ...]
     density: tuple[float, ...]
@@ -48,7 +50,7 @@ class SpargeThresholds:
         """Keywords of `sparge_attention`."""
         return {
             "causal": self.causal, "int8": self.int8, "smooth_k": self.smooth_k, "scale": self.scale,
-            "cdf": list(self.cdf), "similarity": list(self.similarity),
+            "topk": list(self.topk), "cdf": list(self.cdf), "similarity": list(self.similarity),
         }  # fmt: skip
 
     def save(self, path: Path | str) -> None:
@@ -84,11 +86,12 @@ def tune_sparge(
     path: Path | str | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> SpargeThresholds:
-    """Search, for every query head, the ``cdf`` and ``similarity`` that keep the fewest tiles within an error.
+    """Search, for every query head, the ``topk`` or ``cdf``, and ``similarity``, that keep the fewest tiles within an error.
 
     The error of a head is ``sum |o - exact| / sum |exact|``, exact being dense attention in float32, and counts where it is
-    largest among the samples (SpargeAttn's measure, of 0.06 to 0.08 in its own tuning). For each of a few similarities the mass
-    is halved in on, all heads in the same calls: about fifty calls a sample. A head for which nothing is enough keeps all.
+    largest among the samples (SpargeAttn's measure, of 0.06 to 0.08 in its own tuning). For both rules and each of a few
+    similarities the least share, or mass, is found by halving, all heads in the same calls: about a hundred calls a sample. A
+    head for which nothing is enough keeps all.
 
     Args:
         samples: ``(q, k, v)`` as `sparge_attention` takes them, of one attention layer: what it meets in use, a few of them.
@@ -118,7 +121,7 @@ def tune_sparge(
     search = _Search(samples, bound, settings)
     notes = _Notes(None if path is None else Path(path), search.identity)
     heads = range(samples[0][0].shape[1])
-    dense = notes.take("dense", lambda: search.measure([1.0] * len(heads), [1.0] * len(heads)))
+    dense = notes.take("dense", partial(search.measure, "topk", [1.0] * len(heads), 1.0))
     if max(e for e, _ in dense) > bound:
         worst = max(heads, key=lambda h: dense[h][0])
         given = f"{bound:g}, and keeping everything costs {dense[worst][0]:.3g} in head {worst}"
@@ -129,17 +132,27 @@ def tune_sparge(
             allowed="more than that",
             hint="int8=False rounds nothing" if int8 else "",
         )
-    best = [(1.0, 1.0, 1.0, e) for e, _ in dense]  # density, cdf, similarity, error
-    for i, similarity in enumerate(SIMILARITIES):
-        found = notes.take(str(similarity), partial(search.halve, similarity))
-        for h, (cdf, e, density) in enumerate(found):
-            if density < best[h][0] and density <= DENSE_FROM:
-                best[h] = (density, cdf, similarity, e)
-        progress((i + 1) / len(SIMILARITIES))
-    density, cdf, similar, errors = zip(*best, strict=True)
+    best = [_Best(1.0, "topk", 1.0, 1.0, e) for e, _ in dense]
+    tries = [(rule, similarity) for similarity in SIMILARITIES for rule in RULES]
+    for i, (rule, similarity) in enumerate(tries):
+        found = notes.take(f"{rule} {similarity}", partial(search.halve, rule, similarity))
+        for h, (share, e, density) in enumerate(found):
+            if density < best[h].density and density <= DENSE_FROM:
+                best[h] = _Best(density, rule, share, similarity, e)
+        progress((i + 1) / len(tries))
+    topk, cdf = (tuple(b.share if b.rule == rule else None for b in best) for rule in RULES)
     return SpargeThresholds(
-        bound, causal, int8, smooth_k, scale, tuple(cdf), tuple(similar), tuple(errors), tuple(density)
-    )
+        bound, causal, int8, smooth_k, scale, topk, cdf, tuple(b.similarity for b in best),
+        tuple(b.error for b in best), tuple(b.density for b in best),
+    )  # fmt: skip
+
+
+class _Best(NamedTuple):
+    density: float
+    rule: str
+    share: float  # or mass
+    similarity: float
+    error: float
 
 
 class _Search:
@@ -158,7 +171,7 @@ class _Search:
     def identity(self) -> str:
         """A digest of all that decides what is found."""
         known = {
-            "bound": self.bound, **self.settings, "similarities": SIMILARITIES, "steps": STEPS, "dense_from": DENSE_FROM,
+            "bound": self.bound, **self.settings, "rules": RULES, "similarities": SIMILARITIES, "steps": STEPS, "dense_from": DENSE_FROM,
         }  # fmt: skip
         digest = hashlib.sha256(dumps(known).encode())
         for x in (x for sample in self.samples for x in sample):
@@ -166,26 +179,25 @@ class _Search:
             digest.update(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def measure(self, cdf: Sequence[float], similarity: Sequence[float]) -> list[tuple[float, float]]:
+    def measure(self, rule: str, shares: Sequence[float], similarity: float) -> list[tuple[float, float]]:
         """The largest error and the mean density of each head."""
         errors, densities = torch.zeros(self.heads), torch.zeros(self.heads)
         for sample, exact in zip(self.samples, self.exact, strict=True):
             with torch.no_grad():
-                o, density = sparge_attention(
-                    *sample, **self.settings, cdf=cdf, similarity=similarity, return_density=True
-                )
+                chosen: dict[str, Any] = {rule: shares, "similarity": similarity, **self.settings}
+                o, density = sparge_attention(*sample, **chosen, return_density=True)
             off = (o.float() - exact).abs().sum((0, 2, 3)) / exact.abs().sum((0, 2, 3)).clamp(min=1e-30)
             errors = torch.maximum(errors, off.nan_to_num(nan=torch.inf))
             densities += density.mean(0) / len(self.samples)
         return list(zip(errors.tolist(), densities.tolist(), strict=True))
 
-    def halve(self, similarity: float) -> list[tuple[float, float, float]]:
-        """Of each head the least mass found that is enough, with its error and its density; all of it if none is."""
+    def halve(self, rule: str, similarity: float) -> list[tuple[float, float, float]]:
+        """Of each head the least share found that is enough, with its error and its density; all of it if none is."""
         low, high = [0.0] * self.heads, [1.0] * self.heads
         found = [(1.0, 0.0, 1.0)] * self.heads
         for _ in range(STEPS):
             middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-            for h, (off, density) in enumerate(self.measure(middle, [similarity] * self.heads)):
+            for h, (off, density) in enumerate(self.measure(rule, middle, similarity)):
                 if off <= self.bound:
                     high[h], found[h] = middle[h], (middle[h], off, density)
                 else:

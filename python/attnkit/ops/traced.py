@@ -48,6 +48,7 @@ class Traceable(NamedTuple):
     page_table: Tensor | None = None
     dropout_p: float = 0.0
     codecs: tuple[str, str] | None = None
+    approximation: tuple[str, str, float | None] | None = None
 
 
 class Bound(NamedTuple):
@@ -171,7 +172,15 @@ def bind(what: Traceable, like: Tensor | None = None) -> Bound:
         return _trace(what, like)
     mask, others = (
         what.mask,
-        (what.score, what.sink, what.cu_seqlens_q, what.kv_lens, what.page_table, what.codecs),
+        (
+            what.score,
+            what.sink,
+            what.cu_seqlens_q,
+            what.kv_lens,
+            what.page_table,
+            what.codecs,
+            what.approximation,
+        ),
     )
     if type(mask) is not SettledMask or any(other is not None for other in others):
         return _recall(what, like)
@@ -238,6 +247,7 @@ def _trace(what: Traceable, like: Tensor | None) -> Bound:
         page_table=what.page_table,
         dropout_p=what.dropout_p,
         codecs=what.codecs or ("", ""),
+        approximation=what.approximation,
     )
     return Bound(text, traced.buffers, traced.params)
 

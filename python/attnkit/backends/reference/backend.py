@@ -18,8 +18,10 @@ from attnkit.plan.spec import Config, KernelSpec, Space
 @lru_cache(maxsize=256)
 def _with_all_outputs(program: Program) -> Program:
     """The same attention, returning everything it gives."""
-    values = tuple(range(3, 3 + len(program.attend.outputs)))
-    return Program(program.inputs, program.buffers, program.num_params, (program.attend, Return(values)))
+    *before, attend, _ = program.ops  # what encodes its operands
+    first = len(program.inputs) + sum(len(op.results) for op in before)
+    values = tuple(range(first, first + len(program.attend.outputs)))
+    return Program(program.inputs, program.buffers, program.num_params, (*before, attend, Return(values)))
 
 
 def attend(

@@ -73,5 +73,17 @@ def _flex(inputs: Inputs) -> Call:
     return Call(call, config={"compile_ms": round(1e3 * (time.perf_counter() - start))})
 
 
+def compiled(q: Any, k: Any, v: Any, block_mask: Any) -> Any:
+    """A call without arguments of the compiled function on these blocks; it is compiled here."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch.compiler.reset()
+    function = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        function(q, k, v, block_mask=block_mask)
+    return lambda: function(q, k, v, block_mask=block_mask)
+
+
 FLEX_GPU = Peer("flex", lambda: installed_version("torch"), lambda workload: None, _flex)
 FLEX = Peer("flex", lambda: installed_version("torch"), _refuses, _flex)

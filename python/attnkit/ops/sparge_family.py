@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,15 +12,17 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
+from attnkit.ir.mods import MaskFunction, causal as causal_mask
 from attnkit.ir.text import parse
+from attnkit.ops import block_choice
+from attnkit.ops.block_choice import Operands
 from attnkit.ops.check import autocast, check_flag, check_number, check_qkv, check_scale
 from attnkit.ops.registry import attend
-from attnkit.ops.select import select
 from attnkit.ops.tracing import assume_constant
 from attnkit.variants.sequences import CAUSAL
 from attnkit.variants.sparge import KV_TILE, Q_TILE
 
-Numbers = float | Sequence[float]  # one for all heads, or one for each
+Numbers = float | Sequence[float | None]  # one for all heads, or one for each
 
 
 class Prediction(NamedTuple):
@@ -64,7 +67,7 @@ def sparge_attention(
         causal: bottom-right aligned, exact for every pair. Smoothed int8 keys then know the whole sequence: a prefill method,
             which a warning says once.
         topk: the share of all tiles of keys that a tile of queries keeps, in (0, 1], rounded down, at least one; 1 keeps all.
-            Like cdf and similarity one number, or one for each query head.
+            Like cdf and similarity one number, or a list of them, or None, for each query head.
         cdf: or as many of the best as together hold no more than so much of the softmax, in (0, 1], at least one; 1 keeps all.
             If neither is given ``topk = 0.5``.
         similarity: None is -0.1 with topk, 0.6 with cdf; from 1 on nothing is coherent and all is kept.
@@ -85,16 +88,10 @@ def sparge_attention(
     """
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
-    for name, flag in (
-        ("causal", causal),
-        ("int8", int8),
-        ("smooth_k", smooth_k),
-        ("return_density", return_density),
-    ):
-        check_flag(name, flag)
+    _check_flags(causal=causal, int8=int8, smooth_k=smooth_k, return_density=return_density)
     predictions = predictions_of(q.shape[1], topk, cdf, similarity)
     if pv_threshold is not None:
-        pv_threshold = _number("pv_threshold", pv_threshold, "a finite number above 0", most=None)
+        pv_threshold = _threshold(pv_threshold)
     if causal and int8 and smooth_k:
         _warn_once(_PREFILL)
     past = k.shape[2] - q.shape[2] if causal else 0
@@ -111,68 +108,154 @@ def sparge_attention(
     return o, density_of(chosen, q.shape, k.shape[2], past if causal else None)
 
 
+@dataclass(frozen=True)
+class Sparge:
+    """See `sparge`."""
+
+    causal: bool
+    topk: Numbers | None
+    cdf: Numbers | None
+    similarity: Numbers | None
+    pv_threshold: float | None
+    int8: bool
+    smooth_k: bool
+
+    @property
+    def approximation(self) -> tuple[str, str, float | None]:
+        """See `attnkit.ops.traced.Traceable`."""
+        return (*(_codecs(self.smooth_k) if self.int8 else ("", "")), self.pv_threshold)
+
+    def over(self, operands: Operands) -> MaskFunction:
+        """See `attnkit.ops.block_choice.Choice`.
+
+        Raises:
+            AttnkitError: AK408, padded keys: the mean of a tile would hold what is no key; as `sparge_attention`.
+        """
+        q, k = operands.q, operands.k
+        if operands.kv_lens is not None:
+            given = "keys of their own lengths"
+            raise error("AK408", where="select", given=given, allowed="all keys of the tensor")
+        predictions = predictions_of(q.shape[1], self.topk, self.cdf, self.similarity)
+        if self.causal and self.int8 and self.smooth_k:
+            _warn_once(_PREFILL)
+        visible = causal_mask() if self.causal else None
+        if all(p.keeps_all for p in predictions):
+            return visible or (lambda b, h, q_idx, kv_idx: q_idx >= 0)
+        chosen = choose(q, k, predictions, causal=self.causal, smooth=self.smooth_k, backend=operands.backend)
+
+        def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+            seen = chosen[b, h, q_idx // Q_TILE, kv_idx // KV_TILE]
+            return seen if visible is None else seen & visible(b, h, q_idx, kv_idx)
+
+        return mask
+
+
+def sparge(
+    *, causal: bool = False, topk: Numbers | None = None, cdf: Numbers | None = None, similarity: Numbers | None = None,
+    pv_threshold: float | None = None, int8: bool = True, smooth_k: bool = True,
+) -> Sparge:  # fmt: skip
+    """For ``ak.attention(select=)``: tiles as `sparge_attention` chooses them, beside any score and mask.
+
+    ``causal=True`` leaves tiles of the future out of the choice and future keys out of the tiles; masks of the call do not change
+    what is predicted. A score reads the logits of the codes, to which the mean key has been given back.
+
+    Args:
+        causal: as in `sparge_attention`, like topk, cdf, similarity, pv_threshold, int8 and smooth_k.
+        topk: see causal.
+        cdf: see causal.
+        similarity: see causal.
+        pv_threshold: see causal; not beside dropout or a sink.
+        int8: see causal.
+        smooth_k: see causal.
+
+    Raises:
+        AttnkitError: AK401, AK402, a number is wrong.
+    """
+    _check_flags(causal=causal, int8=int8, smooth_k=smooth_k)
+    if pv_threshold is not None:
+        pv_threshold = _threshold(pv_threshold)
+    return Sparge(causal, topk, cdf, similarity, pv_threshold, int8, smooth_k)
+
+
 def predictions_of(heads: int, topk: Any, cdf: Any, similarity: Any) -> list[Prediction]:
     """What the arguments say for each of so many query heads.
 
     Raises:
         AttnkitError: AK401, AK402, a number is wrong; AK403, another number of them than of heads; AK408, topk beside cdf.
     """
-    if topk is not None and cdf is not None:
-        raise error("AK408", where="topk, cdf", given="both", allowed="one of them, or neither")
-    if topk is None and cdf is None:
-        topk = 0.5
-    if similarity is None:
-        similarity = -0.1 if cdf is None else 0.6
-    given = {
-        "topk": _each(heads, "topk", topk, 1.0),
-        "cdf": _each(heads, "cdf", cdf, 1.0),
-        "similarity": _each(heads, "similarity", similarity, None),
-    }
-    return [Prediction(*numbers) for numbers in zip(*given.values(), strict=True)]
+    given = [
+        _each(heads, "topk", topk, _share), _each(heads, "cdf", cdf, _share), _each(heads, "similarity", similarity, check_number)
+    ]  # fmt: skip
+    found = []
+    for share, mass, least in zip(*given, strict=True):
+        if share is not None and mass is not None:
+            raise error("AK408", where="topk, cdf", given="both", allowed="one of them, or neither")
+        usual = -0.1 if mass is None else 0.6
+        found.append(
+            Prediction(0.5 if share is mass is None else share, mass, usual if least is None else least)
+        )
+    return found
 
 
-def _each(heads: int, name: str, given: Any, most: float | None) -> list[Any]:
-    if given is None:
-        return [None] * heads
+def _each(heads: int, name: str, given: Any, check: Callable[[str, Any], float]) -> list[float | None]:
     numbers = list(given) if isinstance(given, (list, tuple)) else [given] * heads
     if len(numbers) != heads:
-        raise error(
-            "AK403", where=name, given=f"{len(numbers)} numbers", allowed=f"one, or {heads}: one a query head"
-        )
-    if name == "similarity":
-        return [check_number(name, number) for number in numbers]
-    return [_number(name, number, "a number in (0, 1]", most) for number in numbers]
+        allowed = f"one, or {heads}: one a query head"
+        raise error("AK403", where=name, given=f"{len(numbers)} numbers", allowed=allowed)
+    return [None if number is None else check(name, number) for number in numbers]
 
 
-def _number(name: str, given: Any, allowed: str, most: float | None) -> float:
+def _share(name: str, given: Any) -> float:
+    return _number(name, given, "a number in (0, 1]", 1.0)
+
+
+def _threshold(given: Any) -> float:
+    return _number("pv_threshold", given, "a finite number above 0", float.fromhex("0x1.fffffep+127"))
+
+
+def _number(name: str, given: Any, allowed: str, most: float) -> float:
     number = check_number(name, given)
-    if not 0 < number <= (float.fromhex("0x1.fffffep+127") if most is None else most):
+    if not 0 < number <= most:
         raise error("AK401", where=name, given=str(number), allowed=allowed)
     return number
 
 
-def choose(q: Tensor, k: Tensor, predictions: Sequence[Prediction], *, causal: bool, smooth: bool) -> Tensor:
+def _check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        check_flag(name, flag)
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    predictions: Sequence[Prediction],
+    *,
+    causal: bool,
+    smooth: bool,
+    backend: str = "auto",
+) -> Tensor:
     """The tiles that each head keeps, bool ``[B, Hq, rows, columns]``."""
     past = [torch.full((q.shape[0],), k.shape[2] - q.shape[2], dtype=torch.int32)] if causal else []
     if all(p == predictions[0] for p in predictions):
-        return _choose(q, k, predictions[0], past, smooth)
+        return _choose(q, k, predictions[0], past, smooth, backend)
     group = q.shape[1] // k.shape[1]
     return torch.cat(
         [
-            _choose(q[:, h : h + 1], k[:, h // group : h // group + 1], p, past, smooth)
+            _choose(q[:, h : h + 1], k[:, h // group : h // group + 1], p, past, smooth, backend)
             for h, p in enumerate(predictions)
         ],
         dim=1,
     )
 
 
-def _choose(q: Tensor, k: Tensor, p: Prediction, past: list[Tensor], smooth: bool) -> Tensor:
+def _choose(q: Tensor, k: Tensor, p: Prediction, past: list[Tensor], smooth: bool, backend: str) -> Tensor:
     if p.keeps_all:
         rows, columns = tiles_of(q.shape[2], k.shape[2])
         return torch.ones((q.shape[0], q.shape[1], rows, columns), dtype=torch.bool)
     rule, number = ("top_cdf", p.cdf) if p.topk is None else ("top_fraction", p.topk)
     assert number is not None
-    return select(q, k, select_text(rule, bool(past), smooth), past, [number, p.similarity])
+    text = select_text(rule, bool(past), smooth)
+    return block_choice.choose(q, k, text, past, backend, [number, p.similarity])
 
 
 def tiles_of(q_len: int, kv_len: int) -> tuple[int, int]:
@@ -238,10 +321,8 @@ def _attend_text(
     masks = [f"b0[b, h, q_idx // {Q_TILE}, kv_idx // {KV_TILE}]"] * mapped + [f"({CAUSAL})"] * causal
     body = f"mask = {' & '.join(masks)}" if masks else ""
     declared = "buffers(b0: bool[4]) " * mapped + "params(p0: f32)" * skips
-    encodes = [
-        f"q8 = encode(q, codec = int8(tile, {Q_TILE}))",
-        f"k8 = encode(k, codec = int8(tile, {KV_TILE}), center = {'mean' if smooth else 'none'})",
-    ]
+    of_q, of_k = _codecs(smooth)
+    encodes = [f"q8 = encode(q, {of_q})", f"k8 = encode(k, {of_k})"]
     operands = "q8, k8, v" if int8 else "q, k, v"
     attributes = f"scale = {'default' if scale is None else repr(scale)}{', skip = p0' if skips else ''}"
     lines = [
@@ -253,6 +334,14 @@ def _attend_text(
         "}",
     ]
     return parse("\n".join(lines)).text
+
+
+def _codecs(smooth: bool) -> tuple[str, str]:
+    """What `encode` makes of q and of k."""
+    return (
+        f"codec = int8(tile, {Q_TILE})",
+        f"codec = int8(tile, {KV_TILE}), center = {'mean' if smooth else 'none'}",
+    )
 
 
 _PREFILL = (
