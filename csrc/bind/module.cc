@@ -31,10 +31,10 @@ Program make_program(const ProgramCode& code, int score, int mask, int num_buffe
   Program p;
   Roots roots{score, mask, slope, {}};
   roots.slope_f = slope_f;
+  roots.carries = carries;
   for (const auto& [load, of_load] : loads) roots.loads.push_back({load, of_load});
   const std::string bad = compile({code.data(), static_cast<size_t>(code.size())}, roots, num_buffers, num_params, p);
   if (!bad.empty()) throw py::value_error(bad);
-  need(carries || !p.carries, "f is what a program carries, and this one carries nothing");
   return p;
 }
 

@@ -135,6 +135,7 @@ std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_b
     if (row[0] < 0 || row[0] >= static_cast<int32_t>(Op::count))
       return at(i, "unknown opcode " + std::to_string(row[0]));
     if (row[2] < 0 || row[2] > kMaxArgs) return at(i, "implausible number of arguments");
+    if (row[0] == static_cast<int32_t>(Op::var_f) && !roots.carries) return at(i, "nothing is carried that f could be");
     Instruction in{};
     in.op = static_cast<Op>(row[0]);
     in.attr = row[1];
