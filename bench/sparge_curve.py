@@ -36,17 +36,16 @@ FIRST = {"searched": 0, "measured": 30000}  # tokens into the text
 def language_model(folder: Path) -> training.Model:
     """The model, trained once."""
     path = folder / "language-model.safetensors"
+    torch.manual_seed(0)
+    model = training.Model.attending(RECIPE, training.on_attnkit)
     if path.is_file():
-        model = training.Model(RECIPE, training.on_attnkit)
         model.load_state_dict(load_file(path))
         return model
-    run = training.Run("attnkit", 0, "float32")
-    step = run.trainer(RECIPE)
+    learn = training.learner(model, RECIPE)
     for batch in training.batches(RECIPE, training.TEXT.read_bytes()):
-        step(batch)
-    assert run.model is not None
-    save_file(run.model.state_dict(), path)
-    return run.model
+        learn(batch)
+    save_file(model.state_dict(), path)
+    return model
 
 
 def layers(folder: Path, first: int, dtype: torch.dtype) -> dict[str, list[Sample]]:

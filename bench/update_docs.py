@@ -61,6 +61,19 @@ def cost_table() -> str:
     return "\n".join(lines)
 
 
+def selective_table() -> str:
+    """Losses of dense and selective models, by the keys that a query sees."""
+    name = "zen5-2core-selective-training.json"
+    result = _load(name)
+    budgets = list(result["runs"][0]["budgets"])
+    lines = [f"| | all keys | {' | '.join(budgets)} |", "|---|---|" + "---|" * len(budgets)]
+    for run in sorted(result["runs"], key=lambda r: r["kind"]):
+        cells = [run["held_out"], *run["budgets"].values()]
+        lines.append(f"| {run['kind']}, seed {run['seed']} | " + " | ".join(f"{x:.4f}" for x in cells) + " |")
+    lines += ["", f"{result['recipe']['steps']} steps; `bench/results/{name}`."]
+    return "\n".join(lines)
+
+
 def bars_table(suite: str) -> str:
     """What was promised beside what was measured, of a suite that has bars."""
     name = f"zen5-2core-{suite}.json"
@@ -255,6 +268,7 @@ def sparge_table() -> str:
 TABLES = [
     ("README.md", "results", quick_table),
     ("docs/design/cpu-engine.md", "expression cost", cost_table),
+    ("docs/variants/selective.md", "selective training", selective_table),
     ("docs/benchmarks.md", "cpu suite", partial(bars_table, "cpu")),
     ("docs/benchmarks.md", "scaling suite", partial(bars_table, "scaling")),
     ("docs/design/triton.md", "resources", resources_table),

@@ -22,6 +22,7 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
                                   const std::vector<Maybe>& d_buffers, int threads, int tile_q, int tile_kv,
                                   const std::optional<EncodingTuple>& encoding) try {
   need_tiles(threads, tile_q, tile_kv);
+  need(!program.carries, "a program that carries");
   Request r;
   Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout);
   if (status.fault != Fault::none) return {static_cast<int>(status.fault), status.value};

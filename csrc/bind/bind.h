@@ -7,6 +7,7 @@ namespace attnkit::cpu {
 void bind_backward(pybind11::module_& m);
 void bind_recur(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);
+void bind_carry(pybind11::module_& m);
 void bind_groups(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
 

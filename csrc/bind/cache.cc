@@ -166,6 +166,7 @@ std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, c
   const auto stand_in = [&](int64_t channels) {
     return Tensor{q.data, q.dtype, {q.size[0], cache.held[0].heads, cache.tokens, channels}, {0, 0, 0, 0}};
   };
+  need(!program.carries, "a program that carries");
   Request r;
   Status status = r.fill(program, q, stand_in(cache.stores[0].channels), stand_in(cache.stores[1].channels), o, lse,
                          scale, sink, std::vector<SequenceTuple>{}, tensors, params, dropout);

@@ -27,12 +27,14 @@ using ProgramCode = py::array_t<int32_t, py::array::c_style | py::array::forceca
 
 // `loads`: (instruction, value of its slope) of every load that has a gradient.
 Program make_program(const ProgramCode& code, int score, int mask, int num_buffers, int num_params, int slope,
-                     const std::vector<std::pair<int, int>>& loads) {
+                     const std::vector<std::pair<int, int>>& loads, int slope_f, bool carries) {
   Program p;
   Roots roots{score, mask, slope, {}};
+  roots.slope_f = slope_f;
   for (const auto& [load, of_load] : loads) roots.loads.push_back({load, of_load});
   const std::string bad = compile({code.data(), static_cast<size_t>(code.size())}, roots, num_buffers, num_params, p);
   if (!bad.empty()) throw py::value_error(bad);
+  need(carries || !p.carries, "f is what a program carries, and this one carries nothing");
   return p;
 }
 
@@ -48,6 +50,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
   need_tiles(threads, tile_q, tile_kv);
   need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
   need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
+  need(!program.carries, "a program that carries");
   need(!encoding || !page_table, "codes of pages are a cache's");
   need(skip >= 0, "skip is not below 0");
   Request r;
@@ -178,7 +181,8 @@ PYBIND11_MODULE(_engine, m) {
   m.doc() = "attnkit's CPU engine.";
   py::class_<Program>(m, "Program", "A verified tile-bytecode program; the only thing the engine runs.")
       .def(py::init(&make_program), py::arg("code"), py::arg("score"), py::arg("mask"), py::arg("num_buffers"),
-           py::arg("num_params"), py::arg("slope") = -1, py::arg("loads") = std::vector<std::pair<int, int>>{})
+           py::arg("num_params"), py::arg("slope") = -1, py::arg("loads") = std::vector<std::pair<int, int>>{},
+           py::arg("slope_f") = -1, py::arg("carries") = false)
       .def_property_readonly("num_instructions", [](const Program& p) { return p.code.size(); })
       .def_property_readonly("ranks",
                              [](const Program& p) {
@@ -208,6 +212,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_backward(m);
   bind_recur(m);
   bind_cache(m);
+  bind_carry(m);
   bind_groups(m);
   bind_select(m);
   m.def("block_runs", &call_block_runs);

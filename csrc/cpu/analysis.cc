@@ -131,7 +131,8 @@ Interval Analysis::evaluate(size_t i) {
     case Op::var_kv_idx: return as_interval(kv_);
     case Op::var_q_len: return as_interval(frame_.q_len);
     case Op::var_kv_len: return as_interval(frame_.kv_len);
-    case Op::var_s: return kAnyFloat;
+    case Op::var_s:
+    case Op::var_f: return kAnyFloat;
     case Op::param: {
       const double x = static_cast<double>(problem_.params[in.attr]);
       return x != x ? kAnyFloat : range_of(x, x);

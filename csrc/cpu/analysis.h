@@ -33,6 +33,7 @@ class Analysis {
  public:
   // `proven` has finished; its zone maps are read too.
   Analysis(const Program& program, const Problem& problem, const Analysis* proven = nullptr);
+  Analysis(const Problem& problem, const Analysis& proven) : Analysis(proven.program_, problem, &proven) {}
 
   // Evaluates everything (or the mask alone) over all pairs: integers fit 32 bits, divisors are not zero, loads stay
   // inside. To be called once, by itself or on the analysis given as `proven`, before anything below.

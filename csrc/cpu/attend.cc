@@ -10,6 +10,7 @@
 #include <new>
 
 #include "blocks.h"
+#include "carry.h"
 #include "run.h"
 #include "schedule.h"
 
@@ -45,7 +46,7 @@ class Scratch {
   std::unique_ptr<float, Free> memory_;
   size_t size_ = 0;
 };
-thread_local Scratch t_workspace, t_parts, t_codes;
+thread_local Scratch t_workspace, t_parts, t_codes, t_carried;
 
 // Below twice this, one thread works alone. Another one that still spins for work is worth it early: 16 tokens of 12
 // heads (8e5 operations) take 4.5 us on two threads and 7.4 on one.
@@ -57,6 +58,7 @@ constexpr int64_t kQueriesPerRead = 4;
 }  // namespace
 
 float* workspace(size_t bytes) { return t_workspace.get(bytes); }
+float* carried_memory(size_t bytes) { return t_carried.get(bytes); }
 char* codes_memory(size_t bytes) { return reinterpret_cast<char*>(t_codes.get(bytes)); }
 
 CodeView view(const Program& program, const Facts& facts) {
@@ -70,11 +72,13 @@ CodeView view(const Program& program, const Facts& facts) {
   v.score = program.score;
   v.mask = program.mask;
   v.slope = program.slope;
+  v.slope_f = program.slope_f;
   v.in_place = program.in_place;
   v.loads = program.loads.data();
   v.num_loads = static_cast<int32_t>(program.loads.size());
   v.load_in_bounds = facts.load_in_bounds.data();
   v.all_loads_in_bounds = facts.all_loads_in_bounds;
+  v.carries = program.carries;
   return v;
 }
 
@@ -99,13 +103,19 @@ Status attend(const Program& program, const Problem& given, const Config& config
     flops += 2.0 * static_cast<double>(queries) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim);
   }
   const Kernel& kernel = current_isa();
-  int threads = worth(config.threads, flops);
+  const int threads = worth(config.threads, flops);
   Encoded encoded;
   if (p.encoding.q_tile > 0 && !encoded.encode(p, kernel, threads)) return {Fault::no_memory, -1};
 
   const int32_t split_kv = (config.split_kv + config.tile_kv - 1) / config.tile_kv * config.tile_kv;
   Call call{view(program, facts), &p, 0, config.tile_kv, program.score >= 0, program.mask >= 0, split_kv};
   const Schedule schedule(p, call, config.tile_q, threads);
+  return run_schedule(program, p, call, schedule, analysis, facts, threads);
+}
+
+Status run_schedule(const Program& program, const Problem& p, const Call& call, const Schedule& schedule,
+                    const Analysis& proven, const Facts& facts, int threads, const Wave* wave) {
+  const Kernel& kernel = current_isa();
   const int64_t num_tasks = schedule.num_tasks();
   threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
 
@@ -120,17 +130,11 @@ Status attend(const Program& program, const Problem& given, const Config& config
 
   Deal deal(num_tasks, std::max(threads, 1));
   std::atomic<int32_t> bad_load{-1};
-  std::atomic<bool> no_memory{false};
-  const auto work = [&] {
-    float* memory = t_workspace.get(kernel.workspace_bytes(call));
-    if (memory == nullptr) {
-      no_memory = true;
-      return;
-    }
-    RowPlan row(program, p, call, analysis, facts);
-    const int thread = threads > 1 ? omp_get_thread_num() : 0;
+  const bool enough = on_threads_with_memory(threads, kernel.workspace_bytes(call), [&](int thread, float* memory) {
+    RowPlan row(program, p, call, proven, facts);
     for (int64_t i; (i = deal.take(thread)) >= 0;) {
-      const Schedule::Item item = schedule.item(i);
+      Schedule::Item item = schedule.item(i);
+      if (wave != nullptr) item.task.carried = wave->of(item.task);
       const std::vector<KeyRange>& ranges = row.plan(item.task);
       const bool shared = item.pieces > 1;
       const Parts left{parts + item.first_float, there.data() + item.first_part, item.stretches};
@@ -139,16 +143,8 @@ Status attend(const Program& program, const Problem& given, const Config& config
       if (shared && finished[static_cast<size_t>(item.unit)].fetch_add(1) == item.pieces - 1)
         kernel.merge(call, item.task, left, memory);
     }
-  };
-  const auto guarded = [&] {  // no exception may leave a parallel region
-    try {
-      work();
-    } catch (const std::bad_alloc&) {
-      no_memory = true;
-    }
-  };
-  on_threads(threads, guarded);
-  if (no_memory) return {Fault::no_memory, -1};
+  });
+  if (!enough) return {Fault::no_memory, -1};
   if (num_tasks > 0) ran(kernel);
   if (bad_load >= 0) return {Fault::index_range, bad_load};
   return {};

@@ -130,11 +130,7 @@ class Backward {
       if (guarded(tile)) return add_guarded_products(tile, tiles, qs, dos);
       add_to_values(tile, s, dos);
     }
-    columns_times(ds, lanes, tile.count, qs.data, qs.stride, at_.dk, rows, d_keys(of), at_.dk);
-    add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
-      rows_times(ds, lanes, rows, k_.data + of.lane * k_.stride, k_.stride, at_.dk, tile.count,
-                 AddScaled{sum, stride, p_.scale});
-    });
+    multiply(tile, tiles, qs, ds);
   }
 
   // Calls f with the parts of a partial tile that hold pairs, as tiles: a few rows each, and the keys these see.
@@ -162,6 +158,16 @@ class Backward {
   }
 
  protected:
+  // By the slopes: what they add to keys and queries.
+  void multiply(const BackwardTile& tile, const Tiles& tiles, Rows qs, const float* ds) {
+    const Extent of = extent(tile);
+    columns_times(ds, of.lanes, tile.count, qs.data, qs.stride, at_.dk, of.rows, d_keys(of), at_.dk);
+    add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
+      rows_times(ds, of.lanes, of.rows, k_.data + of.lane * k_.stride, k_.stride, at_.dk, tile.count,
+                 AddScaled{sum, stride, p_.scale});
+    });
+  }
+
   // Which pairs of a part exist, a bit for each; and from the first to the last key that one of its rows sees, in whole
   // vectors of the lanes given.
   Span find_live(const BackwardTile& tile, int32_t lane, int32_t lanes) {
@@ -464,7 +470,7 @@ class Backward {
   const Gradients& g_;
   const BackwardTask& t_;
   const Sequence& seq_;
-  const BackwardLayout at_;
+  BackwardLayout at_;
   float* ws_;
   Tile tile_;
   const Philox philox_;

@@ -44,8 +44,9 @@ int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 class Pass {
  public:
+  // `carried`: of attention that carries; its tasks are blocks of keys of all heads, and it says what is not of pairs.
   Pass(const Program& program, const Problem& p, const Gradients& g, const Config& config, const Analysis& analysis,
-       const Facts& facts)
+       const Facts& facts, const CarriedBackwardCall* carried = nullptr)
       : program_(program),
         p_(p),
         g_(g),
@@ -58,18 +59,24 @@ class Pass {
               &g,
               config.tile_q,
               config.tile_kv,
-              program.score >= 0 || program.slope >= 0 || !program.loads.empty()} {
+              program.score >= 0 || program.slope >= 0 || !program.loads.empty()},
+        carries_(carried != nullptr) {
+    if (carried != nullptr) {
+      carried_ = *carried;
+      carried_.pairs = call_;
+    }
     const auto n = static_cast<size_t>(p.num_sequences);
     first_block_.assign(n + 1, 0);
     first_task_.assign(n + 1, 0);
     first_structure_.assign(n + 1, 0);
-    const bool by_head = (program.boxes.mask_reads & kReadsHead) != 0;
+    const bool by_head = (program.boxes.mask_reads & kReadsHead) != 0 && !carries_;
     double flops = 0;
     for (size_t i = 0; i < n; ++i) {
       const Sequence& s = p.sequences[i];
       const int32_t head = p.first_head(static_cast<int32_t>(i)), heads = p.heads_of(static_cast<int32_t>(i));
       first_block_[i + 1] = first_block_[i] + q_blocks(s) * heads;
-      first_task_[i + 1] = first_task_[i] + kv_blocks(s) * (heads / group());
+      first_task_[i + 1] = first_task_[i] + kv_blocks(s) * (carries_ ? 1 : heads / group());
+      if (carries_) carried_.most_blocks = std::max(carried_.most_blocks, q_blocks(s));
       flops += 5.0 * static_cast<double>(s.q_len) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim) * heads;
       for (int32_t h = 0; h < (by_head ? heads : 1); ++h)
         structures_.push_back({static_cast<int32_t>(i), head + h, by_head ? 1 : heads, {}, {}, {}});
@@ -241,16 +248,20 @@ class Pass {
         while (row <= s.last_row[column]) {
           const int32_t at = row++;
           if (find(s.rows[static_cast<size_t>(at)], tile)) {
-            const auto sequence = static_cast<size_t>(task->sequence);
-            tile.queries = pass->queries_of(sequence, head, at);
-            tile.block = pass->first_block_[sequence] +
-                         (head - pass->first_head(sequence)) * pass->q_blocks(pass->p_.sequences[sequence]) + at;
-            tile.rows = pass->rows_[static_cast<size_t>(tile.block)];
+            describe(tile, at, head);
             return true;
           }
         }
       }
       return false;
+    }
+
+    void describe(BackwardTile& tile, int32_t at, int32_t of_head) const {
+      const auto sequence = static_cast<size_t>(task->sequence);
+      tile.queries = pass->queries_of(sequence, of_head, at);
+      tile.block = pass->first_block_[sequence] +
+                   (of_head - pass->first_head(sequence)) * pass->q_blocks(pass->p_.sequences[sequence]) + at;
+      tile.rows = pass->rows_[static_cast<size_t>(tile.block)];
     }
 
     bool find(const std::vector<RowRange>& row_ranges, BackwardTile& tile) const {
@@ -266,6 +277,13 @@ class Pass {
       return tile.count > 0;
     }
   };
+
+  static bool tile_at(void* state, int32_t row, int32_t head, BackwardTile* tile) {
+    const Walk& walk = *static_cast<Walk*>(state);
+    if (!walk.find(walk.structure().rows[static_cast<size_t>(row)], *tile)) return false;
+    walk.describe(*tile, row, head);
+    return true;
+  }
 
   static bool next_tile(void* walk, BackwardTile* tile) { return static_cast<Walk*>(walk)->next(*tile); }
 
@@ -354,7 +372,7 @@ class Pass {
   }
 
   void tasks() {
-    float* memory = workspace(kernel_.backward_bytes(call_));
+    float* memory = workspace(carries_ ? kernel_.carry.backward_bytes(carried_) : kernel_.backward_bytes(call_));
     if (memory == nullptr) throw std::bad_alloc();
     Parts parts = make_parts();
     // Nothing below allocates: a task that stopped half-way would be waited for.
@@ -368,7 +386,11 @@ class Pass {
                               static_cast<int32_t>(std::min<int64_t>(call_.tile_kv, s.kv_len - first)),
                               parts.targets.data()};
       Walk walk{this, &task, i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(), -1};
-      const int32_t bad = kernel_.backward(call_, task, {&walk, next_tile, order, wait, done}, memory);
+      const Tiles tiles{&walk, next_tile, order, wait, done};
+      const int32_t bad = carries_
+                              ? kernel_.carry.backward(
+                                    carried_, task, {tiles, &walk, static_cast<int32_t>(q_blocks(s)), tile_at}, memory)
+                              : kernel_.backward(call_, task, tiles, memory);
       if (bad >= 0) bad_load_ = bad;
       if (by_pair_) progress_[static_cast<size_t>(i)].store(INT64_MAX, std::memory_order_release);
       if (apart_) merge(parts, i);
@@ -383,6 +405,8 @@ class Pass {
   const Kernel& kernel_;
   const Call planned_;
   const BackwardCall call_;
+  const bool carries_;
+  CarriedBackwardCall carried_{};
   int threads_ = 1;
   std::vector<int64_t> first_block_, first_task_;  // of each sequence: blocks of queries by head, tasks
   std::vector<size_t> first_structure_;
@@ -398,6 +422,19 @@ class Pass {
   std::atomic<bool> no_memory_{false};
 };
 
+// Tiles no larger than what there is: what they leave empty would be cleared and stored all the same.
+Config fitting(const Config& config, const Problem& p) {
+  int64_t queries = 1, keys = 1;
+  for (int32_t i = 0; i < p.num_sequences; ++i) {
+    queries = std::max(queries, p.sequences[i].q_len);
+    keys = std::max(keys, p.sequences[i].kv_len);
+  }
+  Config fitting = config;
+  fitting.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, queries));
+  fitting.tile_kv = static_cast<int32_t>(std::min<int64_t>(config.tile_kv, keys));
+  return fitting;
+}
+
 }  // namespace
 
 Status attend_backward(const Program& program, const Problem& given, const Gradients& gradients, const Config& config) {
@@ -412,16 +449,27 @@ Status attend_backward(const Program& program, const Problem& given, const Gradi
   Analysis analysis(program, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
-  // Tiles no larger than what there is: what they leave empty would be cleared and stored all the same.
-  int64_t queries = 1, keys = 1;
-  for (int32_t i = 0; i < p.num_sequences; ++i) {
-    queries = std::max(queries, p.sequences[i].q_len);
-    keys = std::max(keys, p.sequences[i].kv_len);
-  }
-  Config fitting = config;
-  fitting.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, queries));
-  fitting.tile_kv = static_cast<int32_t>(std::min<int64_t>(config.tile_kv, keys));
-  return Pass(program, p, gradients, fitting, analysis, facts).run();
+  return Pass(program, p, gradients, fitting(config, p), analysis, facts).run();
+}
+
+Status attend_carried_backward(const Program& score, const Program& carry, const Problem& p, const Carry& what,
+                               const Gradients& gradients, const CarryGradients& of_carry, const Config& config) {
+  if (p.num_heads == 0 || p.num_sequences == 0) return {};
+  Analysis analysis(score, p), selecting(carry, p);
+  const Facts facts = analysis.prove(), carry_facts = selecting.prove();
+  if (facts.status.fault != Fault::none) return facts.status;
+  if (carry_facts.status.fault != Fault::none) return {carry_facts.status.fault, carry_facts.status.value | kOfCarry};
+  CarriedBackwardCall call{};
+  call.selecting = view(carry, carry_facts);
+  call.head = what.head;
+  call.subtracts = subtracts(score);
+  call.mask_by_head = (score.boxes.mask_reads & kReadsHead) != 0;
+  call.keys = what.keys;
+  call.initial = what.sums;
+  call.gone = what.gone;
+  call.d_carry = of_carry.d_carry;
+  call.d_initial = of_carry.d_initial;
+  return Pass(score, p, gradients, fitting(config, p), analysis, facts, &call).run();
 }
 
 }  // namespace attnkit::cpu

@@ -14,11 +14,15 @@ constexpr OpSignature kSignatures[] = {
 #undef X
 };
 
+// Values that lie where nothing computes them.
+bool is_given(Op op) { return op == Op::var_s || op == Op::var_f; }
+
 bool is_load(Op op) { return op == Op::load_f || op == Op::load_i || op == Op::load_b; }
 
 Rank leaf_rank(Op op) {
   switch (op) {
-    case Op::var_s: return kTile;
+    case Op::var_s:
+    case Op::var_f: return kTile;
     case Op::var_h:  // a task may hold several heads, in different lanes
     case Op::var_q_idx: return kPerQuery;
     case Op::var_kv_idx: return kPerKey;
@@ -61,9 +65,9 @@ void mark(Program& p, int root, bool Instruction::* flag) {
 // A score that is all there is to compute may take the place of s: it comes last, and each of its lanes needs but
 // itself.
 int score_in_place(const Program& p) {
-  if (p.score < 0 || p.slope >= 0 || !p.loads.empty()) return -1;
+  if (p.score < 0 || p.slope >= 0 || p.slope_f >= 0 || !p.loads.empty()) return -1;
   const Instruction& in = p.run[static_cast<size_t>(p.score)];
-  return in.rank == kTile && in.op != Op::var_s && !in.for_mask ? p.score : -1;
+  return in.rank == kTile && !is_given(in.op) && !in.for_mask ? p.score : -1;
 }
 
 // Tile values are strips in L1, so they share slots by liveness; the others are short vectors and keep their own.
@@ -77,7 +81,7 @@ std::string assign_slots(Program& p) {
   const auto keep = [&](int root) {
     if (root >= 0) last_use[static_cast<size_t>(root)] = tiles.size();
   };
-  for (int root : {p.score, p.mask, p.slope}) keep(root);
+  for (int root : {p.score, p.mask, p.slope, p.slope_f}) keep(root);
   for (const LoadSlope& load : p.loads) {
     keep(load.slope);
     for (int a = 0; a < p.run[static_cast<size_t>(load.load)].nargs; ++a)
@@ -86,7 +90,7 @@ std::string assign_slots(Program& p) {
   std::vector<int> free_slots;
   for (size_t t = 0; t < tiles.size(); ++t) {
     Instruction& in = p.run[static_cast<size_t>(tiles[t])];
-    if (in.op == Op::var_s) continue;  // lives in the score tile itself
+    if (is_given(in.op)) continue;
     if (tiles[t] != p.in_place) {
       if (free_slots.empty()) free_slots.push_back(p.slots[kTile]++);
       in.slot = free_slots.back();
@@ -95,7 +99,7 @@ std::string assign_slots(Program& p) {
     for (int a = 0; a < in.nargs; ++a) {
       Instruction& arg = p.run[static_cast<size_t>(in.args[a])];
       const bool repeated = std::find(in.args, in.args + a, in.args[a]) != in.args + a;
-      if (arg.rank == kTile && arg.op != Op::var_s && !repeated && last_use[static_cast<size_t>(in.args[a])] == t)
+      if (arg.rank == kTile && !is_given(arg.op) && !repeated && last_use[static_cast<size_t>(in.args[a])] == t)
         free_slots.push_back(arg.slot);
     }
   }
@@ -156,10 +160,11 @@ std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_b
   };
   if (!root_is(roots.score, 'f')) return "the score is not a float value";
   if (!root_is(roots.mask, 'b')) return "the mask is not a bool value";
-  if (!root_is(roots.slope, 'f')) return "the slope of the score is not a float value";
+  if (!root_is(roots.slope, 'f') || !root_is(roots.slope_f, 'f')) return "the slope of the score is not a float value";
   static_cast<Roots&>(p) = roots;
   mark(p, roots.score, &Instruction::for_score);
   mark(p, roots.slope, &Instruction::for_score);
+  mark(p, roots.slope_f, &Instruction::for_score);
   mark(p, roots.mask, &Instruction::for_mask);
   for (const LoadSlope& load : roots.loads) {
     if (load.load < 0 || static_cast<size_t>(load.load) >= n || p.code[static_cast<size_t>(load.load)].op != Op::load_f)
@@ -169,8 +174,10 @@ std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_b
     mark(p, load.slope, &Instruction::for_score);
   }
   for (size_t i = 0; i < n; ++i)
-    if (p.code[i].for_mask && p.code[i].op == Op::var_s) return at(i, "the mask reads the score");
+    if (p.code[i].for_mask && is_given(p.code[i].op)) return at(i, "the mask reads the score");
 
+  p.carries = std::any_of(p.code.begin(), p.code.end(),
+                          [](const Instruction& in) { return in.op == Op::var_f && in.for_score; });
   p.run = fuse(p.code, p);
   p.in_place = score_in_place(p);
   // The mask runs first, so that loads in the score know which pairs exist. What nothing needs is not run.

@@ -18,6 +18,7 @@ namespace attnkit::cpu {
   X(const_i, 'i', "")      \
   X(const_b, 'b', "")      \
   X(var_s, 'f', "")        \
+  X(var_f, 'f', "")        \
   X(var_b, 'i', "")        \
   X(var_h, 'i', "")        \
   X(var_q_idx, 'i', "")    \
@@ -141,6 +142,7 @@ struct Roots {
   int mask = -1;   // -1: every pair exists
   int slope = -1;  // d score / d s, of a program that goes backwards; -1: it is 1
   std::vector<LoadSlope> loads = {};
+  int slope_f = -1;  // d score / d f, of a program that carries and goes backwards; -1: it is -1
 };
 
 struct Program : Roots {
@@ -149,6 +151,7 @@ struct Program : Roots {
   int in_place = -1;              // the score, if s holds it in the end; -1: it has a slot
   std::vector<int32_t> order[4];  // instructions of each rank, in execution order; for tiles the mask comes first
   int slots[4] = {0, 0, 0, 0};
+  bool carries = false;           // it reads f, what earlier queries carried onto a key
   int num_buffers = 0;
   int num_params = 0;
   std::vector<uint8_t> buffer_rank;  // rank required of each buffer, 0xff: not read by the code

@@ -22,12 +22,13 @@ struct CodeView {
   const int32_t* order[4];
   int32_t order_size[4];
   int32_t slots[4];
-  int32_t score, mask, slope;
+  int32_t score, mask, slope, slope_f;
   int32_t in_place;  // see Program
   const LoadSlope* loads;
   int32_t num_loads;
   const uint8_t* load_in_bounds;
   bool all_loads_in_bounds;
+  bool carries;  // see Program
 };
 
 struct Call {
@@ -36,6 +37,18 @@ struct Call {
   int32_t tile_q, tile_kv;
   bool has_score, has_mask;
   int32_t split_kv = 0;  // keys of a stretch, a multiple of tile_kv: each is summed by itself, and then they are merged
+  bool subtracts = false;  // the score is s - f, and no more
+  bool some_gone = false;  // keys onto which infinity was carried are gone: what they hold may not be read
+};
+
+// What was carried onto each key, as each query of a block finds it: a row of `ld` for each key, a lane a query, or
+// (a few queries) the other way round.
+inline constexpr int32_t kMostByQuery = 16;
+struct Carried {
+  float* f = nullptr;  // of the block's first query, and of key `first`
+  int64_t ld = 0;
+  bool by_key = false;
+  int64_t first = 0;
 };
 
 // The same queries of one or a few heads. They are the lanes of its tiles: head by head, at most kMaxTileQ.
@@ -44,6 +57,7 @@ struct Task {
   int64_t q_first;
   int32_t q_count;
   int64_t kv_first = 0, kv_end = INT64_MAX;  // the keys it takes, whole stretches; more than there are means all
+  Carried carried = {};
 
   int32_t lanes() const { return heads * q_count; }
 };
@@ -120,6 +134,40 @@ struct Tiles {
   void (*done)(void* state, const BackwardTile& tile);
 };
 
+// The same of attention that carries: a task is a block of keys of all heads, and the blocks of queries that see it.
+struct CarriedBackwardCall {
+  BackwardCall pairs;
+  CodeView selecting;  // the program whose score is carried, of head `head`
+  int32_t head;
+  bool subtracts;  // the score is s - f, and no more; else it is that of something else, less f
+  bool mask_by_head;
+  int64_t most_blocks;  // of queries, in a sequence
+  int64_t keys;  // in a row, for each batch entry, of what follows
+  const float *initial, *d_carry;  // what was carried before; the cotangent of what is carried after; or null
+  const int32_t* gone;  // see CarryKernel::accumulate
+  float* d_initial;  // or null
+};
+
+// How its task gets at the blocks of queries: any of them, of any head.
+struct CarriedTiles {
+  Tiles tiles;  // of which `next` says nothing
+  void* state;
+  int32_t blocks;
+  bool (*at)(void* state, int32_t block, int32_t head, BackwardTile* tile);  // false: none of them sees a key
+};
+
+// What an instruction set has for attention that carries.
+struct CarryKernel {
+  // The score of a task's queries, of one head, and of whole tiles of keys goes where its `carried` says, -infinity for
+  // pairs that do not exist; and then (`sums`) `accumulate` follows, tile by tile.
+  int32_t (*select)(const Call&, const Task&, const KeyRange*, size_t num_ranges, float* sums, float* workspace);
+  // What queries add to a key becomes what each of them finds there: the sum before it. `sums`, of each key, is what
+  // was carried before, and then after; a key is gone from query `gone` on, if not null.
+  void (*accumulate)(const Task&, int64_t first, int64_t count, float* sums, const int32_t* gone);
+  size_t (*backward_bytes)(const CarriedBackwardCall&);
+  int32_t (*backward)(const CarriedBackwardCall&, const BackwardTask&, const CarriedTiles&, float* workspace);
+};
+
 // What one instruction set provides.
 struct Kernel {
   const char* name;
@@ -145,6 +193,7 @@ struct Kernel {
   RecurKernel recur;
   GroupKernel groups;
   SelectKernel select;
+  CarryKernel carry;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;
 };

@@ -44,7 +44,7 @@ class Matcher {
       if (in.for_score || in.for_mask)
         for (int a = 0; a < in.nargs; ++a) use(in.args[a]);
     constexpr int kMany = 2;  // what others than instructions read must be there
-    for (int root : {roots.score, roots.mask, roots.slope}) use(root, kMany);
+    for (int root : {roots.score, roots.mask, roots.slope, roots.slope_f}) use(root, kMany);
     for (const LoadSlope& load : roots.loads) {
       use(load.slope, kMany);
       const Instruction& in = code[static_cast<size_t>(load.load)];

@@ -13,7 +13,7 @@
 namespace attnkit::cpu {
 namespace {
 
-constexpr int64_t kMostRowFloats = int64_t{1} << 20;  // at a time, unless one head has more
+constexpr int64_t kMostRowFloats = int64_t{1} << 22;  // at a time, unless one head has more
 
 int64_t length_of(const int32_t* list, int64_t most) {
   return std::partition_point(list, list + most, [](int32_t token) { return token >= 0; }) - list;

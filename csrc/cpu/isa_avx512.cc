@@ -24,11 +24,13 @@ namespace {
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "carry-inl.h"
 #include "kernel_encoded-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"
 #include "backward-inl.h"
+#include "carry_backward-inl.h"
 #include "probe-inl.h"
 #include "recur_products-inl.h"
 #include "recur_rows-inl.h"
@@ -57,6 +59,7 @@ const Kernel kAvx512Kernel{
     .recur = kRecurKernel,
     .groups = kGroupKernel,
     .select = kSelectKernel,
+    .carry = kCarryKernel,
 };
 
 }  // namespace attnkit::cpu

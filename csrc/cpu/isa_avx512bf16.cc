@@ -24,6 +24,7 @@ namespace {
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "carry-inl.h"
 #include "kernel_encoded-inl.h"
 #include "kernel_bf16-inl.h"
 #include "kernel_codes-inl.h"
@@ -33,6 +34,7 @@ namespace {
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"
 #include "backward-inl.h"
+#include "carry_backward-inl.h"
 #include "backward_bf16-inl.h"
 #include "probe-inl.h"
 #include "recur_products-inl.h"
@@ -79,6 +81,7 @@ const Kernel kAvx512bf16Kernel{
     .recur = kRecurKernel,
     .groups = kGroupKernel,
     .select = kSelectKernel,
+    .carry = {select_by_dtype, accumulate, carried_backward_bytes, carried_backward},
     .dot_burst = dot_burst,
 };
 

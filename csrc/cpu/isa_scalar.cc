@@ -65,11 +65,13 @@ ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xff
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "carry-inl.h"
 #include "kernel_encoded-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"
 #include "backward-inl.h"
+#include "carry_backward-inl.h"
 #include "probe-inl.h"
 #include "recur_products-inl.h"
 #include "recur_rows-inl.h"
@@ -98,6 +100,7 @@ const Kernel kScalarKernel{
     .recur = kRecurKernel,
     .groups = kGroupKernel,
     .select = kSelectKernel,
+    .carry = kCarryKernel,
 };
 
 }  // namespace attnkit::cpu

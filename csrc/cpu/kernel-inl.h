@@ -74,6 +74,7 @@ class Forward {
         seq_(p_.sequences[t.sequence]),
         at_(c, t.lanes(), few),
         ws_(workspace),
+        has_score_(c.has_score && !(c.subtracts && t.carried.by_key)),
         tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + (few ? at_.st : at_.s),
               few ? kPerKey : kPerQuery),
         now_{ws_ + at_.o, ws_ + at_.max, ws_ + at_.sum, at_.dv},
@@ -89,7 +90,7 @@ class Forward {
     if (thinned())
       for (int32_t m = 0; m < t_.lanes(); ++m)
         random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.q_first + m % t_.q_count));
-    if (!any_keys || (!c_.has_score && !c_.has_mask)) return;
+    if (!any_keys || (!has_score_ && !c_.has_mask)) return;
     tile_.begin();
     tile_.queries(t_);
   }
@@ -147,7 +148,7 @@ class Forward {
   static constexpr int32_t kSkipLanes = 16;
 
   // The products find the largest scores on their way; not so where expressions change them.
-  bool plain(bool full) const { return full && !c_.has_score; }
+  bool plain(bool full) const { return full && !has_score_; }
 
   // Where products that find them leave the largest scores.
   float* start_largest(bool full) {
@@ -156,6 +157,13 @@ class Forward {
     if (may_skip_)
       for (int32_t m = 0; m < at_.bm; ++m) largest[m] = -kInfinity;
     return plain(full) ? largest : nullptr;
+  }
+
+  // What the products take away.
+  Less less(int64_t first) const {
+    const Carried& from = t_.carried;
+    if (has_score_ || !c_.has_score) return {};
+    return {from.f + (first - from.first) * from.ld, from.ld};
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
@@ -207,13 +215,14 @@ class Forward {
     for (int32_t strip = 0; strip < count; strip += kStrip) {
       const int32_t rows = count - strip < kStrip ? count - strip : kStrip;
       tile_.run_strip(strip, rows, false, true);
-      if (!c_.has_score) tile_.check_loads(strip, rows, t_.lanes(), false);
+      if (!has_score_) tile_.check_loads(strip, rows, t_.lanes(), false);
       const Operand mask = tile_.operand(c_.code.mask, kTile, strip);
       with(mask.vec, [&](auto vec) {
         for (int32_t r = 0; r < rows; ++r) {
           const Row<vec.value> row(mask, r);
           for (int32_t v = 0; v < vecs; ++v) {
-            const auto bits = static_cast<int32_t>(lane_bits(as_int(row.at(v * kLanes))));
+            auto bits = static_cast<int32_t>(lane_bits(as_int(row.at(v * kLanes))));
+            if (c_.some_gone) bits &= static_cast<int32_t>(lane_bits(tile_.stays(strip, r, v * kLanes)));
             __builtin_memcpy(ws_ + at_.live + (strip + r) * vecs + v, &bits, 4);
             if (bits == 0) continue;
             if (spans_[v].end == 0) spans_[v].first = strip + r;
@@ -254,18 +263,21 @@ class Forward {
 
   // Applies the score. The products have found the largest scores only where nothing changes them.
   void modify(int64_t first, int32_t count, bool full) {
-    if (c_.has_score) {
-      if (full) tile_.keys(first, count);
-      for (int32_t strip = 0; strip < count; strip += kStrip) {
-        const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
-        float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
-        tile_.run_strip(strip, shape.rows, true, !full && tile_.checked());
-        if (c_.code.in_place < 0) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
-        tile_.check_loads(strip, shape.rows, t_.lanes(), full);
-      }
-    }
+    apply_score(first, count, full);
     if (!full) return hide_dead(count);
-    if (c_.has_score) find_largest(count);
+    if (has_score_) find_largest(count);
+  }
+
+  void apply_score(int64_t first, int32_t count, bool full) {
+    if (!has_score_) return;
+    if (full) tile_.keys(first, count);
+    for (int32_t strip = 0; strip < count; strip += kStrip) {
+      const Shape shape{count - strip < kStrip ? count - strip : kStrip, at_.bm};
+      float* s = ws_ + at_.s + static_cast<int64_t>(strip) * at_.bm;
+      tile_.run_strip(strip, shape.rows, true, !full && tile_.checked());
+      if (c_.code.in_place < 0) map1(s, shape, tile_.operand(c_.code.score, kTile, strip), [](vf x) { return x; });
+      tile_.check_loads(strip, shape.rows, t_.lanes(), full);
+    }
   }
 
   // Every other score by itself: a maximum takes longer than a load.
@@ -438,6 +450,7 @@ class Forward {
   const Sequence& seq_;
   const Layout at_;
   float* ws_;
+  const bool has_score_;  // that is to be applied to a tile of scores
   int32_t kv_head_;
   Tile tile_;
   Span spans_[kMaxTileQ / kLanes];  // of a partial tile

@@ -99,7 +99,7 @@ class PairForward : public Forward {
   virtual void scores(int64_t first, int32_t count, bool full) {
     const Lines keys = keys_of(first, count);
     qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), (p_.head_dim + 1) / 2, {p_.scale},
-                      ws_ + at_.s, start_largest(full));
+                      ws_ + at_.s, start_largest(full), less(first));
   }
 
  private:

@@ -34,33 +34,39 @@ class FloatForward : public Forward {
 
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    float* s = ws_ + at_.s;
     bool all = full;
     const Lines values = values_of(first, count);
+    logits(first, count, full, values);
     if (few_) {
-      const Lines keys = keys_of(first, count);
-      ld_ = round_up(count, kBlockVecs * kLanes);
-      tile_.narrow(0, ld_);
-      if (!full) find_live_by_key(first, count);
-      few_scores_of(keys, {keys, values});
       modify_by_key(first, count, full);
       few_softmax(count);
     } else {
-      if (!full) find_live(first, count);
-      scores(first, count, full);
       modify(first, count, full);
       all = weigh_all(count, full);
-      softmax(count, all, Weights{s, at_.bm});
+      softmax(count, all, Weights{ws_ + at_.s, at_.bm});
     }
     thin_weights(first, count, full);
     sum_values(values, count, full, all, next < 0 ? first : next);
   }
 
  protected:
+  // Of pairs that exist; before them, which those are. `then`: what memory is read after the keys.
+  void logits(int64_t first, int32_t count, bool full, const Lines& then) {
+    if (few_) {
+      const Lines keys = keys_of(first, count);
+      ld_ = round_up(count, kBlockVecs * kLanes);
+      tile_.narrow(0, ld_);
+      if (!full) find_live_by_key(first, count);
+      return few_scores_of(keys, {keys, then});
+    }
+    if (!full) find_live(first, count);
+    scores(first, count, full);
+  }
+
   virtual void scores(int64_t first, int32_t count, bool full) {
     const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
     qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
-                       p_.head_dim, {}, ws_ + at_.s, start_largest(full));
+                       p_.head_dim, {}, ws_ + at_.s, start_largest(full), less(first));
   }
 
   void thin_weights(int64_t first, int32_t count, bool full) {
@@ -106,12 +112,16 @@ class FloatForward : public Forward {
   void find_live_by_key(int64_t first, int32_t count) {
     tile_.keys(first, count);
     tile_.run_strip(0, t_.lanes(), false, true);
-    if (!c_.has_score) tile_.check_loads(0, t_.lanes(), count, false);
+    if (!has_score_) tile_.check_loads(0, t_.lanes(), count, false);
     const Operand mask = tile_.operand(c_.code.mask, kTile, 0);
     Span& span = spans_[0] = {count, 0};
     for (int32_t n = 0; n < count; n += kLanes) {
       vi queries{};
-      for (int32_t m = 0; m < t_.lanes(); ++m) queries |= live_by_key(mask, m, n) & set1_int(1 << m);
+      for (int32_t m = 0; m < t_.lanes(); ++m) {
+        vi exists = live_by_key(mask, m, n);
+        if (c_.some_gone) exists &= tile_.stays(0, m, n);
+        queries |= exists & set1_int(1 << m);
+      }
       if (n + kLanes > count) queries &= lane_mask((uint32_t{1} << (count - n)) - 1);
       store_int(ws_ + at_.live + n, queries);
       const uint32_t seen = lane_bits(queries != 0);
@@ -123,20 +133,22 @@ class FloatForward : public Forward {
 
   // Applies the score, and hides what does not exist.
   void modify_by_key(int64_t first, int32_t count, bool full) {
-    float* st = ws_ + at_.st;
-    const Shape shape{t_.lanes(), ld_};
-    if (c_.has_score) {
-      if (full) tile_.keys(first, count);
-      tile_.run_strip(0, shape.rows, true, !full && tile_.checked());
-      if (c_.code.in_place < 0) map1(st, shape, tile_.operand(c_.code.score, kTile, 0), [](vf x) { return x; });
-      tile_.check_loads(0, shape.rows, count, full);
-    }
+    apply_score_by_key(first, count, full);
     if (full) return;
-    for (int32_t m = 0; m < shape.rows; ++m)
+    for (int32_t m = 0; m < t_.lanes(); ++m)
       for (int32_t n = 0; n < count; n += kLanes) {
-        float* s = st + m * ld_ + n;
+        float* s = ws_ + at_.st + m * ld_ + n;
         store(s, select((load_int(ws_ + at_.live + n) & set1_int(1 << m)) != 0, load(s), set1(-kInfinity)));
       }
+  }
+
+  void apply_score_by_key(int64_t first, int32_t count, bool full) {
+    if (!has_score_) return;
+    const Shape shape{t_.lanes(), ld_};
+    if (full) tile_.keys(first, count);
+    tile_.run_strip(0, shape.rows, true, !full && tile_.checked());
+    if (c_.code.in_place < 0) map1(ws_ + at_.st, shape, tile_.operand(c_.code.score, kTile, 0), [](vf x) { return x; });
+    tile_.check_loads(0, shape.rows, count, full);
   }
 
   static vi live_by_key(const Operand& mask, int32_t m, int32_t n) {
@@ -193,5 +205,6 @@ class FloatForward : public Forward {
     }
   };
 
+ protected:
   const bool few_;  // see decode-inl.h; else products-inl.h
 };

@@ -47,11 +47,17 @@ struct KeyRows {
   int64_t stride;
 };
 
+// What is taken away from scores: a row of `ld` for each key; null where there is nothing.
+struct Less {
+  const float* f = nullptr;
+  int64_t ld = 0;
+};
+
 // Scores of kRows keys, over `depth` units; added to what `s` holds, or (`first`) put there. `largest`, if not null, is
 // raised to them: one value per query.
 template <class Dot, int kRows, int kVecs>
 ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32_t rows, int32_t depth, const Dot& dot,
-                            bool first, float* s, float* largest) {
+                            bool first, const Less& less, float* s, float* largest) {
   const auto in_tile = [&](int r) { return r < rows ? r : rows - 1; };  // tails repeat the last key
   const char* key[kRows];
   for (int r = 0; r < kRows; ++r) key[r] = k.data + in_tile(r) * k.stride;
@@ -83,6 +89,7 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32
     for (int v = 0; v < kVecs; ++v) {
       float* x = s + r * bm + v * kLanes;
       if (!first) acc[r][v] += load(x);
+      if (less.f != nullptr) acc[r][v] -= load(less.f + in_tile(r) * less.ld + v * kLanes);
       store(x, acc[r][v]);
     }
   if (largest == nullptr) return;
@@ -98,9 +105,10 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32
 // Not inlined: inside `run` the compiler would keep the keys' addresses in memory.
 template <class Dot, int kRows, int kVecs>
 __attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const KeyRows& k, int32_t count, int32_t depth,
-                                          const Dot& dot, bool first, float* s, float* largest) {
+                                          const Dot& dot, bool first, const Less& less, float* s, float* largest) {
   for (int32_t n = 0; n < count; n += kRows)
     qk_tile<Dot, kRows, kVecs>(qt, bm, {k.data + n * k.stride, k.stride}, count - n, depth, dot.at(n, 0), first,
+                               {less.f == nullptr ? nullptr : less.f + n * less.ld, less.ld},
                                s + static_cast<int64_t>(n) * bm, largest);
 }
 
@@ -108,18 +116,21 @@ __attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const Key
 inline constexpr int32_t kChannels = 128;
 
 // S = K Q^T for `count` keys, as far as `live` needs it. Rows up to the next multiple of the micro-tile are written
-// with copies of the last key. `largest`, if not null, is raised to the largest score of each query.
+// with copies of the last key. `largest`, if not null, is raised to the largest score of each query. The scores are
+// less by what `less` has.
 template <class Dot>
 void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, const Span* live, int32_t units, const Dot& dot,
-              float* s, float* largest) {
+              float* s, float* largest, const Less& less = {}) {
   for (int32_t d = 0; d < units; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k.data += 4 * kChannels) {
     const int32_t depth = units - d < kChannels ? units - d : kChannels;
+    const bool last = d + depth == units;
     const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
       const Span keys = seen(live, lane, kVecs * kLanes, count);
-      qk_columns<Dot, kRows, kVecs>(qt + lane, bm, {k.data + keys.first * k.stride, k.stride}, keys.end - keys.first,
-                                    depth, dot.at(keys.first, lane), d == 0,
-                                    s + lane + static_cast<int64_t>(keys.first) * bm,
-                                    largest != nullptr && d + depth == units ? largest + lane : nullptr);
+      qk_columns<Dot, kRows, kVecs>(
+          qt + lane, bm, {k.data + keys.first * k.stride, k.stride}, keys.end - keys.first, depth,
+          dot.at(keys.first, lane), d == 0,
+          last && less.f != nullptr ? Less{less.f + lane + keys.first * less.ld, less.ld} : Less{},
+          s + lane + static_cast<int64_t>(keys.first) * bm, last && largest != nullptr ? largest + lane : nullptr);
     };
     int32_t lane = 0;
     // Four vectors are two and two: of three and one, the one would load as much for a third of the work.

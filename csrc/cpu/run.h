@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <new>
 #include <vector>
 
 #include "analysis.h"
@@ -11,8 +12,12 @@
 
 namespace attnkit::cpu {
 
+class Schedule;
+class Wave;
+
 // This thread's memory, kept between calls, grown and never shrunk; null if there is not that much.
 float* workspace(size_t bytes);
+float* carried_memory(size_t bytes);  // another piece
 
 char* codes_memory(size_t bytes);  // likewise, for encoded queries and keys
 
@@ -43,6 +48,26 @@ void on_threads(int threads, const Work& work) {
     if (omp_get_thread_num() == 0) until([&] { return done.load(std::memory_order_acquire) == omp_get_num_threads(); });
   }
 }
+
+// The same for work(thread, memory), so much memory each. False where there is not enough.
+template <class Work>
+bool on_threads_with_memory(int threads, size_t bytes, const Work& work) {
+  std::atomic<bool> enough{true};
+  on_threads(threads, [&] {
+    try {  // no exception may leave a parallel region
+      float* memory = workspace(bytes);
+      if (memory == nullptr) throw std::bad_alloc();
+      work(threads > 1 ? omp_get_thread_num() : 0, memory);
+    } catch (const std::bad_alloc&) {
+      enough = false;
+    }
+  });
+  return enough;
+}
+
+// Computes what a schedule has. `wave`: where what is carried lies, if something is.
+Status run_schedule(const Program& program, const Problem& p, const Call& call, const Schedule& schedule,
+                    const Analysis& proven, const Facts& facts, int threads, const Wave* wave = nullptr);
 
 // The tasks of a call, dealt to its threads. Each takes a run of its own first, in which neighbours read the same keys,
 // and the same run at every call of the same sizes; then what others have not got to.

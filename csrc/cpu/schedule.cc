@@ -12,7 +12,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads) : problem_(p), call_(call) {
+Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads, std::span<const Window> windows)
+    : problem_(p), call_(call) {
   int64_t longest = 1;
   for (int32_t i = 0; i < p.num_sequences; ++i) longest = std::max(longest, p.sequences[i].q_len);
   call.tile_q = static_cast<int32_t>(std::min<int64_t>(lanes, longest));
@@ -29,8 +30,12 @@ Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads) : p
       const Sequence& s = p.sequences[i];
       Cut& cut = cuts_[static_cast<size_t>(i)];
       cut.heads = p.skip > 0 ? 1 : most;  // which 16 queries leave out a tile together, threads may not decide
-      while (group % cut.heads != 0 || (cut.heads > 1 && cut.heads * s.q_len > lanes)) --cut.heads;
-      cut.blocks = ceil_div(s.q_len, call.tile_q);
+      const int64_t together = windows.empty() || s.q_len == 1 ? lanes : 1;  // heads share rows of what is carried
+      while (group % cut.heads != 0 || (cut.heads > 1 && cut.heads * s.q_len > together)) --cut.heads;
+      const Window window =
+          windows.empty() ? Window{0, ceil_div(s.q_len, call.tile_q)} : windows[static_cast<size_t>(i)];
+      cut.first_block = window.first;
+      cut.blocks = window.end - window.first;
       cut.stretches = std::max<int64_t>(ceil_div(s.kv_len, call.split_kv), 1);
       pieces += p.heads_of(i) / cut.heads * cut.blocks * cut.stretches;
     }
@@ -58,7 +63,7 @@ Schedule::Item Schedule::item(int64_t i) const {
   const Cut& cut = cuts_[static_cast<size_t>(sequence)];
   const Sequence& s = problem_.sequences[sequence];
   const int64_t in_sequence = i - cut.first_task, piece = in_sequence % cut.pieces, unit = in_sequence / cut.pieces;
-  const int64_t block = cut.blocks - 1 - unit % cut.blocks;
+  const int64_t block = cut.first_block + cut.blocks - 1 - unit % cut.blocks;
   const auto head = problem_.first_head(sequence) + static_cast<int32_t>(unit / cut.blocks) * cut.heads;
   Item item{{sequence, head, cut.heads, block * call_.tile_q, 0}};
   item.task.q_count = static_cast<int32_t>(std::min<int64_t>(call_.tile_q, s.q_len - item.task.q_first));

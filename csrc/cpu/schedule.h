@@ -1,16 +1,23 @@
 // How a call is cut into tasks. Nothing here changes a bit of a result: which task sums a stretch of keys, beside which
 // others, does not matter to the sum.
 #pragma once
+#include <span>
 #include <vector>
 
 #include "call.h"
 
 namespace attnkit::cpu {
 
+// Blocks of queries first .. end - 1 of one sequence.
+struct Window {
+  int64_t first = 0, end = 0;
+};
+
 class Schedule {
  public:
-  // Sets the call's tile_q, which is at most `lanes`.
-  Schedule(const Problem& problem, Call& call, int32_t lanes, int threads);
+  // Sets the call's tile_q, which is at most `lanes`. Of queries to which something is carried there are windows, one
+  // for each sequence: the rest of them comes with another schedule.
+  Schedule(const Problem& problem, Call& call, int32_t lanes, int threads, std::span<const Window> windows = {});
 
   int64_t num_tasks() const { return cuts_.back().first_task; }
   int64_t num_units() const { return cuts_.back().first_unit; }  // of those whose keys several tasks share
@@ -28,7 +35,7 @@ class Schedule {
   // One sequence, and where what it adds begins. The last is the end.
   struct Cut {
     int32_t heads;  // query heads a task takes together
-    int64_t blocks, stretches, pieces;  // of queries; of keys; tasks that share the stretches
+    int64_t first_block, blocks, stretches, pieces;  // of queries; of keys; tasks that share the stretches
     int64_t first_task, first_unit, first_part, first_float;
   };
 

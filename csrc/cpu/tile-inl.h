@@ -15,7 +15,7 @@ struct Places {
 // Where the values of the expressions lie in it.
 struct TileLayout {
   int32_t bm;  // the most lanes of a tile, a whole number of vectors
-  size_t scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key, bad_strip;
+  size_t scalars, per_query, per_key, strips, bad_scalar, bad_query, bad_key, bad_strip, carried;
 
   TileLayout(const CodeView& code, int32_t lanes, Places& places) : bm(lanes) {
     scalars = places.take(code.slots[kScalar], 16);
@@ -26,6 +26,7 @@ struct TileLayout {
     bad_query = places.take(1, kMaxTileQ);
     bad_key = places.take(1, kMaxTileKv);
     bad_strip = places.take(kStrip, bm);
+    carried = places.take(code.carries ? kMaxTileKv : 0, kMostByQuery);
   }
 };
 
@@ -57,6 +58,7 @@ class Tile {
     if (checked()) clear(at_.bad_key, kMaxTileKv);
     const int32_t lanes = round_up(count, kLanes);
     run_section(kPerKey, lane_rank_ == kPerKey && lanes < lanes_ ? lanes_ : lanes);
+    if (code_.carries && lane_rank_ == kPerQuery && !t_->carried.by_key) turn_carried();
   }
 
   // Only `lanes` lanes, a whole number of vectors, are in the tile, from lane `first` on.
@@ -78,11 +80,28 @@ class Tile {
   Operand operand(int32_t number, Rank rank, int32_t strip) {
     const Instruction& in = code_.code[number];
     if (in.op == Op::var_s || number == code_.in_place) return {scores(strip), lanes_, true};
+    if (in.op == Op::var_f) return carried(strip);
     const float* p = value(in);
     if (in.rank == kTile) return {p, lanes_, true};
     if (in.rank == kScalar) return {p, 0, false};
     if (in.rank == rank) return {p, 0, true};
     return in.rank == lane_rank_ ? Operand{p + lane_, 0, true} : Operand{p + strip, 1, false};
+  }
+
+  // What was carried onto the keys of the tile.
+  Operand carried(int32_t strip) const {
+    const Carried& c = t_->carried;
+    const auto ld = static_cast<int32_t>(c.ld);
+    const int64_t key = first_ - c.first;
+    if (lane_rank_ == kPerKey) return {c.f + strip * c.ld + key + lane_, t_->q_count == 1 ? 0 : ld, true};
+    if (c.by_key) return {c.f + (key + strip) * c.ld, ld, true};
+    return {ws_ + at_.carried + static_cast<int64_t>(strip) * kMostByQuery, kMostByQuery, true};
+  }
+
+  // Of lanes from `lane` on, in which the key of row r is not gone.
+  vi stays(int32_t strip, int32_t r, int32_t lane) const {
+    const Operand f = carried(strip);
+    return load(f.p + static_cast<int64_t>(r) * f.step + lane) < set1(kInfinity);
   }
 
   bool live(int32_t strip, int32_t r, int32_t lane) {
@@ -113,6 +132,15 @@ class Tile {
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
   int32_t bits(size_t at) const { return int_at(ws_ + at); }
   int32_t head_of(int32_t m) const { return t_->head + m / t_->q_count; }
+
+  // Of a few queries: a row for each of them becomes a lane.
+  void turn_carried() {
+    const Carried& c = t_->carried;
+    for (int32_t m = 0; m < t_->lanes(); ++m) {
+      const float* f = c.f + m % t_->q_count * c.ld + first_ - c.first;
+      for (int32_t n = 0; n < count_; ++n) ws_[at_.carried + static_cast<size_t>(n * kMostByQuery + m)] = f[n];
+    }
+  }
 
   float* scores(int32_t strip) { return s_ + static_cast<int64_t>(strip) * lanes_; }
 
@@ -151,7 +179,8 @@ class Tile {
 
   void execute(int32_t number, Shape shape, int32_t strip) {
     const Instruction& in = code_.code[number];
-    float* dst = in.op == Op::var_s ? nullptr : number == code_.in_place ? scores(strip) : value(in);
+    const bool given = in.op == Op::var_s || in.op == Op::var_f;
+    float* dst = given ? nullptr : number == code_.in_place ? scores(strip) : value(in);
     Operand a[kMaxArgs];
     for (int i = 0; i < in.nargs; ++i) a[i] = operand(in.args[i], in.rank, strip);
     switch (in.op) {
@@ -162,7 +191,8 @@ class Tile {
       case Op::var_b: return fill(dst, p_.entry_of(sequence_));
       case Op::var_q_len: return fill(dst, static_cast<int32_t>(p_.q_len_of(sequence_)));
       case Op::var_kv_len: return fill(dst, static_cast<int32_t>(p_.kv_len_of(sequence_)));
-      case Op::var_s: return;
+      case Op::var_s:
+      case Op::var_f: return;
       // Lanes past the end repeat the last one, so that every lane stays inside what the analysis has proven.
       case Op::var_h: return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return head_of(m); });
       case Op::var_q_idx:

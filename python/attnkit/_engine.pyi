@@ -48,6 +48,58 @@ def attend(
     /,
 ) -> tuple[int, int]: ...
 
+_Sequences = Sequence[tuple[int, int, int, int, int]] | None
+_Carry = tuple[int, int, Tensor, Tensor | None]
+
+of_carry: int
+
+def attend_carried(
+    program: Program,
+    carry: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor | None,
+    scale: float,
+    sink: Tensor | None,
+    sequences: _Sequences,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    what: _Carry,
+    threads: int,
+    tile_q: int,
+    tile_kv: int,
+    split_kv: int,
+    page_table: Tensor | None,
+    /,
+) -> tuple[int, int]: ...
+def attend_carried_backward(
+    program: Program,
+    carry: Program,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    scale: float,
+    sequences: _Sequences,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    what: _Carry,
+    d_o: Tensor,
+    d_lse: Tensor | None,
+    d_carry: Tensor | None,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    d_initial: Tensor | None,
+    threads: int,
+    tile_q: int,
+    tile_kv: int,
+    /,
+) -> tuple[int, int]: ...
+
 _Others = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _Form = tuple[int, int, float, bool, bool, float, int, list[float]]
 

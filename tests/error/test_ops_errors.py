@@ -311,6 +311,8 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "groups and a cache": ("AK402", "k", lambda: ak.attention(Q, ak.KVCache(B, HKV, D, max_len=S), select=ak.groups(i32(0)[None]))),
     "window bias of a halo": ("AK402", "windows", lambda: ak.window_bias(rand(1, 3, 3), vision.Halo((4, 4), (2, 2), 1))),
     "window bias of another window": ("AK403", "table", lambda: ak.window_bias(rand(1, 3, 3), vision.Windows((4, 4), (2, 3), (0, 0)))),
+    "a grid of other tokens": ("AK403", "select", lambda: attention(select=vision.Windows((2, 2), (2, 2), (0, 0)))),
+    "routing scale": ("AK401", "scale", lambda: ak.routing_attention(Q, Q, Q, rand(H, 2, D), cluster_size=2, scale=-1.0)),
     "groups of double": ("AK502", "backend", lambda: attention(*(x.double() for x in (Q, K, V)), select=ak.groups(i32(0)[None]))),
     "routing heads": ("AK407", "q, k", lambda: ak.routing_attention(Q, K, V, rand(H, 2, D), cluster_size=2)),
     "routing centroids": ("AK403", "centroids", lambda: ak.routing_attention(Q, Q, Q, rand(H, 2, 3), cluster_size=2)),

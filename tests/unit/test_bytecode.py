@@ -20,7 +20,7 @@ TYPED = {
 }
 NAMES = [
     *(f"{leaf}_{t}" for leaf in ("const", "load") for t in "fib"),
-    *(f"var_{name}" for name in PAIR_VARIABLES),
+    *(f"var_{name}" for name in (*PAIR_VARIABLES, "f")),
     "param",
     *sorted({f"{base}_{t}" for types, bases in TYPED.items() for base in bases.split() for t in types}),
     *("i_to_f", "b_to_f", "b_to_i", "f_to_i"),

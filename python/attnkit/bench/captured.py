@@ -76,14 +76,14 @@ def of_language_model(model: training.Model, first: int, tokens: int) -> list[Sa
 
         return attended
 
-    blocks: Any = model.blocks
-    before = [block.attend for block in blocks]
-    for block in blocks:
-        block.attend = keep(block.attend)
+    layers = [part for part in model.modules() if isinstance(part, training.Attention)]
+    before = [layer.attend for layer in layers]
+    for layer in layers:
+        layer.attend = keep(layer.attend)
     try:
         with torch.inference_mode():
             model(data[first : first + tokens].long()[None])
     finally:
-        for block, attend in zip(blocks, before, strict=True):
-            block.attend = attend
+        for layer, attend in zip(layers, before, strict=True):
+            layer.attend = attend
     return [tuple(x.clone() for x in sample) for sample in held]  # type: ignore[misc]

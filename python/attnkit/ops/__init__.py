@@ -12,6 +12,7 @@ from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.routed import groups, routing, routing_attention, window_bias
 from attnkit.ops.sdpa import scaled_dot_product_attention
+from attnkit.ops.selective import selective_attention, selective_memory
 from attnkit.ops.sparge_family import sparge, sparge_attention
 from attnkit.ops.sparge_search import SpargeThresholds, tune_sparge
 from attnkit.ops.tracing import param
@@ -41,6 +42,8 @@ __all__ = [
     "routing",
     "routing_attention",
     "scaled_dot_product_attention",
+    "selective_attention",
+    "selective_memory",
     "sparge",
     "sparge_attention",
     "top_k_blocks",

@@ -116,8 +116,8 @@ def attention(
             o, lse = found
             return o if lse is None or not return_lse else (o, lse)
     if isinstance(select, (Routing, Groups, GridPattern)):
-        _check_function("score", score)
-        _check_function("mask", mask)
+        check_function("score", score)
+        check_function("mask", mask)
         others = {
             "normalizer": normalizer, "dropout_p": dropout_p or None, "block_mask": block_mask, "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_kv": cu_seqlens_kv, "kv_lens": kv_lens, "backend": None if backend in ("auto", "cpu") else backend,
@@ -126,7 +126,10 @@ def attention(
         return (o, lse) if return_lse else o
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
-        _check_beside_cache(v, block_mask, kv_lens, cu_seqlens_q, cu_seqlens_kv)
+        check_beside_cache(
+            {"v": v, "block_mask": block_mask, "kv_lens": kv_lens, "cu_seqlens_q": cu_seqlens_q,
+             "cu_seqlens_kv": cu_seqlens_kv}
+        )  # fmt: skip
         if backend == "reference" and k.segment.codes is not None:
             return _on_decoded(q, k, score, mask, normalizer, scale, dropout_p, return_lse)
     q, *held = _autocast(q, k, v, kv_lens)
@@ -134,9 +137,9 @@ def attention(
     _check_operands(q, *held)
     _check_normalizer(normalizer)
     dropout_p, scale = check_probability("dropout_p", dropout_p), check_scale(scale)
-    _check_function("score", score)
-    _check_function("mask", mask)
-    _check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
+    check_function("score", score)
+    check_function("mask", mask)
+    check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     common = cu_seqlens_q is None and not cached
     mask = _with_blocks(mask, block_mask, q, keys, common=common)
     approximation = None
@@ -144,7 +147,7 @@ def attention(
         approximation = getattr(select, "approximation", None)
         apart = {"packed": cu_seqlens_q, "in pages": page_table, "codes": codes}
         chosen = chosen_by(select, Operands(q, keys, scale, kv_lens, backend), apart)
-        mask = chosen if mask is None else _all_of([chosen, mask])
+        mask = chosen if mask is None else all_of([chosen, mask])
     normalizer = normalizer or Weighting()
     if return_lse and not normalizer.has_lse:
         raise error("AK221", where="return_lse", given=normalizer.kind, allowed="softmax and signed_softmax")
@@ -192,8 +195,8 @@ def _short_way(
         return attend(q, k, v, plain_text(scale), [], [], need_lse, unwatched=True)
     else:
         what, codes = Traceable(score, mask, scale), None
-    _check_function("score", score)
-    _check_function("mask", mask)
+    check_function("score", score)
+    check_function("mask", mask)
     text, buffers, params = bind(what, q)
     _check_captured(buffers, q)
     numbers = [p.current() for p in params]
@@ -260,8 +263,8 @@ def dense_attention(
         masks.append(causal_mask())
     if window is not None:
         masks.append(window_mask(*_pair(window)))
-    _check_function("mask", mask)
-    _check_function("score", score)
+    check_function("mask", mask)
+    check_function("score", score)
     if mask is not None:
         masks.append(mask)
     scores: list[Mod] = []
@@ -282,7 +285,7 @@ def dense_attention(
         k,
         v,
         score=_in_turn(scores),
-        mask=_all_of(masks),
+        mask=all_of(masks),
         normalizer=None if sink is None else Weighting(sink=sink),
         scale=scale,
         dropout_p=dropout_p,
@@ -356,7 +359,8 @@ def _in_turn(scores: list[Mod]) -> Mod | None:
     return score
 
 
-def _all_of(masks: list[Mod]) -> Mod | None:
+def all_of(masks: list[Mod]) -> Mod | None:
+    """The mask that is True where all of them are."""
     if len(masks) < 2:
         return masks[0] if masks else None
 
@@ -369,9 +373,9 @@ def _all_of(masks: list[Mod]) -> Mod | None:
     return mask
 
 
-def _check_beside_cache(*others: Any) -> None:
-    names = "v", "block_mask", "kv_lens", "cu_seqlens_q", "cu_seqlens_kv"
-    for name, value in zip(names, others, strict=True):
+def check_beside_cache(others: dict[str, Any]) -> None:
+    """Nothing of these stands beside a cache (AK408)."""
+    for name, value in others.items():
         if value is not None:
             what = "k is a KVCache, which has values and lengths of its own"
             raise error("AK408", what=what, where=name, given=type(value).__name__, allowed="None")
@@ -417,10 +421,11 @@ def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, com
                 raise error("AK408", where="block_mask", what="sequences of their own lengths have no common block mask",
                             hint="pass a mask function")  # fmt: skip
             each.check(q, k)
-    return _all_of(masks)
+    return all_of(masks)
 
 
-def _check_function(name: str, function: Any) -> None:
+def check_function(name: str, function: Any) -> None:
+    """AK402 if it is neither a function nor None."""
     if function is not None and not callable(function):
         allowed = "a function; bias tensors are score=ak.bias(tensor)"
         raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
@@ -444,7 +449,8 @@ def _check_sink(sink: Any, q: Tensor) -> Any:
     return sink
 
 
-def _check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
+def check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
+    """What can be told of lengths without looking at what they hold."""
     if (cu_seqlens_q is None) != (cu_seqlens_kv is None):
         raise error(
             "AK408",

@@ -16,7 +16,7 @@ from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
 from attnkit.ir.mods import causal as causal_mask
 from attnkit.ops.attend_groups import attend_groups
-from attnkit.ops.check import autocast, check_qkv, check_tensor, shape_of
+from attnkit.ops.check import autocast, check_qkv, check_scale, check_tensor, shape_of
 from attnkit.ops.traced import Traceable, bind
 from attnkit.ops.tracing import assume_constant
 from attnkit.variants.vision import GridPattern, Windows
@@ -213,7 +213,7 @@ def routing_attention(
     if not isinstance(causal, bool):
         raise error("AK402", where="causal", given=type(causal).__name__, allowed="True or False")
     select = routing(centroids, cluster_size=cluster_size, qk_norm=qk_norm, membership=membership)
-    o, _ = within(select, q, k, v, None, causal_mask() if causal else None, scale)
+    o, _ = within(select, q, k, v, None, causal_mask() if causal else None, check_scale(scale))
     return o
 
 
@@ -234,16 +234,20 @@ def within(
             )
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
+    if q.device.type not in ("cpu", "meta"):
+        raise error("AK502", where="select", given=f"tensors on {q.device}", allowed="tensors on the CPU")
     if isinstance(select, Routing):
         queries, keys = torch.ops.attnkit.route(q, k, *_arguments(select, q, k))
         shared = select.membership == "whole"
-        if not shared and mask is None:
-            mask = causal_mask()
-        elif not shared:
+        if not shared:
             mask = _both(causal_mask(), mask)
     else:
         is_mask, shared = False, False
         if isinstance(select, GridPattern):
+            tokens = prod(select.shape)
+            if not q.shape[2] == k.shape[2] == tokens:
+                given = f"q {shape_of(q)}, k {shape_of(k)} and a grid of {tokens} tokens"
+                raise error("AK403", where="select", given=given, allowed="tokens of the grid")
             queries, keys, is_mask = of_pattern(select)
         else:
             queries, keys, shared = select.queries, select.keys, select.shared

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from attnkit.analysis.canonical import fold
-from attnkit.analysis.derivative import gradient
+from attnkit.analysis.derivative import derivative, gradient
 from attnkit.errors import error
 from attnkit.ir.expr import Expr, const, make, topological, var
 from attnkit.ir.optable import OPS
@@ -28,7 +28,7 @@ class Bytecode:
     ``score`` is -1 if it is ``s`` itself, ``mask`` is -1 if every pair exists.
 
     Code that goes backwards also has ``slope``, the value d score / d s (-1: it is 1), and ``loads``: each load that
-    has a gradient, with the value d score / d load.
+    has a gradient, with the value d score / d load. Where something is carried, ``slope_f`` is d score / d f (-1: it is -1).
     """
 
     code: npt.NDArray[np.int32]
@@ -38,6 +38,7 @@ class Bytecode:
     num_params: int
     slope: int = -1
     loads: tuple[tuple[int, int], ...] = ()
+    slope_f: int = -1
 
 
 def emit(
@@ -58,7 +59,8 @@ def emit(
     if attend.mask is not None:
         roots.append(attend.mask)
     slope, slopes = (None, {}) if gradients is None else _slopes(attend.score, gradients)
-    roots += [root for root in (slope, *slopes.values()) if root is not None]
+    slope_f = None if gradients is None or attend.carry is None else _slope_f(attend.score)
+    roots += [root for root in (slope, *slopes.values(), slope_f) if root is not None]
     order = topological(roots)
     number = {node: i for i, node in enumerate(order)}
     code = np.zeros((len(order), ROW), dtype=np.int32)
@@ -76,6 +78,7 @@ def emit(
         program.num_params,
         -1 if slope is None else number[slope],
         tuple((number[load], number[of_load]) for load, of_load in slopes.items()),
+        -1 if slope_f is None else number[slope_f],
     )
 
 
@@ -86,6 +89,12 @@ def _slopes(score: Expr, buffers: Collection[int]) -> tuple[Expr | None, dict[Ex
     # The engine overwrites s with the weights before it uses a derivative: one that is s itself must be a copy.
     kept = [make("mul", root, const(1.0)) if _is_s(root) else root for root in (slope, *of_loads)]
     return None if slope is const(1.0) else kept[0], dict(zip(loads, kept[1:], strict=True))
+
+
+def _slope_f(score: Expr) -> Expr | None:
+    """d score / d f, None if it is -1."""
+    slope = fold(derivative(score, var("f")))
+    return None if slope is const(-1.0) else make("mul", slope, const(1.0)) if _is_s(slope) else slope
 
 
 def opcode_name(node: Expr) -> str:

@@ -12,6 +12,7 @@ from attnkit.backends.cpu import recur, select
 from attnkit.backends.cpu.engine import FAULTS, cpu_generation, cpu_model, engine, usable_cores
 from attnkit.errors import AttnkitError, error, no_page
 from attnkit.ir.program import Attend, Layout, Program, Recur
+from attnkit.plan import carried
 from attnkit.plan.blocks import block_of, tile_for
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
@@ -46,6 +47,8 @@ class CpuBackend:
         """Float32, bfloat16 and float16 tensors on the CPU; heads of 1 to 4096 channels."""
         family = recur if _recurs(spec.program) else select if _only_selects(spec.program) else None
         of_program = None if family is None else family.reasons(spec)
+        if carried.carries(spec.program):
+            of_program = carried.reasons(spec.program)
         if is_approximate(spec.program):
             of_program = ()
         reasons = refused(
@@ -98,6 +101,10 @@ class CpuBackend:
             return recur.RecurKernel(spec, config)
         if _only_selects(spec.program):
             return select.SelectKernel(spec, config)
+        if carried.carries(spec.program):
+            from attnkit.backends.cpu.carried import CarriedKernel  # which is a kernel of this file
+
+            return CarriedKernel(spec, config)
         if any(x.codec is not None for x in spec.program.inputs):
             from attnkit.backends.cpu.cache import CacheKernel  # which is a kernel of this file
 
@@ -120,7 +127,7 @@ class CpuKernel:
         self.spec = spec
         self.config = config
         self._canonical = canonical(spec.program)
-        self.bytecode, self.program = self._compile(None)
+        self.bytecode, self.program = self._compile(self._canonical.attend, None)
         self._backwards: dict[frozenset[int], tuple[Bytecode, Any]] = {}
         attend = spec.program.attend
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
@@ -161,11 +168,9 @@ class CpuKernel:
                 None if self._table is None else buffers[self._table], *self._approximately(params),
             )  # fmt: skip
         except ValueError as exc:
-            raise _too_large(exc) from exc
+            raise too_large(exc) from exc
         if fault:
-            if FAULTS[fault] == "AK602":
-                raise self._no_page(about, k, buffers)
-            raise self.error(FAULTS[fault], about, self.bytecode, len(buffers))
+            raise self._fault(fault, about, self.bytecode, k, buffers)
 
     def backward(
         self,
@@ -202,7 +207,7 @@ class CpuKernel:
                 threads, self.config["backward_tile_q"], self.config["backward_tile_kv"], self._encoding,
             )  # fmt: skip
         except ValueError as exc:
-            raise _too_large(exc) from exc
+            raise too_large(exc) from exc
         if fault:
             raise self.error(FAULTS[fault], about, bytecode, len(buffers))
 
@@ -210,15 +215,20 @@ class CpuKernel:
         """The bytecode and the engine's program that give these gradients, compiled on first use."""
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
         found = self._backwards.get(wanted)
-        return self._backwards.setdefault(wanted, self._compile(wanted)) if found is None else found
+        return (
+            self._backwards.setdefault(wanted, self._compile(self._canonical.attend, wanted))
+            if found is None
+            else found
+        )
 
-    def _compile(self, gradients: frozenset[int] | None) -> tuple[Bytecode, Any]:
+    def _compile(self, attend: Attend, gradients: frozenset[int] | None) -> tuple[Bytecode, Any]:
         """The bytecode, and the engine's program; ``gradients`` as `emit` has it."""
-        code = emit(self._canonical.attend, self._canonical, engine().opcodes(), gradients)
+        code = emit(attend, self._canonical, engine().opcodes(), gradients)
         try:
             program = engine().Program(
-                code.code, code.score, code.mask, code.num_buffers, code.num_params, code.slope, code.loads
-            )
+                code.code, code.score, code.mask, code.num_buffers, code.num_params, code.slope, code.loads,
+                code.slope_f, attend.carry is not None,
+            )  # fmt: skip
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
         return code, program
@@ -278,6 +288,11 @@ class CpuKernel:
         length = int(buffers[self._kv_layout.lengths][b])
         return missing_page(buffers[self._table], b, length, k.shape[2], k.shape[0])
 
+    def _fault(self, fault: int, about: int, bytecode: Bytecode, k: Any, buffers: list[Any]) -> AttnkitError:
+        if FAULTS[fault] == "AK602":
+            return self._no_page(about, k, buffers)
+        return self.error(FAULTS[fault], about, bytecode, len(buffers))
+
     def error(self, code: str, about: int, bytecode: Bytecode, num_buffers: int) -> AttnkitError:
         """The error for a fault of the engine: about an instruction, a tensor, or nothing in particular (-1)."""
         names = (*_TENSORS, *(f"buffer b{i}" for i in range(num_buffers)), *_GRADIENTS)
@@ -319,7 +334,7 @@ def missing_page(table: Any, row: int, length: int, page_size: int, pages: int) 
     return no_page(row, at, held[at], pages)
 
 
-def _too_large(exc: ValueError) -> AttnkitError:
+def too_large(exc: ValueError) -> AttnkitError:
     return error("AK502", where="backend cpu", given=str(exc), allowed="sizes that fit 32 bits")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import attnkit
+import attnkit.ops  # defines torch.ops.attnkit
 from attnkit.bench.peers import groups as peer
 from attnkit.bench.rows import Bar
 from attnkit.bench.variants.jobs import OWN, Job, Prepared, both, distance, forward

@@ -1,0 +1,217 @@
+"""``ak.selective_attention``: a head decides which keys no later query needs, and every head forgets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.errors import error
+from attnkit.ir.expr import const, make, var
+from attnkit.ir.mods import causal
+from attnkit.ir.program import Layout, Program, Return
+from attnkit.ir.text import parse
+from attnkit.ops.carried import attend_carried
+from attnkit.ops.check import autocast, check_flag, check_number, check_qkv, check_scale, check_tensor
+from attnkit.ops.functional import all_of, check_beside_cache, check_function, check_lengths
+from attnkit.ops.kv_append import refuse_gradients
+from attnkit.ops.kv_cache import KVCache
+from attnkit.ops.traced import Traceable, bind
+from attnkit.ops.tracing import assume_constant
+from attnkit.plan.carried import RESULTS
+
+
+def selective_attention(
+    q: Tensor,
+    k: Tensor | KVCache,
+    v: Tensor | None = None,
+    *,
+    mask: Callable[..., Any] | None = None,
+    scale: float | None = None,
+    head: int = 0,
+    budget: int | None = None,
+    carry: Tensor | None = None,
+    return_carry: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention in which one head decides what all heads forget (Leviathan, Kalman, Matias, arXiv 2410.02703).
+
+    What the logits of ``head`` give a key, where they are above 0, is taken from every head's logits of all later queries. A
+    sequence's first key, and a query's own, are never selected against. It has no parameters, and costs one head's products
+    of queries and keys more than causal attention; memory is linear in the number of tokens.
+
+    Args:
+        q: ``[B, Hq, Sq, D]``, float32, bfloat16 or float16 on the CPU, any strides. Under ``torch.autocast`` q, k and v are cast
+            to its dtype.
+        k: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv. The last query stands at the last key. Or an `ak.KVCache` that
+            keeps plain elements: then the queries are the last Sq tokens of each row, already appended.
+        v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
+        mask: ``(b, h, q_idx, kv_idx) -> bool``, joined with causality by "and". Pairs that do not exist carry nothing.
+        scale: finite and positive; None is ``D ** -0.5``.
+        head: the head that selects.
+        budget: the most keys a query sees, at least 2: one that would see more first forgets those most selected
+            against, for all heads and for good, never the first it sees nor its own; of equals the oldest.
+        carry: float32 ``[B, Skv]``, what earlier queries carried onto each key; 0 for new keys, infinity for one that is
+            forgotten, whose k and v may hold anything. ``[1, total]`` if packed, ``[B, max_len]`` beside a cache.
+        return_carry: also return what is carried after the last query: the ``carry`` of the next call.
+        cu_seqlens_q: int32 ``[N + 1]``: tokens are ``[1, H, total, D]``, packed; nothing is carried from one sequence to
+            the next.
+        cu_seqlens_kv: the same for k and v; both or neither.
+
+    Returns:
+        ``o [B, Hq, Sq, Dv]`` in q's dtype, or ``(o, carry)``.
+
+    Raises:
+        AttnkitError: AK3xx, the mask cannot be traced; AK4xx, an argument is wrong; AK5xx, not built; AK6xx, a length or an
+            index is wrong, or out of memory.
+    """
+    _check_numbers({"head": (head, 0), "budget": (budget, 2)})
+    check_flag("return_carry", return_carry)
+    check_function("mask", mask)
+    if carry is not None:
+        check_tensor("carry", carry)
+    kv_lens = page_table = None
+    keys: Any
+    if isinstance(k, KVCache):
+        check_beside_cache({"v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv})
+        q, keys, v, kv_lens, page_table = _of_cache(q, k)
+    else:
+        q, keys, v = autocast(q, k, v)
+    check_qkv(q, keys, v, paged=page_table is not None)
+    check_lengths(cu_seqlens_q, cu_seqlens_kv, None)
+    text, buffers, params = _bound(
+        q, mask, scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, kv_lens=kv_lens,
+        page_table=page_table,
+    )  # fmt: skip
+    text = selective_text(text, head, budget, carry is not None)
+    o, _, carried, _ = attend_carried(q, keys, v, carry, text, buffers, params)
+    return (o, carried) if return_carry else o
+
+
+def selective_memory(
+    q: Tensor,
+    k: Tensor,
+    *,
+    tau: float = 1.0,
+    mask: Callable[..., Any] | None = None,
+    scale: float | None = None,
+    head: int = 0,
+    carry: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_kv: Tensor | None = None,
+) -> Tensor:
+    """How many keys every query still remembers, ``M_i = sum_j (1 - min(F_ij, tau) / tau)`` over the keys it sees.
+
+    F is what `selective_attention` of the same arguments takes from the logits. The memory loss of a layer is
+    ``(M.amax(-1) / S).mean()``: a model that is trained with it forgets what it does not need, so that a budget costs less. It
+    costs as much as two heads' products of queries and keys.
+
+    Args:
+        q: as in `selective_attention`, like k, mask, scale, head, carry and cu_seqlens.
+        k: see q.
+        tau: what a key has lost when it counts as forgotten; finite and positive.
+        mask: see q.
+        scale: see q.
+        head: see q.
+        carry: see q.
+        cu_seqlens_q: see q.
+        cu_seqlens_kv: see q.
+
+    Returns:
+        Float32 ``[B, Sq]``, with gradients of q, k and the carry.
+
+    Raises:
+        AttnkitError: as `selective_attention`.
+    """
+    tau = check_number("tau", tau)
+    if not 0 < tau < math.inf:
+        raise error("AK401", where="tau", given=str(tau), allowed="a finite positive number")
+    _check_numbers({"head": (head, 0)})
+    check_function("mask", mask)
+    if carry is not None:
+        check_tensor("carry", carry)
+    q, k, _ = autocast(q, k, k)
+    check_qkv(q, k, k)
+    check_lengths(cu_seqlens_q, cu_seqlens_kv, None)
+    if head >= q.shape[1]:
+        raise error("AK401", where="head", given=str(head), allowed=f"0..{q.shape[1] - 1}")
+    of_head = head // (q.shape[1] // k.shape[1])
+    q, k = q[:, head : head + 1], k[:, of_head : of_head + 1]
+    text, buffers, params = _bound(q, mask, scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
+    text = selective_text(text, 0, None, carry is not None, tau)
+    nothing = torch.zeros_like(k[..., :1])
+    _, lse, _, _ = attend_carried(q, k, nothing, carry, text, buffers, params)
+    return lse[:, 0].exp()  # whose scores are the logarithms
+
+
+def _bound(q: Tensor, mask: Any, scale: Any, **lengths: Any) -> tuple[str, list[Tensor], list[float]]:
+    """The program of causal attention, and what it reads."""
+    visible = all_of([causal()] if mask is None else [causal(), mask])
+    text, buffers, params = bind(Traceable(None, visible, check_scale(scale), **lengths), q)
+    return text, buffers, [p.current() for p in params]
+
+
+def _check_numbers(numbers: dict[str, tuple[Any, int]]) -> None:
+    for name, (number, least) in numbers.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise error("AK402", where=name, given=type(number).__name__, allowed="an int")
+        if number is not None and number < least:
+            raise error("AK401", where=name, given=str(number), allowed=f"at least {least}")
+
+
+def _of_cache(q: Tensor, cache: KVCache) -> tuple[Any, ...]:
+    """q in the cache's dtype, its tensors, lengths and page table."""
+    held = cache.segment
+    k: Any = held.k
+    if held.codes is not None:
+        given = f"a cache of {cache.codec}"
+        raise error("AK504", where="k", what="selection beside codes is not built yet", given=given,
+                    allowed="a cache of f32, f16 or bf16")  # fmt: skip
+    refuse_gradients("q", (q,))
+    if torch.is_autocast_enabled("cpu"):
+        check_tensor("q", q)
+        q = q.to(k.dtype)
+    return q, k, held.v, held.lengths, held.page_table
+
+
+@assume_constant
+def selective_text(text: str, head: int, budget: int | None, initial: bool, tau: float | None = None) -> str:
+    """The program of softmax attention, with selection added to it; with ``tau`` its lse is the logarithm of the memory."""
+    return _selective_text(text, head, budget, initial, tau)
+
+
+@lru_cache(maxsize=1024)
+def _selective_text(text: str, head: int, budget: int | None, initial: bool, tau: float | None) -> str:
+    program = parse(text)
+    op, own = program.attend, parse(_OWN).attend.mask
+    assert own is not None
+    selects = make("and", own, make("gt", op.score, const(0.0)))  # at 0 the derivative is 0: not a maximum
+    score = make("sub", op.score, var("f"))
+    if tau is not None:
+        lost = make("div", make("min", var("f"), const(tau)), const(tau))
+        score = make("log", make("sub", const(1.0), lost))
+    attend = replace(
+        op, score=score, carry=make("where", selects, op.score, const(0.0)), head=head,
+        budget=budget, initial=3 if initial else None, outputs=RESULTS,
+    )  # fmt: skip
+    inputs = (*program.inputs, Layout("bs")) if initial else program.inputs
+    results = Return(tuple(len(inputs) + i for i in range(3)))
+    return parse(Program(inputs, program.buffers, program.num_params, (attend, results)).text).text
+
+
+# Neither a sequence's first key nor the query's own.
+_OWN = """attnkit 1
+program (q: bhsd, k: bhsd, v: bhsd) {
+  o, lse = attend(q, k, v, scale = default) {
+    mask = (kv_idx >= 1) & (kv_idx < q_idx + (kv_len - q_len))
+    normalizer = softmax
+  }
+  return o, lse
+}
+"""
