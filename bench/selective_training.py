@@ -28,7 +28,7 @@ from torch.nn import functional
 import attnkit as ak
 from attnkit.bench import machine
 from attnkit.bench.report import drawing
-from attnkit.bench.training import TEXT, Model, Recipe, batches
+from attnkit.bench.training import TEXT, Model, Recipe, batches, learner
 
 BUDGETS = (8, 16, 32, 64, 128, 256)
 KINDS = ("dense", "selective")
@@ -62,19 +62,8 @@ def trained(kind: str, recipe: Recipe, seed: int) -> tuple[Model, Attention, Cal
     """A model, its attention, and what trains it on a batch and gives its loss."""
     torch.manual_seed(seed)
     attention = Attention(kind)
-    model = Model(recipe, attention)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95))
-    warming = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / recipe.warmup))
-
-    def step(batch: Tensor) -> float:
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        warming.step()
-        return float(loss.detach())
-
-    return model, attention, step
+    model = Model.attending(recipe, attention)
+    return model, attention, learner(model, recipe)
 
 
 @torch.no_grad()

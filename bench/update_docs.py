@@ -240,6 +240,31 @@ def resources_table() -> str:
     return "\n".join(lines)
 
 
+def sparge_table() -> str:
+    """What searched thresholds cost and give."""
+    name = "zen5-2core-sparge-curve.json"
+    result = _load(name)
+    lines = [
+        "| | bound | searched: largest error | other text: mean and largest | tiles kept | times faster than dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in result["runs"]:
+        s, e = r["speedup"], r["error"]
+        lines.append(
+            f"| {r['model']}, {r['heads']} heads | {r['bound']:g} | {r['searched']['error']:.3f} | {e['mean']:.3f}, {e['max']:.3f} "
+            f"| {r['density']:.2f} | **{s['median']:.2f}×** [{s['lo']:.2f}, {s['hi']:.2f}] |"
+        )
+    m = result["machine"]
+    lines += [
+        "",
+        f"All layers together, {result['tokens']} tokens, {result['dtype']}, {result['threads']} threads, prediction included, beside our dense attention;",
+        f"{m['cpu']}, {m['isa']}, attnkit at {result['commit']} (`bench/results/{name}`).",
+        "",
+        "![error against what is kept, and speed against error](../sparge.svg)",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = [
     ("README.md", "results", quick_table),
     ("docs/design/cpu-engine.md", "expression cost", cost_table),
@@ -251,6 +276,7 @@ TABLES = [
     ("docs/training.md", "models suite", models_table),
     ("docs/training.md", "learning suite", learning_table),
     ("docs/kv-cache.md", "generation suite", generation_table),
+    ("docs/variants/sparge.md", "sparge curve", sparge_table),
 ]
 
 

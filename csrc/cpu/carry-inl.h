@@ -8,14 +8,17 @@ class CarryForward : public Products {
 
   // Of one tile of pairs, to where the task says.
   void visit(int64_t first, int32_t count, bool full) {
-    this->logits(first, count, full, kNoLines);
-    if (this->few_) {
-      this->apply_score_by_key(first, count, full);
-      put_by_query(first, count, full);
-    } else {
-      this->apply_score(first, count, full);
-      put(first, count, full);
+    if constexpr (requires { this->few_; }) {  // these products know a way for few queries
+      if (this->few_) {
+        this->logits(first, count, full, kNoLines);
+        this->apply_score_by_key(first, count, full);
+        return put_by_query(first, count, full);
+      }
     }
+    if (!full) this->find_live(first, count);
+    this->scores(first, count, full);
+    this->apply_score(first, count, full);
+    put(first, count, full);
   }
 
  private:
@@ -110,9 +113,10 @@ void accumulate(const Task& t, int64_t first, int64_t count, float* sums, const 
   }
 }
 
+template <class Products>
 int32_t select_keys(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
                     float* workspace) {
-  CarryForward<FloatForward> selection(c, t, workspace);
+  CarryForward<Products> selection(c, t, workspace);
   selection.pack_queries();
   selection.begin(num_ranges > 0);
   for (size_t i = 0; i < num_ranges; ++i) {

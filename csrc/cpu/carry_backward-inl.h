@@ -341,4 +341,4 @@ size_t carried_backward_bytes(const CarriedBackwardCall& c) {
   return CarriedLayout(c, BackwardLayout(c.pairs)).places.next * sizeof(float);
 }
 
-constexpr CarryKernel kCarryKernel{select_keys, accumulate, carried_backward_bytes, carried_backward};
+constexpr CarryKernel kCarryKernel{select_keys<FloatForward>, accumulate, carried_backward_bytes, carried_backward};

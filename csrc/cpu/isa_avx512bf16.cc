@@ -81,7 +81,7 @@ const Kernel kAvx512bf16Kernel{
     .recur = kRecurKernel,
     .groups = kGroupKernel,
     .select = kSelectKernel,
-    .carry = kCarryKernel,
+    .carry = {select_by_dtype, accumulate, carried_backward_bytes, carried_backward},
     .dot_burst = dot_burst,
 };
 

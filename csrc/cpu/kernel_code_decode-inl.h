@@ -319,3 +319,12 @@ class CodeDecode : public PairDecode {
     few_values<Bf16>(ws_ + at_.s, at_.bm, lines, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv, t_.lanes(), kNothing);
   }
 };
+
+// What heads select, as `run_by_dtype` has it.
+int32_t select_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
+                        float* workspace) {
+  const Problem& p = *c.problem;
+  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
+  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr && !few;
+  return (pairs ? select_keys<PairForward> : select_keys<FloatForward>)(c, t, ranges, num_ranges, sums, workspace);
+}

@@ -307,7 +307,7 @@ WRONG_CALLS: dict[str, tuple[tuple[int, ...], Any, str]] = {
     "dropout of a large threshold": ((10,), (1, 2**32, 1.0), ""),
     "threads a float": ((11,), 1.5, ""),
     "tile_q 0": ((12,), 0, "tile_q"),
-    "tile_q 97": ((12,), 97, "tile_q"),
+    "tile_q 129": ((12,), 129, "tile_q"),
     "tile_kv 0": ((13,), 0, "tile_kv"),
     "tile_kv 193": ((13,), 193, "tile_kv"),
     "split_kv 0": ((14,), 0, "split_kv"),

@@ -79,10 +79,10 @@ def attention(
         v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
         score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
-        select: which pairs meet. ``ak.top_k_blocks(block, k)`` or ``ak.sparge(...)``: blocks of keys that the queries choose, joined with the
-            masks by "and". Or groups, on the CPU, beside score, mask, scale and, where each query is in one group, return_lse:
-            `ak.routing` (clusters), `ak.groups` (lists of tokens), or a pattern over a grid of `attnkit.variants.vision`
-            (windows, halos).
+        select: which pairs meet. ``ak.top_k_blocks(block, k)`` or ``ak.sparge(...)``: blocks of keys that the queries choose, joined
+            with the masks by "and". Or groups, on the CPU, beside score, mask, scale and, where each query is in one group,
+            return_lse: `ak.routing` (clusters), `ak.groups` (lists of tokens), or a pattern over a grid of
+            `attnkit.variants.vision` (windows, halos).
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
             ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
         scale: finite and positive; None is ``D ** -0.5``.

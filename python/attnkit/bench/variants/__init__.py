@@ -19,10 +19,10 @@ from attnkit.bench.records import SCHEMA_VERSION, Document
 from attnkit.bench.report import drawing
 from attnkit.bench.rows import Bar
 from attnkit.bench.runner import Progress, use_threads
-from attnkit.bench.variants import block_sparse, groups, linear, selective
+from attnkit.bench.variants import block_sparse, groups, linear, selective, sparge
 from attnkit.bench.variants.jobs import CEILING, OWN, Job
 
-FAMILIES = (linear, block_sparse, groups, selective)
+FAMILIES = (linear, block_sparse, groups, sparge, selective)
 SECONDS = 60.0
 _FLAT_FROM = 4096  # tokens: from there on the time of a token is to be the same
 _FLAT = Bar("time a token, most over least", most=1.15)

@@ -96,14 +96,16 @@ def _memory(length: int, seed: int) -> Prepared:
         if name == "torch" and length > _NAIVE_TO:
             continue
         for direction in ("fwd", "fwdbwd"):
-            command = [sys.executable, "-m", __name__, name, direction, str(length)]
+            code = f"from {__name__} import peak; print(peak({name!r}, {direction!r}, {length}))"
+            command = [sys.executable, "-c", code]
             said = subprocess.run(command, check=True, capture_output=True).stdout  # noqa: S603 -- this file
             facts[f"{name} {direction} bytes"] = float(said)
     given = _inputs(length, "f32", seed)
     return Prepared({OWN: forward(partial(CALLS[OWN], *given))}, facts=facts)
 
 
-def _peak(name: str, direction: str, length: int) -> int | None:
+def peak(name: str, direction: str, length: int) -> int | None:
+    """How far memory rises in a call, of the first of its size in this process."""
     call, few = CALLS[name], [t.requires_grad_() for t in _inputs(64, "f32", 0)]
     call(*few).sum().backward()  # what is loaded and traced once
     given = [t.requires_grad_(direction != "fwd") for t in _inputs(length, "f32", 0)]
@@ -113,7 +115,3 @@ def _peak(name: str, direction: str, length: int) -> int | None:
         return o, torch.autograd.grad(o, given, o.detach()) if direction != "fwd" else None
 
     return peak_bytes(run)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(f"{_peak(sys.argv[1], sys.argv[2], int(sys.argv[3]))}\n")
