@@ -329,3 +329,10 @@ def test_autocast_and_second_derivatives(randn: Randn) -> None:
     (dq,) = torch.autograd.grad(ak.attention(q, k, v, select=select).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="AK503"):
         dq.sum().backward()
+
+
+def test_explain_says_groups() -> None:
+    q = torch.randn(1, 1, 24, 8)
+    report = ak.explain(ak.attention, q, q, q, select=vision.Windows((4, 6), (2, 3), (0, 0)))
+    assert report.calls[0].notes == ("within 4 groups of at most 6 queries and 6 keys",)
+    assert not report.calls[0].blocks

@@ -1,5 +1,6 @@
 """Suite variants: its rows are right and judged."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from attnkit.bench import variants
 from attnkit.bench.measure import Contender
 from attnkit.bench.peers import recurrences
 from attnkit.bench.rows import Bar
+from attnkit.bench.variants import block_sparse
 from attnkit.bench.variants.jobs import Job, Prepared
 from attnkit.bench.variants.linear import MEMBERS
 from attnkit.variants import linear
@@ -49,3 +51,18 @@ def test_rows_are_picked_by_name() -> None:
     ]
     titles = [job.title for job in variants.jobs()]
     assert len(titles) == len(set(titles))
+
+
+@pytest.mark.parametrize("name", block_sparse.PATTERNS)
+def test_maps_of_blocks_are_a_tenth(name: str) -> None:
+    make, block, causal = block_sparse.PATTERNS[name]
+    layout = make(block, np.random.default_rng(0))
+    assert layout.shape == (8, 8192 // block, 8192 // block)
+    assert abs(layout.mean() - 0.1) < (0.025 if causal else 0.001)
+    if causal:
+        assert not np.triu(layout, 1).any()
+        assert layout[:, :, 0].all()
+        assert layout.diagonal(axis1=1, axis2=2).all()
+    else:
+        assert np.ptp(layout.sum(-1)) <= 1
+    assert not np.array_equal(layout[0], layout[1])

@@ -22,7 +22,7 @@ from attnkit.ops.check import (
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
 from attnkit.ops.warm import layout_of_output
-from attnkit.runtime import prepare
+from attnkit.runtime import Prepared, prepare
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -117,7 +117,7 @@ def adjacent(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _kernel_of(call: Call) -> Any:
+def _prepared(call: Call) -> Prepared:
     q, v = call.q, call.v
     program = parse(call.program)
     attend = program.attend
@@ -137,13 +137,14 @@ def _kernel_of(call: Call) -> Any:
         raise error(
             "AK502", where="torch.ops.attnkit.attend_groups", given=given, allowed="tensors on the CPU"
         )
-    return prepared.kernel
+    return prepared
 
 
 def _kernel(*args: Any) -> Results:
     call = Call(*args)
     _check(call)
-    kernel = _kernel_of(call)
+    prepared = _prepared(call)
+    kernel: Any = prepared.kernel
     queries, keys = call.queries.contiguous(), call.keys.contiguous()
     q, k, v = map(adjacent, (call.q, call.k, call.v))
     o, lse, rows = _outputs(call)
@@ -152,7 +153,15 @@ def _kernel(*args: Any) -> Results:
         raise error(
             "AK608", where="queries", given="a token in two groups", allowed="one, unless they share tokens"
         )
-    if recorder() is not None or queries.numel() == 0 or o.numel() == 0:  # which describes attention alone
+    record = recorder()
+    if record is not None:
+        note = (
+            f"within {queries.shape[2]} groups of at most {queries.shape[3]} queries and {keys.shape[3]} keys"
+        )
+        record(
+            prepared=prepared, q=q, k=k, v=v, buffers=call.buffers, params=call.params, reason=None, note=note
+        )
+    if record is not None or queries.numel() == 0 or o.numel() == 0:
         return o.zero_(), lse.fill_(-torch.inf), rows.zero_()
     threads = torch.get_num_threads()
 
@@ -201,7 +210,7 @@ def _backward_kernel(
     if len(wanted) != len(buffers):
         given = f"{len(wanted)} for {len(buffers)} buffers"
         raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
-    kernel = _kernel_of(call)
+    kernel: Any = _prepared(call).kernel
     queries, keys = queries.contiguous(), keys.contiguous()
     q, k, v, d_o = map(adjacent, (q, k, v, d_o))
     _facts("queries", queries, q.shape[2])

@@ -79,15 +79,17 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     calls: list[CallReport] = []
 
     def record(
-        *, prepared: Any, q: Any, k: Any, v: Any, buffers: list[Any], params: list[float], reason: str | None
-    ) -> None:
+        *, prepared: Any, q: Any, k: Any, v: Any, buffers: list[Any], params: list[float], reason: str | None,
+        note: str = "",
+    ) -> None:  # fmt: skip
         shapes = {name: list(t.shape) for name, t in (("q", q), ("k", k), ("v", v))}
         dtype, device = str(q.dtype).removeprefix("torch."), q.device.type
         if prepared is None:
             calls.append(CallReport("torch", dtype, device, shapes, notes=(f"computed by torch: {reason}",)))
             return
         kernel = prepared.kernel
-        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if hasattr(kernel, "tiles") else ({}, "")
+        whole = hasattr(kernel, "tiles") and not note
+        blocks, blocks_of = kernel.tiles(q, k, buffers, params) if whole else ({}, "")
         calls.append(
             CallReport(
                 prepared.backend,
@@ -101,6 +103,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 prepared.rejected,
                 blocks,
                 blocks_of,
+                (note,) if note else (),
             )
         )
 
