@@ -4,8 +4,10 @@ What the binding cannot know is whether the memory behind an address is as large
 therefore small enough for the tensors that are there, or so large that no tensor has them.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ import attnkit as ak
 from attnkit import _engine
 from attnkit.ops import kv_codes
 from attnkit.testing import isolated
+
+sys.path.insert(0, str(Path(__file__).parent))
+import recorded_calls
 
 OPCODES = _engine.opcodes()
 CODECS = ("int8", "int4", "int2", "fp8")
@@ -363,6 +368,35 @@ def select(rng: Rng) -> str:
     return f"fault {fault}" if fault else "computed"
 
 
+# --- groups, and what queries carry ----------------------------------------------------------------------
+
+
+def recorded(name: str, rng: Rng) -> str:
+    """What a public function gave, up to two arguments of it made worse."""
+    arguments = list(of(rng, recorded_calls.recorded()[name]))
+    for at in rng.choice(len(arguments), rng.integers(0, 3), replace=False):
+        arguments[at] = worse(rng, arguments[at])
+    found = getattr(_engine, name)(*(arguments if rng.integers(50) else arguments[:2]))
+    fault = found[0] if isinstance(found, tuple) else found
+    return f"fault {fault}" if isinstance(fault, int) and fault > 0 else "computed"
+
+
+def worse(rng: Rng, argument: Any) -> Any:
+    if recorded_calls.is_tensor(argument):
+        bad = damaged(rng, argument)
+        # Lists have been looked at before they come here: other ones may hold what is no token.
+        is_list = argument[1] == DTYPE_NUMBERS[torch.int32]
+        return (argument[0], *bad[1:]) if is_list and recorded_calls.is_tensor(bad) else bad
+    if isinstance(argument, (list, tuple)):
+        if not argument or rng.integers(4) == 0:
+            return of(rng, [None, (), [], argument[:-1], "x", 3, [None]])
+        at = int(rng.integers(len(argument)))
+        return type(argument)([*argument[:at], worse(rng, argument[at]), *argument[at + 1 :]])
+    if isinstance(argument, int):  # and bool
+        return integer(rng, [64, 10**6, 2**31])
+    return of(rng, [None, "x", 0.5, np.nan, 10**400, PROGRAMS[0][0], PROGRAMS[1][0], 3, []])
+
+
 # --- caches of codes -------------------------------------------------------------------------------------
 
 DTYPE_NUMBERS = {torch.float32: 0, torch.int32: 1, torch.uint8: 3, torch.bfloat16: 4, torch.float16: 5}
@@ -567,6 +601,7 @@ FUZZERS: dict[str, Callable[[Rng], str]] = {
     "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
     "set_poison": set_poison, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
+    **{name: partial(recorded, name) for name in recorded_calls.NAMES},
     **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),
 }  # fmt: skip
 
