@@ -59,6 +59,7 @@ REFUSED: dict[str, tuple[np.ndarray, int, int, int, int]] = {
     "instruction 2: a buffer is read with two ranks or types": (
         rows(KEY, ("load_f", 0, 0), ("load_f", 0, 0, 0)), 1, -1, 1, 0,
     ),
+    "instruction 0: nothing is carried that f could be": (rows(("var_f", 0)), 0, -1, 0, 0),
     "the score is not a float value": (rows(KEY), 0, -1, 0, 0),
     "the mask is not a bool value": (rows(KEY), -1, 0, 0, 0),
     "instruction 0: the mask reads the score": (rows(S, ZERO, ("lt_f", 0, 0, 1)), -1, 2, 0, 0),
