@@ -56,23 +56,32 @@ def bars_table(document: Document) -> Table:
     for heading in ("measured", "95 % interval", "bar", "met", "stretch"):
         out.add_column(heading, justify="right", no_wrap=True)
     last = None
+    asked = [bar for bar in document["bars"] if _asked(bar)]
     for bar in document["bars"]:
-        m, relation = bar["measured"], "≤" if bar["least"] is None else "≥"
+        m = bar["measured"]
         against = f"best: {bar['note']}" if bar["against"] == "best" and m else bar["against"]
         out.add_row(
             "" if bar["workload"] == last else bar["workload"],
             against if m else f"{against}: {bar['note']}",
             f"{m['median']:.2f}" if m else "-",
             f"[{m['lo']:.2f}, {m['hi']:.2f}]" if m else "-",
-            f"{relation} {bar['most'] if bar['least'] is None else bar['least']:g}",
-            "yes" if bar["met"] else "NO",
+            _asked(bar),
+            "" if not _asked(bar) else "yes" if bar["met"] else "NO",
             "" if bar["stretch"] is None else f"{bar['stretch']:g} {'yes' if bar['stretch_met'] else 'no'}",
             style="green" if bar["met"] else "red" if m else "dim",
         )
         last = bar["workload"]
-    met = sum(bar["met"] for bar in document["bars"])
-    out.title = f"{met} of {len(document['bars'])} bars met"
+    out.title = (
+        f"{sum(bar['met'] for bar in asked)} of {len(asked)} bars met" if asked else "Nothing was promised"
+    )
     return out
+
+
+def _asked(bar: dict[str, Any]) -> str:
+    """What a bar asks for; nothing where it is a ratio to look at."""
+    if bar["least"] is None:
+        return "" if bar["most"] is None else f"≤ {bar['most']:g}"
+    return f"≥ {bar['least']:g}"
 
 
 def caption(document: Document) -> str:
