@@ -146,6 +146,21 @@ def models_table() -> str:
     return "\n".join([*lines, "", summary, *_source(result, name)])
 
 
+def families_table() -> str:
+    """What was promised of the families beside what was measured."""
+    name = "zen5-2core-families.json"
+    result = _load(name)
+    errors = {r["workload"]: r["error"].get("attnkit") for r in result["runs"]}
+    lines = ["| row | beside | ratio, 95 % interval | bar | relative error |", "|---|---|---|---|---|"]
+    for bar in result["bars"]:
+        asked = f"≥ {bar['least']:g}" if bar["least"] is not None else f"ours over its ≤ {bar['most']:g}"
+        error = errors[bar["workload"]]
+        told = _ratio(bar["measured"]) if bar["measured"] else bar["note"]
+        met = "✓" if bar["met"] else "✗"
+        lines.append(f"| {bar['workload']} | {bar['against']} | {told} | {asked} {met} | {error:.1e} |")
+    return "\n".join([*lines, "", *_source(result, name)])
+
+
 def generation_table() -> str:
     """Decoding on caches of codes, and what they cost a model that has learnt something."""
     name = "zen5-2core-generation.json"
@@ -274,6 +289,7 @@ TABLES = [
     ("docs/design/triton.md", "resources", resources_table),
     ("docs/training.md", "training suite", training_table),
     ("docs/training.md", "models suite", models_table),
+    ("docs/variants.md", "families", families_table),
     ("docs/training.md", "learning suite", learning_table),
     ("docs/kv-cache.md", "generation suite", generation_table),
     ("docs/variants/sparge.md", "sparge curve", sparge_table),
