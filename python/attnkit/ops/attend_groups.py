@@ -11,7 +11,7 @@ from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import (
-    autocast,
+    autocasting,
     check_bindings,
     check_qkv,
     check_tensor,
@@ -319,16 +319,9 @@ def _autograd(*args: Any) -> Results:
         return torch.ops.attnkit.attend_groups.default(*args)  # type: ignore[no-any-return]
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Results:
-    tensors = autocast(q, k, v)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        return torch.ops.attnkit.attend_groups.default(*tensors, *others)  # type: ignore[no-any-return]
-
-
 _lib.impl("attend_groups", _kernel, "CPU")
 _lib.impl("attend_groups", _autograd, "AutogradCPU")
-_lib.impl("attend_groups", _autocast, "AutocastCPU")
+_lib.impl("attend_groups", autocasting(torch.ops.attnkit.attend_groups.default), "AutocastCPU")
 _lib.impl("attend_groups_backward", _backward_kernel, "CPU")
 _lib.impl("attend_groups_backward", _backward_autograd, "AutogradCPU")
 torch.library.register_fake("attnkit::attend_groups", _fake, lib=_lib)

@@ -14,7 +14,7 @@ from attnkit.errors import error
 from attnkit.ir.mods import MaskFunction, causal as causal_mask
 from attnkit.ir.text import parse
 from attnkit.ops.block_means import BlockMeans
-from attnkit.ops.check import check_qkv, check_tensor
+from attnkit.ops.check import check_count, check_flag, check_qkv, check_tensor
 from attnkit.ops.select import select
 from attnkit.ops.tracing import assume_constant
 
@@ -137,13 +137,9 @@ def top_k_blocks(
     """
     least = {"block": 1, "k": 1, "q_block": 1, "first": 0, "last": 1}
     for (name, low), value in zip(least.items(), (block, k, q_block, first, last), strict=True):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise error("AK402", where=name, given=type(value).__name__, allowed="an int")
-        if not low <= value < 2**31:
-            raise error("AK401", where=name, given=str(value), allowed=f"{low}..{2**31 - 1}")
-    for name, flag in (("causal", causal), ("shared", shared)):
-        if not isinstance(flag, bool):
-            raise error("AK402", where=name, given=type(flag).__name__, allowed="True or False")
+        check_count(name, value, low, 2**31 - 1)
+    check_flag("causal", causal)
+    check_flag("shared", shared)
     if last != 1 and not causal:
         raise error(
             "AK408", where="last", given=str(last), allowed="1 with causal=False: there is no own block"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_tensor, shape_of
+from attnkit.ops.check import check_count, check_tensor, shape_of
 
 
 class BlockMeans:
@@ -27,17 +27,9 @@ class BlockMeans:
     """
 
     def __init__(self, batch: int, heads: int, dim: int, *, block: int, max_len: int) -> None:
-        for name, size in (
-            ("batch", batch),
-            ("heads", heads),
-            ("dim", dim),
-            ("block", block),
-            ("max_len", max_len),
-        ):
-            if isinstance(size, bool) or not isinstance(size, int):
-                raise error("AK402", where=name, given=type(size).__name__, allowed="an int")
-            if not 1 <= size < 2**31:
-                raise error("AK401", where=name, given=str(size), allowed=f"1..{2**31 - 1}")
+        sizes = {"batch": batch, "heads": heads, "dim": dim, "block": block, "max_len": max_len}
+        for name, size in sizes.items():
+            check_count(name, size, 1, 2**31 - 1)
         self.block, self.max_len = block, max_len
         self.sums = torch.zeros(batch, heads, -(-max_len // block), dim)
         self.lengths = torch.zeros(batch, dtype=torch.int32)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.mods import causal as causal_mask
+from attnkit.ops.check import check_flag
 from attnkit.ops.functional import attention
 
 
@@ -43,8 +44,7 @@ def block_sparse_attention(
     Raises:
         AttnkitError: as `attention`; AK402, block_mask is no block mask; AK409, AK410, it was built for other sizes.
     """
-    if not isinstance(causal, bool):
-        raise error("AK402", where="causal", given=type(causal).__name__, allowed="True or False")
+    check_flag("causal", causal)
     if block_mask is None:
         raise error("AK402", where="block_mask", given="None", allowed="a block mask",
                     hint="ak.dense_attention sees all blocks")  # fmt: skip

@@ -11,7 +11,7 @@ from attnkit.errors import error
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops.check import (
-    autocast,
+    autocasting,
     check_bindings,
     check_qkv,
     check_tensor,
@@ -244,16 +244,9 @@ def _autograd(*args: Any) -> Results:
         return torch.ops.attnkit.attend_carried.default(*args)  # type: ignore[no-any-return]
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Results:
-    tensors = autocast(q, k, v)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        return torch.ops.attnkit.attend_carried.default(*tensors, *others)  # type: ignore[no-any-return]
-
-
 _lib.impl("attend_carried", _kernel, "CPU")
 _lib.impl("attend_carried", _autograd, "AutogradCPU")
-_lib.impl("attend_carried", _autocast, "AutocastCPU")
+_lib.impl("attend_carried", autocasting(torch.ops.attnkit.attend_carried.default), "AutocastCPU")
 _lib.impl("attend_carried_backward", _backward_kernel, "CPU")
 _lib.impl("attend_carried_backward", _backward_autograd, "AutogradCPU")
 torch.library.register_fake("attnkit::attend_carried", _fake, lib=_lib)

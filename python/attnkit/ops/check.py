@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -61,6 +61,22 @@ def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     return cast(q), cast(k), cast(v)
 
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def autocasting(op: Callable[..., Any]) -> Callable[..., Any]:
+    """What an op does at torch's autocast keys: it is called with its first arguments, q, k and v, as `autocast` has them."""
+
+    def cast(q: Any, k: Any, v: Any, *others: Any) -> Any:
+        tensors = autocast(q, k, v)
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return op(*tensors, *others)
+
+    return cast
+
+
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float. AK402 if it is no number, AK401 if it does not fit."""
     if not isinstance(value, (int, float, np.number)):
@@ -81,6 +97,15 @@ def check_scale(scale: Any) -> float | None:
     if not 0 < number < math.inf:  # dynamo follows comparisons of a symbolic float, not math.isfinite
         raise error("AK401", where="scale", given=str(number), allowed="a finite positive number, or None")
     return number
+
+
+def check_count(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """AK402 unless ``value`` is an int, AK401 unless it is at least ``least``, and at most ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise error("AK402", where=name, given=type(value).__name__, allowed="an int")
+    if value < least or (most is not None and value > most):
+        allowed = f"at least {least}" if most is None else f"{least}..{most}"
+        raise error("AK401", where=name, given=str(value), allowed=allowed)
 
 
 def check_flag(name: str, value: Any) -> None:

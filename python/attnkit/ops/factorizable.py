@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_number, check_tensor
+from attnkit.ops.check import check_flag, check_number, check_tensor
 from attnkit.ops.recur import recur
 from attnkit.ops.tracing import assume_constant
 from attnkit.variants import factorizable
@@ -64,8 +64,7 @@ def factorizable_attention(
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, t)
     for name, flag in (("causal", causal), ("return_state", return_state)):
-        if not isinstance(flag, bool):
-            raise error("AK402", where=name, given=type(flag).__name__, allowed="True or False")
+        check_flag(name, flag)
     if order not in (1, 2):
         raise error("AK401", where="order", given=repr(order), allowed="1 or 2")
     if qk_norm not in (None, "none", "l2", "layer"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_number, check_tensor, shape_of
+from attnkit.ops.check import check_flag, check_number, check_tensor, shape_of
 from attnkit.ops.recur import recur
 from attnkit.ops.tracing import assume_constant
 from attnkit.variants import linear
@@ -90,8 +90,7 @@ def linear_attention(
     if gate is not None and gate.dim() not in (1, 3, 4):
         raise error("AK403", where="gate", given=shape_of(gate), allowed="[H], [B, H, S] or [B, H, S, D]")
     for name, flag in (("normalize", normalize), ("causal", causal), ("return_state", return_state)):
-        if not isinstance(flag, bool):
-            raise error("AK402", where=name, given=type(flag).__name__, allowed="True or False")
+        check_flag(name, flag)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise error("AK402", where="chunk_size", given=type(chunk_size).__name__, allowed="16, 32, 64 or 128")
     q, k, name_of_map = _mapped(q, k, feature_map, qk_norm)

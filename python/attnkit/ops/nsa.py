@@ -11,7 +11,7 @@ from attnkit.errors import error
 from attnkit.ir.mods import causal, window
 from attnkit.ir.text import parse
 from attnkit.ops.block_choice import choose
-from attnkit.ops.check import check_qkv, shape_of
+from attnkit.ops.check import check_count, check_qkv, shape_of
 from attnkit.ops.functional import attention
 from attnkit.variants.block_select import nsa_program
 
@@ -49,10 +49,7 @@ def nsa_attention(
         if gate.shape != q.shape[:3]:
             raise error("AK403", where=name, given=shape_of(gate), allowed=shape_of(q[..., 0]))
     for name, value, least in (("block", block, 1), ("top_k", top_k, 0), ("left", left, 0)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise error("AK402", where=name, given=type(value).__name__, allowed="an int")
-        if value < least:
-            raise error("AK401", where=name, given=str(value), allowed=f"at least {least}")
+        check_count(name, value, least)
     past, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
     ended = k.shape[2] // block
     text = _choice_text(block, top_k, left, scale)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import autocast, check_tensor, has_tangent, needs_derivatives
+from attnkit.ops.check import autocasting, check_tensor, has_tangent, needs_derivatives
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
 from attnkit.ops.recur_checks import Call, check_call, states_of
@@ -271,16 +271,9 @@ def _autograd(*args: Any) -> Results:
         return torch.ops.attnkit.recur.default(*args)  # type: ignore[no-any-return]
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Results:
-    tensors = autocast(q, k, v)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        return torch.ops.attnkit.recur.default(*tensors, *others)  # type: ignore[no-any-return]
-
-
 _lib.impl("recur", _kernel, "CPU")
 _lib.impl("recur", _autograd, "AutogradCPU")
-_lib.impl("recur", _autocast, "AutocastCPU")
+_lib.impl("recur", autocasting(torch.ops.attnkit.recur.default), "AutocastCPU")
 _lib.impl("recur_backward", _backward_kernel, "CPU")
 _lib.impl("recur_backward", _backward_autograd, "AutogradCPU")
 torch.library.register_fake("attnkit::recur", _fake, lib=_lib)

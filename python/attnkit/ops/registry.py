@@ -13,7 +13,7 @@ from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops import torch_sdpa
 from attnkit.ops.check import (
-    autocast,
+    autocasting,
     check_bindings,
     check_qkv,
     check_tensor,
@@ -117,15 +117,6 @@ def attend(
     return torch.ops.attnkit.attend(q, k, v, program, buffers, params, seed, need_lse)  # type: ignore[no-any-return]
 
 
-def _attend_autocast(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    tensors = autocast(q, k, v)
-    with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        return torch.ops.attnkit.attend.default(*tensors, *others)  # type: ignore[no-any-return]
-
-
-_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
@@ -221,5 +212,5 @@ def _torch_form(program: Program, square: bool) -> tuple[bool, float | None] | N
 for _device in ("CPU", "CUDA"):
     _lib.impl("attend", _attend_kernel, _device)
     _lib.impl("attend", _attend_autograd, f"Autograd{_device}")
-    _lib.impl("attend", _attend_autocast, f"Autocast{_device}")
+    _lib.impl("attend", autocasting(torch.ops.attnkit.attend.default), f"Autocast{_device}")
 torch.library.register_fake("attnkit::attend", _attend_fake, lib=_lib)

@@ -16,7 +16,15 @@ from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
 from attnkit.ir.mods import causal as causal_mask
 from attnkit.ops.attend_groups import attend_groups
-from attnkit.ops.check import autocast, check_qkv, check_scale, check_tensor, shape_of
+from attnkit.ops.check import (
+    autocast,
+    check_count,
+    check_flag,
+    check_qkv,
+    check_scale,
+    check_tensor,
+    shape_of,
+)
 from attnkit.ops.traced import Traceable, bind
 from attnkit.ops.tracing import assume_constant
 from attnkit.variants.vision import GridPattern, Windows
@@ -73,10 +81,7 @@ def routing(
         raise error("AK403", where="centroids", given=shape_of(centroids), allowed="[Hq, C, D]")
     if not centroids.is_floating_point():
         raise error("AK404", where="centroids", given=str(centroids.dtype), allowed="floating point")
-    if isinstance(cluster_size, bool) or not isinstance(cluster_size, int):
-        raise error("AK402", where="cluster_size", given=type(cluster_size).__name__, allowed="an int")
-    if cluster_size < 1:
-        raise error("AK401", where="cluster_size", given=str(cluster_size), allowed="at least 1")
+    check_count("cluster_size", cluster_size, 1)
     for name, given, allowed in (
         ("qk_norm", qk_norm, engine.NORMS),
         ("membership", membership, _MEMBERSHIPS),
@@ -210,8 +215,7 @@ def routing_attention(
 
     Source: Roy et al. 2020, arXiv 2003.05997; docs/variants/routing.md says where we differ.
     """
-    if not isinstance(causal, bool):
-        raise error("AK402", where="causal", given=type(causal).__name__, allowed="True or False")
+    check_flag("causal", causal)
     select = routing(centroids, cluster_size=cluster_size, qk_norm=qk_norm, membership=membership)
     o, _ = within(select, q, k, v, None, causal_mask() if causal else None, check_scale(scale))
     return o

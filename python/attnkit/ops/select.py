@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import autocast, check_qkv, check_tensor, check_values
+from attnkit.ops.check import autocasting, check_qkv, check_tensor, check_values
 from attnkit.ops.counts import counts, recorder
 from attnkit.plan.selection import Selection, selection
 from attnkit.runtime import prepare
@@ -91,14 +91,9 @@ def _autograd(*args: Any) -> Tensor:
         return torch.ops.attnkit.select.default(*args)  # type: ignore[no-any-return]
 
 
-def _autocast(q: Tensor, k: Tensor, *others: Any) -> Tensor:
-    q, k, _ = autocast(q, k, None)
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
-    with torch._C._ExcludeDispatchKeyGuard(keys):
-        return torch.ops.attnkit.select.default(q, k, *others)  # type: ignore[no-any-return]
-
-
 _lib.impl("select", _kernel, "CPU")
 _lib.impl("select", _autograd, "AutogradCPU")
-_lib.impl("select", _autocast, "AutocastCPU")
+_lib.impl(
+    "select", autocasting(torch.ops.attnkit.select.default), "AutocastCPU"
+)  # a program is left as it is
 torch.library.register_fake("attnkit::select", _fake, lib=_lib)

@@ -17,7 +17,15 @@ from attnkit.ir.mods import causal
 from attnkit.ir.program import Layout, Program, Return
 from attnkit.ir.text import parse
 from attnkit.ops.carried import attend_carried
-from attnkit.ops.check import autocast, check_flag, check_number, check_qkv, check_scale, check_tensor
+from attnkit.ops.check import (
+    autocast,
+    check_count,
+    check_flag,
+    check_number,
+    check_qkv,
+    check_scale,
+    check_tensor,
+)
 from attnkit.ops.functional import all_of, check_beside_cache, check_function, check_lengths
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
@@ -71,7 +79,9 @@ def selective_attention(
         AttnkitError: AK3xx, the mask cannot be traced; AK4xx, an argument is wrong; AK5xx, not built; AK6xx, a length or an
             index is wrong, or out of memory.
     """
-    _check_numbers({"head": (head, 0), "budget": (budget, 2)})
+    check_count("head", head, 0)
+    if budget is not None:
+        check_count("budget", budget, 2)
     check_flag("return_carry", return_carry)
     check_function("mask", mask)
     if carry is not None:
@@ -132,7 +142,7 @@ def selective_memory(
     tau = check_number("tau", tau)
     if not 0 < tau < math.inf:
         raise error("AK401", where="tau", given=str(tau), allowed="a finite positive number")
-    _check_numbers({"head": (head, 0)})
+    check_count("head", head, 0)
     check_function("mask", mask)
     if carry is not None:
         check_tensor("carry", carry)
@@ -155,14 +165,6 @@ def _bound(q: Tensor, mask: Any, scale: Any, **lengths: Any) -> tuple[str, list[
     visible = all_of([causal()] if mask is None else [causal(), mask])
     text, buffers, params = bind(Traceable(None, visible, check_scale(scale), **lengths), q)
     return text, buffers, [p.current() for p in params]
-
-
-def _check_numbers(numbers: dict[str, tuple[Any, int]]) -> None:
-    for name, (number, least) in numbers.items():
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
-            raise error("AK402", where=name, given=type(number).__name__, allowed="an int")
-        if number is not None and number < least:
-            raise error("AK401", where=name, given=str(number), allowed=f"at least {least}")
 
 
 def _of_cache(q: Tensor, cache: KVCache) -> tuple[Any, ...]:
