@@ -51,7 +51,7 @@ struct BackwardLayout {
 
 // ---- what a product's result becomes ----
 
-struct Store {
+struct Put {
   float* c;
   int64_t stride;
   ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t) const { return x; }
@@ -124,8 +124,8 @@ class Backward {
       rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim, Slope{s, lanes, tile.rows.delta});
     } else {
       ds = ws_ + at_.dp;
-      in_stretches<FloatDot>(qs, rows, kt, p_.head_dim, lanes, Store{s, lanes}, Add{s, lanes});
-      in_stretches<FloatDot>(dos, rows, vt, p_.v_head_dim, lanes, Store{ds, lanes}, Add{ds, lanes});
+      in_stretches<FloatDot>(qs, rows, kt, p_.head_dim, lanes, Put{s, lanes}, Add{s, lanes});
+      in_stretches<FloatDot>(dos, rows, vt, p_.v_head_dim, lanes, Put{ds, lanes}, Add{ds, lanes});
       modify(tile, tiles);
       if (guarded(tile)) return add_guarded_products(tile, tiles, qs, dos);
       add_to_values(tile, s, dos);

@@ -139,7 +139,7 @@ class PairBackward : public Backward {
     } else {
       in_stretches<PairDot>(qs, rows, kt, depth_k, lanes, StoreScaled{s, lanes, p_.scale},
                             AddScaled{s, lanes, p_.scale});
-      in_stretches<PairDot>(dos, rows, vt, depth_v, lanes, Store{dp, lanes}, Add{dp, lanes});
+      in_stretches<PairDot>(dos, rows, vt, depth_v, lanes, Put{dp, lanes}, Add{dp, lanes});
       modify(tile, tiles);
       if (guarded(tile)) return add_guarded_products(tile, tiles, queries(tile), cotangents(tile));
       round_tile(rows, lanes);

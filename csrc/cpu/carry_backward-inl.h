@@ -166,7 +166,7 @@ class CarriedBackward : public Backward {
   void carry(const BackwardTile& tile, bool keep) {
     const auto [rows, lane, lanes] = extent(tile);
     use(kv_head_of(what_.head));
-    in_stretches<FloatDot>(queries(tile), rows, ws_ + at_.kt + lane, p_.head_dim, lanes, Store{ws_ + at_.s, lanes},
+    in_stretches<FloatDot>(queries(tile), rows, ws_ + at_.kt + lane, p_.head_dim, lanes, Put{ws_ + at_.s, lanes},
                            Add{ws_ + at_.s, lanes});
     selecting_.queries(tile.queries);
     selecting_.narrow(lane, lanes);
@@ -272,8 +272,8 @@ class CarriedBackward : public Backward {
       if (selects) select_keys(of, m, ds, d_f);
     } else {
       ds = ws_ + at_.dp;
-      in_stretches<FloatDot>(qs, of.rows, kt, p_.head_dim, of.lanes, Store{s, of.lanes}, Add{s, of.lanes});
-      in_stretches<FloatDot>(dos, of.rows, vt, p_.v_head_dim, of.lanes, Store{ds, of.lanes}, Add{ds, of.lanes});
+      in_stretches<FloatDot>(qs, of.rows, kt, p_.head_dim, of.lanes, Put{s, of.lanes}, Add{s, of.lanes});
+      in_stretches<FloatDot>(dos, of.rows, vt, p_.v_head_dim, of.lanes, Put{ds, of.lanes}, Add{ds, of.lanes});
       follow_score(tile, d_f);
       if (selects) select_keys(of, m, ds, d_f);
       if (guarded(tile)) return add_guarded_products(tile, tiles, qs, dos);

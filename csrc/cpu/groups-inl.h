@@ -17,7 +17,7 @@ inline void affinities(const Affinities& a, int32_t batch, int32_t head, int64_t
     for (int32_t r = 0; r < count; ++r) map_row(a.norm, FeatureMap::identity, x + r * width, a.head_dim, width);
   }
   const float* centroids = a.centroids + static_cast<int64_t>(head) * a.head_dim * a.lanes;
-  rows_times(tokens.data, tokens.stride, count, centroids, a.lanes, a.lanes, a.head_dim, Store{products, a.lanes});
+  rows_times(tokens.data, tokens.stride, count, centroids, a.lanes, a.lanes, a.head_dim, Put{products, a.lanes});
   for (int32_t n = 0; n < count; n += kLanes)
     for (int32_t c = 0; c < a.lanes; c += kLanes) {
       vf square[kLanes];

@@ -11,42 +11,12 @@
 namespace attnkit::cpu {
 namespace {
 #include "simd_avx512-inl.h"
-#include "math-inl.h"
-#include "storage-inl.h"
-#include "store-inl.h"
-#include "decode_store-inl.h"
-#include "tile_ops-inl.h"
-#include "tile-inl.h"
-#include "products-inl.h"
-#include "decode-inl.h"
-#include "encode-inl.h"
-#include "fold-inl.h"
-#include "dropout-inl.h"
-#include "kernel-inl.h"
-#include "kernel_float-inl.h"
-#include "carry-inl.h"
-#include "kernel_encoded-inl.h"
+#include "level-inl.h"
 #include "kernel_bf16-inl.h"
 #include "kernel_codes-inl.h"
 #include "kernel_code_decode-inl.h"
 #include "kernel_bytes-inl.h"
-#include "backward_products-inl.h"
-#include "backward_loads-inl.h"
-#include "backward_rows-inl.h"
-#include "backward-inl.h"
-#include "carry_backward-inl.h"
 #include "backward_bf16-inl.h"
-#include "probe-inl.h"
-#include "recur_products-inl.h"
-#include "recur_rows-inl.h"
-#include "recur-inl.h"
-#include "recur_forward-inl.h"
-#include "recur_pairs-inl.h"
-#include "recur_backward-inl.h"
-#include "moments-inl.h"
-#include "moments_backward-inl.h"
-#include "groups-inl.h"
-#include "select-inl.h"
 
 double dot_burst(int64_t rounds) {
   constexpr int kChains = kAccumulators;
@@ -66,23 +36,14 @@ double dot_burst(int64_t rounds) {
 }
 }  // namespace
 
-const Kernel kAvx512bf16Kernel{
-    .name = "avx512bf16",
-    .workspace_bytes = workspace_bytes,
-    .run = run_by_dtype,
-    .merge = merge_parts,
-    .encode = encode_tokens,
-    .backward_bytes = backward_bytes_by_dtype,
-    .backward_rows = backward_rows,
-    .backward = backward_by_dtype,
-    .evaluate = evaluate,
-    .fma_burst = fma_burst,
-    .read_burst = read_burst,
-    .recur = kRecurKernel,
-    .groups = kGroupKernel,
-    .select = kSelectKernel,
-    .carry = {select_by_dtype, accumulate, carried_backward_bytes, carried_backward},
-    .dot_burst = dot_burst,
-};
+constexpr Kernel kAvx512bf16Kernel = [] {
+  Kernel found = level("avx512bf16");
+  found.run = run_by_dtype;
+  found.backward_bytes = backward_bytes_by_dtype;
+  found.backward = backward_by_dtype;
+  found.carry.select = select_by_dtype;
+  found.dot_burst = dot_burst;
+  return found;
+}();
 
 }  // namespace attnkit::cpu
