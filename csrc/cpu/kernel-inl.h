@@ -159,11 +159,12 @@ class Forward {
     return plain(full) ? largest : nullptr;
   }
 
-  // What the products take away.
-  Less less(int64_t first) const {
+  // Calls f with the dot product of scores: less what is carried onto the keys, where nothing else changes them.
+  template <class Dot, class F>
+  void with_less(const Dot& dot, int64_t first, F f) const {
     const Carried& from = t_.carried;
-    if (has_score_ || !c_.has_score) return {};
-    return {from.f + (first - from.first) * from.ld, from.ld};
+    if (has_score_ || !c_.has_score) return f(dot);
+    f(LessDot<Dot>{dot, from.f + (first - from.first) * from.ld, from.ld});
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
@@ -324,39 +325,34 @@ class Forward {
     return {keys.first / kSums * kSums, end < count ? end : count};
   }
 
-  template <class Weights, int kVecs>
-  void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
-    float* s = ws_ + at_.s + lane;
-    vf pivot[kVecs], sum[kSums][kVecs] = {};
-    for (int v = 0; v < kVecs; ++v) {
-      float* max = ws_ + at_.max + lane + v * kLanes;
-      const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane + v * kLanes);
-      // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
-      pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
-      store(max, new_max);
-      store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
-    }
+  // A vector of queries.
+  template <class Weights>
+  __attribute__((noinline)) void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
+    const float* s = ws_ + at_.s + lane;
+    float *max = ws_ + at_.max + lane, *alpha = ws_ + at_.alpha + lane;
+    const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane);
+    // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
+    const vf pivot = new_max == set1(-kInfinity) ? vf{} : new_max;
+    store(max, new_max);
+    store(alpha, exp_weight(old_max - pivot));
+    vf sum[kSums] = {};
     const auto weigh = [&]<int kKeys>(int32_t n, int u) {
-      vf w[kKeys][kVecs];
+      vf w[kKeys];
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i)
+      for (int i = 0; i < kKeys; ++i) w[i] = load(s + (n + i) * at_.bm) - pivot;
+      Weights::template exp<kKeys>(w);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) w[i][v] = load(s + (n + i) * at_.bm + v * kLanes) - pivot[v];
-      Weights::template exp<kKeys * kVecs>(w[0]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kKeys; i += 2)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) {
-          const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys][v] : vf{};
-          sum[u + i][v] += w[i][v];
-          sum[u + i + 1][v] += after;
-          weights.put(n + i, lane + v * kLanes, w[i][v], after);
-        }
+      for (int i = 0; i < kKeys; i += 2) {
+        const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys] : vf{};
+        sum[u + i] += w[i];
+        sum[u + i + 1] += after;
+        weights.put(n + i, lane, w[i], after);
+      }
     };
     int32_t n = keys.first;
     for (; n + kSums <= keys.end; n += kSums)
 #pragma GCC unroll 4
-      for (int u = 0; u < kSums; u += Weights::kKeys) weigh.template operator()<Weights::kKeys>(n + u, u);
+      for (int u = 0; u < kSums; u += kSoftmaxKeys) weigh.template operator()<kSoftmaxKeys>(n + u, u);
 #pragma GCC unroll 2
     for (int u = 0; u < kSums; u += 2) {
       if (n + u + 1 < keys.end)
@@ -364,22 +360,16 @@ class Forward {
       else if (n + u < keys.end)
         weigh.template operator()<1>(n + u, u);
     }
-    for (int v = 0; v < kVecs; ++v) {
-      float* total = ws_ + at_.sum + lane + v * kLanes;
-      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
-                       (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
-    }
+    float* total = ws_ + at_.sum + lane;
+    store(total, fma(load(total), load(alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  // Scores become weights, which `weights` computes (exp) for kKeys keys by kVecs vectors of queries in step, and puts
-  // two keys at a time; the row after the last is zero.
+  // Scores become weights, which `weights` computes (exp) for some keys in step, and puts two keys at a time; the row
+  // after the last is zero.
   template <class Weights>
   void softmax(int32_t count, bool full, const Weights& weights) {
     if (!full) return softmax_of_live(count, weights);
-    int32_t lane = 0;
-    for (; lane + Weights::kVecs * kLanes <= at_.bm; lane += Weights::kVecs * kLanes)
-      softmax_lanes<Weights, Weights::kVecs>(lane, {0, count}, weights);
-    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, {0, count}, weights);
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) softmax_lanes(lane, {0, count}, weights);
   }
 
   // A row of the products may reach beyond the span of a vector: there are zeros.
@@ -388,7 +378,7 @@ class Forward {
     for (int32_t v = 0; v * kLanes < at_.bm; ++v) {
       const Span keys = turns(spans_[v], count);
       for (int32_t n = 0; n < keys.first; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
-      softmax_lanes<Weights, 1>(v * kLanes, keys, weights);
+      softmax_lanes(v * kLanes, keys, weights);
       for (int32_t n = keys.end; n < count; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
     }
   }

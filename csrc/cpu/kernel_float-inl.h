@@ -65,8 +65,11 @@ class FloatForward : public Forward {
 
   virtual void scores(int64_t first, int32_t count, bool full) {
     const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
-    qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
-                       p_.head_dim, {}, ws_ + at_.s, start_largest(full), less(first));
+    const KeyRows keys{reinterpret_cast<const char*>(k.data), 4 * k.stride};
+    float* largest = start_largest(full);
+    with_less(FloatDot{}, first, [&](const auto& dot) {
+      qk_units(ws_ + at_.qt, at_.bm, keys, count, live(full), p_.head_dim, dot, ws_ + at_.s, largest);
+    });
   }
 
   void thin_weights(int64_t first, int32_t count, bool full) {
@@ -194,7 +197,6 @@ class FloatForward : public Forward {
   struct Weights {
     float* at;
     int32_t bm;
-    static constexpr int kVecs = 1, kKeys = kSoftmaxKeys;
     template <int kCount>
     static ATTNKIT_INLINE void exp(vf* x) {
       exp_weights<kCount>(x);
