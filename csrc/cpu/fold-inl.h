@@ -5,6 +5,8 @@
 struct Fold {
   float *o, *max, *sum;
   int64_t o_stride;
+
+  Fold at(int64_t lane) const { return {o + lane * o_stride, max + lane, sum + lane, o_stride}; }
 };
 
 // `to` may be either of the two. Nothing seen weighs nothing: exp(-infinity - pivot) is 0.

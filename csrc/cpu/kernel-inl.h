@@ -87,9 +87,13 @@ class Forward {
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
     start();
+    prepare(any_keys);
+  }
+
+  void prepare(bool any_keys) {
     if (thinned())
       for (int32_t m = 0; m < t_.lanes(); ++m)
-        random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.q_first + m % t_.q_count));
+        random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.query(m % t_.q_count)));
     if (!any_keys || (!has_score_ && !c_.has_mask)) return;
     tile_.begin();
     tile_.queries(t_);
@@ -116,11 +120,23 @@ class Forward {
   void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
   void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
+  // The same of queries that are listed: what there is of query `first` and those after it.
+  void save_listed(const Fold& rows, int64_t first) const {
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy(rows.at(t_.query(m) - first), now_.at(m), 1, at_.dv);
+  }
+  void take_listed(const Fold& rows, int64_t first) {
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy(now_.at(m), rows.at(t_.query(m) - first), 1, at_.dv);
+    for (int32_t m = t_.lanes(); m < at_.bm; ++m) {
+      ws_[at_.max + m] = -kInfinity;
+      ws_[at_.sum + m] = 0;
+    }
+  }
+
   int32_t finish() {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int32_t head = head_of(m);
-      const int64_t token = p_.result_at(t_.sequence, t_.q_first + m % t_.q_count);
+      const int64_t token = p_.result_at(t_.sequence, t_.query(m % t_.q_count));
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
@@ -167,7 +183,7 @@ class Forward {
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
-  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.q_first + lane % t_.q_count); }
+  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.query(lane % t_.q_count)); }
 
   template <class P>  // a pointer to the elements
   P row(const View& view, int32_t head, int64_t token) const {
@@ -177,8 +193,8 @@ class Forward {
   // Keys or values as they lie in memory; of groups a copy of the tile's.
   Lines lines(const View& view, int32_t channels, int64_t first, int32_t count, size_t listed) const {
     if (p_.groups != nullptr)
-      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, p_.groups[t_.sequence].keys + first, count, channels,
-                          ws_ + listed);
+      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, seq_.kv_start, p_.groups[t_.sequence].keys + first,
+                          count, channels, ws_ + listed);
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
@@ -515,7 +531,73 @@ void merge_parts(const Call& c, const Task& t, const Parts& parts, float* worksp
   forward.finish();
 }
 
+// What the queries of a task that is gathered have summed, a row for each.
+struct GatheredRows {
+  Places places;
+  int32_t rows, dv;
+  size_t o[2], max[2], sum[2];  // of the stretch, and of those before it
+
+  explicit GatheredRows(const Call& c)
+      : places(Layout(c, kMaxTileQ, false).places), rows(c.gathered), dv(round_up(c.problem->v_head_dim, kLanes)) {
+    for (int i : {0, 1}) {
+      o[i] = places.take(rows, dv);
+      max[i] = places.take(1, rows);
+      sum[i] = places.take(1, rows);
+    }
+  }
+  Fold fold(float* workspace, int i) const { return {workspace + o[i], workspace + max[i], workspace + sum[i], dv}; }
+};
+
+inline void start(const Fold& rows, int32_t count, int32_t channels) {
+  __builtin_memset(rows.o, 0, static_cast<size_t>(count) * static_cast<size_t>(channels) * sizeof(float));
+  for (int32_t m = 0; m < count; ++m) {
+    rows.max[m] = -kInfinity;
+    rows.sum[m] = 0;
+  }
+}
+
+// Products are those of many queries however few a piece has, for that depends on the other queries of the task.
+template <class Products>
+int32_t gather(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
+  const GatheredRows at(c);
+  const Fold now = at.fold(workspace, 0), before = at.fold(workspace, 1);
+  start(now, t.q_count, at.dv);
+  start(before, t.q_count, at.dv);
+  int32_t bad = -1;
+  int64_t stretch = -1;
+  for (Piece piece; pieces.next(pieces.state, &piece);) {
+    if (piece.ranges->first / c.split_kv != stretch) {
+      if (stretch >= 0) {
+        merge(before, before, now, t.q_count, at.dv);
+        start(now, t.q_count, at.dv);
+      }
+      stretch = piece.ranges->first / c.split_kv;
+    }
+    Products forward(c, piece.queries, workspace, false);
+    forward.pack_queries();
+    forward.take_listed(now, t.q_first);
+    forward.prepare(true);
+    for (size_t i = 0; i < piece.num_ranges; ++i)
+      for (int64_t first = piece.ranges[i].first, end = first + piece.ranges[i].count; first < end;) {
+        const int64_t tile_end = (first / c.tile_kv + 1) * c.tile_kv, stop = tile_end < end ? tile_end : end;
+        forward.keys(first, static_cast<int32_t>(stop - first), piece.ranges[i].full, -1);
+        first = stop;
+      }
+    forward.save_listed(now, t.q_first);
+    if (forward.bad_load() >= 0) bad = forward.bad_load();
+  }
+  merge(now, before, now, t.q_count, at.dv);
+  for (int32_t m = 0; m < t.q_count; m += kMaxTileQ) {
+    const Task some = t.part(m, t.q_count - m < kMaxTileQ ? t.q_count - m : kMaxTileQ);
+    Products forward(c, some, workspace, false);
+    forward.take(now.at(m));
+    forward.finish();
+  }
+  return bad;
+}
+
 size_t workspace_bytes(const Call& c) {
-  const size_t many = Layout(c, kMaxTileQ, false).places.next, few = Layout(c, kFewLanes, true).places.next;
+  const size_t many = c.gathered > 0 ? GatheredRows(c).places.next : Layout(c, kMaxTileQ, false).places.next,
+               few = Layout(c, kFewLanes, true).places.next;
   return (many > few ? many : few) * sizeof(float);
 }

@@ -37,6 +37,7 @@ constexpr Kernel level(const char* name) {
       .name = name,
       .workspace_bytes = workspace_bytes,
       .run = run_floats<FloatForward>,
+      .gather = gather<FloatForward>,
       .merge = merge_parts,
       .encode = encode_tokens,
       .backward_bytes = backward_bytes,
