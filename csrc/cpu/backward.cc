@@ -376,8 +376,8 @@ class Pass {
   // Of gathered queries some may have no tile before: then all tasks of keys before these have to be beyond them.
   void wait_for_keys_before(Walk& walk, const BackwardTile& tile) const {
     const int64_t column = walk.task->first / call_.tile_kv, before = walk.number - column;
-    const int64_t needed = position(static_cast<size_t>(walk.number), tile.queries.head % group(),
-                                    tile.queries.last_query());
+    const int64_t needed =
+        position(static_cast<size_t>(walk.number), tile.queries.head % group(), tile.queries.last_query());
     for (int64_t c = walk.finished; c < column; ++c) {
       const std::atomic<int64_t>& task = progress_[static_cast<size_t>(before + c)];
       int64_t progress = 0;
@@ -471,8 +471,8 @@ class Pass {
                               first_head(sequence) / group() + static_cast<int32_t>(in_sequence / kv_blocks(s)), first,
                               static_cast<int32_t>(std::min<int64_t>(call_.tile_kv, s.kv_len - first)),
                               parts.targets.data()};
-      Walk walk{this, &task, i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(), -1,
-                gathered, 0};
+      Walk walk{this, &task,    i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(),
+                -1,   gathered, 0};
       const Tiles tiles{&walk, next_tile, order, wait, done};
       const int32_t bad = carries_
                               ? kernel_.carry.backward(

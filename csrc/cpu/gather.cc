@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "run.h"
 
@@ -14,24 +13,6 @@ constexpr int64_t kMostTiles = 8;
 constexpr int64_t kTasksPerThread = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Calls f(i) for the i < n at which a bool is set.
-template <class F>
-void each_set(const uint8_t* at, int64_t stride, int64_t n, const F& f) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + 8 <= n; i += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, at + i, 8);
-      while (eight != 0) {
-        const int byte = __builtin_ctzll(eight) / 8;
-        f(i + byte);
-        eight &= ~(uint64_t{0xff} << 8 * byte);
-      }
-    }
-  for (; i < n; ++i)
-    if (at[i * stride] != 0) f(i);
-}
 
 // The pieces of one task after the other.
 class Gatherer {
@@ -85,8 +66,8 @@ class Gatherer {
 std::optional<ChosenMap> ChosenMap::of(const Program& program, const Problem& p, Analysis& proven, const Facts& facts,
                                        int32_t tile_kv) {
   const Choice& choice = program.choice;
-  const bool plain = p.groups == nullptr && p.stores == nullptr && p.pages.table == nullptr &&
-                     p.encoding.q_tile == 0 && p.skip == 0 && !program.carries;
+  const bool plain = p.groups == nullptr && p.stores == nullptr && p.pages.table == nullptr && p.encoding.q_tile == 0 &&
+                     p.skip == 0 && !program.carries;
   if (choice.load < 0 || !plain || choice.block % tile_kv != 0 ||
       facts.load_in_bounds[static_cast<size_t>(choice.load)] == 0)
     return {};
@@ -116,23 +97,20 @@ std::optional<ChosenMap> ChosenMap::of(const Program& program, const Problem& p,
 void ChosenMap::find(int32_t sequence, int32_t head, int64_t q_first, int64_t q_end, Choosers& out) const {
   const int64_t blocks = this->blocks(sequence);
   const uint8_t* at = at_[static_cast<size_t>(sequence * problem_->num_heads + head)] + q_first * query_stride_;
-  // The inner loop goes along what is adjacent.
-  const auto each = [&](const auto& f) {
-    if (query_stride_ == 1) {
-      for (int64_t c = 0; c < blocks; ++c)
-        each_set(at + c * key_stride_, 1, q_end - q_first, [&](int64_t q) { f(q_first + q, c); });
-    } else {
-      for (int64_t q = q_first; q < q_end; ++q)
-        each_set(at + (q - q_first) * query_stride_, key_stride_, blocks, [&](int64_t c) { f(q, c); });
+  const int64_t count = q_end - q_first;
+  out.first.assign(1, 0);
+  for (int64_t c = 0; c < blocks; ++c) {
+    int32_t some = 0;
+    for (int64_t q = 0; q < count; ++q) some += at[c * key_stride_ + q * query_stride_] != 0;
+    out.first.push_back(out.first.back() + some);
+  }
+  out.queries.resize(static_cast<size_t>(out.first.back()) + 1);  // one more is written, and then overwritten
+  int32_t* to = out.queries.data();
+  for (int64_t c = 0; c < blocks; ++c)
+    for (int64_t q = 0; q < count; ++q) {
+      *to = static_cast<int32_t>(q_first + q);
+      to += at[c * key_stride_ + q * query_stride_] != 0;
     }
-  };
-  out.first.assign(static_cast<size_t>(blocks) + 2, 0);
-  each([&](int64_t, int64_t c) { ++out.first[static_cast<size_t>(c) + 2]; });
-  for (size_t c = 2; c < out.first.size(); ++c) out.first[c] += out.first[c - 1];
-  out.queries.resize(static_cast<size_t>(out.first.back()));
-  each([&](int64_t q, int64_t c) {
-    out.queries[static_cast<size_t>(out.first[static_cast<size_t>(c) + 1]++)] = static_cast<int32_t>(q);
-  });
 }
 
 Status attend_gathered(const Program& chosen, const Problem& p, const ChosenMap& map, const Config& config,

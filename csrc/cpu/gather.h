@@ -1,7 +1,7 @@
 // Queries that choose their blocks of keys one by one. Of neighbours that choose differently every tile is there and
-// none is full, so tiles are filled with the queries that chose a block, wherever they lie. (As the kernels of mixture of
-// block attention do, arXiv 2502.13189; but what a query has summed waits for its next block, and no parts are merged.)
-// No bit depends on whether the forward does so.
+// none is full, so tiles are filled with the queries that chose a block, wherever they lie. (As the kernels of mixture
+// of block attention do, arXiv 2502.13189; but what a query has summed waits for its next block, and no parts are
+// merged.) No bit depends on whether the forward does so.
 #pragma once
 #include <optional>
 #include <span>

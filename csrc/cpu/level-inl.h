@@ -13,6 +13,7 @@
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "gather-inl.h"
 #include "carry-inl.h"
 #include "kernel_encoded-inl.h"
 #include "backward_products-inl.h"

@@ -116,7 +116,8 @@ inline Lines lines_of(const View& view, const Pages& pages, DType dtype, int32_t
   return lines;
 }
 
-// Listed tokens, counted from `start`, whose channels are adjacent: copied to `to`, one after the other, in rows of whole vectors.
+// Listed tokens, counted from `start`, whose channels are adjacent: copied to `to`, one after the other, in rows of
+// whole vectors.
 inline int32_t listed_stride(DType dtype, int32_t width) {
   return (width * element_size(dtype) + kBytes - 1) / kBytes * kBytes;
 }
