@@ -87,9 +87,13 @@ class Forward {
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
     start();
+    prepare(any_keys);
+  }
+
+  void prepare(bool any_keys) {
     if (thinned())
       for (int32_t m = 0; m < t_.lanes(); ++m)
-        random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.q_first + m % t_.q_count));
+        random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.query(m % t_.q_count)));
     if (!any_keys || (!has_score_ && !c_.has_mask)) return;
     tile_.begin();
     tile_.queries(t_);
@@ -116,11 +120,23 @@ class Forward {
   void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
   void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
+  // The same of queries that are listed: what there is of query `first` and those after it.
+  void save_listed(const Fold& rows, int64_t first) const {
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy(rows.at(t_.query(m) - first), now_.at(m), 1, at_.dv);
+  }
+  void take_listed(const Fold& rows, int64_t first) {
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy(now_.at(m), rows.at(t_.query(m) - first), 1, at_.dv);
+    for (int32_t m = t_.lanes(); m < at_.bm; ++m) {
+      ws_[at_.max + m] = -kInfinity;
+      ws_[at_.sum + m] = 0;
+    }
+  }
+
   int32_t finish() {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int32_t head = head_of(m);
-      const int64_t token = p_.result_at(t_.sequence, t_.q_first + m % t_.q_count);
+      const int64_t token = p_.result_at(t_.sequence, t_.query(m % t_.q_count));
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
@@ -168,7 +184,7 @@ class Forward {
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
-  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.q_first + lane % t_.q_count); }
+  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.query(lane % t_.q_count)); }
 
   template <class P>  // a pointer to the elements
   P row(const View& view, int32_t head, int64_t token) const {
@@ -178,8 +194,8 @@ class Forward {
   // Keys or values as they lie in memory; of groups a copy of the tile's.
   Lines lines(const View& view, int32_t channels, int64_t first, int32_t count, size_t listed) const {
     if (p_.groups != nullptr)
-      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, p_.groups[t_.sequence].keys + first, count, channels,
-                          ws_ + listed);
+      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, seq_.kv_start, p_.groups[t_.sequence].keys + first,
+                          count, channels, ws_ + listed);
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
@@ -503,9 +519,4 @@ void merge_parts(const Call& c, const Task& t, const Parts& parts, float* worksp
     any = true;
   }
   forward.finish();
-}
-
-size_t workspace_bytes(const Call& c) {
-  const size_t many = Layout(c, kMaxTileQ, false).places.next, few = Layout(c, kFewLanes, true).places.next;
-  return (many > few ? many : few) * sizeof(float);
 }

@@ -52,3 +52,7 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
   }();
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }
+
+int32_t gather_by_dtype(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
+  return (c.problem->dtype == DType::bf16 ? gather<PairForward> : gather<FloatForward>)(c, t, pieces, workspace);
+}

@@ -8,6 +8,8 @@ class FloatForward : public Forward {
             c.problem->skip == 0 &&
                 t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
 
+  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
+
   // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {
     if (few_)
@@ -93,8 +95,6 @@ class FloatForward : public Forward {
     if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
     pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(all), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
   }
-
-  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
 
   int32_t ld_ = 0;  // keys in a row of S^T, now
 
