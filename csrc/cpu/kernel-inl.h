@@ -6,7 +6,8 @@
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
 // transposed, once per task. (FlashAttention's online softmax: Milakov & Gimelshein 2018, Dao 2022.)
 
-inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes
+inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes,
+inline constexpr int32_t kMostCodeGroups = kMaxTileKv / 32 + 1;  // each time with the scales of a group of keys
 
 // Where things lie in a thread's workspace.
 struct Layout {
@@ -55,8 +56,8 @@ struct Layout {
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
     const bool coded = p.stores != nullptr;
-    code_q = take(coded ? kFewLanes + kFewRows : 0, dq);
-    code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
+    code_q = take(coded ? kFewLanes : 0, dq);
+    code_bytes = take(coded ? kMostCodeGroups * kFewLanes : 0, kMostCodeChannels / 2);
     code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     st = take(kFewLanes, ld);
     for (size_t* at : {&steps, &shift, &factor}) *at = take(p.codes != nullptr, bm);

@@ -211,15 +211,10 @@ class PairDecode : public FloatForward {
 
   // Into S^T from column `at` on.
   void scores_of(const Lines& keys, const Ahead& ahead, int32_t at = 0) {
-    int32_t m = 0;
-    const auto rows = [&]<int kRows>() {
+    by_rows(t_.lanes(), [&]<int kRows>(int32_t m) {
       dot_rows<kRows>(queries() + m * width_, width_, keys, p_.scale, ws_ + at_.st + m * ld_ + at, ld_,
                       m == 0 ? ahead : kNothing);
-      m += kRows;
-    };
-    while (t_.lanes() - m >= 4) rows.template operator()<4>();
-    while (t_.lanes() - m >= 2) rows.template operator()<2>();
-    if (t_.lanes() > m) rows.template operator()<1>();
+    });
   }
 
   const int32_t width_;  // channels, with zeros up to a whole vector of pairs

@@ -101,6 +101,18 @@ ATTNKIT_INLINE vf shuffle(vf a, vf b) {
   return shuffle_lanes<kStep>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
 
+// Of four vectors at once what `f`, a sum or a maximum, makes of the lanes of each: lane i is that of x[i % 4].
+template <class F>
+ATTNKIT_INLINE vf fold_lanes(const vf* x, F f) {
+  const auto both = [&]<Step kFirst, Step kSecond>(vf a, vf b)
+                        __attribute__((always_inline)) { return f(shuffle<kFirst>(a, b), shuffle<kSecond>(a, b)); };
+  vf y = both.template operator()<kLow2, kHigh2>(both.template operator()<kLow1, kHigh1>(x[0], x[1]),
+                                                 both.template operator()<kLow1, kHigh1>(x[2], x[3]));
+#pragma GCC unroll 4
+  for (int quads = kLanes / 4; quads > 1; quads /= 2) y = both.template operator()<kEven4, kOdd4>(y, y);
+  return y;
+}
+
 // Within each quad of lanes, r[i][j] of four vectors becomes r[j][i].
 ATTNKIT_INLINE void transpose_quads(vf* r) {
   const vf a = shuffle<kLow1>(r[0], r[1]), b = shuffle<kHigh1>(r[0], r[1]);
