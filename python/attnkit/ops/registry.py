@@ -128,25 +128,25 @@ def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
         check_bindings(parse(program), q, k, buffers, params, seed)
     if has_tangent(tensors) or (not plain and any(map(is_transformed, tensors))):
         return _on_torch(call, "forward-mode derivatives and function transforms")
-    found = None
+    way: Way
     try:
         if plain:
             found = ready(program, q, k, v)
-            prepared = found.prepared
+            way, goes, prepared = Direct(found, params, need_lse), found.differentiable, found.prepared
         else:
             dims = [
                 n if type(n) is int else 1 for n in (q.shape[3], v.shape[3])
             ]  # symbolic in a dynamic graph
             dtype = str(q.dtype).removeprefix("torch.")
             prepared = prepare(program, dtype, dims[0], dims[1], q.device.type, precision=precision(q))
+            way, goes = ThroughOps(program, params), has_backward(prepared)
     except AttnkitError as exc:
         if exc.code != "AK502":
             raise
         return _on_torch(call, f"gradients of {q.dtype} tensors")
-    if not has_backward(prepared):
+    if not goes:
         return _on_torch(call, f"gradients on backend {prepared.backend!r}")
-    way: Way = ThroughOps(program, params) if found is None else Direct(found, params, need_lse)
-    o, lse = differentiable(way, tensors, seed)
+    o, lse = differentiable(way, tensors, seed, plain)
     return o, lse if need_lse else None
 
 
