@@ -42,8 +42,8 @@ struct BufferPlan {
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
-// As many blocks of n keys as blocks of `most` would be, and of about one size: the last would be done before those that
-// add to the same rows of dq before it, and wait. Ranges of keys begin at multiples of kStrip.
+// As many blocks of n keys as blocks of `most` would be, and of about one size: the last would be done before those
+// that add to the same rows of dq before it, and wait. Ranges of keys begin at multiples of kStrip.
 int32_t even_block(int64_t n, int32_t most) {
   const int64_t even = blocks_of(n, std::max<int64_t>(blocks_of(n, most), 1));
   return static_cast<int32_t>(std::min<int64_t>(blocks_of(std::max<int64_t>(even, 1), kStrip) * kStrip, most));
