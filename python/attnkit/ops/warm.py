@@ -136,7 +136,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     new = Ready(
         prepared,
         *layout_of_output(q, v.shape[3]),
-        stride_of_lse=(q.shape[1] * q.shape[2], q.shape[2], 1),
+        stride_of_lse=torch.empty(q.shape[:3], device="meta").stride(),
         bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,
         ragged=program.layout(program.attend.k).lengths is not None,
         automatic=backend == "auto",
