@@ -21,7 +21,7 @@ struct Layout {
   size_t random;  // words of the queries
   size_t listed_k, listed_v;  // of groups, as memory has them
   size_t code_q, code_bytes, code_weights;  // of few queries over codes
-  size_t q, st;  // of few queries: rows of them, and of S^T
+  size_t q, st, apart;  // of few queries: rows of them, of S^T, and of what a tile adds to o
   size_t steps, shift, factor;  // of encoded queries
   int32_t dq;  // channels in a row of them
 
@@ -60,6 +60,7 @@ struct Layout {
     code_bytes = take(coded ? kMostCodeGroups * kFewLanes : 0, kMostCodeChannels / 2);
     code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     st = take(kFewLanes, ld);
+    apart = take(kFewLanes, dv);
     for (size_t* at : {&steps, &shift, &factor}) *at = take(p.codes != nullptr, bm);
   }
 };
