@@ -124,10 +124,10 @@ class Forward {
 
   // The same of queries that are listed: what there is of query `first` and those after it.
   void save_listed(const Fold& rows, int64_t first) const {
-    for (int32_t m = 0; m < t_.lanes(); ++m) copy(rows.at(t_.query(m) - first), now_.at(m), 1, at_.dv);
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy_lane(rows.at(t_.query(m) - first), now_.at(m), at_.dv);
   }
   void take_listed(const Fold& rows, int64_t first) {
-    for (int32_t m = 0; m < t_.lanes(); ++m) copy(now_.at(m), rows.at(t_.query(m) - first), 1, at_.dv);
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy_lane(now_.at(m), rows.at(t_.query(m) - first), at_.dv);
     for (int32_t m = t_.lanes(); m < at_.bm; ++m) {
       ws_[at_.max + m] = -kInfinity;
       ws_[at_.sum + m] = 0;
