@@ -261,7 +261,7 @@ inline void few_weights(float* st, int32_t ld, int32_t count, int32_t lanes, flo
       vf x[kRows];
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) x[i] = load(st + (m + i) * ld + n) - set1(top[m + i]);
-      exp_weights<kRows>(x);
+      exp_each<FineExp, kRows>(x);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
         store(st + (m + i) * ld + n, x[i]);

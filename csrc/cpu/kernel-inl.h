@@ -354,11 +354,13 @@ class Forward {
     store(max, new_max);
     store(alpha, exp_weight(old_max - pivot));
     vf sum[kSums] = {};
-    const auto weigh = [&]<int kKeys>(int32_t n, int u) {
-      vf w[kKeys];
+    const auto begin = [&]<int kKeys>(ExpSteps<typename Weights::Exp, kKeys>& steps, int32_t n) {
+      vf x[kKeys];
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i) w[i] = load(s + (n + i) * at_.bm) - pivot;
-      Weights::template exp<kKeys>(w);
+      for (int i = 0; i < kKeys; ++i) x[i] = load(s + (n + i) * at_.bm) - pivot;
+      steps.begin(x);
+    };
+    const auto put = [&]<int kKeys>(const vf(&w)[kKeys], int32_t n, int u) {
 #pragma GCC unroll 4
       for (int i = 0; i < kKeys; i += 2) {
         const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys] : vf{};
@@ -367,23 +369,37 @@ class Forward {
         weights.put(n + i, lane, w[i], after);
       }
     };
-    int32_t n = keys.first;
-    for (; n + kSums <= keys.end; n += kSums)
+    const int32_t whole = keys.first + (keys.end - keys.first) / kSums * kSums;
+    ExpSteps<typename Weights::Exp, kSoftmaxKeys> steps;
+    if (keys.first < whole) begin(steps, keys.first);
+    for (int32_t n = keys.first; n < whole; n += kSums)
 #pragma GCC unroll 4
-      for (int u = 0; u < kSums; u += kSoftmaxKeys) weigh.template operator()<kSoftmaxKeys>(n + u, u);
+      for (int u = 0; u < kSums; u += kSoftmaxKeys) {
+        vf w[kSoftmaxKeys];
+        steps.end(w);
+        if (n + u + kSoftmaxKeys < whole) begin(steps, n + u + kSoftmaxKeys);
+        put(w, n + u, u);
+      }
+    const auto rest = [&]<int kKeys>(int32_t n, int u) {
+      ExpSteps<typename Weights::Exp, kKeys> few;
+      vf w[kKeys];
+      begin(few, n);
+      few.end(w);
+      put(w, n, u);
+    };
 #pragma GCC unroll 2
     for (int u = 0; u < kSums; u += 2) {
-      if (n + u + 1 < keys.end)
-        weigh.template operator()<2>(n + u, u);
-      else if (n + u < keys.end)
-        weigh.template operator()<1>(n + u, u);
+      if (whole + u + 1 < keys.end)
+        rest.template operator()<2>(whole + u, u);
+      else if (whole + u < keys.end)
+        rest.template operator()<1>(whole + u, u);
     }
     float* total = ws_ + at_.sum + lane;
     store(total, fma(load(total), load(alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  // Scores become weights, which `weights` computes (exp) for some keys in step, and puts two keys at a time; the row
-  // after the last is zero.
+  // Scores become weights, as `weights` computes them (Exp), some keys in step, and puts them, two keys at a time; the
+  // row after the last is zero.
   template <class Weights>
   void softmax(int32_t count, bool full, const Weights& weights) {
     if (!full) return softmax_of_live(count, weights);

@@ -214,10 +214,7 @@ class FloatForward : public Forward {
   struct Weights {
     float* at;
     int32_t bm;
-    template <int kCount>
-    static ATTNKIT_INLINE void exp(vf* x) {
-      exp_weights<kCount>(x);
-    }
+    using Exp = FineExp;
     ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
       store(at + n * bm + lane, w);
       store(at + (n + 1) * bm + lane, after);
