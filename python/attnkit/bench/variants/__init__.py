@@ -132,7 +132,7 @@ def plot(document: Document, paths: list[Path]) -> None:
             axes.set_xlabel("tokens")
             draw(axes, runs)
             axes.grid(axis="y")
-            axes.legend(fontsize="small")
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _draw_times(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
@@ -147,10 +147,14 @@ def _draw_times(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_memory(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
-    """A line for each fact that is bytes; one that doubles with the length beside them."""
-    for fact in dict.fromkeys(fact for r in runs for fact in r["facts"] if fact.endswith(_BYTES)):
+    """A line for each fact that is bytes, a colour for each contender; one that doubles with the length beside them."""
+    facts = dict.fromkeys(fact for r in runs for fact in r["facts"] if fact.endswith(_BYTES))
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(fact.split()[0] for fact in facts))}
+    for fact in facts:
         points = [(r["length"], r["facts"][fact] / 2**20) for r in runs if fact in r["facts"]]
-        axes.plot(*zip(*points, strict=True), "o-", label=fact.removesuffix(_BYTES))
+        name, direction, _ = fact.split()
+        style = "o:" if direction == "fwd" else "o-"
+        axes.plot(*zip(*points, strict=True), style, color=colours[name], label=f"{name} {direction}")
     lengths = [r["length"] for r in runs]
     last = max(r["facts"].get(f"{OWN} fwd{_BYTES}", 0.0) for r in runs) / 2**20
     line = [last * n / max(lengths) for n in lengths]
