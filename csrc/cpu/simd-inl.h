@@ -24,6 +24,13 @@ typedef int32_t vi_u __attribute__((vector_size(kBytes), may_alias, aligned(4)))
 
 #define ATTNKIT_INLINE inline __attribute__((always_inline))
 
+// The compiler no longer knows what x is made of. It would compute the addresses of all rows of a tile before a loop
+// over tiles, which are more than there are registers.
+template <class T>
+ATTNKIT_INLINE void forget(T& x) {
+  asm("" : "+r"(x));
+}
+
 ATTNKIT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 ATTNKIT_INLINE vi load_int(const float* p) { return *reinterpret_cast<const vi_u*>(p); }
 ATTNKIT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
