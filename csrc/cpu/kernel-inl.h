@@ -13,7 +13,8 @@ inline constexpr int32_t kMostCodeGroups = kMaxTileKv / 32 + 1;  // each time wi
 struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
-  int32_t ld;  // keys in a row of S^T, at most
+  int32_t keys;  // that are taken at once, at most,
+  int32_t ld;  // and in a row of S^T
   TileLayout tile;
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v, live;
   size_t weights, values;  // as pairs of keys
@@ -29,7 +30,8 @@ struct Layout {
   Layout(const Call& c, int32_t lanes, bool few)
       : bm(round_up(lanes, kLanes)),
         dv(round_up(c.problem->v_head_dim, kLanes)),
-        ld(round_up(c.tile_kv, kBlockVecs * kLanes)),
+        keys(few ? kMaxTileKv : c.tile_kv),
+        ld(round_up(keys, kBlockVecs * kLanes)),
         tile(c.code, few ? ld : bm, places) {
     const Problem& p = *c.problem;
     const auto take = [&](int64_t rows, int64_t columns) { return places.take(rows, columns); };
@@ -41,16 +43,16 @@ struct Layout {
     sum = take(1, bm);
     alpha = take(1, bm);
     largest = take(1, bm);
-    k = take(c.tile_kv, round_up(p.head_dim, kLanes));
-    v = take(c.tile_kv, dv);
-    live = take(c.tile_kv, bm / kLanes);
+    k = take(keys, round_up(p.head_dim, kLanes));
+    v = take(keys, dv);
+    live = take(keys, bm / kLanes);
     weights = take((c.tile_kv + 1) / 2, bm);
     values = take((c.tile_kv + 1) / 2, dv);
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
-    const int32_t listed = p.groups == nullptr ? 0 : c.tile_kv;
+    const int32_t listed = p.groups == nullptr ? 0 : keys;
     listed_k = take(listed, listed_stride(p.dtype, p.head_dim) / 4);
     listed_v = take(listed, listed_stride(p.dtype, p.v_head_dim) / 4);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
@@ -158,6 +160,9 @@ class Forward {
   }
 
   int32_t bad_load() const { return tile_.bad_load(); }
+
+  // Where the keys end that are taken at once from `first` on.
+  int64_t reach(int64_t first, bool) const { return (first / c_.tile_kv + 1) * c_.tile_kv; }
 
   // The first of its tiles a row never leaves out, nor the last two.
   void turn(int64_t tile, int64_t tiles) { may_skip_ = p_.skip > 0 && tile > 0 && tile < tiles - 2; }
@@ -504,8 +509,7 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
     int64_t first = ranges[i].first;
     const int64_t end = first + ranges[i].count;
     while (first < end) {
-      const int64_t tile_end = (first / c.tile_kv + 1) * c.tile_kv;
-      const int64_t stop = tile_end < end ? tile_end : end;
+      const int64_t reach = forward.reach(first, ranges[i].full), stop = reach < end ? reach : end;
       if (first / c.split_kv != stretch) {
         if (parts != nullptr) {
           save();
