@@ -217,6 +217,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_carry(m);
   bind_groups(m);
   bind_select(m);
+  bind_warm(m);
   m.def("block_runs", &call_block_runs);
   m.def("evaluate", &call_evaluate);
   m.def("isa_levels", [] {

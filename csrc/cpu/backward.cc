@@ -53,6 +53,13 @@ struct BufferPlan {
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
+// As many blocks of n keys as blocks of `most` would be, and of about one size: the last would be done before those
+// that add to the same rows of dq before it, and wait. Ranges of keys begin at multiples of kStrip.
+int32_t even_block(int64_t n, int32_t most) {
+  const int64_t even = blocks_of(n, std::max<int64_t>(blocks_of(n, most), 1));
+  return static_cast<int32_t>(std::min<int64_t>(blocks_of(std::max<int64_t>(even, 1), kStrip) * kStrip, most));
+}
+
 class Pass {
  public:
   // `carried`: of attention that carries; its tasks are blocks of keys of all heads, and it says what is not of pairs.
@@ -74,7 +81,8 @@ class Pass {
               program.score >= 0 || program.slope >= 0 || !program.loads.empty(),
               map != nullptr},
         map_(map),
-        carries_(carried != nullptr) {
+        carries_(carried != nullptr),
+        even_(program.loads.empty() && !carries_ && map == nullptr) {
     if (carried != nullptr) {
       carried_ = *carried;
       carried_.pairs = call_;
@@ -111,11 +119,19 @@ class Pass {
   }
 
   Status run() {
-    share(&Pass::look_at_rows, worth(threads_, row_flops()));
-    if (!no_memory_) share(&Pass::look_at_structures, program_.mask < 0 ? 1 : threads_);
-    if (!no_memory_ && g_.d_sink != nullptr) add_sinks();
-    if (!no_memory_) share(&Pass::tasks, threads_);
+    on_threads(threads_, [this] {
+      try {  // no exception may leave a parallel region
+        look_at_rows();
+        look_at_structures();
+        const int64_t all = first_block_.back() + static_cast<int64_t>(structures_.size());
+        until([&] { return looked_at_.load(std::memory_order_acquire) == all || no_memory_; });
+        if (!no_memory_) tasks();
+      } catch (const std::bad_alloc&) {
+        no_memory_ = true;
+      }
+    });
     if (no_memory_) return {Fault::no_memory, -1};
+    if (g_.d_sink != nullptr) add_sinks();
     ran(kernel_);
     if (bad_load_ >= 0) return {Fault::index_range, bad_load_};
     return {};
@@ -123,23 +139,14 @@ class Pass {
 
  private:
   int64_t q_blocks(const Sequence& s) const { return blocks_of(s.q_len, call_.tile_q); }
-  int64_t kv_blocks(const Sequence& s) const { return blocks_of(s.kv_len, call_.tile_kv); }
+  int64_t kv_blocks(const Sequence& s) const { return blocks_of(s.kv_len, tile_kv(s)); }
 
-  double row_flops() const {
-    return 4.0 * (p_.head_dim + p_.v_head_dim) * static_cast<double>(first_block_.back()) * call_.tile_q;
-  }
+  // A sequence's own: what is beside it in a batch may not order its sums. Tiles of several sequences that add to one
+  // place of a captured tensor are alike.
+  int32_t tile_kv(const Sequence& s) const { return even_ ? even_block(s.kv_len, call_.tile_kv) : call_.tile_kv; }
 
-  void share(void (Pass::*work)(), int threads) {
-    next_ = 0;
-    const auto guarded = [&] {  // no exception may leave a parallel region
-      try {
-        (this->*work)();
-      } catch (const std::bad_alloc&) {
-        no_memory_ = true;
-      }
-    };
-    on_threads(threads, guarded);
-  }
+  // The number of the next block of queries, structure or task that nobody has begun.
+  static int64_t take(std::atomic<int64_t>& next) { return next.fetch_add(1, std::memory_order_relaxed); }
 
   static size_t owner(const std::vector<int64_t>& first, int64_t i) {
     return static_cast<size_t>(std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1);
@@ -154,18 +161,23 @@ class Pass {
 
   void look_at_rows() {
     const int64_t blocks = first_block_.back();
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+    for (int64_t i; (i = take(next_row_)) < blocks;) {
       const size_t sequence = owner(first_block_, i);
       const int64_t in_sequence = i - first_block_[sequence], per_head = q_blocks(p_.sequences[sequence]);
       const int32_t head = first_head(sequence) + static_cast<int32_t>(in_sequence / per_head);
       const Task task = queries_of(sequence, head, in_sequence % per_head);
       kernel_.backward_rows(call_, task, rows_[static_cast<size_t>(i)]);
+      looked_at_.fetch_add(1, std::memory_order_release);
     }
   }
 
   void look_at_structures() {
-    RowPlan plan(program_, p_, planned_, analysis_, facts_);
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < static_cast<int64_t>(structures_.size());) {
+    const auto count = static_cast<int64_t>(structures_.size());
+    int64_t i = take(next_structure_);
+    if (i >= count) return;
+    Call planned = planned_;
+    RowPlan plan(program_, p_, planned, analysis_, facts_);
+    for (; i < count; i = take(next_structure_), looked_at_.fetch_add(1, std::memory_order_release)) {
       Structure& structure = structures_[static_cast<size_t>(i)];
       const auto sequence = static_cast<size_t>(structure.sequence);
       const Sequence& s = p_.sequences[sequence];
@@ -173,6 +185,7 @@ class Pass {
         gather(structure, plan);
         continue;
       }
+      planned.tile_kv = tile_kv(s);
       structure.rows.resize(static_cast<size_t>(q_blocks(s)));
       structure.first_row.assign(static_cast<size_t>(kv_blocks(s)), INT32_MAX);
       structure.last_row.assign(static_cast<size_t>(kv_blocks(s)), -1);
@@ -182,8 +195,8 @@ class Pass {
         int32_t turn = 0;
         for (const KeyRange& keys : plan.plan(task)) {
           structure.rows[static_cast<size_t>(row)].push_back({keys, turn});
-          const int64_t end = blocks_of(keys.first + keys.count, call_.tile_kv);
-          for (int64_t column = keys.first / call_.tile_kv; column < end; ++column, ++turn) {
+          const int64_t end = blocks_of(keys.first + keys.count, planned.tile_kv);
+          for (int64_t column = keys.first / planned.tile_kv; column < end; ++column, ++turn) {
             int32_t& first = structure.first_row[static_cast<size_t>(column)];
             first = std::min(first, row);
             structure.last_row[static_cast<size_t>(column)] = row;
@@ -279,9 +292,11 @@ class Pass {
       return pass->structures_[first + (end - first == 1 ? 0 : static_cast<size_t>(head - pass->first_head(sequence)))];
     }
 
+    int32_t tile_kv() const { return pass->tile_kv(pass->p_.sequences[task->sequence]); }
+
     bool next(BackwardTile& tile) {
-      const int32_t group = pass->group(), tile_kv = pass->call_.tile_kv;
-      const auto column = static_cast<size_t>(task->first / tile_kv);
+      const int32_t group = pass->group();
+      const auto column = static_cast<size_t>(task->first / tile_kv());
       for (; head < (task->kv_head + 1) * group; ++head, row = -1) {
         const Structure& s = structure();
         if (pass->map_ != nullptr) {
@@ -341,7 +356,7 @@ class Pass {
       tile.first = std::max(first, keys.first);
       tile.count = static_cast<int32_t>(std::min(end, keys.first + keys.count) - tile.first);
       tile.full = keys.full;
-      tile.turn = turn + static_cast<int32_t>((tile.first - keys.first) / pass->call_.tile_kv);
+      tile.turn = turn + static_cast<int32_t>((tile.first - keys.first) / tile_kv());
       return tile.count > 0;
     }
   };
@@ -462,14 +477,14 @@ class Pass {
     std::vector<float> statistics(map_ == nullptr ? 0 : 2 * static_cast<size_t>(call_.tile_q));
     const RowBlock gathered{statistics.data(), statistics.data() + statistics.size() / 2, false, true};
     // Nothing below allocates: a task that stopped half-way would be waited for.
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < first_task_.back();) {
+    for (int64_t i; (i = take(next_task_)) < first_task_.back();) {
       const size_t sequence = owner(first_task_, i);
       const Sequence& s = p_.sequences[sequence];
       const int64_t in_sequence = i - first_task_[sequence], column = in_sequence % kv_blocks(s);
-      const int64_t first = column * call_.tile_kv;
+      const int64_t first = column * tile_kv(s);
       const BackwardTask task{static_cast<int32_t>(sequence),
                               first_head(sequence) / group() + static_cast<int32_t>(in_sequence / kv_blocks(s)), first,
-                              static_cast<int32_t>(std::min<int64_t>(call_.tile_kv, s.kv_len - first)),
+                              static_cast<int32_t>(std::min<int64_t>(tile_kv(s), s.kv_len - first)),
                               parts.targets.data()};
       Walk walk{this, &task,    i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(),
                 -1,   gathered, 0};
@@ -494,6 +509,7 @@ class Pass {
   const BackwardCall call_;
   const ChosenMap* const map_;
   const bool carries_;
+  const bool even_;  // blocks of keys: see tile_kv
   CarriedBackwardCall carried_{};
   int threads_ = 1;
   std::vector<int64_t> first_block_, first_task_;  // of each sequence: blocks of queries by head, tasks
@@ -505,7 +521,8 @@ class Pass {
   std::unique_ptr<std::atomic<int64_t>[]> progress_;  // of each task: the position of its last tile
   std::vector<BufferPlan> buffers_;
   bool by_turn_ = false, by_pair_ = false, apart_ = false;  // whether some buffer is
-  std::atomic<int64_t> next_{0}, merged_{0};
+  std::atomic<int64_t> next_row_{0}, next_structure_{0}, next_task_{0};
+  std::atomic<int64_t> looked_at_{0}, merged_{0};  // rows and structures, tasks
   std::atomic<int32_t> bad_load_{-1};
   std::atomic<bool> no_memory_{false};
 };

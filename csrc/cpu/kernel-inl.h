@@ -6,7 +6,8 @@
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
 // transposed, once per task. (FlashAttention's online softmax: Milakov & Gimelshein 2018, Dao 2022.)
 
-inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes
+inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes,
+inline constexpr int32_t kMostCodeGroups = kMaxTileKv / 32 + 1;  // each time with the scales of a group of keys
 
 // Where things lie in a thread's workspace.
 struct Layout {
@@ -20,7 +21,7 @@ struct Layout {
   size_t random;  // words of the queries
   size_t listed_k, listed_v;  // of groups, as memory has them
   size_t code_q, code_bytes, code_weights;  // of few queries over codes
-  size_t q, st;  // of few queries: rows of them, and of S^T
+  size_t q, st, apart;  // of few queries: rows of them, of S^T, and of what a tile adds to o
   size_t steps, shift, factor;  // of encoded queries
   int32_t dq;  // channels in a row of them
 
@@ -55,10 +56,11 @@ struct Layout {
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
     const bool coded = p.stores != nullptr;
-    code_q = take(coded ? kFewLanes + kFewRows : 0, dq);
-    code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
+    code_q = take(coded ? kFewLanes : 0, dq);
+    code_bytes = take(coded ? kMostCodeGroups * kFewLanes : 0, kMostCodeChannels / 2);
     code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     st = take(kFewLanes, ld);
+    apart = take(kFewLanes, dv);
     for (size_t* at : {&steps, &shift, &factor}) *at = take(p.codes != nullptr, bm);
   }
 };
@@ -175,11 +177,12 @@ class Forward {
     return plain(full) ? largest : nullptr;
   }
 
-  // What the products take away.
-  Less less(int64_t first) const {
+  // Calls f with the dot product of scores: less what is carried onto the keys, where nothing else changes them.
+  template <class Dot, class F>
+  void with_less(const Dot& dot, int64_t first, F f) const {
     const Carried& from = t_.carried;
-    if (has_score_ || !c_.has_score) return {};
-    return {from.f + (first - from.first) * from.ld, from.ld};
+    if (has_score_ || !c_.has_score) return f(dot);
+    f(LessDot<Dot>{dot, from.f + (first - from.first) * from.ld, from.ld});
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
@@ -340,62 +343,67 @@ class Forward {
     return {keys.first / kSums * kSums, end < count ? end : count};
   }
 
-  template <class Weights, int kVecs>
-  void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
-    float* s = ws_ + at_.s + lane;
-    vf pivot[kVecs], sum[kSums][kVecs] = {};
-    for (int v = 0; v < kVecs; ++v) {
-      float* max = ws_ + at_.max + lane + v * kLanes;
-      const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane + v * kLanes);
-      // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
-      pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
-      store(max, new_max);
-      store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
-    }
-    const auto weigh = [&]<int kKeys>(int32_t n, int u) {
-      vf w[kKeys][kVecs];
+  // A vector of queries.
+  template <class Weights>
+  __attribute__((noinline)) void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
+    const float* s = ws_ + at_.s + lane;
+    float *max = ws_ + at_.max + lane, *alpha = ws_ + at_.alpha + lane;
+    const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane);
+    // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
+    const vf pivot = new_max == set1(-kInfinity) ? vf{} : new_max;
+    store(max, new_max);
+    store(alpha, exp_weight(old_max - pivot));
+    vf sum[kSums] = {};
+    const auto begin = [&]<int kKeys>(ExpSteps<typename Weights::Exp, kKeys>& steps, int32_t n) {
+      vf x[kKeys];
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) w[i][v] = load(s + (n + i) * at_.bm + v * kLanes) - pivot[v];
-      Weights::template exp<kKeys * kVecs>(w[0]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kKeys; i += 2)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) {
-          const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys][v] : vf{};
-          sum[u + i][v] += w[i][v];
-          sum[u + i + 1][v] += after;
-          weights.put(n + i, lane + v * kLanes, w[i][v], after);
-        }
+      for (int i = 0; i < kKeys; ++i) x[i] = load(s + (n + i) * at_.bm) - pivot;
+      steps.begin(x);
     };
-    int32_t n = keys.first;
-    for (; n + kSums <= keys.end; n += kSums)
+    const auto put = [&]<int kKeys>(const vf(&w)[kKeys], int32_t n, int u) {
 #pragma GCC unroll 4
-      for (int u = 0; u < kSums; u += Weights::kKeys) weigh.template operator()<Weights::kKeys>(n + u, u);
+      for (int i = 0; i < kKeys; i += 2) {
+        const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys] : vf{};
+        sum[u + i] += w[i];
+        sum[u + i + 1] += after;
+        weights.put(n + i, lane, w[i], after);
+      }
+    };
+    const int32_t whole = keys.first + (keys.end - keys.first) / kSums * kSums;
+    ExpSteps<typename Weights::Exp, kSoftmaxKeys> steps;
+    if (keys.first < whole) begin(steps, keys.first);
+    for (int32_t n = keys.first; n < whole; n += kSums)
+#pragma GCC unroll 4
+      for (int u = 0; u < kSums; u += kSoftmaxKeys) {
+        vf w[kSoftmaxKeys];
+        steps.end(w);
+        if (n + u + kSoftmaxKeys < whole) begin(steps, n + u + kSoftmaxKeys);
+        put(w, n + u, u);
+      }
+    const auto rest = [&]<int kKeys>(int32_t n, int u) {
+      ExpSteps<typename Weights::Exp, kKeys> few;
+      vf w[kKeys];
+      begin(few, n);
+      few.end(w);
+      put(w, n, u);
+    };
 #pragma GCC unroll 2
     for (int u = 0; u < kSums; u += 2) {
-      if (n + u + 1 < keys.end)
-        weigh.template operator()<2>(n + u, u);
-      else if (n + u < keys.end)
-        weigh.template operator()<1>(n + u, u);
+      if (whole + u + 1 < keys.end)
+        rest.template operator()<2>(whole + u, u);
+      else if (whole + u < keys.end)
+        rest.template operator()<1>(whole + u, u);
     }
-    for (int v = 0; v < kVecs; ++v) {
-      float* total = ws_ + at_.sum + lane + v * kLanes;
-      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
-                       (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
-    }
+    float* total = ws_ + at_.sum + lane;
+    store(total, fma(load(total), load(alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  // Scores become weights, which `weights` computes (exp) for kKeys keys by kVecs vectors of queries in step, and puts
-  // two keys at a time; the row after the last is zero.
+  // Scores become weights, as `weights` computes them (Exp), some keys in step, and puts them, two keys at a time; the
+  // row after the last is zero.
   template <class Weights>
   void softmax(int32_t count, bool full, const Weights& weights) {
     if (!full) return softmax_of_live(count, weights);
-    int32_t lane = 0;
-    for (; lane + Weights::kVecs * kLanes <= at_.bm; lane += Weights::kVecs * kLanes)
-      softmax_lanes<Weights, Weights::kVecs>(lane, {0, count}, weights);
-    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, {0, count}, weights);
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) softmax_lanes(lane, {0, count}, weights);
   }
 
   // A row of the products may reach beyond the span of a vector: there are zeros.
@@ -404,7 +412,7 @@ class Forward {
     for (int32_t v = 0; v * kLanes < at_.bm; ++v) {
       const Span keys = turns(spans_[v], count);
       for (int32_t n = 0; n < keys.first; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
-      softmax_lanes<Weights, 1>(v * kLanes, keys, weights);
+      softmax_lanes(v * kLanes, keys, weights);
       for (int32_t n = keys.end; n < count; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
     }
   }

@@ -29,6 +29,7 @@
 #include "recur_pairs-inl.h"
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
+#include "moments_forward-inl.h"
 #include "moments_backward-inl.h"
 #include "groups-inl.h"
 #include "select-inl.h"
