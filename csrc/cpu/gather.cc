@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "run.h"
 
@@ -98,19 +99,26 @@ void ChosenMap::find(int32_t sequence, int32_t head, int64_t q_first, int64_t q_
   const int64_t blocks = this->blocks(sequence);
   const uint8_t* at = at_[static_cast<size_t>(sequence * problem_->num_heads + head)] + q_first * query_stride_;
   const int64_t count = q_end - q_first;
-  out.first.assign(1, 0);
-  for (int64_t c = 0; c < blocks; ++c) {
-    int32_t some = 0;
-    for (int64_t q = 0; q < count; ++q) some += at[c * key_stride_ + q * query_stride_] != 0;
-    out.first.push_back(out.first.back() + some);
-  }
-  out.queries.resize(static_cast<size_t>(out.first.back()) + 1);  // one more is written, and then overwritten
-  int32_t* to = out.queries.data();
-  for (int64_t c = 0; c < blocks; ++c)
-    for (int64_t q = 0; q < count; ++q) {
-      *to = static_cast<int32_t>(q_first + q);
-      to += at[c * key_stride_ + q * query_stride_] != 0;
+  // `step`: from one query to the next, to the compiler a constant where it is the usual one.
+  const auto scan = [&](auto step) {
+    out.first.assign(1, 0);
+    for (int64_t c = 0; c < blocks; ++c) {
+      int32_t some = 0;
+      for (int64_t q = 0; q < count; ++q) some += at[c * key_stride_ + q * step] != 0;
+      out.first.push_back(out.first.back() + some);
     }
+    out.queries.resize(static_cast<size_t>(out.first.back()) + 1);  // one more is written, and then overwritten
+    int32_t* to = out.queries.data();
+    for (int64_t c = 0; c < blocks; ++c)
+      for (int64_t q = 0; q < count; ++q) {
+        *to = static_cast<int32_t>(q_first + q);
+        to += at[c * key_stride_ + q * step] != 0;
+      }
+  };
+  if (query_stride_ == 1)
+    scan(std::integral_constant<int64_t, 1>());
+  else
+    scan(query_stride_);
 }
 
 Status attend_gathered(const Program& chosen, const Problem& p, const ChosenMap& map, const Config& config,

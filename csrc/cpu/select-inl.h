@@ -190,8 +190,9 @@ class Selector {
   // Scores of so many columns.
   void multiply(int32_t kv_head, int32_t count, int64_t columns) {
     const float* means = p_.means + (int64_t{b_} * p_.k_heads + kv_head) * p_.head_dim * p_.stride;
+    constexpr int kRows = kAccumulators >= 16 ? 8 : 4;
     int32_t r = 0;
-    for (; r + 4 <= count; r += 4) multiply_rows<4>(means, r, columns);
+    for (; r + kRows <= count; r += kRows) multiply_rows<kRows>(means, r, columns);
     for (; r < count; ++r) multiply_rows<1>(means, r, columns);
   }
 
@@ -203,14 +204,14 @@ class Selector {
       vf sum[kRows][2] = {};
       for (int32_t d = 0; d < p_.head_dim; ++d) {
         const vf a = load(means + d * p_.stride + c), b = load(means + d * p_.stride + c + kLanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           const vf by = set1_bits(x + i * rows_.stride + d);
           sum[i][0] = fma(by, a, sum[i][0]);
           sum[i][1] = fma(by, b, sum[i][1]);
         }
       }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         store(row(at_.scores, r + i) + c, sum[i][0] * set1(p_.scale));
         store(row(at_.scores, r + i) + c + kLanes, sum[i][1] * set1(p_.scale));

@@ -63,9 +63,13 @@ def jobs() -> list[Job]:
                 Job(f"{title} fwdbwd", partial(_prepare, name, dtype, True), both_bars),
             ]
     return found + [
-        Job(f"{choice} {dtype} b1 h{_HEADS} s{_LENGTH} d{_DIM} fwd", partial(_prepare_choice, choice, dtype))
+        Job(
+            f"{choice} {dtype} b1 h{_HEADS} s{_LENGTH} d{_DIM} {way}",
+            partial(_prepare_choice, choice, dtype, way),
+        )
         for choice in CHOICES
         for dtype in _FLEX
+        for way in ("fwd", "fwdbwd")
     ]
 
 
@@ -133,9 +137,14 @@ CHOICES = {
 }
 
 
-def _prepare_choice(name: str, dtype: str, seed: int) -> Prepared:
-    q, k, v, _ = _tensors(dtype, seed)
+def _prepare_choice(name: str, dtype: str, way: str, seed: int) -> Prepared:
+    *qkv, cotangent = _tensors(dtype, seed)
+    q, k, v = (t.requires_grad_(way == "fwdbwd") for t in qkv)
+    calls: dict[str, Callable[[], Any]] = {
+        OWN: lambda: attnkit.attention(q, k, v, select=CHOICES[name]()),
+        "dense": lambda: attnkit.dense_attention(q, k, v, causal=True),
+    }
     return Prepared({
-        OWN: forward(lambda: attnkit.attention(q, k, v, select=CHOICES[name]())),
-        "dense": forward(lambda: attnkit.dense_attention(q, k, v, causal=True)),
+        rival: both(call, [q, k, v], cotangent) if way == "fwdbwd" else forward(call)
+        for rival, call in calls.items()
     })  # fmt: skip
