@@ -174,13 +174,21 @@ class CodeDecode : public PairDecode {
   // Fetches `next` meanwhile.
   void scores(const CodeTile& k, int64_t first, const CodeTile& next) {
     const bool grouped = keys_.codec != Codec::int8;
-    const auto group_of = [&](int32_t r) {
-      return grouped ? static_cast<int32_t>((first + r * kRun) / keys_.group - first / keys_.group) : 0;
-    };
+    int32_t groups[CodeTile::kMost] = {};  // of each run
+    if (grouped) {
+      int32_t left = keys_.group - static_cast<int32_t>(first % keys_.group), group = 0;
+      for (int32_t r = 0; r < k.count; ++r, left -= kRun) {
+        if (left == 0) {
+          left = keys_.group;
+          ++group;
+        }
+        groups[r] = group;
+      }
+    }
     // Of all groups first one, then the other: a step takes long to be known.
     const auto each_group = [&](auto f) {
       for (int32_t r = 0; grouped && r < k.count; ++r)
-        if (r == 0 || group_of(r) != group_of(r - 1)) f(k.scales[r], group_of(r));
+        if (r == 0 || groups[r] != groups[r - 1]) f(k.scales[r], groups[r]);
     };
     each_group([&](const uint16_t* scales, int32_t group) {
       by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { measure_queries<kRows>(scales, group, m); });
@@ -189,7 +197,7 @@ class CodeDecode : public PairDecode {
       by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { scale_queries<kRows>(scales, group, m); });
     });
     for (int32_t r = 0; r < k.count;) {
-      const int32_t group = group_of(r), runs = r + 1 < k.count && group_of(r + 1) == group ? 2 : 1;
+      const int32_t group = groups[r], runs = r + 1 < k.count && groups[r + 1] == group ? 2 : 1;
       const auto with_runs = [&]<int kRuns>() {
         if (keys_.codec == Codec::int8) return scores_of_runs<8, kRuns>(k, r, group, next);
         if (keys_.codec == Codec::int4) return scores_of_runs<4, kRuns>(k, r, group, next);
