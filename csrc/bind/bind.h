@@ -10,5 +10,6 @@ void bind_cache(pybind11::module_& m);
 void bind_carry(pybind11::module_& m);
 void bind_groups(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
+void bind_warm(pybind11::module_& m);
 
 }  // namespace attnkit::cpu

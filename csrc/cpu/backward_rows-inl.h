@@ -21,6 +21,7 @@ void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
   const Gradients& g = *c.gradients;
   const Sequence& seq = p.sequences[t.sequence];
   rows.dead = false;
+  const bool clears = p.groups == nullptr || p.q_rows;  // else groups share rows of dq
   vf zero{};
   for (int32_t m = 0; m < t.q_count; ++m) {
     const int64_t token = p.query_at(t.sequence, t.q_first + m), result = p.result_at(t.sequence, t.q_first + m);
@@ -34,13 +35,15 @@ void look_at_rows(const BackwardCall& c, const Task& t, RowBlock& rows) {
     });
     const float lse = p.lse[seq.batch * p.lse_stride[0] + t.head * p.lse_stride[1] + result * p.lse_stride[2]];
     const bool dead = lse == -kInfinity;
-    float delta = 0;
-    for (int l = 0; l < kLanes; ++l) delta += sum[l];
+    float delta = sum_of_lanes(sum);
     if (g.d_lse != nullptr)
       delta -= g.d_lse[seq.batch * g.d_lse_stride[0] + t.head * g.d_lse_stride[1] + result * g.d_lse_stride[2]];
     rows.dead |= dead;
     rows.lse[m] = dead ? kInfinity : lse;
     rows.delta[m] = dead ? 0 : delta;
+    if (!clears) continue;
+    float* dq = row_of<float*>(g.dq, seq.batch, t.head, result);
+    for (int32_t d = 0; d < p.head_dim; ++d) dq[d * g.dq.stride[3]] = 0;
   }
   rows.finite = !any(zero != vf{});
 }

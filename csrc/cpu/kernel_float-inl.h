@@ -8,6 +8,8 @@ class FloatForward : public Forward {
             c.problem->skip == 0 &&
                 t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
 
+  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
+
   // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {
     if (few_)
@@ -65,8 +67,11 @@ class FloatForward : public Forward {
 
   virtual void scores(int64_t first, int32_t count, bool full) {
     const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
-    qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
-                       p_.head_dim, {}, ws_ + at_.s, start_largest(full), less(first));
+    const KeyRows keys{reinterpret_cast<const char*>(k.data), 4 * k.stride};
+    float* largest = start_largest(full);
+    with_less(FloatDot{}, first, [&](const auto& dot) {
+      qk_units(ws_ + at_.qt, at_.bm, keys, count, live(full), p_.head_dim, dot, ws_ + at_.s, largest);
+    });
   }
 
   void thin_weights(int64_t first, int32_t count, bool full) {
@@ -81,17 +86,17 @@ class FloatForward : public Forward {
   // `all`: every weight counts. `next`: where the keys that are needed next begin.
   void sum_values(const Lines& values, int32_t count, bool full, bool all, int64_t next) {
     const float* s = ws_ + at_.s;
-    if (few_ && full) {
+    float *alpha = ws_ + at_.alpha, *o = ws_ + at_.o;
+    if (few_) {
       const Lines then = keys_ahead(next);
-      return few_values_of(values, {values, then});
+      if (full) return few_values_of(values, alpha, o, {values, then});
+      if (few_values_apart(values, {values, then})) return;
     }
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
-    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(all), ws_ + at_.alpha, ws_ + at_.o, at_.dv, t_.lanes());
+    if (few_ || (!full && !is_finite(v, count, at_.dv))) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
+    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(all), alpha, o, at_.dv, t_.lanes());
   }
-
-  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
 
   int32_t ld_ = 0;  // keys in a row of S^T, now
 
@@ -167,10 +172,25 @@ class FloatForward : public Forward {
   }
 
  private:
-  void few_values_of(const Lines& values, const Ahead& ahead) {
+  // The same of values that not every query may see. A sum that is not finite may have met one: then false, and o is
+  // as it was.
+  bool few_values_apart(const Lines& values, const Ahead& ahead) {
+    const int32_t lanes = t_.lanes();
+    float *apart = ws_ + at_.apart, *o = ws_ + at_.o;
+    alignas(kBytes) static constexpr float kNone[kFewLanes] = {};
+    clear(at_.apart, static_cast<int64_t>(lanes) * at_.dv);
+    few_values_of(values, kNone, apart, ahead);
+    if (!is_finite({apart, at_.dv}, lanes, at_.dv)) return false;
+    for (int32_t m = 0; m < lanes; ++m, apart += at_.dv, o += at_.dv)
+      for (int32_t d = 0; d < at_.dv; d += kLanes)
+        store(o + d, fma(load(o + d), set1(ws_[at_.alpha + m]), load(apart + d)));
+    return true;
+  }
+
+  void few_values_of(const Lines& values, const float* alpha, float* o, const Ahead& ahead) {
     const auto from = [&](auto* type, const Lines& v) {
-      few_values<std::remove_pointer_t<decltype(type)>>(ws_ + at_.s, at_.bm, v, ws_ + at_.guarded, ws_ + at_.alpha,
-                                                        ws_ + at_.o, at_.dv, t_.lanes(), ahead);
+      few_values<std::remove_pointer_t<decltype(type)>>(ws_ + at_.s, at_.bm, v, ws_ + at_.guarded, alpha, o, at_.dv,
+                                                        t_.lanes(), ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
       if (p_.stores == nullptr && p_.v.stride[3] == 1 &&
@@ -194,7 +214,6 @@ class FloatForward : public Forward {
   struct Weights {
     float* at;
     int32_t bm;
-    static constexpr int kVecs = 1, kKeys = kSoftmaxKeys;
     template <int kCount>
     static ATTNKIT_INLINE void exp(vf* x) {
       exp_weights<kCount>(x);

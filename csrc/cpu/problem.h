@@ -168,7 +168,7 @@ struct Gradients {
   View d_o;  // the cotangent of o
   const float* d_lse;  // the cotangent of lse [batch, head, token] by d_lse_stride, or null: it is zero
   int64_t d_lse_stride[3];
-  // Written: dq (which must be zero before), and the rows of dk and dv that belong to a sequence.
+  // Written: the rows of dq, dk and dv that belong to a sequence. Groups that share rows of dq add to what is there.
   View dq, dk, dv;
   float* d_sink;  // [num_heads], or null
   float* const* buffers;  // for each buffer its gradient, contiguous and zero before, or null

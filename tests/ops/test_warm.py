@@ -15,6 +15,7 @@ from attnkit import _engine
 from attnkit.ops import warm
 from attnkit.ops.warm import is_plain, is_unwatched
 from attnkit.runtime import prepare
+from attnkit.tune.key import bucket
 
 
 def _qkv(*, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,6 +202,30 @@ def test_one_entry_for_all_calls_alike() -> None:
     with pytest.raises(ak.AttnkitError, match="AK404"):
         warm.ready(_TEXT, q, k.bfloat16(), v)
     assert len(warm._ready) == 3
+
+
+def test_tensors_are_known_at_a_glance() -> None:
+    """By the engine, as `ready` knows them: by type, dtype, shape and bucket of keys; never tensors that somebody watches."""
+    q, k, v = _qkv()
+    found = warm.ready(_TEXT, q, k, v)
+    assert warm.known(_TEXT, q + 1, k.mT.contiguous().mT, torch.nn.Parameter(v)) is found
+    for n in (1, 2, 8, 9, 16, 17):
+        k_n, v_n = (torch.randn(2, 4, n, 16) for _ in range(2))
+        assert (warm.known(_TEXT, q, k_n, v_n) is found) == (bucket(n) == bucket(9))
+    views = torch.zeros(2, 4, 9, 16, dtype=torch.complex64).conj().imag, torch._efficientzerotensor(q.shape)
+    wrapped = q.as_subclass(type("Sub", (Tensor,), {})), torch._to_functional_tensor(q)
+    for other in (*views, *wrapped, q.to("meta"), q.to_sparse(), q[0], q.bfloat16(), q[:, :, :, :8], None):
+        for tensors in ((other, k, v), (q, other, v), (q, k, other)):
+            assert warm.known(_TEXT, *tensors) is None  # type: ignore[arg-type]
+    assert warm.known(_TEXT, q, k, v[:, :, :3]) is None
+    assert warm.known(_TEXT + "\n", q, k, v) is None
+    seen = [warm.known(_TEXT, q, k, v)]
+    torch.func.vmap(lambda x: seen.append(warm.known(_TEXT, x, k, v)) or x)(q[None])
+    with torch.autocast("cpu"):
+        seen.append(warm.known(_TEXT, q, k, v))
+    with _Ops():
+        seen.append(warm.known(_TEXT, q, k, v))
+    assert seen == [found, None, None, None]
 
 
 def test_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

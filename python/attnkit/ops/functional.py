@@ -41,7 +41,7 @@ from attnkit.ops.registry import attend
 from attnkit.ops.routed import Groups, Routing, within
 from attnkit.ops.seeds import draw
 from attnkit.ops.traced import Traceable, bind, bind_function
-from attnkit.ops.warm import is_unwatched, ready
+from attnkit.ops.warm import is_unwatched, known, ready
 from attnkit.variants.vision import GridPattern
 
 Mod = Callable[..., Any]
@@ -182,6 +182,9 @@ def _short_way(
 
     None where that is not so.
     """
+    plain = plain_text(scale) if score is None and mask is None else None
+    if plain is not None and (found := known(plain, q, k, v)) is not None:
+        return attend(q, k, v, plain, [], [], need_lse, found=found)
     cached = type(k) is KVCache
     if (v is None) is not cached or not is_unwatched((q,) if cached else (q, k, v)):
         return None
@@ -191,8 +194,8 @@ def _short_way(
         k, v, kv_lens, page_table, codes = k.segment
         codecs = None if codes is None else codes.scheme.codecs
         what = Traceable(score, mask, scale, kv_lens=kv_lens, page_table=page_table, codecs=codecs)
-    elif score is None and mask is None:
-        return attend(q, k, v, plain_text(scale), [], [], need_lse, unwatched=True)
+    elif plain is not None:
+        return attend(q, k, v, plain, [], [], need_lse, unwatched=True)
     else:
         what, codes = Traceable(score, mask, scale), None
     check_function("score", score)

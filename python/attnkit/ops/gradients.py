@@ -80,15 +80,13 @@ def run_backward(
     if len(wanted) != len(buffers):
         given = f"{len(wanted)} for {len(buffers)} buffers"
         raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
-    shape = ready.shape
-    _check("d_o", d_o, shape, q.dtype)
-    _check("o", o, shape, q.dtype)
-    _check("lse", lse, shape[:3], torch.float32)
+    _check(ready.shape, q.dtype, d_o=d_o, o=o)
+    _check(ready.shape[:3], torch.float32, lse=lse)
     if d_lse is not None:
-        _check("d_lse", d_lse, shape[:3], torch.float32)
+        _check(ready.shape[:3], torch.float32, d_lse=d_lse)
     new = torch.zeros_like if ready.ragged or o.numel() == 0 else torch.empty_like
     try:
-        dq = new(q) if q.is_cuda else torch.zeros_like(q, dtype=_accumulated(q))
+        dq = new(q) if q.is_cuda else new(q, dtype=_accumulated(q))
         dk, dv = new(k), new(v)
         sums = [
             torch.zeros(b.shape, dtype=_accumulated(b), device=b.device) if w else None
@@ -111,11 +109,12 @@ def _accumulated(t: Tensor) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if t.shape != shape:
-        raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
-    if t.dtype != dtype:
-        raise error("AK404", where=name, given=str(t.dtype), allowed=str(dtype))
+def _check(shape: tuple[int, ...], dtype: torch.dtype, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.shape != shape:
+            raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
+        if t.dtype != dtype:
+            raise error("AK404", where=name, given=str(t.dtype), allowed=str(dtype))
 
 
 def _fake(*args: Any) -> Gradients:
@@ -226,10 +225,13 @@ class Direct:
 
 
 def differentiable(
-    way: Way, tensors: tuple[Tensor, ...], seed: Tensor | None
+    way: Way, tensors: tuple[Tensor, ...], seed: Tensor | None, unwatched: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with gradients of ``(q, k, v, *buffers)``: ``o``, and ``lse`` if the way needs it."""
-    found = _Differentiable.apply(way, seed, *tensors)  # type: ignore[no-untyped-call]
+    """Attention with gradients of ``(q, k, v, *buffers)``: ``o``, and ``lse`` if the way needs it.
+
+    ``unwatched``: as `is_unwatched` has it of the tensors. Then what torch does first for function transforms is spared.
+    """
+    found = (_apply if unwatched else _Differentiable.apply)(way, seed, *tensors)
     return found if way.need_lse else (found, None)
 
 
@@ -255,8 +257,10 @@ class _Differentiable(torch.autograd.Function):
         o, lse = way.forward(q, k, v, list(buffers), seed)
         ctx.way = way
         ctx.save_for_backward(q, k, v, o, lse, seed, *buffers)
-        ctx.set_materialize_grads(False)
-        return (o, lse) if way.need_lse else o
+        if not way.need_lse:
+            return o
+        ctx.set_materialize_grads(False)  # either may have no cotangent
+        return o, lse
 
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -273,6 +277,9 @@ def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tenso
     found = iter(d_buffers)
     of_buffers = [next(found) if w else None for w in wanted]
     return None, None, dq if of_q else None, dk if of_k else None, dv if of_v else None, *of_buffers
+
+
+_apply: Any = super(torch.autograd.Function, _Differentiable).apply  # which Function.apply calls in the end
 
 
 for _device in ("CPU", "CUDA"):

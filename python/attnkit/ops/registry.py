@@ -24,6 +24,7 @@ from attnkit.ops.check import (
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import Direct, ThroughOps, Way, differentiable
 from attnkit.ops.warm import (
+    Ready,
     has_backward,
     is_below_autograd,
     is_plain,
@@ -84,7 +85,7 @@ def _attend_autograd(*args: Any) -> tuple[Tensor, Tensor]:
         check_qkv(call.q, call.k, call.v, is_paged(parse(call.program)))
     plain = is_plain(tensors if call.seed is None else (*tensors, call.seed))
     if needs_derivatives(tensors):
-        o, lse = _with_gradients(call, plain)
+        o, lse = _with_gradients(call, plain=plain)
         return o, call.q.new_empty((0,), dtype=torch.float32) if lse is None else lse
     if plain:
         return _attend_kernel(*args)  # nobody is watching: spare the second trip through the dispatcher
@@ -102,25 +103,29 @@ def attend(
     need_lse: bool,
     seed: Tensor | None = None,
     unwatched: bool | None = None,
+    found: Ready | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``torch.ops.attnkit.attend``, and no trip through the dispatcher where nobody could tell (`is_unwatched`).
 
-    q, k and v are what `autocast` makes of them.
+    q, k and v are what `autocast` makes of them. ``found``: what `known` says of them; there are no buffers then.
     """
     if unwatched is None:
-        unwatched = not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
+        unwatched = found is not None or (
+            not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
+        )
     if unwatched:
         if not needs_derivatives((q, k, v, *buffers)):
-            return run(ready(program, q, k, v), q, k, v, buffers, params, seed, need_lse)
+            return run(found or ready(program, q, k, v), q, k, v, buffers, params, seed, need_lse)
         if not is_below_autograd():
-            return _with_gradients(Call(q, k, v, program, buffers, params, seed, need_lse), plain=True)
+            call = Call(q, k, v, program, buffers, params, seed, need_lse)
+            return _with_gradients(call, plain=True, found=found)
     return torch.ops.attnkit.attend(q, k, v, program, buffers, params, seed, need_lse)  # type: ignore[no-any-return]
 
 
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
-def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
+def _with_gradients(call: Call, *, plain: bool, found: Ready | None = None) -> tuple[Tensor, Tensor | None]:
     q, k, v, program, buffers, params, seed, need_lse = call
     tensors = (q, k, v, *buffers)
     if not plain:
@@ -128,25 +133,25 @@ def _with_gradients(call: Call, plain: bool) -> tuple[Tensor, Tensor | None]:
         check_bindings(parse(program), q, k, buffers, params, seed)
     if has_tangent(tensors) or (not plain and any(map(is_transformed, tensors))):
         return _on_torch(call, "forward-mode derivatives and function transforms")
-    found = None
+    way: Way
     try:
         if plain:
-            found = ready(program, q, k, v)
-            prepared = found.prepared
+            found = found or ready(program, q, k, v)
+            way, goes, prepared = Direct(found, params, need_lse), found.differentiable, found.prepared
         else:
             dims = [
                 n if type(n) is int else 1 for n in (q.shape[3], v.shape[3])
             ]  # symbolic in a dynamic graph
             dtype = str(q.dtype).removeprefix("torch.")
             prepared = prepare(program, dtype, dims[0], dims[1], q.device.type, precision=precision(q))
+            way, goes = ThroughOps(program, params), has_backward(prepared)
     except AttnkitError as exc:
         if exc.code != "AK502":
             raise
         return _on_torch(call, f"gradients of {q.dtype} tensors")
-    if not has_backward(prepared):
+    if not goes:
         return _on_torch(call, f"gradients on backend {prepared.backend!r}")
-    way: Way = ThroughOps(program, params) if found is None else Direct(found, params, need_lse)
-    o, lse = differentiable(way, tensors, seed)
+    o, lse = differentiable(way, tensors, seed, plain)
     return o, lse if need_lse else None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from attnkit.backends.cpu.engine import engine
 from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import check_bindings, check_qkv, is_paged
@@ -64,6 +65,22 @@ def is_unwatched(tensors: Sequence[Tensor]) -> bool:
     return _function_modes() == 0 and not _is_profiling() and not _autocasts() and is_plain(tensors)
 
 
+def known(text: str, q: Tensor, k: Tensor, v: Tensor) -> Ready | None:
+    """What `ready` found, where q, k and v are unwatched as `is_unwatched` has it and such tensors were met before.
+
+    None where that is not known at a glance. To be asked outside dynamo.
+    """
+    if (
+        _met.seen is None
+        or _function_modes()
+        or _is_profiling()
+        or _autocasts()
+        or _raw(_included()) & _NOT_OF_THREADS
+    ):
+        return None
+    return _met.seen.find(text, q, k, v)  # type: ignore[no-any-return]
+
+
 def is_below_autograd() -> bool:
     """Whether this thread is inside an op whose derivatives are somebody else's."""
     return bool(_raw(_excluded()) & _AUTOGRAD)
@@ -75,6 +92,7 @@ class Ready(NamedTuple):
     prepared: Prepared
     shape: tuple[int, ...]  # of o,
     stride: tuple[int, ...]  # laid out as [B, Sq, Hq, Dv]
+    stride_of_lse: tuple[int, ...]
     bound: bool  # the program has buffers, params or dropout
     ragged: bool
     automatic: bool  # nobody asked for this backend by name
@@ -86,12 +104,24 @@ _MAX_ENTRIES = 4096
 _ready: dict[Any, Ready] = {}
 
 
+class _Met:
+    """The same of the CPU, as the engine knows it again: an `_engine.Seen`, from the first of them on."""
+
+    seen: Any = None
+
+
+_met = _Met()
+
+
 def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Ready:
-    """The kernel for dense tensors of one device. One dictionary lookup, the first call of such tensors apart.
+    """The kernel for dense tensors of one device. One lookup, the first call of such tensors apart.
 
     Raises:
         AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
     """
+    found = _met.seen.find(text, q, k, v) if _met.seen is not None and backend == "auto" else None
+    if found is not None:
+        return found  # type: ignore[no-any-return]
     exact = precision(q) if q.is_cuda else "highest"
     key = _key(text, q, k, v, backend, exact)
     found = _ready.get(key)
@@ -106,6 +136,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     new = Ready(
         prepared,
         *layout_of_output(q, v.shape[3]),
+        stride_of_lse=torch.empty(q.shape[:3], device="meta").stride(),
         bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,
         ragged=program.layout(program.attend.k).lengths is not None,
         automatic=backend == "auto",
@@ -113,6 +144,9 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     )
     if len(_ready) >= _MAX_ENTRIES:
         _ready.clear()
+    if prepared.backend == "cpu" and backend == "auto":
+        _met.seen = _met.seen or engine().Seen(Tensor, Parameter, _MAX_ENTRIES)
+        _met.seen.keep(text, q, k, v, new)
     return _ready.setdefault(key, new)
 
 
@@ -173,7 +207,11 @@ def run(
         check_bindings(prepared.spec.program, q, k, buffers, params, seed)
     try:
         o = q.new_empty_strided(ready.shape, ready.stride)
-        lse = q.new_empty(ready.shape[:3], dtype=torch.float32) if need_lse else None
+        lse = (
+            q.new_empty_strided(ready.shape[:3], ready.stride_of_lse, dtype=torch.float32)
+            if need_lse
+            else None
+        )
     except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
         given = f"o {list(ready.shape)}: {str(exc).splitlines()[0]}"
         raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc

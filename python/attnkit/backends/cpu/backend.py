@@ -60,13 +60,16 @@ class CpuBackend:
         """Tile sizes, and how many keys are summed before they are merged.
 
         Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
-        Backwards, more keys at a time mean that queries are paired and dq is added to less often. Tiles end where a mask's
+        Backwards, more keys at a time mean that queries are paired and dq is added to less often; a causal mask leaves more
+        of them half empty. (The engine makes a sequence's blocks of keys even, up to this size.) Tiles end where a mask's
         blocks end: one that lies across two of them would be computed for both.
         """
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
-        tile_kv, backward_tile_kv = (128, 192) if spec.dtype == "bfloat16" else (64, 96)
         mask = spec.program.attend.mask
+        tile_kv, backward_tile_kv = (
+            (128, 192) if spec.dtype == "bfloat16" else (64, 128 if mask is None else 96)
+        )
         q_block, kv_block = block_of(mask, "q_idx"), block_of(mask, "kv_idx")
         tile_kv, backward_tile_kv = (tile_for(kv_block, n, n) for n in (tile_kv, backward_tile_kv))
 
@@ -140,6 +143,11 @@ class CpuKernel:
         self.sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
         self._encoding: Encoding | None = encoding(spec.program)
         self._skip = attend.skip
+        # Where there is nothing but tensors: the same, without the other arguments.
+        plain = not spec.program.buffers and not spec.program.num_params and self._dropout is None
+        self._launch: Any = None
+        if plain and self._encoding is None and self._skip is None and attend.carry is None:
+            self._launch = engine().Launch(self.program, self.scale, *self.sizes).run
 
     def __call__(
         self,
@@ -161,12 +169,15 @@ class CpuKernel:
                 AK606, AK607, a tensor without memory or not aligned.
         """
         try:
-            fault, about = self._attend(
-                self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
-                self._sequences(q, k, buffers), buffers, params,
-                self._dropped(params, seed), threads, *self.sizes,
-                None if self._table is None else buffers[self._table], *self._approximately(params),
-            )  # fmt: skip
+            if self._launch is not None:
+                fault, about = self._launch(q, k, v, o, lse, threads)
+            else:
+                fault, about = self._attend(
+                    self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
+                    self._sequences(q, k, buffers), buffers, params,
+                    self._dropped(params, seed), threads, *self.sizes,
+                    None if self._table is None else buffers[self._table], *self._approximately(params),
+                )  # fmt: skip
         except ValueError as exc:
             raise too_large(exc) from exc
         if fault:
@@ -192,8 +203,8 @@ class CpuKernel:
     ) -> None:
         """Compute the gradients in place, from the inputs of a call, what it returned, and the cotangents of that.
 
-        ``dq`` (float32), ``d_buffers`` (float32, contiguous, None where no gradient is needed) are zero before; so are
-        the rows of ``dk`` and ``dv`` that belong to no sequence.
+        ``dq`` is float32; ``d_buffers`` (float32, contiguous, None where no gradient is needed) are zero before, and so are
+        the rows of ``dq``, ``dk`` and ``dv`` that belong to no sequence.
 
         Raises:
             AttnkitError: as the call; AK502 too where the derivative needs more tiles at once than the engine has.
