@@ -25,6 +25,7 @@ from attnkit.bench.variants.jobs import BEYOND, CEILING, OWN, Job
 FAMILIES = (linear, factorizable, block_sparse, groups, sparge, selective)
 SECONDS = 60.0
 _FLAT_FROM = 4096  # tokens: from there on the time of a token is to be the same
+_MARKERS = "osD^vP"  # there are more curves than colours
 _FLAT = Bar("time a token, most over least", most=1.15)
 _CONSTANT = Bar(f"MiB {BEYOND.removeprefix('bytes ')}, at any length", most=16)
 
@@ -142,17 +143,16 @@ def plot(document: Document, paths: list[Path]) -> None:
             name: [r for r in points if r["curve"] == name]
             for name in dict.fromkeys(r["curve"] for r in points)
         }
-        for name, mine in lines.items():
-            axes.plot(*_per_token(mine, OWN), "o-", label=name)
-        # Of any: it is the same beside all.
-        dense = list({r["length"]: r for r in points if "dense" in r["ms"]}.values())
-        axes.plot(*_per_token(dense, "dense"), "o--", color="black", label="dense, causal")
+        for i, (name, mine) in enumerate(lines.items()):
+            axes.plot(*_per_token(mine, OWN), color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], label=name)
+            if beside := [r for r in mine if "dense" in r["ms"]]:
+                axes.plot(*_per_token(beside, "dense"), "--", color=f"C{i}", label=f"dense, beside {name}")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("tokens")
         axes.set_ylabel("µs a token")
         axes.grid(axis="y")
-        axes.legend()
+        axes.legend(fontsize=7)
 
 
 def _per_token(runs: Sequence[dict[str, Any]], rival: str) -> tuple[list[int], list[float]]:
