@@ -47,6 +47,7 @@ class MomentForward {
 
   // Tokens, of which each reads and writes the state as it lies: that takes less than packing and unpacking it.
   static constexpr int64_t kFew = 4;
+  static constexpr int64_t kLater = 2048;  // floats from what is computed to what is fetched
 
   void steps(const Stretch& of, int32_t head, const float* initial, const float* initial_norm, float* state,
              float* norm) {
@@ -93,6 +94,7 @@ class MomentForward {
   void step(const float* from, float* to) const {
     int32_t column = 0;
     for (; column + 4 * kLanes <= p.v_head_dim; column += 4 * kLanes) step_columns<kWrite, 4>(from, to, column);
+    for (; column + 2 * kLanes <= p.v_head_dim; column += 2 * kLanes) step_columns<kWrite, 2>(from, to, column);
     for (; column < p.v_head_dim; column += kLanes) step_columns<kWrite, 1>(from, to, column);
   }
   template <bool kWrite, int kVecs>
@@ -105,6 +107,11 @@ class MomentForward {
       sum[v] = vf{};
     }
     for (int64_t i = 0; i < rows; ++i) {
+      const int64_t later = i * width + column + kLater;
+      for (int v = 0; v < kVecs; ++v) {
+        __builtin_prefetch(from + later + v * kLanes);
+        if constexpr (kWrite) __builtin_prefetch(to + later + v * kLanes, 1);
+      }
       const vf written = set1(written_[i]), read = set1(read_[i]);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {

@@ -105,19 +105,13 @@ class RecurForward {
       const bool direct = !p.normalize && p.dtype == DType::f32 && p.o.stride[3] == 1 && p.v_head_dim == chunk_.v_width;
       float* o = direct ? row_of<float*>(p.o, chunk_.batch, head, chunk_.token) : out_;
       const int64_t stride = direct ? p.o.stride[2] : chunk_.v_width;
-      const float scale = p.normalize ? 1 : p.scale;
+      Sum sum{o, stride};
+      sum.sign = p.normalize ? 1 : p.scale;
       chunk_.upcoming.part();
-      if (state != nullptr) {
-        Sum sum{o, stride};
-        sum.sign = scale;
-        product<false>(reach.data, reach.stride, state, chunk_.v_width, n, p.head_dim, chunk_.v_width, sum);
-      }
-      if (p.causal) {
-        Sum sum{o, stride, state == nullptr ? nullptr : &kOne};
-        sum.sign = scale;
-        product<false>(pairs_, chunk_.stride, chunk_.u.data, chunk_.u.stride, n, n, chunk_.v_width, sum,
-                       {Terms::up_to, !chunk_.finite()});
-      }
+      const Operands own{pairs_, chunk_.stride, chunk_.u.data, chunk_.u.stride, n, Terms::up_to};
+      const Operands past{
+          reach.data, reach.stride, state, chunk_.v_width, p.head_dim, Terms::all, p.causal ? &own : nullptr};
+      product<false>(state == nullptr ? own : past, n, chunk_.v_width, sum, p.causal && !chunk_.finite());
       if (direct) continue;
       with_elements(p.dtype, [&](auto* type) {
         for (int32_t r = 0; r < n; ++r) {

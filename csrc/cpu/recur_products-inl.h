@@ -17,27 +17,43 @@ inline Sum added_to(float* c, int64_t stride, float sign = 1) { return {c, strid
 // left factor is 0 elsewhere, and sum over a few of its zeros.
 enum class Terms { all, up_to, from };
 
+// A B, over `depth` terms; and with `more`, that is added.
+struct Operands {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride;
+  int32_t depth;
+  Terms terms = Terms::all;
+  const Operands* more = nullptr;
+};
+
 // Rows r .. of A, or (kAcross) columns r .. of A, times columns of B.
 template <bool kAcross, int kRows, int kVecs>
-ATTNKIT_INLINE void product_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t first,
-                                 int32_t end, int32_t r, int32_t column, const Sum& out) {
+ATTNKIT_INLINE void product_tile(const Operands& all, int32_t r, int32_t column, const Sum& out) {
   vf acc[kRows][kVecs];
 #pragma GCC unroll 32
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) acc[i][v] = vf{};
-  const float* row[kRows];
-  for (int i = 0; i < kRows; ++i) row[i] = kAcross ? a + r + i : a + (r + i) * a_stride;
-  const float* across = a + r + first * a_stride;
-  for (int32_t d = first; d < end; ++d, across += a_stride) {
-    vf x[kVecs];
+  for (const Operands* f = &all; f != nullptr; f = f->more) {
+    const float *a = f->a, *b = f->b;
+    const int64_t a_stride = f->a_stride, b_stride = f->b_stride;
+    const int32_t first = f->terms == Terms::from ? r : 0;
+    const int32_t end = f->terms == Terms::up_to && r + kRows < f->depth ? r + kRows : f->depth;
+    const float* row[kRows];
+    for (int i = 0; i < kRows; ++i) row[i] = kAcross ? a + r + i : a + (r + i) * a_stride;
+    const float* across = a + r + first * a_stride;
+    for (int32_t d = first; d < end; ++d, across += a_stride) {
+      vf x[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) x[v] = load(b + d * b_stride + column + v * kLanes);
+      for (int v = 0; v < kVecs; ++v) x[v] = load(b + d * b_stride + column + v * kLanes);
 #pragma GCC unroll 32
-    for (int i = 0; i < kRows; ++i) {
-      const vf y = set1(kAcross ? across[i] : row[i][d]);
+      for (int i = 0; i < kRows; ++i) {
+        const vf y = set1(kAcross ? across[i] : row[i][d]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
+        for (int v = 0; v < kVecs; ++v) acc[i][v] = fma(y, x[v], acc[i][v]);
+      }
     }
   }
 #pragma GCC unroll 32
@@ -53,17 +69,14 @@ ATTNKIT_INLINE void product_tile(const float* a, int64_t a_stride, const float* 
 }
 
 template <bool kAcross, int kVecs>
-__attribute__((noinline)) void product_columns(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
-                                               int32_t depth, int32_t rows, int32_t column, Terms terms, bool exact,
+__attribute__((noinline)) void product_columns(const Operands& of, int32_t rows, int32_t column, bool exact,
                                                const Sum& out) {
   constexpr int kRows = kVecs > 1 && kAccumulators / kVecs > 8 ? 8
                         : kAccumulators / kVecs > 16           ? 16
                                                                : kAccumulators / kVecs;
   int32_t r = 0;
   const auto group = [&]<int kCount>() {
-    const int32_t first = terms == Terms::from ? r : 0;
-    const int32_t end = terms == Terms::up_to && r + kCount < depth ? r + kCount : depth;
-    product_tile<kAcross, kCount, kVecs>(a, a_stride, b, b_stride, first, end, r, column, out);
+    product_tile<kAcross, kCount, kVecs>(of, r, column, out);
     r += kCount;
   };
   if (!exact) {
@@ -84,12 +97,11 @@ struct Half {
 // out(A B): A[r][d] at a + r * a_stride + d, or (kAcross, A is the transpose) at a + d * a_stride + r. `width`: of B,
 // whole vectors.
 template <bool kAcross>
-void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t rows, int32_t depth,
-             int32_t width, const Sum& out, Half half = {}) {
+void product(const Operands& of, int32_t rows, int32_t width, const Sum& out, bool exact = false) {
   constexpr int kMost = kOutVecs;  // 4 or 2
   int32_t column = 0;
   const auto columns = [&]<int kVecs>() {
-    product_columns<kAcross, kVecs>(a, a_stride, b, b_stride, depth, rows, column, half.terms, half.exact, out);
+    product_columns<kAcross, kVecs>(of, rows, column, exact, out);
     column += kVecs * kLanes;
   };
   while (column + kMost * kLanes <= width) columns.template operator()<kMost>();
@@ -98,6 +110,12 @@ void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
     if (column + 2 * kLanes <= width) columns.template operator()<2>();
   }
   if (column < width) columns.template operator()<1>();
+}
+
+template <bool kAcross>
+void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int32_t rows, int32_t depth,
+             int32_t width, const Sum& out, Half half = {}) {
+  product<kAcross>({a, a_stride, b, b_stride, depth, half.terms}, rows, width, out, half.exact);
 }
 
 // to[d][r] = from[r][d] for `rows` rows of `width` floats, a whole number of vectors; zeros up to `padded` columns.

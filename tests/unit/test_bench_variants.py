@@ -30,7 +30,8 @@ def test_a_run_is_judged() -> None:
     document = variants.run(chosen, rounds=1, seconds=0.0)
     assert [r["workload"] for r in document["runs"]] == [job.title for job in chosen]
     assert all(error < 1e-4 for error in document["runs"][0]["error"].values())
-    assert [bar["against"] for bar in document["bars"]] == ["torch", "time a token, most over least"]
+    against = ["torch", "time a token, most over least", "MiB beyond inputs and results, at any length"]
+    assert [bar["against"] for bar in document["bars"]] == against
     assert all(bar["measured"] is not None for bar in document["bars"])
 
 

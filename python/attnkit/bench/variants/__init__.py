@@ -26,6 +26,7 @@ FAMILIES = (linear, factorizable, block_sparse, groups, sparge, selective)
 SECONDS = 60.0
 _FLAT_FROM = 4096  # tokens: from there on the time of a token is to be the same
 _BYTES = " bytes"  # how the name of a fact ends that is memory
+_MARKERS = "osD^vP"  # there are more curves than colours
 _FLAT = Bar("time a token, most over least", most=1.15)
 _CONSTANT = Bar(f"MiB {BEYOND.removeprefix('bytes ')}, at any length", most=16)
 
@@ -154,11 +155,10 @@ def _draw_times(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
     lines = {
         name: [r for r in runs if r["curve"] == name] for name in dict.fromkeys(r["curve"] for r in runs)
     }
-    for name, mine in lines.items():
-        axes.plot(*_per_token(mine, OWN), "o-", label=name)
-    # Of any: it is the same beside all.
-    dense = list({r["length"]: r for r in runs if "dense" in r["ms"]}.values())
-    axes.plot(*_per_token(dense, "dense"), "o--", color="black", label="dense, causal")
+    for i, (name, mine) in enumerate(lines.items()):
+        axes.plot(*_per_token(mine, OWN), color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], label=name)
+        if beside := [r for r in mine if "dense" in r["ms"]]:
+            axes.plot(*_per_token(beside, "dense"), "--", color=f"C{i}", label=f"dense, beside {name}")
     axes.set_ylabel("µs a token")
 
 
