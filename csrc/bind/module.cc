@@ -184,6 +184,8 @@ PYBIND11_MODULE(_engine, m) {
            py::arg("num_params"), py::arg("slope") = -1, py::arg("loads") = std::vector<std::pair<int, int>>{},
            py::arg("slope_f") = -1, py::arg("carries") = false)
       .def_property_readonly("num_instructions", [](const Program& p) { return p.code.size(); })
+      // Keys in a block of its choice, 0 where it has none.
+      .def_property_readonly("chooses", [](const Program& p) { return p.choice.load < 0 ? 0 : p.choice.block; })
       .def_property_readonly("ranks",
                              [](const Program& p) {
                                std::vector<int> ranks;

@@ -109,8 +109,9 @@ class Described {
       return nullptr;
     }
     need(t->dtype == static_cast<int>(DType::f32) && t->size == size && t->stride.size() == size.size(), what);
-    int64_t contiguous = 1;
-    for (size_t d = size.size(); d-- > 0; contiguous *= size[d]) need(size[d] <= 1 || t->stride[d] == contiguous, what);
+    int64_t contiguous = 1;  // as torch has it: of no elements, as if there were one
+    for (size_t d = size.size(); d-- > 0; contiguous *= std::max<int64_t>(size[d], 1))
+      need(size[d] <= 1 || t->stride[d] == contiguous, what);
     memory_.push_back({t->data, t->size, t->stride, element_size(DType::f32)});
     return reinterpret_cast<const float*>(t->data);
   }

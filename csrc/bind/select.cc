@@ -18,7 +18,7 @@ namespace {
 using Form = std::tuple<int, int, float, bool, std::optional<float>, int, float, bool, bool>;
 
 // (fault, what it is about): a tensor: 0 q, 1 k, 2 chosen, 3 and on the buffers; or an instruction. q and k are [batch,
-// heads, length, head_dim], chosen is bool [batch, heads, rows, columns] and contiguous.
+// heads, length, head_dim], chosen is bool [batch, heads, columns, rows] and contiguous.
 std::pair<int, int> call_select(const Tensor& q, const Tensor& k, const Tensor& chosen, const Form& form,
                                 const Program* mask, const Program* force, const std::vector<Tensor>& tensors,
                                 const std::vector<float>& params, int threads) try {
@@ -53,9 +53,9 @@ std::pair<int, int> call_select(const Tensor& q, const Tensor& k, const Tensor& 
   s.q_len = q.size[2];
   s.kv_len = k.size[2];
   const int64_t rows = s.rows(), columns = s.columns();
-  const char* what = "chosen is not bool and contiguous, [batch, heads, rows, columns]";
+  const char* what = "chosen is not bool and contiguous, [batch, heads, columns, rows]";
   need(chosen.dtype == static_cast<int>(DType::u8) && chosen.stride.size() == 4 &&
-           chosen.size == Ints{q.size[0], int64_t{s.choosers()}, rows, columns},
+           chosen.size == Ints{q.size[0], int64_t{s.choosers()}, columns, rows},
        what);
   int64_t contiguous = 1;
   for (size_t d = 4; d-- > 0; contiguous *= std::max<int64_t>(chosen.size[d], 1)) {

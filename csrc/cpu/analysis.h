@@ -42,6 +42,7 @@ class Analysis {
   // The mask on a box. Queries and keys that were just asked about are not evaluated again.
   void frame(const Frame& frame);
   void queries(Range q);
+  const Interval& at(int32_t value) const { return value_[static_cast<size_t>(value)]; }  // of the mask
   Block classify(Range kv);
 
   // The same for a box that `classify` has left open: looks for a pair that exists and one that does not, in ever

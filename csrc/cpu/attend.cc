@@ -11,6 +11,7 @@
 
 #include "blocks.h"
 #include "carry.h"
+#include "gather.h"
 #include "run.h"
 #include "schedule.h"
 
@@ -96,14 +97,19 @@ Status attend(const Program& program, const Problem& given, const Config& config
   if (facts.status.fault != Fault::none) return facts.status;
 
   double flops = 0;
+  int64_t longest = 0;
   for (int32_t i = 0; i < p.num_sequences; ++i) {
     const Sequence& s = p.sequences[i];
+    longest = std::max(longest, s.q_len);
     const int64_t heads = p.heads_of(i), group = p.num_heads / p.num_kv_heads;
     const int64_t queries = std::max(s.q_len * heads, kQueriesPerRead * heads / group);
     flops += 2.0 * static_cast<double>(queries) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim);
   }
   const Kernel& kernel = current_isa();
   const int threads = worth(config.threads, flops);
+  if (longest > config.tile_q)
+    if (const auto map = ChosenMap::of(program, p, analysis, facts, config.tile_kv))
+      return attend_gathered(*program.chosen, p, *map, config, threads);
   Encoded encoded;
   if (p.encoding.q_tile > 0 && !encoded.encode(p, kernel, threads)) return {Fault::no_memory, -1};
 

@@ -15,7 +15,7 @@ struct BackwardLayout {
   int32_t bn, dk, dv;  // key lanes; channels rounded up to whole vectors
   TileLayout tile;
   size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, live, alive, random, kept;
-  size_t listed_q, listed_do, listed_k, listed_v;  // of groups, as memory has them
+  size_t listed_q, listed_do, listed_k, listed_v;  // of what is listed, as memory has it
 
   explicit BackwardLayout(const BackwardCall& c)
       : bn(round_up(c.tile_kv, kLanes)),
@@ -40,12 +40,12 @@ struct BackwardLayout {
     const bool thinned = p.dropout.threshold != 0;
     random = places.take(thinned ? SplitWords<KeyWords>::kVector : 0, bn / kLanes);
     kept = places.take(thinned ? kStrip : 0, bn);
-    const int32_t of_k = p.groups == nullptr ? 0 : listed_stride(p.dtype, p.head_dim) / 4,
-                  of_v = p.groups == nullptr ? 0 : listed_stride(p.dtype, p.v_head_dim) / 4;
-    listed_q = places.take(c.tile_q, of_k);
-    listed_do = places.take(c.tile_q, of_v);
-    listed_k = places.take(c.tile_kv, of_k);
-    listed_v = places.take(c.tile_kv, of_v);
+    const int32_t of_k = listed_stride(p.dtype, p.head_dim) / 4, of_v = listed_stride(p.dtype, p.v_head_dim) / 4;
+    const int32_t queries = p.groups != nullptr || c.gathers ? c.tile_q : 0, keys = p.groups != nullptr ? c.tile_kv : 0;
+    listed_q = places.take(queries, of_k);
+    listed_do = places.take(queries, of_v);
+    listed_k = places.take(keys, of_k);
+    listed_v = places.take(keys, of_v);
   }
 };
 
@@ -139,8 +139,7 @@ class Backward {
     const int32_t lane = extent(tile).lane, lanes = extent(tile).lanes;
     for (int32_t m = 0; m < tile.queries.q_count; m += kPart) {
       BackwardTile part = tile;
-      part.queries.q_first += m;
-      part.queries.q_count = tile.queries.q_count - m < kPart ? tile.queries.q_count - m : kPart;
+      part.queries = tile.queries.part(m, tile.queries.q_count - m < kPart ? tile.queries.q_count - m : kPart);
       part.rows.lse += m;
       part.rows.delta += m;
       const Span keys = find_live(part, lane, lanes);
@@ -212,18 +211,18 @@ class Backward {
   float* d_keys(const Extent& of) const { return ws_ + at_.d_keys + static_cast<int64_t>(of.lane) * at_.dk; }
   float* d_values(const Extent& of) const { return ws_ + at_.d_values + static_cast<int64_t>(of.lane) * at_.dv; }
 
-  // Tokens as they lie in memory; of groups a copy of the tile's.
+  // Tokens as they lie in memory; of what is listed a copy of the tile's.
   Lines query_lines(const View& view, const BackwardTile& tile, int32_t width, size_t listed) const {
     const Task& t = tile.queries;
-    if (p_.groups != nullptr)
-      return listed_lines(view, p_.dtype, seq_.batch, t.head, p_.groups[t.sequence].queries + t.q_first, t.q_count,
-                          width, ws_ + listed);
+    const int32_t* list = p_.groups != nullptr ? p_.groups[t.sequence].queries + t.q_first : t.listed;
+    if (list != nullptr)
+      return listed_lines(view, p_.dtype, seq_.batch, t.head, seq_.q_start, list, t.q_count, width, ws_ + listed);
     return lines_of(view, {}, p_.dtype, seq_.batch, t.head, seq_.q_start + t.q_first, t.q_count, width);
   }
   Lines key_lines(const View& view, int32_t width, size_t listed) const {
     if (p_.groups != nullptr)
-      return listed_lines(view, p_.dtype, seq_.batch, t_.kv_head, p_.groups[t_.sequence].keys + t_.first, t_.count,
-                          width, ws_ + listed);
+      return listed_lines(view, p_.dtype, seq_.batch, t_.kv_head, seq_.kv_start, p_.groups[t_.sequence].keys + t_.first,
+                          t_.count, width, ws_ + listed);
     return lines_of(view, {}, p_.dtype, seq_.batch, t_.kv_head, seq_.kv_start + t_.first, t_.count, width);
   }
   Lines query_lines(const BackwardTile& tile) const { return query_lines(p_.q, tile, p_.head_dim, at_.listed_q); }
@@ -278,9 +277,9 @@ class Backward {
     tiles.wait(tiles.state, tile);
     const View& view = g_.dq;
     const auto row = [&](int32_t m) {
-      return row_of<float*>(view, seq_.batch, tile.queries.head, p_.result_at(t_.sequence, tile.queries.q_first + m));
+      return row_of<float*>(view, seq_.batch, tile.queries.head, p_.result_at(t_.sequence, tile.queries.query(m)));
     };
-    const bool adjacent = p_.groups == nullptr || p_.q_rows;
+    const bool adjacent = (p_.groups == nullptr && tile.queries.listed == nullptr) || p_.q_rows;
     if (adjacent && view.stride[3] == 1 && at_.dk == p_.head_dim) return add(row(0), view.stride[2]);
     const int32_t rows = tile.queries.q_count;
     float* sum = ws_ + at_.dq;
@@ -288,7 +287,10 @@ class Backward {
     add(sum, at_.dk);
     for (int32_t m = 0; m < rows; ++m) {
       float* dq = row(m);
-      for (int32_t d = 0; d < p_.head_dim; ++d) dq[d * view.stride[3]] += sum[m * at_.dk + d];
+      if (view.stride[3] == 1)
+        for (int32_t d = 0; d < p_.head_dim; ++d) dq[d] += sum[m * at_.dk + d];
+      else
+        for (int32_t d = 0; d < p_.head_dim; ++d) dq[d * view.stride[3]] += sum[m * at_.dk + d];
     }
   }
 
@@ -339,7 +341,7 @@ class Backward {
   __attribute__((noinline)) void draw(const BackwardTile& tile, int32_t strip, Shape shape) {
     float *kept = ws_ + at_.kept, *dp = ws_ + at_.dp + static_cast<int64_t>(strip) * shape.lanes;
     const vf factor = set1(p_.dropout.factor);
-    const auto query = [&](int32_t r) { return philox_.query(tile.queries.head, tile.queries.q_first + strip + r); };
+    const auto query = [&](int32_t r) { return philox_.query(tile.queries.head, tile.queries.query(strip + r)); };
     philox_.each(random_, {0, shape.lanes}, {0, shape.rows}, query, [&](int32_t r, int32_t j, vi k) {
       const int64_t i = static_cast<int64_t>(r) * shape.lanes + j;
       store_int(kept + i, k);

@@ -8,6 +8,7 @@
 #include <new>
 
 #include "blocks.h"
+#include "gather.h"
 #include "run.h"
 
 namespace attnkit::cpu {
@@ -19,11 +20,21 @@ struct RowRange {
   int32_t turn;
 };
 
+// Queries that chose a block of keys, and those of its keys that they see.
+struct GatheredTile {
+  const int32_t* queries;
+  int32_t count;
+  KeyRange keys;
+};
+
 // The tiles of one sequence and of one head, or of all heads alike.
 struct Structure {
   int32_t sequence, head, heads;
-  std::vector<std::vector<RowRange>> rows;    // by block of queries
-  std::vector<int32_t> first_row, last_row;  // by block of keys: the rows that may visit it
+  std::vector<std::vector<RowRange>> rows = {};       // by block of queries
+  std::vector<int32_t> first_row = {}, last_row = {};  // by block of keys: the rows that may visit it
+  // Of queries that are gathered.
+  Choosers choosers = {};
+  std::vector<std::vector<GatheredTile>> gathered = {};  // by block of keys
 };
 
 // Who adds to the gradient of a captured tensor, and when.
@@ -52,8 +63,9 @@ int32_t even_block(int64_t n, int32_t most) {
 class Pass {
  public:
   // `carried`: of attention that carries; its tasks are blocks of keys of all heads, and it says what is not of pairs.
+  // `map`: queries are gathered, and the program is that of the pairs that are chosen.
   Pass(const Program& program, const Problem& p, const Gradients& g, const Config& config, const Analysis& analysis,
-       const Facts& facts, const CarriedBackwardCall* carried = nullptr)
+       const Facts& facts, const CarriedBackwardCall* carried = nullptr, const ChosenMap* map = nullptr)
       : program_(program),
         p_(p),
         g_(g),
@@ -66,9 +78,11 @@ class Pass {
               &g,
               config.tile_q,
               config.tile_kv,
-              program.score >= 0 || program.slope >= 0 || !program.loads.empty()},
+              program.score >= 0 || program.slope >= 0 || !program.loads.empty(),
+              map != nullptr},
+        map_(map),
         carries_(carried != nullptr),
-        even_(program.loads.empty() && !carries_) {
+        even_(program.loads.empty() && !carries_ && map == nullptr) {
     if (carried != nullptr) {
       carried_ = *carried;
       carried_.pairs = call_;
@@ -77,7 +91,7 @@ class Pass {
     first_block_.assign(n + 1, 0);
     first_task_.assign(n + 1, 0);
     first_structure_.assign(n + 1, 0);
-    const bool by_head = (program.boxes.mask_reads & kReadsHead) != 0 && !carries_;
+    const bool by_head = ((program.boxes.mask_reads & kReadsHead) != 0 && !carries_) || map != nullptr;
     double flops = 0;
     for (size_t i = 0; i < n; ++i) {
       const Sequence& s = p.sequences[i];
@@ -87,7 +101,7 @@ class Pass {
       if (carries_) carried_.most_blocks = std::max(carried_.most_blocks, q_blocks(s));
       flops += 5.0 * static_cast<double>(s.q_len) * static_cast<double>(s.kv_len) * (p.head_dim + p.v_head_dim) * heads;
       for (int32_t h = 0; h < (by_head ? heads : 1); ++h)
-        structures_.push_back({static_cast<int32_t>(i), head + h, by_head ? 1 : heads, {}, {}, {}});
+        structures_.push_back({static_cast<int32_t>(i), head + h, by_head ? 1 : heads});
       first_structure_[i + 1] = structures_.size();
     }
     plan_buffers();
@@ -95,7 +109,8 @@ class Pass {
     const auto blocks = static_cast<size_t>(first_block_.back());
     rows_.resize(blocks);
     turn_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
-    if (by_pair_) progress_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(first_task_.back()));
+    if (by_pair_ || map != nullptr)
+      progress_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(first_task_.back()));
     statistics_.reset(new float[2 * blocks * static_cast<size_t>(config.tile_q)]);
     for (size_t i = 0; i < blocks; ++i) {
       rows_[i].lse = statistics_.get() + 2 * i * static_cast<size_t>(config.tile_q);
@@ -166,6 +181,10 @@ class Pass {
       Structure& structure = structures_[static_cast<size_t>(i)];
       const auto sequence = static_cast<size_t>(structure.sequence);
       const Sequence& s = p_.sequences[sequence];
+      if (map_ != nullptr) {
+        gather(structure, plan);
+        continue;
+      }
       planned.tile_kv = tile_kv(s);
       structure.rows.resize(static_cast<size_t>(q_blocks(s)));
       structure.first_row.assign(static_cast<size_t>(kv_blocks(s)), INT32_MAX);
@@ -183,6 +202,25 @@ class Pass {
             structure.last_row[static_cast<size_t>(column)] = row;
           }
         }
+      }
+    }
+  }
+
+  void gather(Structure& structure, RowPlan& plan) const {
+    const Sequence& s = p_.sequences[structure.sequence];
+    map_->find(structure.sequence, structure.head, 0, s.q_len, structure.choosers);
+    structure.gathered.resize(static_cast<size_t>(kv_blocks(s)));
+    for (int64_t column = 0; column < kv_blocks(s); ++column) {
+      std::span<const int32_t> left = structure.choosers.of(column * call_.tile_kv / map_->block());
+      while (!left.empty()) {
+        const auto count = std::min<size_t>(left.size(), static_cast<size_t>(call_.tile_q));
+        Task task{structure.sequence, structure.head, 1, 0, static_cast<int32_t>(count)};
+        task.listed = left.data();
+        task.kv_first = column * call_.tile_kv;
+        task.kv_end = task.kv_first + call_.tile_kv;
+        for (const KeyRange& keys : plan.plan(task))
+          structure.gathered[static_cast<size_t>(column)].push_back({left.data(), task.q_count, keys});
+        left = left.subspan(count);
       }
     }
   }
@@ -245,6 +283,8 @@ class Pass {
     int64_t before;  // the number of the last task at the same place among the keys, -1: there is none
     int32_t head;
     int32_t row;  // the next to look at, -1: the head's first
+    RowBlock gathered;  // of the tile's queries, where they are gathered
+    int64_t finished;  // of the tasks of the head's keys, those before this one had finished when last looked at
 
     const Structure& structure() const {
       const auto sequence = static_cast<size_t>(task->sequence);
@@ -259,6 +299,12 @@ class Pass {
       const auto column = static_cast<size_t>(task->first / tile_kv());
       for (; head < (task->kv_head + 1) * group; ++head, row = -1) {
         const Structure& s = structure();
+        if (pass->map_ != nullptr) {
+          const std::vector<GatheredTile>& tiles = s.gathered[column];
+          if (++row == static_cast<int32_t>(tiles.size())) continue;
+          take(tiles[static_cast<size_t>(row)], tile);
+          return true;
+        }
         if (row < 0) row = s.first_row[column];
         while (row <= s.last_row[column]) {
           const int32_t at = row++;
@@ -269,6 +315,28 @@ class Pass {
         }
       }
       return false;
+    }
+
+    void take(const GatheredTile& from, BackwardTile& tile) {
+      tile.queries = {task->sequence, head, 1, 0, from.count};
+      tile.queries.listed = from.queries;
+      tile.first = from.keys.first;
+      tile.count = from.keys.count;
+      tile.full = from.keys.full;
+      const auto sequence = static_cast<size_t>(task->sequence);
+      const int32_t tile_q = pass->call_.tile_q;
+      const int64_t first = pass->first_block_[sequence] +
+                            (head - pass->first_head(sequence)) * pass->q_blocks(pass->p_.sequences[sequence]);
+      gathered.dead = false;
+      gathered.finite = true;
+      for (int32_t m = 0; m < from.count; ++m) {
+        const RowBlock& block = pass->rows_[static_cast<size_t>(first + from.queries[m] / tile_q)];
+        gathered.lse[m] = block.lse[from.queries[m] % tile_q];
+        gathered.delta[m] = block.delta[from.queries[m] % tile_q];
+        gathered.dead |= gathered.lse[m] == kInf;
+        gathered.finite &= block.finite;
+      }
+      tile.rows = gathered;
     }
 
     void describe(BackwardTile& tile, int32_t at, int32_t of_head) const {
@@ -303,8 +371,10 @@ class Pass {
   static bool next_tile(void* walk, BackwardTile* tile) { return static_cast<Walk*>(walk)->next(*tile); }
 
   // Tasks are taken in order, so the first one that is not finished never waits: there is no deadlock.
-  static void wait(void* walk, const BackwardTile& tile) {
-    const std::atomic<int32_t>& turn = static_cast<Walk*>(walk)->pass->turn_[static_cast<size_t>(tile.block)];
+  static void wait(void* state, const BackwardTile& tile) {
+    Walk& walk = *static_cast<Walk*>(state);
+    if (walk.pass->map_ != nullptr) return walk.pass->wait_for_keys_before(walk, tile);
+    const std::atomic<int32_t>& turn = walk.pass->turn_[static_cast<size_t>(tile.block)];
     until([&] { return turn.load(std::memory_order_acquire) == tile.turn; });
   }
 
@@ -313,18 +383,32 @@ class Pass {
     if (walk.pass->by_turn_) wait(state, tile);
     if (walk.pass->by_pair_ && walk.before >= 0) {
       const auto task = static_cast<size_t>(walk.before);
-      const int64_t needed = walk.pass->position(task, walk.pass->group() - 1, tile.queries.q_first);
+      const int64_t needed = walk.pass->position(task, walk.pass->group() - 1, tile.queries.last_query());
       until([&] { return walk.pass->progress_[task].load(std::memory_order_acquire) >= needed; });
+    }
+  }
+
+  // Of gathered queries some may have no tile before: then all tasks of keys before these have to be beyond them.
+  void wait_for_keys_before(Walk& walk, const BackwardTile& tile) const {
+    const int64_t column = walk.task->first / call_.tile_kv, before = walk.number - column;
+    const int64_t needed =
+        position(static_cast<size_t>(walk.number), tile.queries.head % group(), tile.queries.last_query());
+    for (int64_t c = walk.finished; c < column; ++c) {
+      const std::atomic<int64_t>& task = progress_[static_cast<size_t>(before + c)];
+      int64_t progress = 0;
+      until([&] { return (progress = task.load(std::memory_order_acquire)) >= needed; });
+      if (progress == INT64_MAX && c == walk.finished) ++walk.finished;
     }
   }
 
   static void done(void* state, const BackwardTile& tile) {
     const Walk& walk = *static_cast<Walk*>(state);
     Pass& pass = *walk.pass;
-    pass.turn_[static_cast<size_t>(tile.block)].store(tile.turn + 1, std::memory_order_release);
-    if (pass.by_pair_) {
+    if (pass.map_ == nullptr)
+      pass.turn_[static_cast<size_t>(tile.block)].store(tile.turn + 1, std::memory_order_release);
+    if (pass.progress_) {
       const auto task = static_cast<size_t>(walk.number);
-      pass.progress_[task].store(pass.position(task, tile.queries.head % pass.group(), tile.queries.q_first),
+      pass.progress_[task].store(pass.position(task, tile.queries.head % pass.group(), tile.queries.last_query()),
                                  std::memory_order_release);
     }
   }
@@ -332,10 +416,10 @@ class Pass {
   int32_t group() const { return p_.num_heads / p_.num_kv_heads; }
   int32_t first_head(size_t sequence) const { return p_.first_head(static_cast<int32_t>(sequence)); }
 
-  // How far a task is when it has done a tile; blocks of queries that it does not have count as its last.
+  // How far a task is when it has done a tile with this last query; queries that it does not have count as its last.
   int64_t position(size_t task, int32_t head_of_group, int64_t query) const {
-    const int64_t rows = q_blocks(p_.sequences[owner(first_task_, static_cast<int64_t>(task))]);
-    return head_of_group * rows + std::min(query / call_.tile_q + 1, rows);
+    const int64_t queries = p_.sequences[owner(first_task_, static_cast<int64_t>(task))].q_len;
+    return head_of_group * queries + std::min(query + 1, queries);
   }
 
   // The task before `i` at the same place among the keys.
@@ -390,6 +474,8 @@ class Pass {
     float* memory = workspace(carries_ ? kernel_.carry.backward_bytes(carried_) : kernel_.backward_bytes(call_));
     if (memory == nullptr) throw std::bad_alloc();
     Parts parts = make_parts();
+    std::vector<float> statistics(map_ == nullptr ? 0 : 2 * static_cast<size_t>(call_.tile_q));
+    const RowBlock gathered{statistics.data(), statistics.data() + statistics.size() / 2, false, true};
     // Nothing below allocates: a task that stopped half-way would be waited for.
     for (int64_t i; (i = take(next_task_)) < first_task_.back();) {
       const size_t sequence = owner(first_task_, i);
@@ -400,14 +486,15 @@ class Pass {
                               first_head(sequence) / group() + static_cast<int32_t>(in_sequence / kv_blocks(s)), first,
                               static_cast<int32_t>(std::min<int64_t>(tile_kv(s), s.kv_len - first)),
                               parts.targets.data()};
-      Walk walk{this, &task, i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(), -1};
+      Walk walk{this, &task,    i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(),
+                -1,   gathered, 0};
       const Tiles tiles{&walk, next_tile, order, wait, done};
       const int32_t bad = carries_
                               ? kernel_.carry.backward(
                                     carried_, task, {tiles, &walk, static_cast<int32_t>(q_blocks(s)), tile_at}, memory)
                               : kernel_.backward(call_, task, tiles, memory);
       if (bad >= 0) bad_load_ = bad;
-      if (by_pair_) progress_[static_cast<size_t>(i)].store(INT64_MAX, std::memory_order_release);
+      if (progress_) progress_[static_cast<size_t>(i)].store(INT64_MAX, std::memory_order_release);
       if (apart_) merge(parts, i);
     }
   }
@@ -420,6 +507,7 @@ class Pass {
   const Kernel& kernel_;
   const Call planned_;
   const BackwardCall call_;
+  const ChosenMap* const map_;
   const bool carries_;
   const bool even_;  // blocks of keys: see tile_kv
   CarriedBackwardCall carried_{};
@@ -466,7 +554,15 @@ Status attend_backward(const Program& program, const Problem& given, const Gradi
   Analysis analysis(program, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
-  return Pass(program, p, gradients, fitting(config, p), analysis, facts).run();
+  const Config fit = fitting(config, p);
+  // Rows that are listed are copied as they lie in memory.
+  const bool adjacent = p.q.stride[3] == 1 && gradients.d_o.stride[3] == 1;
+  if (const auto map = adjacent ? ChosenMap::of(program, p, analysis, facts, config.tile_kv) : std::nullopt) {
+    Analysis of_chosen(*program.chosen, p);
+    const Facts found = of_chosen.prove();
+    return Pass(*program.chosen, p, gradients, fit, of_chosen, found, nullptr, &*map).run();
+  }
+  return Pass(program, p, gradients, fit, analysis, facts).run();
 }
 
 Status attend_carried_backward(const Program& score, const Program& carry, const Problem& p, const Carry& what,

@@ -28,7 +28,7 @@ RowPlan::RowPlan(const Program& program, const Problem& problem, const Call& cal
 const std::vector<KeyRange>& RowPlan::plan(const Task& task) {
   const Sequence& s = problem_.sequences[task.sequence];
   const int64_t kv_end = std::min(task.kv_end, s.kv_len);
-  if (!keep_) return find(task, task.kv_first, kv_end);
+  if (!keep_ || task.listed != nullptr) return find(task, task.kv_first, kv_end);
   if (kept_sequence_ != task.sequence) {
     kept_sequence_ = task.sequence;
     kept_.assign(static_cast<size_t>(blocks_of(s.q_len, call_.tile_q)), {});
@@ -62,7 +62,7 @@ const std::vector<KeyRange>& RowPlan::find(const Task& task, int64_t kv_first, i
   }
   analysis_.frame(frame_of(problem_, task.sequence, task.head, task.heads));
   sequence_ = task.sequence;
-  q_ = {problem_.query_of(sequence_, task.q_first), problem_.query_of(sequence_, task.q_first + task.q_count - 1)};
+  q_ = {problem_.query_of(sequence_, task.query(0)), problem_.query_of(sequence_, task.last_query())};
   descend(kv_first / call_.tile_kv, blocks_of(kv_end, call_.tile_kv));
   return ranges_;
 }

@@ -111,13 +111,54 @@ std::string assign_slots(Program& p) {
   return {};
 }
 
+// What a load is as a choice, if it is one.
+Choice as_choice(const Program& p, int32_t load) {
+  const auto code = [&](int32_t i) -> const Instruction& { return p.code[static_cast<size_t>(i)]; };
+  Choice found{load, -1, -1};
+  for (int a = 0; a < code(load).nargs; ++a) {
+    const int32_t index = code(load).args[a];
+    const Instruction& in = code(index);
+    const bool by_block = in.op == Op::floordiv_i && code(in.args[0]).op == Op::var_kv_idx &&
+                          code(in.args[1]).op == Op::const_i && code(in.args[1]).attr > 0;
+    if ((p.boxes.steps[static_cast<size_t>(index)].reads & kReadsPair) == 0) continue;
+    if (in.op == Op::var_q_idx && found.query < 0) {
+      found.query = a;
+    } else if (by_block && found.key < 0) {
+      found.key = a;
+      found.block = code(in.args[1]).attr;
+    } else {
+      return {};
+    }
+  }
+  return found.query >= 0 && found.key >= 0 ? found : Choice{};
+}
+
+// A factor of the mask that is a choice.
+Choice find_choice(const Program& p) {
+  std::vector<bool> factor(p.code.size(), false);
+  if (p.mask >= 0) factor[static_cast<size_t>(p.mask)] = true;
+  for (int32_t i = p.mask; i >= 0; --i) {
+    const Instruction& in = p.code[static_cast<size_t>(i)];
+    if (!factor[static_cast<size_t>(i)]) continue;
+    if (in.op == Op::and_b)
+      for (int a : {0, 1}) factor[static_cast<size_t>(in.args[a])] = true;
+    if (in.op == Op::load_b)
+      if (const Choice found = as_choice(p, i); found.load >= 0) return found;
+  }
+  return {};
+}
+
 }  // namespace
 
 static_assert(std::size(kSignatures) == static_cast<size_t>(Op::all));
 
 const OpSignature& signature(Op op) { return kSignatures[static_cast<size_t>(op)]; }
 
-std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_buffers, int num_params, Program& out) {
+namespace {
+
+// All but what has to do with a choice.
+std::string compile_code(std::span<const int32_t> rows, const Roots& roots, int num_buffers, int num_params,
+                         Program& out) {
   Program p;
   p.num_buffers = num_buffers;
   p.num_params = num_params;
@@ -191,6 +232,22 @@ std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_b
   p.boxes = plan_boxes(p.code, roots.mask);
   out = std::move(p);
   return {};
+}
+
+}  // namespace
+
+std::string compile(std::span<const int32_t> rows, const Roots& roots, int num_buffers, int num_params, Program& out) {
+  std::string bad = compile_code(rows, roots, num_buffers, num_params, out);
+  if (!bad.empty()) return bad;
+  out.choice = find_choice(out);
+  if (out.choice.load < 0) return bad;
+  std::vector<int32_t> code(rows.begin(), rows.end());
+  const int32_t taken[3] = {static_cast<int32_t>(Op::const_b), 1, 0};
+  std::copy(taken, taken + 3, code.begin() + 8 * out.choice.load);
+  Program chosen;
+  bad = compile_code(code, roots, num_buffers, num_params, chosen);
+  out.chosen = std::make_shared<const Program>(std::move(chosen));
+  return bad;
 }
 
 }  // namespace attnkit::cpu

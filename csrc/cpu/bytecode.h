@@ -3,6 +3,7 @@
 // its own values and the buffers it was given. Only `compile` makes a Program, and it refuses what does not verify.
 #pragma once
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -146,6 +147,13 @@ struct Roots {
   bool carries = false;  // it may read f, what earlier queries carried onto a key; of a Program: it does
 };
 
+// A mask such as `chosen[b, h, q_idx, kv_idx // 128] & ...`: each query chooses its blocks of keys.
+struct Choice {
+  int32_t load = -1;       // the instruction that reads the map; -1: there is none
+  int32_t query = 0, key = 0;  // which of its indices are q_idx and kv_idx // block
+  int32_t block = 1;       // keys
+};
+
 struct Program : Roots {
   std::vector<Instruction> code;  // as it came: what is analysed
   std::vector<Instruction> run;   // as it is run, under the same numbers: some are fused, some of no use any more
@@ -157,6 +165,8 @@ struct Program : Roots {
   std::vector<uint8_t> buffer_rank;  // rank required of each buffer, 0xff: not read by the code
   std::vector<char> buffer_type;     // 'f', 'i' or 'b'
   BoxPlan boxes;                     // how it is evaluated on boxes
+  Choice choice;
+  std::shared_ptr<const Program> chosen;  // of a choice: the same of pairs that are chosen, under the same numbers
 };
 
 // Rows of 8: opcode, attr, nargs, a0..a4. Returns an empty string and fills `out`, or says what is wrong.

@@ -39,6 +39,7 @@ struct Call {
   int32_t split_kv = 0;  // keys of a stretch, a multiple of tile_kv: each is summed by itself, and then they are merged
   bool subtracts = false;  // the score is s - f, and no more
   bool some_gone = false;  // keys onto which infinity was carried are gone: what they hold may not be read
+  int32_t gathered = 0;  // queries of a task whose pieces are gathered, at most
 };
 
 // What was carried onto each key, as each query of a block finds it: a row of `ld` for each key, a lane a query, or
@@ -58,8 +59,18 @@ struct Task {
   int32_t q_count;
   int64_t kv_first = 0, kv_end = INT64_MAX;  // the keys it takes, whole stretches; more than there are means all
   Carried carried = {};
+  const int32_t* listed = nullptr;  // its queries, ascending, where they do not lie side by side
 
   int32_t lanes() const { return heads * q_count; }
+  int64_t query(int32_t i) const { return listed == nullptr ? q_first + i : listed[i]; }
+  int64_t last_query() const { return query(q_count - 1); }
+  Task part(int32_t first, int32_t count) const {
+    Task t = *this;
+    t.q_first += first;
+    t.q_count = count;
+    if (listed != nullptr) t.listed += first;
+    return t;
+  }
 };
 
 // Stretches of keys that a row of tiles must visit, in order. Filled by the scheduler's block analysis.
@@ -67,6 +78,19 @@ struct KeyRange {
   int64_t first;
   int32_t count;
   bool full;
+};
+
+// Some queries of a task that is gathered, and keys that they see.
+struct Piece {
+  Task queries;  // listed
+  const KeyRange* ranges;
+  size_t num_ranges;  // all in one stretch
+};
+
+// How such a task gets at its pieces: those of a stretch of keys together, and for each query in the order of keys.
+struct Pieces {
+  void* state;
+  bool (*next)(void* state, Piece* piece);
 };
 
 // Where the tasks that share the keys of some lanes leave what they summed: for each stretch a row of `part_floats`
@@ -89,6 +113,7 @@ struct BackwardCall {
   const Gradients* gradients;
   int32_t tile_q, tile_kv;
   bool has_score;  // or derivatives: a program has to run in full tiles too
+  bool gathers = false;  // queries of tiles are listed
 };
 
 // What one program load adds to: the gradient of its buffer, or a thread's own part of it.
@@ -175,6 +200,8 @@ struct Kernel {
   // Runs one task over the given key ranges, to the end or (`parts`) as far as its stretches go. Returns the
   // instruction of an out-of-range load, or -1.
   int32_t (*run)(const Call&, const Task&, const KeyRange*, size_t num_ranges, const Parts* parts, float* workspace);
+  // Runs one task piece by piece: at most `gathered` queries of one head.
+  int32_t (*gather)(const Call&, const Task&, const Pieces&, float* workspace);
   // Brings the stretches that several tasks left to the end: `task` is any of them.
   void (*merge)(const Call&, const Task& task, const Parts&, float* workspace);
   // Tokens as int8: a workspace of encode_floats floats.

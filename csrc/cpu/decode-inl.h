@@ -13,6 +13,15 @@ inline constexpr int kBlockVecs = kAccumulators / 16 + 1;  // with so many vecto
 inline constexpr int kBlockKeys = 32;  // keys that are in use, and as many are being fetched: they share the cache
 inline constexpr int kFewVecs = kAccumulators / 6;  // or with so many vectors of value channels
 
+// Calls f<rows>(first) for the rows of all lanes, four, two or one at a time.
+template <class F>
+ATTNKIT_INLINE void by_rows(int32_t lanes, F f) {
+  int32_t m = 0;
+  for (; lanes - m >= kFewRows; m += kFewRows) f.template operator()<kFewRows>(m);
+  for (; lanes - m >= 2; m += 2) f.template operator()<2>(m);
+  if (lanes > m) f.template operator()<1>(m);
+}
+
 // ---- transposition ----
 
 // to[d][n] = f(rows[n][d]), `ld` floats from one d to the next; zeros up to a whole vector of rows.
@@ -202,15 +211,10 @@ template <class T>
 void few_scores(const float* q, int32_t lanes, int64_t q_stride, int32_t channels, const Lines& k, float* st,
                 int32_t st_stride, const Ahead& ahead) {
   for (int32_t n = 0; n < k.count; n += kBlockVecs * kLanes) {
-    int32_t m = 0;
-    const auto rows = [&]<int kRows>() {
+    by_rows(lanes, [&]<int kRows>(int32_t m) {
       few_tile<kRows, kBlockVecs, T>(q + static_cast<int64_t>(m) * q_stride, q_stride, channels, k, n,
                                      st + m * st_stride + n, st_stride, m == 0 ? ahead : kNothing);
-      m += kRows;
-    };
-    while (lanes - m >= kFewRows) rows.template operator()<kFewRows>();
-    while (lanes - m >= 2) rows.template operator()<2>();
-    if (lanes > m) rows.template operator()<1>();
+    });
   }
 }
 
@@ -226,21 +230,46 @@ ATTNKIT_INLINE float largest_lane(vf x) {
   return x[0];
 }
 
-// The weights of plain scores, elementwise as softmax has them; the maxima and the factors of what was before.
-inline void few_weights(float* st, int32_t ld, int32_t count, int32_t lanes, float* max, float* alpha) {
-  alignas(kBytes) float top[kFewLanes] = {};
-  for (int32_t m = 0; m < lanes; ++m) {
-    vf largest = set1(max[m]);
-    for (int32_t n = 0; n < count; n += kLanes) largest = max_or_second(load(st + m * ld + n), largest);
-    top[m] = largest_lane(largest);
-  }
+ATTNKIT_INLINE vf sums_of_four(const vf* x) {
+  return fold_lanes(x, [](vf a, vf b) __attribute__((always_inline)) { return a + b; });
+}
+ATTNKIT_INLINE vf largest_of_four(const vf* x) {
+  return fold_lanes(x, [](vf a, vf b) __attribute__((always_inline)) { return max_or_second(a, b); });
+}
+
+// The weights of plain scores, elementwise as softmax has them; the maxima and the factors of what was before. Into
+// `sums`, if it is there, those of the weights; it has room for kFewLanes + kLanes.
+inline void few_weights(float* st, int32_t ld, int32_t count, int32_t lanes, float* max, float* alpha,
+                        float* sums = nullptr) {
+  alignas(kBytes) float top[kFewLanes + kLanes] = {};
+  by_rows(lanes, [&]<int kRows>(int32_t m) __attribute__((always_inline)) {
+    vf largest[kFewRows] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) largest[i] = set1(max[m + i]);
+    for (int32_t n = 0; n < count; n += kLanes)
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) largest[i] = max_or_second(load(st + (m + i) * ld + n), largest[i]);
+    store(top + m, largest_of_four(largest));
+  });
   const vf largest = load(top), pivot = largest == set1(-kInfinity) ? vf{} : largest;
   store(alpha, exp_weight(load(max) - pivot));
   store(max, largest);
   store(top, pivot);
-  for (int32_t m = 0; m < lanes; ++m)
-    for (int32_t n = 0; n < count; n += kLanes)
-      store(st + m * ld + n, exp_weight(load(st + m * ld + n) - set1(top[m])));
+  by_rows(lanes, [&]<int kRows>(int32_t m) __attribute__((always_inline)) {
+    vf sum[kFewRows] = {};
+    for (int32_t n = 0; n < count; n += kLanes) {
+      vf x[kRows];
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) x[i] = load(st + (m + i) * ld + n) - set1(top[m + i]);
+      exp_weights<kRows>(x);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        store(st + (m + i) * ld + n, x[i]);
+        sum[i] += x[i];
+      }
+    }
+    if (sums != nullptr) store(sums + m, sums_of_four(sum));
+  });
 }
 
 // A row of kLanes queries for each key, from S^T. Told every row.
@@ -322,17 +351,12 @@ void few_values(const float* p, int32_t bm, const Lines& v, int32_t first, int32
     const T* rows_of_block = reinterpret_cast<const T*>(v.at(first + n));
     int32_t c = 0, part = 0;
     const auto columns = [&]<int kWidth>() {
-      int32_t m = 0;
-      const auto rows = [&]<int kRows>() {
+      by_rows(lanes, [&]<int kRows>(int32_t m) {
         const int64_t at = static_cast<int64_t>(m) * o_stride + c;
         few_values_tile<kRows, kWidth>(p + m, bm, rows_of_block + c, v.stride / static_cast<int64_t>(sizeof(T)), n, end,
                                        end == count, sums + at, alpha + m, o + at, o_stride, ahead, first + n, part++,
                                        parts);
-        m += kRows;
-      };
-      while (lanes - m >= kFewRows) rows.template operator()<kFewRows>();
-      while (lanes - m >= 2) rows.template operator()<2>();
-      if (lanes > m) rows.template operator()<1>();
+      });
       c += kWidth * kUnit * kLanes;
     };
     while (c + kWide <= o_stride) columns.template operator()<kVecs>();

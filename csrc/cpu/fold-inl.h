@@ -5,11 +5,14 @@
 struct Fold {
   float *o, *max, *sum;
   int64_t o_stride;
+
+  Fold at(int64_t lane) const { return {o + lane * o_stride, max + lane, sum + lane, o_stride}; }
 };
 
 // `to` may be either of the two. Nothing seen weighs nothing: exp(-infinity - pivot) is 0.
 inline void merge(const Fold& to, const Fold& a, const Fold& b, int32_t lanes, int32_t channels) {
   for (int32_t m = 0; m < lanes; ++m) {
+    if (to.o == a.o && b.max[m] == -kInfinity) continue;
     const float max = a.max[m] > b.max[m] ? a.max[m] : b.max[m];
     const float pivot = max == -kInfinity ? 0 : max;
     const vf of_a = exp_weight(set1(a.max[m] - pivot)), of_b = exp_weight(set1(b.max[m] - pivot));
@@ -26,6 +29,12 @@ inline void copy(const Fold& to, const Fold& from, int32_t lanes, int32_t channe
   for (int32_t m = 0; m < lanes; ++m) __builtin_memcpy(to.o + m * to.o_stride, from.o + m * from.o_stride, row);
   __builtin_memcpy(to.max, from.max, static_cast<size_t>(lanes) * sizeof(float));
   __builtin_memcpy(to.sum, from.sum, static_cast<size_t>(lanes) * sizeof(float));
+}
+
+inline void copy_lane(const Fold& to, const Fold& from, int32_t channels) {
+  for (int32_t c = 0; c < channels; c += kLanes) store(to.o + c, load(from.o + c));
+  *to.max = *from.max;
+  *to.sum = *from.sum;
 }
 
 // A stretch as it lies among the parts of a split task.

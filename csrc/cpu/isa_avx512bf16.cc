@@ -39,6 +39,7 @@ double dot_burst(int64_t rounds) {
 constexpr Kernel kAvx512bf16Kernel = [] {
   Kernel found = level("avx512bf16");
   found.run = run_by_dtype;
+  found.gather = gather_by_dtype;
   found.backward_bytes = backward_bytes_by_dtype;
   found.backward = backward_by_dtype;
   found.carry.select = select_by_dtype;

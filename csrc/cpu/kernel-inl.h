@@ -6,7 +6,8 @@
 // memory, the softmax statistics are vertical vectors, and no horizontal reduction is ever needed; only the queries are
 // transposed, once per task. (FlashAttention's online softmax: Milakov & Gimelshein 2018, Dao 2022.)
 
-inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes
+inline constexpr int32_t kMostCodeChannels = 512;  // of queries that are multiplied as bytes,
+inline constexpr int32_t kMostCodeGroups = kMaxTileKv / 32 + 1;  // each time with the scales of a group of keys
 
 // Where things lie in a thread's workspace.
 struct Layout {
@@ -57,8 +58,8 @@ struct Layout {
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
     q = take(kFewLanes, dq);
     const bool coded = p.stores != nullptr;
-    code_q = take(coded ? kFewLanes + kFewRows : 0, dq);
-    code_bytes = take(coded ? kFewLanes : 0, kMostCodeChannels / 2);
+    code_q = take(coded ? kFewLanes : 0, dq);
+    code_bytes = take(coded ? kMostCodeGroups * kFewLanes : 0, kMostCodeChannels / 2);
     code_weights = take(coded ? kFewLanes : 0, c.tile_kv * (dv / 64 + 1) + 2 * dv);
     st = take(kFewLanes, ld);
     apart = take(kFewLanes, dv);
@@ -90,9 +91,13 @@ class Forward {
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
   void begin(bool any_keys) {
     start();
+    prepare(any_keys);
+  }
+
+  void prepare(bool any_keys) {
     if (thinned())
       for (int32_t m = 0; m < t_.lanes(); ++m)
-        random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.q_first + m % t_.q_count));
+        random_.put(m, philox_.query(static_cast<int32_t>(head_of(m)), t_.query(m % t_.q_count)));
     if (!any_keys || (!has_score_ && !c_.has_mask)) return;
     tile_.begin();
     tile_.queries(t_);
@@ -119,11 +124,23 @@ class Forward {
   void save(const Fold& part) const { copy(part, now_, t_.lanes(), at_.dv); }
   void take(const Fold& part) { copy(now_, part, t_.lanes(), at_.dv); }
 
+  // The same of queries that are listed: what there is of query `first` and those after it.
+  void save_listed(const Fold& rows, int64_t first) const {
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy_lane(rows.at(t_.query(m) - first), now_.at(m), at_.dv);
+  }
+  void take_listed(const Fold& rows, int64_t first) {
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy_lane(now_.at(m), rows.at(t_.query(m) - first), at_.dv);
+    for (int32_t m = t_.lanes(); m < at_.bm; ++m) {
+      ws_[at_.max + m] = -kInfinity;
+      ws_[at_.sum + m] = 0;
+    }
+  }
+
   int32_t finish() {
     if (any_before_) merge(now_, before_, now_, t_.lanes(), at_.dv);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
       const int32_t head = head_of(m);
-      const int64_t token = p_.result_at(t_.sequence, t_.q_first + m % t_.q_count);
+      const int64_t token = p_.result_at(t_.sequence, t_.query(m % t_.q_count));
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
@@ -165,15 +182,16 @@ class Forward {
     return plain(full) ? largest : nullptr;
   }
 
-  // What the products take away.
-  Less less(int64_t first) const {
+  // Calls f with the dot product of scores: less what is carried onto the keys, where nothing else changes them.
+  template <class Dot, class F>
+  void with_less(const Dot& dot, int64_t first, F f) const {
     const Carried& from = t_.carried;
-    if (has_score_ || !c_.has_score) return {};
-    return {from.f + (first - from.first) * from.ld, from.ld};
+    if (has_score_ || !c_.has_score) return f(dot);
+    f(LessDot<Dot>{dot, from.f + (first - from.first) * from.ld, from.ld});
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
-  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.q_first + lane % t_.q_count); }
+  int64_t token_of(int32_t lane) const { return p_.query_at(t_.sequence, t_.query(lane % t_.q_count)); }
 
   template <class P>  // a pointer to the elements
   P row(const View& view, int32_t head, int64_t token) const {
@@ -183,8 +201,8 @@ class Forward {
   // Keys or values as they lie in memory; of groups a copy of the tile's.
   Lines lines(const View& view, int32_t channels, int64_t first, int32_t count, size_t listed) const {
     if (p_.groups != nullptr)
-      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, p_.groups[t_.sequence].keys + first, count, channels,
-                          ws_ + listed);
+      return listed_lines(view, p_.dtype, seq_.batch, kv_head_, seq_.kv_start, p_.groups[t_.sequence].keys + first,
+                          count, channels, ws_ + listed);
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
@@ -330,39 +348,34 @@ class Forward {
     return {keys.first / kSums * kSums, end < count ? end : count};
   }
 
-  template <class Weights, int kVecs>
-  void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
-    float* s = ws_ + at_.s + lane;
-    vf pivot[kVecs], sum[kSums][kVecs] = {};
-    for (int v = 0; v < kVecs; ++v) {
-      float* max = ws_ + at_.max + lane + v * kLanes;
-      const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane + v * kLanes);
-      // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
-      pivot[v] = new_max == set1(-kInfinity) ? vf{} : new_max;
-      store(max, new_max);
-      store(ws_ + at_.alpha + lane + v * kLanes, exp_weight(old_max - pivot[v]));
-    }
+  // A vector of queries.
+  template <class Weights>
+  __attribute__((noinline)) void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
+    const float* s = ws_ + at_.s + lane;
+    float *max = ws_ + at_.max + lane, *alpha = ws_ + at_.alpha + lane;
+    const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane);
+    // Nothing seen so far: any finite pivot keeps (-inf) - (-inf) from being computed.
+    const vf pivot = new_max == set1(-kInfinity) ? vf{} : new_max;
+    store(max, new_max);
+    store(alpha, exp_weight(old_max - pivot));
+    vf sum[kSums] = {};
     const auto weigh = [&]<int kKeys>(int32_t n, int u) {
-      vf w[kKeys][kVecs];
+      vf w[kKeys];
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i)
+      for (int i = 0; i < kKeys; ++i) w[i] = load(s + (n + i) * at_.bm) - pivot;
+      Weights::template exp<kKeys>(w);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) w[i][v] = load(s + (n + i) * at_.bm + v * kLanes) - pivot[v];
-      Weights::template exp<kKeys * kVecs>(w[0]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kKeys; i += 2)
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) {
-          const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys][v] : vf{};
-          sum[u + i][v] += w[i][v];
-          sum[u + i + 1][v] += after;
-          weights.put(n + i, lane + v * kLanes, w[i][v], after);
-        }
+      for (int i = 0; i < kKeys; i += 2) {
+        const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys] : vf{};
+        sum[u + i] += w[i];
+        sum[u + i + 1] += after;
+        weights.put(n + i, lane, w[i], after);
+      }
     };
     int32_t n = keys.first;
     for (; n + kSums <= keys.end; n += kSums)
 #pragma GCC unroll 4
-      for (int u = 0; u < kSums; u += Weights::kKeys) weigh.template operator()<Weights::kKeys>(n + u, u);
+      for (int u = 0; u < kSums; u += kSoftmaxKeys) weigh.template operator()<kSoftmaxKeys>(n + u, u);
 #pragma GCC unroll 2
     for (int u = 0; u < kSums; u += 2) {
       if (n + u + 1 < keys.end)
@@ -370,22 +383,16 @@ class Forward {
       else if (n + u < keys.end)
         weigh.template operator()<1>(n + u, u);
     }
-    for (int v = 0; v < kVecs; ++v) {
-      float* total = ws_ + at_.sum + lane + v * kLanes;
-      store(total, fma(load(total), load(ws_ + at_.alpha + lane + v * kLanes),
-                       (sum[0][v] + sum[1][v]) + (sum[2][v] + sum[3][v])));
-    }
+    float* total = ws_ + at_.sum + lane;
+    store(total, fma(load(total), load(alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  // Scores become weights, which `weights` computes (exp) for kKeys keys by kVecs vectors of queries in step, and puts
-  // two keys at a time; the row after the last is zero.
+  // Scores become weights, which `weights` computes (exp) for some keys in step, and puts two keys at a time; the row
+  // after the last is zero.
   template <class Weights>
   void softmax(int32_t count, bool full, const Weights& weights) {
     if (!full) return softmax_of_live(count, weights);
-    int32_t lane = 0;
-    for (; lane + Weights::kVecs * kLanes <= at_.bm; lane += Weights::kVecs * kLanes)
-      softmax_lanes<Weights, Weights::kVecs>(lane, {0, count}, weights);
-    for (; lane < at_.bm; lane += kLanes) softmax_lanes<Weights, 1>(lane, {0, count}, weights);
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) softmax_lanes(lane, {0, count}, weights);
   }
 
   // A row of the products may reach beyond the span of a vector: there are zeros.
@@ -394,7 +401,7 @@ class Forward {
     for (int32_t v = 0; v * kLanes < at_.bm; ++v) {
       const Span keys = turns(spans_[v], count);
       for (int32_t n = 0; n < keys.first; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
-      softmax_lanes<Weights, 1>(v * kLanes, keys, weights);
+      softmax_lanes(v * kLanes, keys, weights);
       for (int32_t n = keys.end; n < count; n += 2) weights.put(n, v * kLanes, vf{}, vf{});
     }
   }
@@ -518,9 +525,4 @@ void merge_parts(const Call& c, const Task& t, const Parts& parts, float* worksp
     any = true;
   }
   forward.finish();
-}
-
-size_t workspace_bytes(const Call& c) {
-  const size_t many = Layout(c, kMaxTileQ, false).places.next, few = Layout(c, kFewLanes, true).places.next;
-  return (many > few ? many : few) * sizeof(float);
 }

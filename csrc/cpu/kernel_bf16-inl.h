@@ -6,7 +6,7 @@ struct PairDot {
   float scale = 1;  // of scores: scaled queries would be rounded once more
   ATTNKIT_INLINE PairDot at(int32_t, int32_t) const { return *this; }
   ATTNKIT_INLINE vf start(int32_t) const { return vf{}; }
-  ATTNKIT_INLINE vf finish(vf sum, int, bool) const { return sum * set1(scale); }
+  ATTNKIT_INLINE vf finish(vf sum, int32_t, int, bool) const { return sum * set1(scale); }
   static ATTNKIT_INLINE vf run(vf a, vf b, vf sum) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
@@ -21,6 +21,17 @@ ATTNKIT_INLINE vf in_pairs(__m512i both) {
   alignas(64) static constexpr int16_t kShuffle[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(kShuffle), both);
+}
+// Elements kFirst to kFirst + 15 of two vectors, side by side.
+template <int kFirst>
+ATTNKIT_INLINE vf shuffle_pairs(vf a, vf b) {
+  alignas(64) static constexpr struct Order {
+    int16_t at[32];
+    constexpr Order() : at() {
+      for (int i = 0; i < 32; ++i) at[i] = static_cast<int16_t>(kFirst + i / 2 + i % 2 * 32);
+    }
+  } kOrder;
+  return (vf)_mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(kOrder.at), (__m512i)b);
 }
 // Rounds to nearest.
 ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
@@ -97,9 +108,11 @@ class PairForward : public Forward {
 
  protected:
   virtual void scores(int64_t first, int32_t count, bool full) {
-    const Lines keys = keys_of(first, count);
-    qk_units<PairDot>(ws_ + at_.qt, at_.bm, keys_as_pairs(keys), count, live(full), (p_.head_dim + 1) / 2, {p_.scale},
-                      ws_ + at_.s, start_largest(full), less(first));
+    const KeyRows keys = keys_as_pairs(keys_of(first, count));
+    float* largest = start_largest(full);
+    with_less(PairDot{p_.scale}, first, [&](const auto& dot) {
+      qk_units(ws_ + at_.qt, at_.bm, keys, count, live(full), (p_.head_dim + 1) / 2, dot, ws_ + at_.s, largest);
+    });
   }
 
  private:
@@ -107,7 +120,6 @@ class PairForward : public Forward {
     float* at;
     int32_t bm;
 
-    static constexpr int kVecs = 3, kKeys = 2;
     template <int kCount>
     static ATTNKIT_INLINE void exp(vf* x) {
       exp_rough<kCount>(x);
@@ -130,22 +142,45 @@ class PairForward : public Forward {
   }
 
   void pack_values(const Lines& values) {
-    const int32_t count = values.count;
-    const int64_t stride = values.stride / 2, channel = p_.v.stride[3];
-    for (int32_t n = 0; n < count; n += 2) {
-      const Bf16* v = reinterpret_cast<const Bf16*>(values.at(n));
-      float* to = ws_ + at_.values + static_cast<int64_t>(n / 2) * at_.dv;
-      const bool second = n + 1 < count;
-      int32_t d = 0;
-      if (channel == 1)
-        for (; d + kLanes <= p_.v_head_dim; d += kLanes)
-          store_int(to + d, vi(widen_bits(v + d) | (second ? widen_bits(v + stride + d) << 16 : vu{})));
-      for (; d < at_.dv; ++d) {
-        uint32_t pair = 0;
-        if (d < p_.v_head_dim) pair = pair_of(v[d * channel], second ? v[stride + d * channel] : Bf16{0});
-        __builtin_memcpy(to + d, &pair, 4);
-      }
+    for (int32_t n = 0; n < values.count; n += Lines::kRun) {
+      const int32_t left = values.count - n;
+      pack_run(reinterpret_cast<const Bf16*>(values.at(n)), {values.stride / 2, p_.v.stride[3]},
+               left < Lines::kRun ? left : Lines::kRun, p_.v_head_dim, ws_ + at_.values + n / 2 * at_.dv, at_.dv);
     }
+  }
+
+  struct Strides {
+    int64_t row, channel;
+  };
+  // Of adjacent rows. Not inlined: inside `run` there are no registers for it.
+  static __attribute__((noinline)) void pack_run(const Bf16* v, Strides stride, int32_t count, int32_t width, float* to,
+                                                 int32_t dv) {
+    int32_t d = 0;
+    const auto columns = [&](int32_t channels, auto pack) {
+      for (; d + channels <= width; d += channels) {
+        const Bf16* row = v + d;
+        float* pairs = to + d;
+        for (int32_t n = 0; n < count; n += 2, row += 2 * stride.row, pairs += dv)
+          pack(row, n + 1 < count ? row + stride.row : nullptr, pairs);
+      }
+    };
+    if (stride.channel == 1) {
+      columns(2 * kLanes, [](const Bf16* row, const Bf16* next, float* pairs) {
+        const vf a = load_units(row), b = next != nullptr ? load_units(next) : vf{};
+        store(pairs, shuffle_pairs<0>(a, b));
+        store(pairs + kLanes, shuffle_pairs<16>(a, b));
+      });
+      columns(kLanes, [](const Bf16* row, const Bf16* next, float* pairs) {
+        store_int(pairs, vi(widen_bits(row) | (next != nullptr ? widen_bits(next) << 16 : vu{})));
+      });
+    }
+    for (; d < dv; ++d)
+      for (int32_t n = 0; n < count; n += 2) {
+        const Bf16* row = v + n * stride.row + d * stride.channel;
+        uint32_t pair = 0;
+        if (d < width) pair = pair_of(*row, n + 1 < count ? row[stride.row] : Bf16{0});
+        __builtin_memcpy(to + n / 2 * dv + d, &pair, 4);
+      }
   }
 };
 
@@ -176,15 +211,10 @@ class PairDecode : public FloatForward {
 
   // Into S^T from column `at` on.
   void scores_of(const Lines& keys, const Ahead& ahead, int32_t at = 0) {
-    int32_t m = 0;
-    const auto rows = [&]<int kRows>() {
+    by_rows(t_.lanes(), [&]<int kRows>(int32_t m) {
       dot_rows<kRows>(queries() + m * width_, width_, keys, p_.scale, ws_ + at_.st + m * ld_ + at, ld_,
                       m == 0 ? ahead : kNothing);
-      m += kRows;
-    };
-    while (t_.lanes() - m >= 4) rows.template operator()<4>();
-    while (t_.lanes() - m >= 2) rows.template operator()<2>();
-    if (t_.lanes() > m) rows.template operator()<1>();
+    });
   }
 
   const int32_t width_;  // channels, with zeros up to a whole vector of pairs

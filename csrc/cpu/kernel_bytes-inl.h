@@ -12,7 +12,7 @@ struct ByteProduct {
     }
     ATTNKIT_INLINE Dot at(int32_t key, int32_t lane) const { return {starts + key, factor + lane, shift + lane}; }
     ATTNKIT_INLINE vf start(int32_t key) const { return set1_bits(starts + key); }
-    ATTNKIT_INLINE vf finish(vf sum, int v, bool first) const {
+    ATTNKIT_INLINE vf finish(vf sum, int32_t, int v, bool first) const {
       return fma(to_float(as_int(sum)), load(factor + v * kLanes), first ? load(shift + v * kLanes) : vf{});
     }
   };
@@ -51,4 +51,8 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
     return codes ? run<CodeDecode> : run<FloatForward>;
   }();
   return run_it(c, t, ranges, num_ranges, parts, workspace);
+}
+
+int32_t gather_by_dtype(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
+  return (c.problem->dtype == DType::bf16 ? gather<PairForward> : gather<FloatForward>)(c, t, pieces, workspace);
 }

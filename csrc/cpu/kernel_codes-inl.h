@@ -14,7 +14,10 @@ ATTNKIT_INLINE vi word_at(const char* p) {
   __builtin_memcpy(&word, p, 4);
   return set1_int(word);
 }
-ATTNKIT_INLINE vf widen_scales(const uint16_t* p) { return widen(reinterpret_cast<const Bf16*>(p)); }
+// The compiler's own widening takes five instructions.
+ATTNKIT_INLINE vf widen_scales(const uint16_t* p) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+}
 
 // Where the codes of a tile lie and their scales begin, a run of tokens after the other.
 struct CodeTile {
@@ -84,36 +87,40 @@ inline CodeFetch fetch_of(const CodeTile& next, int32_t r, int32_t steps, const 
 
 // ---- queries as bytes ----
 
-// [query][high, low][channel]
 inline constexpr float kMostQuery = 32512;  // 127 * 256
 
-// Of 64 integers up to kMostQuery the two bytes of each, in order.
-ATTNKIT_INLINE void put_bytes(const vi* x, char* high, char* low) {
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+// A float whose low bits are the whole number next to a product; of 64 of them, up to kMostQuery, the two bytes each.
+ATTNKIT_INLINE vf rounded(vf x, vf factor) { return fma(x, factor, set1(12582912.0f)); }  // 1.5 * 2^23
+ATTNKIT_INLINE void put_bytes(const vf* x, char* high, char* low) {
+  alignas(64) static constexpr int16_t kHalves[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                      32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), halves = _mm512_load_si512(kHalves);
   __m512i top[2], rest[2];
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i) {
-    const __m512i both = _mm512_packs_epi32((__m512i)x[2 * i], (__m512i)x[2 * i + 1]);
-    top[i] = _mm512_srai_epi16(_mm512_add_epi16(both, _mm512_set1_epi16(128)), 8);
-    rest[i] = _mm512_sub_epi16(both, _mm512_slli_epi16(top[i], 8));
+    const __m512i both = _mm512_permutex2var_epi16((__m512i)x[2 * i], halves, (__m512i)x[2 * i + 1]);
+    top[i] = _mm512_srli_epi16(_mm512_add_epi16(both, _mm512_set1_epi16(128)), 8);
+    rest[i] = _mm512_and_si512(both, _mm512_set1_epi16(255));
   }
-  _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(top[0], top[1])));
-  _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(rest[0], rest[1])));
+  _mm512_storeu_si512(high, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(top[0], top[1])));
+  _mm512_storeu_si512(low, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(rest[0], rest[1])));
 }
 
-// Rounds `count` numbers, a multiple of kLanes, to multiples of `step`, the largest of them to kMostQuery at most.
-ATTNKIT_INLINE void round_to_bytes(const float* x, int32_t count, float step, char* high, char* low) {
-  const vf inverse = set1(step == 0 ? 0 : 1 / step);
+// Rounds `count` numbers times `inverse`, at most kMostQuery; `count` is a multiple of 2 kLanes.
+ATTNKIT_INLINE void round_to_bytes(const float* x, int32_t count, float inverse, char* high, char* low) {
   for (int32_t c = 0; c < count; c += 4 * kLanes) {
-    vi codes[4];
+    vf whole[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const vf y = c + i * kLanes < count ? load(x + c + i * kLanes) * inverse : vf{};
-      codes[i] = (vi)_mm512_cvtps_epi32((__m512)y);
-    }
-    put_bytes(codes, high + c, low + c);
+    for (int i = 0; i < 4; ++i)
+      whole[i] = rounded(c + i * kLanes < count ? load(x + c + i * kLanes) : vf{}, set1(inverse));
+    put_bytes(whole, high + c, low + c);
   }
 }
+// The first four lanes.
+ATTNKIT_INLINE void store_four(float* p, vf x) { _mm_storeu_ps(p, _mm512_castps512_ps128((__m512)x)); }
+ATTNKIT_INLINE vf larger_magnitude(vf a, vf b) {
+  return (vf)_mm512_range_ps((__m512)a, (__m512)b, 0xb);
+}  // b if a is NaN
 
 // ---- keys ----
 
@@ -198,8 +205,8 @@ __attribute__((noinline)) void byte_values(const CodeTile& tile, int32_t stored,
     }
 }
 
-// The same over int4 or int2 values of kGroups groups of 32 channels. `weights`: bfloat16 [run][query][group][kRun];
-// `rest`: what is added to each group of channels, [query][group].
+// The same over int4 or int2 values of kGroups groups of 32 channels. `weights`: bfloat16 [two runs][query][group][2
+// kRun]; `rest`: what is added to each group of channels, [query][group].
 template <int kBits, int kRows, int kGroups>
 __attribute__((noinline)) void pair_values(const CodeTile& tile, int32_t stored, int32_t channel, const char* weights,
                                            int32_t lanes, int32_t groups, const float* rest, const float* alpha,
@@ -211,7 +218,7 @@ __attribute__((noinline)) void pair_values(const CodeTile& tile, int32_t stored,
   for (int32_t r = 0; r < tile.count; ++r) {
     const char* codes = tile.runs[r] + channel * 4;
     const CodeFetch fetch = fetch_of(next, part < parts ? r : next.count, 4 * parts, codes);
-    const char* w = weights + static_cast<int64_t>(r) * lanes * groups * 2 * kRun;
+    const char* w = weights + (static_cast<int64_t>(r / 2) * lanes * groups * 2 + r % 2) * 2 * kRun;
 #pragma GCC unroll 2
     for (int t = 0; t < 8; t += kPairs) {
       for (int i = 0; i < kPairs / 2; ++i) fetch.step(4 * part + t / 2 + i);
@@ -228,7 +235,7 @@ __attribute__((noinline)) void pair_values(const CodeTile& tile, int32_t stored,
         for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
           for (int g = 0; g < kGroups; ++g) {
-            const vf weight = set1_bits(w + (m * groups + g) * 2 * kRun + (t + i) * 4);
+            const vf weight = set1_bits(w + (m * groups + g) * 4 * kRun + (t + i) * 4);
             acc[m][2 * g] = PairDot::run(weight, v[2 * g], acc[m][2 * g]);
             acc[m][2 * g + 1] = PairDot::run(weight, v[2 * g + 1], acc[m][2 * g + 1]);
           }

@@ -13,7 +13,7 @@ struct FloatProduct {
 
     Dot(const int32_t* s, const float* f, const float* h) : starts(s), factor(f), shift(h) {}
     ATTNKIT_INLINE Dot at(int32_t key, int32_t lane) const { return {starts + key, factor + lane, shift + lane}; }
-    ATTNKIT_INLINE vf finish(vf sum, int v, bool first) const {
+    ATTNKIT_INLINE vf finish(vf sum, int32_t, int v, bool first) const {
       return fma(sum, load(factor + v * kLanes), first ? load(shift + v * kLanes) : vf{});
     }
   };

@@ -8,6 +8,8 @@ class FloatForward : public Forward {
             c.problem->skip == 0 &&
                 t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
 
+  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
+
   // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {
     if (few_)
@@ -74,8 +76,11 @@ class FloatForward : public Forward {
 
   virtual void scores(int64_t first, int32_t count, bool full) {
     const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
-    qk_units<FloatDot>(ws_ + at_.qt, at_.bm, {reinterpret_cast<const char*>(k.data), 4 * k.stride}, count, live(full),
-                       p_.head_dim, {}, ws_ + at_.s, start_largest(full), less(first));
+    const KeyRows keys{reinterpret_cast<const char*>(k.data), 4 * k.stride};
+    float* largest = start_largest(full);
+    with_less(FloatDot{}, first, [&](const auto& dot) {
+      qk_units(ws_ + at_.qt, at_.bm, keys, count, live(full), p_.head_dim, dot, ws_ + at_.s, largest);
+    });
   }
 
   void thin_weights(int64_t first, int32_t count, bool full) {
@@ -107,8 +112,6 @@ class FloatForward : public Forward {
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
     pv_guarded<FloatDot>(ws_ + at_.s, v.data, v.stride, count);
   }
-
-  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
 
   int32_t ld_ = 0;  // keys in a row of S^T, now
 
@@ -228,7 +231,6 @@ class FloatForward : public Forward {
   struct Weights {
     float* at;
     int32_t bm;
-    static constexpr int kVecs = 1, kKeys = kSoftmaxKeys;
     template <int kCount>
     static ATTNKIT_INLINE void exp(vf* x) {
       exp_weights<kCount>(x);

@@ -13,6 +13,7 @@
 #include "dropout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
+#include "gather-inl.h"
 #include "carry-inl.h"
 #include "kernel_encoded-inl.h"
 #include "backward_products-inl.h"
@@ -28,6 +29,7 @@
 #include "recur_pairs-inl.h"
 #include "recur_backward-inl.h"
 #include "moments-inl.h"
+#include "moments_forward-inl.h"
 #include "moments_backward-inl.h"
 #include "groups-inl.h"
 #include "select-inl.h"
@@ -37,6 +39,7 @@ constexpr Kernel level(const char* name) {
       .name = name,
       .workspace_bytes = workspace_bytes,
       .run = run_floats<FloatForward>,
+      .gather = gather<FloatForward>,
       .merge = merge_parts,
       .encode = encode_tokens,
       .backward_bytes = backward_bytes,

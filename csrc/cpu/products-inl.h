@@ -2,11 +2,11 @@
 //
 // Both take 4-byte units: a float, or (kernel_bf16-inl.h) a pair of bfloat16 that are multiplied and summed together.
 // What is done with a unit is a `Dot`:
-//   run(a, b, sum)          sum + a * b, lane by lane
-//   kKeys                   how many keys' weights and values are in a unit
+//   run(a, b, sum)               sum + a * b, lane by lane
+//   kKeys                        how many keys' weights and values are in a unit
 // and for scores, of keys and lanes counted from those of at(key, lane):
-//   start(key)              what the sum of a key's scores begins with
-//   finish(sum, v, first)   the scores of vector v of queries; `first`: of the first stretch of units
+//   start(key)                   what the sum of a key's scores begins with
+//   finish(sum, key, v, first)   a key's scores of vector v of queries; `first`: of the first stretch of units
 //
 // An instruction set says, before it includes this, how its registers are used: scores are computed for
 // kAccumulators / kQueryVecs keys by kQueryVecs vectors of queries (where only one vector of queries is left, for
@@ -20,7 +20,7 @@ struct FloatDot {  // of queries that are scaled
   static constexpr int kKeys = 1;
   ATTNKIT_INLINE FloatDot at(int32_t, int32_t) const { return {}; }
   ATTNKIT_INLINE vf start(int32_t) const { return vf{}; }
-  ATTNKIT_INLINE vf finish(vf sum, int, bool) const { return sum; }
+  ATTNKIT_INLINE vf finish(vf sum, int32_t, int, bool) const { return sum; }
   static ATTNKIT_INLINE vf run(vf a, vf b, vf sum) { return fma(a, b, sum); }
 };
 
@@ -35,6 +35,7 @@ ATTNKIT_INLINE Span seen(const Span* live, int32_t lane, int32_t lanes, int32_t 
   if (live == nullptr) return {0, count};
   Span all{count, 0};
   for (int32_t v = lane / kLanes; v * kLanes < lane + lanes; ++v) {
+    forget(v);  // they are few: not to be vectorised
     if (live[v].first < all.first) all.first = live[v].first;
     if (live[v].end > all.end) all.end = live[v].end;
   }
@@ -47,20 +48,33 @@ struct KeyRows {
   int64_t stride;
 };
 
-// What is taken away from scores: a row of `ld` for each key; null where there is nothing.
-struct Less {
-  const float* f = nullptr;
-  int64_t ld = 0;
+// Scores less what is taken away from them: a row of `ld` for each key.
+template <class Dot>
+struct LessDot : Dot {
+  const float* less;
+  int64_t ld;
+  ATTNKIT_INLINE LessDot at(int32_t key, int32_t lane) const {
+    return {Dot::at(key, lane), less + key * ld + lane, ld};
+  }
+  ATTNKIT_INLINE vf finish(vf sum, int32_t key, int v, bool first) const {
+    sum = Dot::finish(sum, key, v, first);
+    return first ? sum - load(less + key * ld + v * kLanes) : sum;
+  }
 };
 
 // Scores of kRows keys, over `depth` units; added to what `s` holds, or (`first`) put there. `largest`, if not null, is
 // raised to them: one value per query.
 template <class Dot, int kRows, int kVecs>
 ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32_t rows, int32_t depth, const Dot& dot,
-                            bool first, const Less& less, float* s, float* largest) {
+                            bool first, float* s, float* largest) {
   const auto in_tile = [&](int r) { return r < rows ? r : rows - 1; };  // tails repeat the last key
-  const char* key[kRows];
-  for (int r = 0; r < kRows; ++r) key[r] = k.data + in_tile(r) * k.stride;
+  const char *key[kRows], *at = k.data;
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r) {
+    key[r] = at;
+    at += r + 1 < rows ? k.stride : 0;
+    forget(at);
+  }
   vf acc[kRows][kVecs];
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r) {
@@ -82,16 +96,22 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32
 #pragma GCC unroll 32
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = dot.finish(acc[r][v], v, first);
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = dot.finish(acc[r][v], in_tile(r), v, first);
+  if (!first) {
+    const float* x = s;
 #pragma GCC unroll 32
-  for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r, x += bm) {
+      forget(x);
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      float* x = s + r * bm + v * kLanes;
-      if (!first) acc[r][v] += load(x);
-      if (less.f != nullptr) acc[r][v] -= load(less.f + in_tile(r) * less.ld + v * kLanes);
-      store(x, acc[r][v]);
+      for (int v = 0; v < kVecs; ++v) acc[r][v] += load(x + v * kLanes);
     }
+  }
+#pragma GCC unroll 32
+  for (int r = 0; r < kRows; ++r, s += bm) {
+    forget(s);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) store(s + v * kLanes, acc[r][v]);
+  }
   if (largest == nullptr) return;
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) {
@@ -105,10 +125,9 @@ ATTNKIT_INLINE void qk_tile(const float* qt, int32_t bm, const KeyRows& k, int32
 // Not inlined: inside `run` the compiler would keep the keys' addresses in memory.
 template <class Dot, int kRows, int kVecs>
 __attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const KeyRows& k, int32_t count, int32_t depth,
-                                          const Dot& dot, bool first, const Less& less, float* s, float* largest) {
+                                          const Dot& dot, bool first, float* s, float* largest) {
   for (int32_t n = 0; n < count; n += kRows)
     qk_tile<Dot, kRows, kVecs>(qt, bm, {k.data + n * k.stride, k.stride}, count - n, depth, dot.at(n, 0), first,
-                               {less.f == nullptr ? nullptr : less.f + n * less.ld, less.ld},
                                s + static_cast<int64_t>(n) * bm, largest);
 }
 
@@ -116,29 +135,28 @@ __attribute__((noinline)) void qk_columns(const float* qt, int32_t bm, const Key
 inline constexpr int32_t kChannels = 128;
 
 // S = K Q^T for `count` keys, as far as `live` needs it. Rows up to the next multiple of the micro-tile are written
-// with copies of the last key. `largest`, if not null, is raised to the largest score of each query. The scores are
-// less by what `less` has.
+// with copies of the last key. `largest`, if not null, is raised to the largest score of each query.
 template <class Dot>
 void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, const Span* live, int32_t units, const Dot& dot,
-              float* s, float* largest, const Less& less = {}) {
-  for (int32_t d = 0; d < units; d += kChannels, qt += static_cast<int64_t>(kChannels) * bm, k.data += 4 * kChannels) {
-    const int32_t depth = units - d < kChannels ? units - d : kChannels;
-    const bool last = d + depth == units;
-    const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
-      const Span keys = seen(live, lane, kVecs * kLanes, count);
-      qk_columns<Dot, kRows, kVecs>(
-          qt + lane, bm, {k.data + keys.first * k.stride, k.stride}, keys.end - keys.first, depth,
-          dot.at(keys.first, lane), d == 0,
-          last && less.f != nullptr ? Less{less.f + lane + keys.first * less.ld, less.ld} : Less{},
-          s + lane + static_cast<int64_t>(keys.first) * bm, last && largest != nullptr ? largest + lane : nullptr);
-    };
-    int32_t lane = 0;
-    // Four vectors are two and two: of three and one, the one would load as much for a third of the work.
-    for (; lane + kQueryVecs * kLanes <= bm && bm - lane != 4 * kLanes; lane += kQueryVecs * kLanes)
-      columns.template operator()<kAccumulators / kQueryVecs, kQueryVecs>(lane);
-    for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes) columns.template operator()<kAccumulators / 2, 2>(lane);
-    for (; lane < bm; lane += kLanes) columns.template operator()<kMaxKeyRows, 1>(lane);
-  }
+              float* s, float* largest) {
+  const auto columns = [&]<int kRows, int kVecs>(int32_t lane) {
+    const Span keys = seen(live, lane, kVecs * kLanes, count);
+    const char* data = k.data + keys.first * k.stride;
+    for (int32_t d = 0; d < units; d += kChannels, data += 4 * kChannels) {
+      const int32_t depth = units - d < kChannels ? units - d : kChannels;
+      const bool last = d + depth == units;
+      qk_columns<Dot, kRows, kVecs>(qt + static_cast<int64_t>(d) * bm + lane, bm, {data, k.stride},
+                                    keys.end - keys.first, depth, dot.at(keys.first, lane), d == 0,
+                                    s + lane + static_cast<int64_t>(keys.first) * bm,
+                                    last && largest != nullptr ? largest + lane : nullptr);
+    }
+  };
+  int32_t lane = 0;
+  // Four vectors are two and two: of three and one, the one would load as much for a third of the work.
+  for (; lane + kQueryVecs * kLanes <= bm && bm - lane != 4 * kLanes; lane += kQueryVecs * kLanes)
+    columns.template operator()<kAccumulators / kQueryVecs, kQueryVecs>(lane);
+  for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes) columns.template operator()<kAccumulators / 2, 2>(lane);
+  for (; lane < bm; lane += kLanes) columns.template operator()<kMaxKeyRows, 1>(lane);
 }
 
 // O[rows of one group] = O * alpha + P^T V over `count` keys, kVecs vectors of value channels wide. A tile's keys are
@@ -178,21 +196,18 @@ ATTNKIT_INLINE void pv_tile(const float* p, int32_t bm, const T* v, int64_t v_st
   }
 }
 
-template <class Dot, int kVecs>
-void pv_columns(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count, const Span* live,
-                const float* alpha, float* o, int32_t o_stride, int32_t queries) {
-  int32_t m = 0;
-  const auto group = [&]<int kRows>() {
+// Groups of kRows queries from m on, as many as there are. Not inlined, as above.
+template <class Dot, int kRows, int kVecs>
+__attribute__((noinline)) int32_t pv_groups(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t count,
+                                            const Span* live, const float* alpha, float* o, int32_t o_stride, int32_t m,
+                                            int32_t queries) {
+  for (; queries - m >= kRows; m += kRows) {
     const Span keys = seen(live, m, kRows, count);
     const int32_t first = keys.first / Dot::kKeys, end = (keys.end + Dot::kKeys - 1) / Dot::kKeys;
     pv_tile<Dot, kRows, kVecs>(p + m + static_cast<int64_t>(first) * bm, bm, v + first * v_stride, v_stride,
                                end - first, alpha + m, o + static_cast<int64_t>(m) * o_stride, o_stride);
-    m += kRows;
-  };
-  while (queries - m >= kOutRows) group.template operator()<kOutRows>();
-  if (queries - m >= 4) group.template operator()<4>();
-  while (queries - m >= 2) group.template operator()<2>();
-  if (queries > m) group.template operator()<1>();
+  }
+  return m;
 }
 
 // `v`: rows of Dot::kKeys keys.
@@ -201,7 +216,15 @@ void pv(const float* p, int32_t bm, const float* v, int64_t v_stride, int32_t co
         const float* alpha, float* o, int32_t o_stride, int32_t queries) {
   int32_t c = 0;
   const auto columns = [&]<int kVecs>() {
-    pv_columns<Dot, kVecs>(p, bm, v + c, v_stride, count, live, alpha, o + c, o_stride, queries);
+    int32_t m = 0;
+    const auto groups = [&]<int kRows>() {
+      if (queries - m >= kRows)
+        m = pv_groups<Dot, kRows, kVecs>(p, bm, v + c, v_stride, count, live, alpha, o + c, o_stride, m, queries);
+    };
+    groups.template operator()<kOutRows>();
+    groups.template operator()<4>();
+    groups.template operator()<2>();
+    groups.template operator()<1>();
     c += kVecs * kLanes;
   };
   while (c + kOutVecs * kLanes <= o_stride) columns.template operator()<kOutVecs>();

@@ -94,7 +94,6 @@ class Chunk {
   int64_t token = 0;
   Rows k{}, v{}, u{};
   Rows k_up_to{}, k_after{};  // times decays
-  bool finite = true;         // U is
 
   Chunk(const Recurrence& problem, Arena& arena)
       : p(problem),
@@ -119,6 +118,7 @@ class Chunk {
         bonus_(arena.take(p.bonus != nullptr ? width : 0)) {}
 
   Decays e;
+  Upcoming upcoming;  // what the next chunk will read; its parts are fetched between products
 
   static int32_t chunk_of(const Recurrence& p) { return p.channels || p.bonus != nullptr ? kChannelChunk : p.chunk; }
   bool in_channels() const { return gate_width > 1; }
@@ -131,7 +131,8 @@ class Chunk {
     head = of_head;
     token = at;
     n = tokens;
-    k = mapped_rows(p, p.k, batch, head / (p.heads / p.k_heads), token, n, keys_);
+    turned_ = false;
+    k = mapped_rows(p, p.k, batch, key_head(head), token, n, keys_);
     v = rows_of(p.v, p.dtype, batch, head, token, n, p.v_head_dim, v_width, values_);
     if (p.bonus != nullptr) read_bonus();
     if (decays) {
@@ -139,8 +140,8 @@ class Chunk {
       e.multiply_out(n, gate_width);
     }
     k_after = times(k, e.after, after_);
-    if (!in_channels()) transpose(k.data, k.stride, n, width, columns_, padded(n));
   }
+  int32_t key_head(int32_t of_head) const { return of_head / (p.heads / p.k_heads); }
 
   // Rows times decays `factor` of the chunk.
   Rows times(Rows rows, const float* factor, float* to) const {
@@ -153,11 +154,14 @@ class Chunk {
   const float* reading() const { return p.bonus == nullptr ? e.up_to : e.ones; }
 
   // left[r] . K_s D_rs, the lower half.
-  void pairs(Rows left, bool strict, float* a) const {
+  void pairs(Rows left, bool strict, float* a) {
     const bool lag = p.bonus != nullptr;
+    upcoming.part();
     if (in_channels()) {
       return decay_channels(left, k, e.each, n, width, lag ? bonus_ : nullptr, strict, lag, a, stride);
     }
+    if (!turned_) transpose(k.data, k.stride, n, width, columns_, padded(n));
+    turned_ = true;
     for (int32_t r = 0; r < n; r += 16)
       product<false>(left.data + r * left.stride, left.stride, columns_, padded(n), n - r < 16 ? n - r : 16, p.head_dim,
                      r + 16, {a + r * stride, stride});
@@ -181,8 +185,8 @@ class Chunk {
       for (int32_t r = 0; r < n; r += 16) substitute(r, n - r < 16 ? n : r + 16);
       u = {solved_, v_width};
     }
-    finite = is_finite(u, n, v_width);
   }
+  bool finite() const { return is_finite(u, n, v_width); }  // U is
 
   // U is beta (row by row) times this; what rows correct of each other is pairs().
   const float* unscaled() const { return unscaled_; }
@@ -191,7 +195,8 @@ class Chunk {
   const float* bonus() const { return bonus_; }
 
   // S' = total S + (after K)^T U; `from` may be `to`, and null is a state of zeros.
-  void advance(const float* from, float* to) const {
+  void advance(const float* from, float* to) {
+    upcoming.part();
     Sum sum{to, v_width, from == nullptr ? nullptr : total(), total_step()};
     sum.in = from;
     product<true>(k_after.data, k_after.stride, u.data, u.stride, p.head_dim, n, v_width, sum);
@@ -234,5 +239,6 @@ class Chunk {
       }
   }
 
+  bool turned_ = false;  // the columns are there
   float *keys_, *values_, *columns_, *after_, *up_to_, *solved_, *unscaled_, *pairs_, *beta_, *bonus_;
 };

@@ -98,10 +98,31 @@ class RecurBackward {
   // The normaliser's state lies behind the state.
   float* norm_of(float* state) const { return state + int64_t{width_} * v_width_; }
 
+  // The tokens of a chunk, none if there is no such chunk.
+  Stretch chunk(int64_t i) const {
+    const int64_t most = Chunk::chunk_of(p), first = i * most, left = i < 0 ? 0 : of_->length - first;
+    return {of_->batch, of_->first + first, left < most ? left : most};
+  }
+
   void load_chunk(int64_t i) {
-    const int64_t first = i * Chunk::chunk_of(p), left = of_->length - first;
-    chunk_.load_keys(of_->batch, head_, of_->first + first,
-                     static_cast<int32_t>(left < Chunk::chunk_of(p) ? left : Chunk::chunk_of(p)));
+    const Stretch tokens = chunk(i);
+    chunk_.load_keys(tokens.batch, head_, tokens.first, static_cast<int32_t>(tokens.length));
+  }
+
+  // What chunk i will read: in `parts` of which the first is fetched now.
+  void fetch(int64_t i, int32_t parts, bool queries) {
+    const Stretch next = chunk(i);
+    const auto rows = static_cast<int32_t>(next.length);
+    Upcoming& upcoming = chunk_.upcoming;
+    upcoming.begin(parts);
+    upcoming.add(p.k, p.dtype, next.batch, chunk_.key_head(head_), next.first, rows, p.head_dim);
+    upcoming.add(p.v, p.dtype, next.batch, head_, next.first, rows, p.v_head_dim);
+    if (queries) {
+      const int32_t reader = head_ * p.readers();
+      upcoming.add(p.q, p.dtype, next.batch, reader * p.q_heads / p.outputs(), next.first, rows, p.head_dim);
+      upcoming.add(g_->d_o, p.dtype, next.batch, reader, next.first, rows, p.v_head_dim);
+    }
+    upcoming.part();
   }
 
   void copy_state(const float* from, float* to) const {
@@ -110,6 +131,7 @@ class RecurBackward {
 
   void step(int64_t i, const float* from, float* to) {
     load_chunk(i);
+    fetch(i + 1, 2, false);
     chunk_.solve(from);
     chunk_.advance(from, to);
     if (!p.normalize) return;
@@ -137,6 +159,7 @@ class RecurBackward {
   // Chunk i, between the states `s` and `after`.
   void back_chunk(int64_t i, float* s, float* after) {
     load_chunk(i);
+    fetch(i - 1, 8, true);
     chunk_.solve(s);
     const int32_t n = chunk_.n;
     transpose(s, v_width_, p.head_dim, v_width_, columns_, width_);
@@ -180,8 +203,10 @@ class RecurBackward {
   // Through S' = ... + (after K)^T U.
   void to_writers() {
     const int32_t n = chunk_.n;
+    chunk_.upcoming.part();
     product<false>(chunk_.k_after.data, chunk_.k_after.stride, d_state_, v_width_, n, p.head_dim, v_width_,
                    {du_, v_width_});
+    chunk_.upcoming.part();
     product<false>(chunk_.u.data, chunk_.u.stride, d_columns_, width_, n, p.v_head_dim, width_, {written_, width_});
     if (p.normalize)
       for (int32_t r = 0; r < n; ++r)
@@ -203,7 +228,8 @@ class RecurBackward {
     read_cotangent(head, reach, s);
     const Rows d_o{do_, v_width_};
     const bool exact =
-        !chunk_.finite || !is_finite(d_o, n, v_width_) || !is_finite(q, n, width_) || !is_finite(chunk_.k, n, width_);
+        !chunk_.finite() || !is_finite(d_o, n, v_width_) || !is_finite(q, n, width_) || !is_finite(chunk_.k, n, width_);
+    chunk_.upcoming.part();
     product<false>(do_, v_width_, columns_, width_, n, p.v_head_dim, width_, {dq_, width_});
     if (p.normalize)
       for (int32_t r = 0; r < n; ++r)
@@ -211,6 +237,7 @@ class RecurBackward {
           store(dq_ + r * width_ + d, fma(set1(d_weight_[r]), load(norm_of(s) + d), load(dq_ + r * width_ + d)));
     if (p.causal) {
       product<true>(pairs_, stride_, do_, v_width_, n, n, v_width_, added_to(du_, v_width_), {Terms::from, exact});
+      chunk_.upcoming.part();
       lower_product(d_o, u_columns_, n, p.v_head_dim, 1, d_pairs_, stride_);
       if (p.normalize)
         for (int32_t r = 0; r < n; ++r)
@@ -219,10 +246,12 @@ class RecurBackward {
       if (!chunk_.in_channels()) decay_lower(d_pairs_, stride_, n, chunk_.decays ? chunk_.e.each : nullptr, false);
       decay(dq_, chunk_.reading());
       to_rows(d_pairs_, chunk_.k, !lag, exact, dq_);
+      chunk_.upcoming.part();
       to_columns(d_pairs_, q, !lag, exact, written_);
       if (g_->d_gate != nullptr) along(q, dq_, 1, reads_);
       if (lag) back_bonus(q);
     }
+    chunk_.upcoming.part();
     Sum sum{d_state_, v_width_, total, total_step};
     product<true>(reach.data, reach.stride, do_, v_width_, p.head_dim, n, v_width_, sum);
     if (p.normalize)
@@ -307,7 +336,7 @@ class RecurBackward {
       }
     }
     const Rows d_values{du_, v_width_};
-    const bool exact = !chunk_.finite || !is_finite(d_values, n, v_width_) || !is_finite(chunk_.k, n, width_);
+    const bool exact = !chunk_.finite() || !is_finite(d_values, n, v_width_) || !is_finite(chunk_.k, n, width_);
     Sum sum{dq_, width_};  // what keys read, where queries' have been written already
     sum.sign = -1;
     product<false>(du_, v_width_, columns_, width_, n, p.v_head_dim, width_, sum);

@@ -51,11 +51,12 @@ class RecurForward {
         norm_[d] = d < p.head_dim && p.initial_norm != nullptr ? p.initial_norm[index * p.head_dim + d] : 0;
 
     const float* before = initial;
+    const int32_t most = Chunk::chunk_of(p);
+    const auto tokens = [&](int64_t t) { return static_cast<int32_t>(of.length - t < most ? of.length - t : most); };
     const auto each_chunk = [&](const auto& what) {
-      const int32_t most = Chunk::chunk_of(p);
       for (int64_t t = 0; t < of.length; t += most) {
-        chunk_.load_keys(of.batch, head, of.first + t,
-                         static_cast<int32_t>(of.length - t < most ? of.length - t : most));
+        chunk_.load_keys(of.batch, head, of.first + t, tokens(t));
+        fetch(of.batch, head, of.first + t + most, tokens(t + most));
         what();
       }
     };
@@ -83,6 +84,16 @@ class RecurForward {
   float *state_, *norm_, *queries_, *decayed_, *pairs_, *out_;
   size_t bytes_;
 
+  // Of the next chunk, if there is one.
+  void fetch(int32_t batch, int32_t head, int64_t token, int32_t rows) {
+    Upcoming& upcoming = chunk_.upcoming;
+    upcoming.begin(4);
+    upcoming.add(p.k, p.dtype, batch, chunk_.key_head(head), token, rows, p.head_dim);
+    upcoming.add(p.v, p.dtype, batch, head, token, rows, p.v_head_dim);
+    upcoming.add(p.q, p.dtype, batch, head * p.readers() * p.q_heads / p.outputs(), token, rows, p.head_dim);
+    upcoming.part();
+  }
+
   // What the chunk's queries read of the state before it, and of the chunk.
   void read(const float* state) {
     const int32_t readers = p.readers(), n = chunk_.n;
@@ -95,6 +106,7 @@ class RecurForward {
       float* o = direct ? row_of<float*>(p.o, chunk_.batch, head, chunk_.token) : out_;
       const int64_t stride = direct ? p.o.stride[2] : chunk_.v_width;
       const float scale = p.normalize ? 1 : p.scale;
+      chunk_.upcoming.part();
       if (state != nullptr) {
         Sum sum{o, stride};
         sum.sign = scale;
@@ -104,7 +116,7 @@ class RecurForward {
         Sum sum{o, stride, state == nullptr ? nullptr : &kOne};
         sum.sign = scale;
         product<false>(pairs_, chunk_.stride, chunk_.u.data, chunk_.u.stride, n, n, chunk_.v_width, sum,
-                       {Terms::up_to, !chunk_.finite});
+                       {Terms::up_to, !chunk_.finite()});
       }
       if (direct) continue;
       with_elements(p.dtype, [&](auto* type) {

@@ -20,6 +20,44 @@ class Arena {
   int64_t used_ = 0;
 };
 
+// Rows that will be read next, fetched bit by bit while something else is computed: rows are short and heads far apart,
+// and the machine by itself begins with each too late.
+class Upcoming {
+ public:
+  // What was asked for before is forgotten. It comes in so many parts.
+  void begin(int32_t parts) { count_ = at_ = row_ = lines_ = 0, parts_ = parts; }
+
+  void add(const View& view, DType dtype, int32_t batch, int32_t head, int64_t token, int32_t rows, int32_t width) {
+    const int64_t size = element_size(dtype);
+    if (rows <= 0 || view.stride[3] != 1) return;
+    const auto lines = static_cast<int32_t>((width * size - 1) / kLine + 1);
+    rows_[count_++] = {view.data + (batch * view.stride[0] + head * view.stride[1] + token * view.stride[2]) * size,
+                       view.stride[2] * size, rows, lines};
+    lines_ += rows * lines;
+  }
+
+  void part() {
+    for (int32_t left = lines_ / parts_ + 1; left > 0 && at_ < count_;) {
+      const Some& some = rows_[at_];
+      for (int32_t i = 0; i < some.lines; ++i) __builtin_prefetch(some.first + row_ * some.stride + i * kLine);
+      left -= some.lines;
+      if (++row_ < some.rows) continue;
+      row_ = 0;
+      ++at_;
+    }
+  }
+
+ private:
+  static constexpr int32_t kLine = 64;  // bytes
+  struct Some {
+    const char* first;
+    int64_t stride;
+    int32_t rows, lines;
+  };
+  Some rows_[4] = {};  // of q, k, v and one more
+  int32_t count_ = 0, at_ = 0, row_ = 0, lines_ = 0, parts_ = 1;
+};
+
 // Lanes at and after `width - d` are zero.
 ATTNKIT_INLINE vf keep(vf x, int32_t left) {
   vi lane{};

@@ -7,6 +7,7 @@ struct SelectLayout {
   int32_t width;  // channels, whole vectors
   int32_t bm;     // columns of a tile of expressions
   size_t tokens, centered, mean, unit, inverse, rows, kept_whole, live, forced, scores, weights, kept;
+  size_t turned_keys, turned_weights;  // [column][row]
 
   explicit SelectLayout(const Selection& p)
       : width(round_up(p.head_dim, kLanes)),
@@ -23,6 +24,8 @@ struct SelectLayout {
     scores = places.take(kSelectRows, p.stride);
     weights = places.take(kSelectRows, p.stride);
     kept = places.take(kSelectRows, p.stride);
+    turned_keys = places.take(p.stride, kLanes);
+    turned_weights = places.take(p.stride, kLanes);
   }
 
   // Whoever evaluates expressions has them after all else: they are not needed at the same time.
@@ -68,13 +71,16 @@ class Selector {
     int32_t bad = evaluate(p_.mask, true, at_.live, head, first, count);
     if (bad < 0) bad = evaluate(p_.force, false, at_.forced, head, first, count);
     if (bad >= 0) return bad;
+    seen_ = 0;
     for (int32_t g = 0; g < heads; ++g) {
       const size_t live = g == 0 ? at_.live : at_.weights;
       if (g > 0) bad = evaluate(p_.mask, true, live, head + g, first, count);
       if (bad >= 0) return bad;
       leave_out_incoherent(live, kv_head, count);
+      const int64_t seen = last_seen(live, count);
+      if (seen > seen_) seen_ = seen;
       pool_rows(head + g, first, count, g == 0);
-      multiply(kv_head, count);
+      multiply(kv_head, count, seen);
       if (p_.of_group) add_weights(live, heads, count);
     }
     if (p_.of_group) __builtin_memcpy(ws_ + at_.scores, ws_ + at_.kept, row_bytes(count));
@@ -150,6 +156,12 @@ class Selector {
   }
 
   void pool_rows(int32_t head, int64_t first, int32_t count, bool ask) {
+    if (p_.row_block == 1 && !p_.coherent) {
+      clear(at_.kept_whole, kSelectRows);
+      rows_ = rows_of(p_.q, p_.dtype, b_, head, first, count, p_.head_dim, at_.width, ws_ + at_.rows);
+      return;
+    }
+    rows_ = {ws_ + at_.rows, at_.width};
     for (int32_t r = 0; r < count; ++r) {
       const int64_t at = (first + r) * p_.row_block;
       const bool coherent =
@@ -162,23 +174,38 @@ class Selector {
 
   // ---- scores ----
 
-  void multiply(int32_t kv_head, int32_t count) {
-    const float* means = p_.means + (int64_t{b_} * p_.k_heads + kv_head) * p_.head_dim * p_.stride;
-    int32_t r = 0;
-    for (; r + 4 <= count; r += 4) multiply_rows<4>(means, r);
-    for (; r < count; ++r) multiply_rows<1>(means, r);
+  // How many columns there are up to the last that some row has as a candidate, two whole vectors at a time.
+  int64_t last_seen(size_t live, int32_t count) const {
+    for (int64_t end = p_.stride; end > 0; end -= 2 * kLanes) {
+      vi some{};
+      for (int32_t r = 0; r < count; ++r) {
+        const float* of_row = row(live, r) + end;
+        some |= load_int(of_row - kLanes) | load_int(of_row - 2 * kLanes);
+      }
+      if (any(some)) return end;
+    }
+    return 0;
   }
 
+  // Scores of so many columns.
+  void multiply(int32_t kv_head, int32_t count, int64_t columns) {
+    const float* means = p_.means + (int64_t{b_} * p_.k_heads + kv_head) * p_.head_dim * p_.stride;
+    int32_t r = 0;
+    for (; r + 4 <= count; r += 4) multiply_rows<4>(means, r, columns);
+    for (; r < count; ++r) multiply_rows<1>(means, r, columns);
+  }
+
+  // Not inlined: the compiler would keep the rows' addresses in memory.
   template <int kRows>
-  void multiply_rows(const float* means, int32_t r) {
-    const float* x = ws_ + at_.rows + static_cast<size_t>(r * at_.width);
-    for (int64_t c = 0; c < p_.stride; c += 2 * kLanes) {
+  __attribute__((noinline)) void multiply_rows(const float* means, int32_t r, int64_t columns) {
+    const float* x = rows_.data + r * rows_.stride;
+    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
       vf sum[kRows][2] = {};
       for (int32_t d = 0; d < p_.head_dim; ++d) {
         const vf a = load(means + d * p_.stride + c), b = load(means + d * p_.stride + c + kLanes);
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) {
-          const vf by = set1_bits(x + i * at_.width + d);
+          const vf by = set1_bits(x + i * rows_.stride + d);
           sum[i][0] = fma(by, a, sum[i][0]);
           sum[i][1] = fma(by, b, sum[i][1]);
         }
@@ -291,7 +318,7 @@ class Selector {
   // An integer for each score that orders as they do: what is no candidate comes last, NaN just before. Where the rule
   // weighs columns, their weights.
   void rank(int32_t count) {
-    float limit[kSelectRows];
+    float limit[kSelectRows] = {};
     const bool weighs = p_.rule == Rule::mass;
     for (int32_t r = 0; r < count; ++r) {
       limit[r] = weighs ? p_.value * exponentials(at_.live, at_.weights, r) : p_.value;
@@ -308,42 +335,59 @@ class Selector {
       }
     }
     if (p_.rule == Rule::threshold) return;
-    int32_t r = 0;
-    for (; r + 4 <= count; r += 4) weighs ? keep<4, true>(r, limit + r) : keep<4, false>(r, limit + r);
-    for (; r < count; ++r) weighs ? keep<1, true>(r, limit + r) : keep<1, false>(r, limit + r);
+    for (int32_t r = 0; r < count; r += kLanes) {
+      const int32_t some = count - r < kLanes ? count - r : kLanes;
+      weighs ? keep<true>(r, some, limit) : keep<false>(r, some, limit);
+    }
   }
 
   // Keeps columns in falling order of their keys, of equal ones the first, as long as together they weigh no more than
-  // the limit. The key where they begin to weigh more is found bit by bit.
-  template <int kRows, bool kWeighs>
-  void keep(int32_t first, const float* limit) {
-    const auto weight = [&](int r, int64_t c) { return kWeighs ? load(row(at_.weights, first + r) + c) : set1(1.0f); };
-    int32_t last[kRows];
-    for (int r = 0; r < kRows; ++r) last[r] = INT32_MIN;
-    for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
-      vf sum[kRows] = {};
-      for (int64_t c = 0; c < p_.stride; c += kLanes)
+  // the limit. The key where they begin to weigh more is found bit by bit, or until some weigh just as much; here rows
+  // are the lanes.
+  template <bool kWeighs>
+  void keep(int32_t first, int32_t count, const float* limits) {
+    turn(at_.scores, first, count, at_.turned_keys);
+    if (kWeighs) turn(at_.weights, first, count, at_.turned_weights);
+    const float *keys = ws_ + at_.turned_keys, *weights = ws_ + at_.turned_weights;
+    const vf limit = load(limits + first);
+    vi last = set1_int(INT32_MIN), open = set1_int(-1);
+    for (uint32_t bit = 1u << 31; bit != 0 && any(open); bit >>= 1) {
+      const vi from = vi(vu(last) + bit);
+      vf sum[4] = {};
+      for (int64_t c = 0; c < seen_ * kLanes; c += 4 * kLanes)
 #pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const vi from = set1_int(static_cast<int32_t>(static_cast<uint32_t>(last[r]) + bit));
-          sum[r] += select(load_int(row(at_.scores, first + r) + c) >= from, weight(r, c), vf{});
+        for (int i = 0; i < 4; ++i) {
+          const int64_t at = c + i * kLanes;
+          sum[i] += select(load_int(keys + at) >= from, kWeighs ? load(weights + at) : set1(1.0f), vf{});
         }
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r)
-        if (sum_of_lanes(sum[r]) > limit[r]) last[r] = static_cast<int32_t>(static_cast<uint32_t>(last[r]) + bit);
+      const vf total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      const vi exact = kWeighs ? vi{} : open & (total == limit);
+      last = (exact | (open & (total > limit))) ? from + exact : last;
+      open &= ~exact;
     }
-    for (int r = 0; r < kRows; ++r) {
-      const float* keys = row(at_.scores, first + r);
-      float* kept = row(at_.kept, first + r);
+    for (int32_t r = first; r < first + count; ++r) {
+      const int32_t of_row = last[r - first];
       vf sum{};
       vi some{};
       for (int64_t c = 0; c < p_.stride; c += kLanes) {
-        const vi above = load_int(keys + c) > set1_int(last[r]);
-        store_int(kept + c, above);
-        sum += select(above, weight(r, c), vf{});
+        const vi above = load_int(row(at_.scores, r) + c) > set1_int(of_row);
+        store_int(row(at_.kept, r) + c, above);
+        sum += select(above, kWeighs ? load(row(at_.weights, r) + c) : set1(1.0f), vf{});
         some |= above;
       }
-      if (last[r] != INT32_MIN) keep_equal<kWeighs>(first + r, last[r], limit[r], sum_of_lanes(sum), !any(some));
+      if (of_row != INT32_MIN) keep_equal<kWeighs>(r, of_row, limits[r], sum_of_lanes(sum), !any(some));
+    }
+  }
+
+  // Rows become lanes of columns that some row has as a candidate.
+  void turn(size_t from, int32_t first, int32_t count, size_t to) {
+    for (int64_t c = 0; c < seen_; c += kLanes) {
+      vf square[kLanes];
+#pragma GCC unroll 16
+      for (int32_t r = 0; r < kLanes; ++r) square[r] = load(row(from, first + (r < count ? r : 0)) + c);
+      transpose_square(square);
+#pragma GCC unroll 16
+      for (int32_t i = 0; i < kLanes; ++i) store(ws_ + to + (c + i) * kLanes, square[i]);
     }
   }
 
@@ -364,14 +408,25 @@ class Selector {
 
   void write(int32_t chooser, int32_t kv_head, int64_t first, int32_t count) const {
     const int64_t columns = p_.columns();
-    uint8_t* to = p_.chosen + ((int64_t{b_} * p_.choosers() + chooser) * p_.rows() + first) * columns;
-    const int32_t* flags = coherent_columns(kv_head);
-    for (int32_t r = 0; r < count; ++r, to += columns) {
-      const float *kept = row(at_.kept, r), *forced = row(at_.forced, r);
-      const bool whole = ws_[at_.kept_whole + static_cast<size_t>(r)] != 0;
-      for (int64_t c = 0; c < columns; ++c)
-        to[c] = whole || (p_.coherent && flags[c] == 0) || (int_at(kept + c) | int_at(forced + c)) != 0;
-    }
+    uint8_t* to = p_.chosen + (int64_t{b_} * p_.choosers() + chooser) * columns * p_.rows() + first;
+    const auto* flags = reinterpret_cast<const float*>(coherent_columns(kv_head));
+    for (int32_t r = 0; r < count; r += kLanes)
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        vf square[kLanes];
+        for (int32_t i = 0; i < kLanes; ++i) {
+          const int32_t at = r + i < count ? r + i : r;
+          vi chosen = load_int(row(at_.kept, at) + c) | load_int(row(at_.forced, at) + c);
+          if (p_.coherent) chosen |= ~load_int(flags + c);
+          if (ws_[at_.kept_whole + static_cast<size_t>(at)] != 0) chosen = set1_int(-1);
+          square[i] = as_float(chosen);
+        }
+        transpose_square(square);
+        const auto some = static_cast<size_t>(count - r < kLanes ? count - r : kLanes);
+        for (int64_t i = 0; i < kLanes && c + i < columns; ++i) {
+          const auto bytes = __builtin_convertvector(as_int(square[i]) & 1, vb);
+          __builtin_memcpy(to + (c + i) * p_.rows() + r, &bytes, some);
+        }
+      }
   }
 
   void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
@@ -380,6 +435,8 @@ class Selector {
   const int32_t b_;
   const SelectLayout at_;
   float* ws_;
+  Rows rows_{};
+  int64_t seen_ = 0;  // columns that some row has as a candidate, and those before them
 };
 
 inline constexpr SelectKernel kSelectKernel{

@@ -28,7 +28,7 @@ struct Selection {
   float least;
   const Problem* pairs;  // rows are its queries and columns its keys: what expressions read
   const CodeView *mask, *force;  // of candidates, of what is kept in any case; or null
-  uint8_t* chosen;  // [batch, choosers(), rows(), columns()]
+  uint8_t* chosen;  // [batch, choosers(), columns(), rows()]: the queries of a tile of attention are adjacent
   // Set by `select`.
   float* means;  // of columns: [batch, k_heads, head_dim, stride]
   int32_t* is_coherent;  // [batch, k_heads, stride], a mask

@@ -24,6 +24,13 @@ typedef int32_t vi_u __attribute__((vector_size(kBytes), may_alias, aligned(4)))
 
 #define ATTNKIT_INLINE inline __attribute__((always_inline))
 
+// The compiler no longer knows what x is made of. It would compute the addresses of all rows of a tile before a loop
+// over tiles, which are more than there are registers.
+template <class T>
+ATTNKIT_INLINE void forget(T& x) {
+  asm("" : "+r"(x));
+}
+
 ATTNKIT_INLINE vf load(const float* p) { return *reinterpret_cast<const vf_u*>(p); }
 ATTNKIT_INLINE vi load_int(const float* p) { return *reinterpret_cast<const vi_u*>(p); }
 ATTNKIT_INLINE void store(float* p, vf x) { *reinterpret_cast<vf_u*>(p) = x; }
@@ -92,6 +99,18 @@ ATTNKIT_INLINE vf shuffle_lanes(vf a, vf b, std::integer_sequence<int, kLane...>
 template <Step kStep>
 ATTNKIT_INLINE vf shuffle(vf a, vf b) {
   return shuffle_lanes<kStep>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+// Of four vectors at once what `f`, a sum or a maximum, makes of the lanes of each: lane i is that of x[i % 4].
+template <class F>
+ATTNKIT_INLINE vf fold_lanes(const vf* x, F f) {
+  const auto both = [&]<Step kFirst, Step kSecond>(vf a, vf b)
+                        __attribute__((always_inline)) { return f(shuffle<kFirst>(a, b), shuffle<kSecond>(a, b)); };
+  vf y = both.template operator()<kLow2, kHigh2>(both.template operator()<kLow1, kHigh1>(x[0], x[1]),
+                                                 both.template operator()<kLow1, kHigh1>(x[2], x[3]));
+#pragma GCC unroll 4
+  for (int quads = kLanes / 4; quads > 1; quads /= 2) y = both.template operator()<kEven4, kOdd4>(y, y);
+  return y;
 }
 
 // Within each quad of lanes, r[i][j] of four vectors becomes r[j][i].

@@ -116,16 +116,17 @@ inline Lines lines_of(const View& view, const Pages& pages, DType dtype, int32_t
   return lines;
 }
 
-// Listed tokens, whose channels are adjacent: copied to `to`, one after the other, in rows of whole vectors.
+// Listed tokens, counted from `start`, whose channels are adjacent: copied to `to`, one after the other, in rows of
+// whole vectors.
 inline int32_t listed_stride(DType dtype, int32_t width) {
   return (width * element_size(dtype) + kBytes - 1) / kBytes * kBytes;
 }
-inline Lines listed_lines(const View& view, DType dtype, int32_t batch, int32_t head, const int32_t* tokens,
-                          int32_t rows, int32_t width, void* to) {
+inline Lines listed_lines(const View& view, DType dtype, int32_t batch, int32_t head, int64_t start,
+                          const int32_t* tokens, int32_t rows, int32_t width, void* to) {
   const int64_t size = element_size(dtype), stride = view.stride[2] * size;
   const auto bytes = static_cast<int32_t>(width * size), row = listed_stride(dtype, width),
              whole = bytes / kBytes * kBytes;
-  const char* from = view.data + (batch * view.stride[0] + head * view.stride[1]) * size;
+  const char* from = view.data + (batch * view.stride[0] + head * view.stride[1] + start * view.stride[2]) * size;
   char* out = static_cast<char*>(to);
   for (int32_t n = 0; n < rows; ++n, out += row) {
     const char* token = from + tokens[n] * stride;

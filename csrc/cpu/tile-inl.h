@@ -197,7 +197,7 @@ class Tile {
       case Op::var_h: return fill_lanes(dst, shape.lanes, t_->lanes(), [&](int32_t m) { return head_of(m); });
       case Op::var_q_idx:
         return fill_lanes(dst, shape.lanes, t_->lanes(),
-                          [&](int32_t m) { return p_.query_of(sequence_, t_->q_first + m % t_->q_count); });
+                          [&](int32_t m) { return p_.query_of(sequence_, t_->query(m % t_->q_count)); });
       case Op::var_kv_idx:
         if (p_.groups == nullptr) return count_up(dst, shape.lanes, count_, static_cast<int32_t>(first_));
         return fill_lanes(dst, shape.lanes, count_, [&](int32_t n) { return p_.key_of(sequence_, first_ + n); });

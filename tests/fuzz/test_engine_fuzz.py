@@ -25,7 +25,7 @@ def cases(said: str) -> tuple[int, int]:
 
 
 def test_random_and_damaged_bytecode(engine_fuzz: Path, seed: int, effort: int) -> None:
-    count = 6000 * effort
+    count = 4000 * effort
     said = fuzz(engine_fuzz, "--seed", seed, "--cases", count, "--seconds", 3600)
     run, accepted = cases(said)
     assert run == count

@@ -21,7 +21,9 @@ MEMBERS: dict[str, Named] = {
     "own coefficients": {"coefficients": (1.0, 0.3, 0.7)},
 }
 HEADS = {"equal": (2, 2), "grouped": (4, 2)}
-SIZES = {"odd": (37, 5, 7), "whole": (150, 32, 16), "wide": (70, 70, 16)}  # tokens, head_dim, v_head_dim
+SIZES = {  # tokens, head_dim, v_head_dim
+    "odd": (37, 5, 7), "whole": (150, 32, 16), "wide": (70, 70, 16), "one": (1, 7, 80), "few": (4, 20, 16),
+}  # fmt: skip
 each_member = pytest.mark.parametrize("member", MEMBERS)
 either_way = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
@@ -130,6 +132,17 @@ def test_on_every_instruction_set(size: str, causal: bool, level: str) -> None:
     close(everything(run, given, torch.float32), given)
 
 
+@pytest.mark.parametrize("initial", [False, True], ids=["from zero", "from a state"])
+@pytest.mark.parametrize("size", ["one", "few"])
+@pytest.mark.parametrize("member", ["fastmax1", "own coefficients"])
+def test_few_tokens_step_on_the_state_as_it_lies(member: str, size: str, initial: bool, level: str) -> None:
+    given = problem(member, "grouped", size, initial=initial) | {"causal": True}
+    if initial:
+        close(everything(run, given, torch.float32), given)
+    for found, exact in zip(run(**given), everything(matrix, given, torch.float64)[:3], strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)  # of sums of all features
+
+
 @pytest.mark.parametrize("cut", [1, 64, 149])
 @each_member
 def test_a_state_carries_the_sequence_on(member: str, cut: int) -> None:
@@ -236,3 +249,14 @@ def test_errors(code: str, change: Named) -> None:
     with pytest.raises(ak.AttnkitError) as caught:
         ak.factorizable_attention(**(problem("fastmax2") | change))
     assert caught.value.code == code
+
+
+def test_explain_says_what_is_kept() -> None:
+    given = problem("fastmax2", size="whole") | {"causal": True}
+    (call,) = ak.explain(ak.factorizable_attention, **given).calls
+    assert (call.backend, call.config) == ("cpu", {"chunk": 64})
+    rows = 1 + 32 + 32 * 32
+    assert (
+        f"a state of {rows} x 16 and its norm for each of 2 heads, {2 * 2 * rows * 17 * 4:,} bytes"
+        in call.notes[0]
+    )

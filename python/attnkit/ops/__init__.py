@@ -11,6 +11,7 @@ from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain
 from attnkit.ops.routed import groups, routing, routing_attention, window_bias
+from attnkit.ops.scan import aaren_attention, additive_attention
 from attnkit.ops.sdpa import scaled_dot_product_attention
 from attnkit.ops.selective import selective_attention, selective_memory
 from attnkit.ops.sparge_family import sparge, sparge_attention
@@ -24,6 +25,8 @@ __all__ = [
     "KVCache",
     "Report",
     "SpargeThresholds",
+    "aaren_attention",
+    "additive_attention",
     "as_block_mask",
     "attention",
     "block_mask",

@@ -15,45 +15,15 @@ from torch import Tensor
 
 from attnkit.backends.cpu import cache as engine
 from attnkit.backends.cpu.backend import missing_page
-from attnkit.errors import error, no_page
+from attnkit.errors import error
 from attnkit.ops.check import check_tensor, needs_derivatives, shape_of
-from attnkit.ops.kv_codes import PLAIN, parse_scheme, parts_of, store, tokens_of
+from attnkit.ops.kv_codes import PLAIN, Parts, Scheme, capacity, parts_of, scheme_of, slots, store, tokens_of
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
     "kv_append(Tensor(a!)[] storage, Tensor(b!) lengths, Tensor k, Tensor v, str codec, Tensor? lens=None) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-
-
-def capacity(storage: Sequence[Tensor]) -> int:
-    """How many tokens a row can hold."""
-    k, _, *table = storage
-    return k.shape[2] * (table[0].shape[1] if table else 1)
-
-
-def slots(storage: Sequence[Tensor], rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """The indices of tokens in the first and third dimension of the storage, from their rows and positions.
-
-    Raises:
-        AttnkitError: AK602, the page table names no page for one of them.
-    """
-    k, _, *table = storage
-    if not table:
-        return rows, positions
-    size = k.shape[2]
-    pages = table[0][rows, positions // size]
-    if bool(((pages < 0) | (pages >= k.shape[0])).any()):
-        bad = int(((pages < 0) | (pages >= k.shape[0])).nonzero()[0, 0])
-        raise no_page(int(rows[bad]), int(positions[bad]) // size, int(pages[bad]), k.shape[0])
-    return pages.long(), positions % size
-
-
-def write(storage: Sequence[Tensor], rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-    """Put tokens ``[N, H, D]``, rounded to what the storage holds, at these positions of these rows."""
-    first, second = slots(storage, rows, positions)
-    for held, new in zip(storage, (k, v), strict=False):
-        held[first, :, second] = new.to(held.dtype)
 
 
 def append(
@@ -64,32 +34,37 @@ def append(
     Raises:
         AttnkitError: as `check_append`; AK503, gradients; AK602, a row would outgrow the cache, or has no page there.
     """
-    check_append(storage, lengths, k, v, codec, lens)
+    scheme = check_append(storage, lengths, k, v, codec, lens)
     refuse_gradients("append", (k, v, *storage))
-    if codec not in PLAIN:
-        _append_codes(storage, lengths, k, v, codec, lens)
-        return
-    batch, _, count, _ = k.shape
-    held, new = lengths.tolist(), _counts(k, lens)
-    _check_room(held, new, count, capacity(storage))
-    if len(storage) == 2 and batch > 0 and new == [count] * batch and held == held[:1] * batch:
-        for to, tokens in zip(storage, (k, v), strict=True):
-            to[:, :, held[0] : held[0] + count].copy_(tokens)
+    parts = parts_of(scheme, storage)
+    held, new = lengths.tolist(), [k.shape[2]] * k.shape[0] if lens is None else lens.tolist()
+    _check_room(held, new, k.shape[2], capacity(scheme, parts))
+    if scheme.is_plain:
+        _append_elements(scheme, parts, lengths, k, v, held, new)
+        lengths.add_(k.shape[2] if lens is None else lens)
     else:
-        exist = torch.arange(count) < torch.tensor(new, dtype=torch.int64)[:, None]
-        rows, tokens_at = exist.nonzero(as_tuple=True)
-        write(storage, rows, lengths[rows] + tokens_at, k[rows, :, tokens_at], v[rows, :, tokens_at])
-    lengths.add_(count if lens is None else lens)
+        _append_codes(scheme, parts, lengths, k, v, held, new, lens)
+
+
+def _append_elements(
+    scheme: Scheme, parts: Parts, lengths: Tensor, k: Tensor, v: Tensor, held: list[int], new: list[int]
+) -> None:
+    batch, _, count, _ = k.shape
+    pairs = ((parts.k.codes, k), (parts.v.codes, v))
+    if parts.table is None and batch > 0 and new == [count] * batch and held == held[:1] * batch:
+        for to, tokens in pairs:
+            to[:, :, held[0] : held[0] + count].copy_(tokens)
+        return
+    exist = torch.arange(count) < torch.tensor(new, dtype=torch.int64)[:, None]
+    rows, tokens_at = exist.nonzero(as_tuple=True)
+    first, second = slots(scheme, parts, rows, lengths[rows] + tokens_at)
+    for to, tokens in pairs:
+        to[first, :, second] = tokens[rows, :, tokens_at].to(to.dtype)
 
 
 def _append_codes(
-    storage: Sequence[Tensor], lengths: Tensor, k: Tensor, v: Tensor, codec: str, lens: Tensor | None
-) -> None:
-    scheme = parse_scheme(codec)
-    parts = parts_of(scheme, storage)
-    size = tokens_of(scheme, parts)
-    held, new = lengths.tolist(), _counts(k, lens)
-    _check_room(held, new, k.shape[2], size * (1 if parts.table is None else parts.table.shape[1]))
+    scheme: Scheme, parts: Parts, lengths: Tensor, k: Tensor, v: Tensor, held: list[int], new: list[int], lens: Tensor | None
+) -> None:  # fmt: skip
     stores = (
         store(parts.k, scheme.k, scheme.head_dim, scheme.group),
         store(parts.v, scheme.v, scheme.v_head_dim, scheme.group),
@@ -103,12 +78,9 @@ def _append_codes(
     code, about = bad
     if code == "AK602":
         assert parts.table is not None
-        raise missing_page(parts.table, about, held[about] + new[about], size, parts.k.codes.shape[0])
+        size, pages = tokens_of(scheme, parts), parts.k.codes.shape[0]
+        raise missing_page(parts.table, about, held[about] + new[about], size, pages)
     raise error(code, where=("storage", "k", "v")[about] if 0 <= about < 3 else "append")
-
-
-def _counts(k: Tensor, lens: Tensor | None) -> list[int]:
-    return [k.shape[2]] * k.shape[0] if lens is None else lens.tolist()
 
 
 def _check_room(held: list[int], new: list[int], count: int, most: int) -> None:
@@ -126,15 +98,18 @@ def _check_room(held: list[int], new: list[int], count: int, most: int) -> None:
 
 def check_append(
     storage: Sequence[Tensor], lengths: Tensor, k: Tensor, v: Tensor, codec: str, lens: Tensor | None
-) -> None:
-    """Check that ``k [B, H, T, D]`` and ``v [B, H, T, Dv]`` are tokens for this storage.
+) -> Scheme:
+    """Check that ``k [B, H, T, D]`` and ``v [B, H, T, Dv]`` are tokens for this storage; its scheme.
 
     Raises:
         AttnkitError: AK402 types, AK403 shapes, AK404 dtypes, AK405 devices, AK504 codec.
     """
-    held_tensors, dims = _held(storage, codec)
+    scheme = scheme_of(codec, storage)
+    parts = parts_of(scheme, storage)
     batch = lengths.shape[0]
-    for name, new, held, dim in zip(("k", "v"), (k, v), held_tensors, dims, strict=True):
+    for name, new, held, dim in zip(
+        ("k", "v"), (k, v), (parts.k.codes, parts.v.codes), scheme[2:4], strict=True
+    ):
         check_tensor(name, new, held.device)
         count = k.shape[2] if k.dim() == 4 else 0
         shape = (batch, held.shape[1], count, dim)
@@ -157,23 +132,7 @@ def check_append(
             raise error("AK404", where="lens", given=str(lens.dtype), allowed="torch.int32")
         if lens.shape != (batch,):
             raise error("AK403", where="lens", given=shape_of(lens), allowed=f"[{batch}], one a row")
-
-
-def _held(storage: Sequence[Tensor], codec: str) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """The elements or codes of k and v, and their channels."""
-    plain = codec in PLAIN
-    try:
-        scheme = None if plain else parse_scheme(codec)
-    except (TypeError, ValueError):
-        raise error("AK504", where="codec", given=repr(codec), allowed=", ".join(PLAIN)) from None
-    least = 2 if scheme is None else scheme.num_tensors
-    if len(storage) not in (least, least + 1):
-        allowed = f"{least} of k and v, and a page table or none"
-        raise error("AK402", where="storage", given=f"{len(storage)} tensors", allowed=allowed)
-    if scheme is None:
-        return (storage[0], storage[1]), (storage[0].shape[3], storage[1].shape[3])
-    parts = parts_of(scheme, storage)
-    return (parts.k.codes, parts.v.codes), scheme[2:4]
+    return scheme
 
 
 def refuse_gradients(where: str, tensors: Sequence[Tensor]) -> None:

@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops import kv_coded
+from attnkit.ops import kv_storage
 from attnkit.ops.attend_cache import Codes
 from attnkit.ops.check import PAGE_SIZES, check_pages, check_tensor, is_page_size, shape_of
-from attnkit.ops.kv_append import append, capacity, slots, write
-from attnkit.ops.kv_codes import BITS, PLAIN, SCALE_RUN, Scheme, allocate
+from attnkit.ops.kv_append import append
+from attnkit.ops.kv_codes import (
+    BITS,
+    PLAIN,
+    SCALE_RUN,
+    Scheme,
+    allocate,
+    capacity,
+    parts_of,
+    plain_scheme,
+    tokens_of,
+)
 from attnkit.ops.warm import is_unwatched
 
 
@@ -86,7 +96,7 @@ class KVCache:
             raise error("AK504", where="device", given=str(device), allowed="cpu")
         k_codec, v_codec = _codecs(codec)
         scheme = Scheme(k_codec, v_codec, head_dim, v_head_dim, group_size, residual)
-        scales = kv_coded.check_scales(scheme, num_kv_heads, k_scale, v_scale)
+        scales = kv_storage.check_scales(scheme, num_kv_heads, k_scale, v_scale)
         if scheme.has_newest and group_size % SCALE_RUN:
             raise error(
                 "AK401", where="group_size", given=str(group_size), allowed=f"a multiple of {SCALE_RUN}"
@@ -96,16 +106,14 @@ class KVCache:
                 "AK401", where="page_size", given=str(page_size), allowed=f"groups of {group_size} tokens"
             )
         table = None
-        coded = any(c in BITS for c in scheme[:2])
         if page_size is None:
-            block = scheme.block if coded else 1
-            outer, inner = batch, -(-max_len // block) * block
+            outer, inner = batch, -(-max_len // scheme.block) * scheme.block
         else:
             columns = -(-max_len // page_size)
             outer, inner = batch * columns, page_size
             table = torch.arange(outer, dtype=torch.int32).view(batch, columns)
         storage = allocate(scheme, batch, num_kv_heads, outer, inner, table, scales)
-        self._keep(storage, torch.zeros(batch, dtype=torch.int32), scheme if coded else None)
+        self._keep(storage, torch.zeros(batch, dtype=torch.int32), scheme)
 
     @classmethod
     def from_pages(cls, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor) -> KVCache:
@@ -149,21 +157,18 @@ class KVCache:
             raise error("AK504", where="device", given=str(k_pages.device), allowed="cpu")
         check_pages(k_pages.shape[2], page_table, lengths, lengths.shape[0])
         cache = cls.__new__(cls)
-        cache._keep([k_pages, v_pages, page_table], lengths, None, external=True)
+        codec = next(name for name, dtype in PLAIN.items() if dtype is k_pages.dtype)
+        storage = [k_pages, v_pages, page_table]
+        cache._keep(storage, lengths, plain_scheme(codec, storage), external=True)
         return cache
 
-    def _keep(
-        self, storage: list[Tensor], lengths: Tensor, scheme: Scheme | None, external: bool = False
-    ) -> None:
+    def _keep(self, storage: list[Tensor], lengths: Tensor, scheme: Scheme, external: bool = False) -> None:
         self._storage = storage
         self.lengths = lengths
         self._scheme = scheme
-        self._codes = None if scheme is None else Codes.of(storage, scheme)
+        self._codes = None if scheme.is_plain else Codes.of(storage, scheme)
         self._external = external
-        if scheme is None:
-            self.codec = next(name for name, dtype in PLAIN.items() if dtype is storage[0].dtype)
-        else:
-            self.codec = scheme.k if scheme.k == scheme.v else f"{scheme.k}/{scheme.v}"
+        self.codec = scheme.k if scheme.k == scheme.v else f"{scheme.k}/{scheme.v}"
 
     # --- what it is ---------------------------------------------------------------------------------------
 
@@ -175,21 +180,18 @@ class KVCache:
     @property
     def max_len(self) -> int:
         """Tokens that a row can hold."""
-        if self._scheme is not None:
-            return kv_coded.capacity(self._scheme, self._storage)
-        return capacity(self._storage)
+        return capacity(self._scheme, parts_of(self._scheme, self._storage))
 
     @property
     def page_size(self) -> int | None:
         """Tokens of a page; None if there are no pages."""
-        if self._scheme is not None:
-            return kv_coded.page_size(self._scheme, self._storage)
-        return self._storage[0].shape[2] if len(self._storage) == 3 else None
+        parts = parts_of(self._scheme, self._storage)
+        return None if parts.table is None else tokens_of(self._scheme, parts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values with their scales, without lengths and page table."""
-        kept = self._storage[:2] if self._scheme is None else kv_coded.tensors(self._scheme, self._storage)
+        kept = kv_storage.tensors(self._scheme, self._storage)
         return sum(t.numel() * t.element_size() for t in kept)
 
     @property
@@ -200,9 +202,7 @@ class KVCache:
     @property
     def head_dims(self) -> tuple[int, int]:
         """The widths of keys and of values."""
-        if self._scheme is not None:
-            return self._scheme.head_dim, self._scheme.v_head_dim
-        return self._storage[0].shape[3], self._storage[1].shape[3]
+        return self._scheme.head_dim, self._scheme.v_head_dim
 
     @property
     def segment(self) -> Segment:
@@ -238,7 +238,7 @@ class KVCache:
             and not is_unwatched((*given, self.lengths, *self._storage))
         )
         do = torch.ops.attnkit.kv_append if watched else append
-        do(self._storage, self.lengths, k, v, self.codec if self._scheme is None else self._scheme.text, lens)
+        do(self._storage, self.lengths, k, v, self._scheme.text, lens)
 
     def truncate(self, n: int | Tensor, lossy: bool = False) -> None:
         """Forget what comes after the first n tokens (an int, or int ``[B]``); shorter rows stay as they are.
@@ -249,12 +249,12 @@ class KVCache:
         Raises:
             AttnkitError: AK401, n is negative, or deeper than that; AK402, AK403, it is no such number or tensor.
         """
-        if self._scheme is not None and self._scheme.has_newest:
+        if self._scheme.has_newest:
             if isinstance(n, Tensor):
                 self._check_integers("n", n, (self.batch,))
             elif type(n) is not int:
                 raise error("AK402", where="n", given=type(n).__name__, allowed="an int or a tensor of ints")
-            kv_coded.truncate(self._scheme, self._storage, self.lengths, n, lossy)
+            kv_storage.truncate(self._scheme, self._storage, self.lengths, n, lossy)
             return
         if isinstance(n, Tensor):
             self._check_integers("n", n, (self.batch,))
@@ -286,17 +286,7 @@ class KVCache:
         index = batch_index.tolist()
         if any(not 0 <= b < self.batch for b in index):
             raise error("AK401", where="batch_index", given=str(index[:8]), allowed=f"0..{self.batch - 1}")
-        lengths = self.lengths.tolist()
-        longest = max((lengths[b] for b in index), default=0)
-        if self._scheme is not None:
-            kv_coded.reorder(self._scheme, self._storage, index, lengths)
-        elif len(self._storage) == 2:
-            for t in self._storage:
-                t[:, :, :longest] = t[batch_index.long(), :, :longest]
-        else:
-            kv_coded.reorder_pages(
-                self._storage[:2], self._storage[2], index, lengths, self._storage[0].shape[2]
-            )
+        kv_storage.reorder(self._scheme, self._storage, index, self.lengths.tolist())
         self.lengths.copy_(self.lengths[batch_index.long()])
 
     def select(self, positions: Tensor) -> None:
@@ -322,12 +312,7 @@ class KVCache:
         if not bool((in_front & (wanted >= -1) & (wanted < self.lengths[:, None])).all()):
             allowed = f"tokens of rows of {self.lengths.tolist()[:8]}, then -1"
             raise error("AK401", where="positions", given=str(positions.tolist())[:80], allowed=allowed)
-        if self._scheme is not None:
-            kv_coded.select(self._scheme, self._storage, self.lengths, wanted, counts, self.append)
-            return
-        rows, columns = exist.nonzero(as_tuple=True)
-        write(self._storage, rows, columns, *self._read(rows, wanted[rows, columns]))
-        self.lengths.copy_(counts)
+        kv_storage.select(self._scheme, self._storage, self.lengths, wanted, counts, self.append)
 
     # --- what it holds ------------------------------------------------------------------------------------
 
@@ -340,18 +325,11 @@ class KVCache:
         longest = int(lengths.max()) if self.batch else 0
         rows, columns = (torch.arange(longest) < lengths[:, None]).nonzero(as_tuple=True)
         found = []
-        for tokens in self._read(rows, columns):
+        for tokens in kv_storage.read(self._scheme, self._storage, rows, columns):
             out = tokens.new_zeros(self.batch, longest, *tokens.shape[1:])
             out[rows, columns] = tokens
             found.append(out.transpose(1, 2))
         return found[0], found[1]
-
-    def _read(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self._scheme is not None:
-            return kv_coded.read(self._scheme, self._storage, rows, positions)
-        first, second = slots(self._storage, rows, positions)
-        k, v = (t[first, :, second] for t in self._storage[:2])
-        return k, v
 
     def _check_integers(self, name: str, t: Any, shape: tuple[int, ...] | None) -> None:
         check_tensor(name, t, self.lengths.device)

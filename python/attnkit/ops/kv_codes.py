@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnkit.errors import error, no_page
+
 PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 BITS = {"int8": 8, "int4": 4, "int2": 2, "fp8": 8}
 NUMBERS = {"int8": 1, "fp8": 2, "int4": 3, "int2": 4}  # the engine's; 0 is plain
@@ -31,9 +33,14 @@ class Scheme(NamedTuple):
     residual: int
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all elements are kept as they are."""
+        return self.k in PLAIN and self.v in PLAIN
+
+    @property
     def text(self) -> str:
-        """As `parse_scheme` reads it."""
-        return " ".join(map(str, self))
+        """As `scheme_of` reads it."""
+        return self.k if self.is_plain else " ".join(map(str, self))
 
     @property
     def has_newest(self) -> bool:
@@ -48,7 +55,7 @@ class Scheme(NamedTuple):
     @property
     def block(self) -> int:
         """Tokens that a row, or a page, is a multiple of."""
-        return self.group if self.has_newest else RUN
+        return 1 if self.is_plain else self.group if self.has_newest else RUN
 
     @property
     def slots(self) -> int:
@@ -70,6 +77,27 @@ def parse_scheme(text: str) -> Scheme:
     """The scheme of a text."""
     k, v, *numbers = text.split()
     return Scheme(k, v, *map(int, numbers))
+
+
+def scheme_of(text: str, storage: Sequence[Tensor]) -> Scheme:
+    """The scheme of a text; a plain codec's name is all of it, the storage has the widths.
+
+    Raises:
+        AttnkitError: AK402, the storage is of another number of tensors; AK504, there is no such scheme.
+    """
+    try:
+        least = 2 if text in PLAIN else parse_scheme(text).num_tensors
+    except (TypeError, ValueError):
+        raise error("AK504", where="codec", given=repr(text), allowed=", ".join(PLAIN)) from None
+    if len(storage) not in (least, least + 1):
+        allowed = f"{least} of k and v, and a page table or none"
+        raise error("AK402", where="storage", given=f"{len(storage)} tensors", allowed=allowed)
+    return plain_scheme(text, storage) if text in PLAIN else parse_scheme(text)
+
+
+def plain_scheme(codec: str, storage: Sequence[Tensor]) -> Scheme:
+    """That of elements as they are, of the widths of these tensors."""
+    return Scheme(codec, codec, storage[0].shape[3], storage[1].shape[3], group=1, residual=0)
 
 
 class Part(NamedTuple):
@@ -132,6 +160,28 @@ def tokens_of(scheme: Scheme, parts: Parts) -> int:
     return codes.shape[2] * (1 if scheme.k in PLAIN or scheme.k == "fp8" else RUN)
 
 
+def capacity(scheme: Scheme, parts: Parts) -> int:
+    """How many tokens a row can hold."""
+    return tokens_of(scheme, parts) * (1 if parts.table is None else parts.table.shape[1])
+
+
+def slots(scheme: Scheme, parts: Parts, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch entry or page, and the token's number there.
+
+    Raises:
+        AttnkitError: AK602, the page table names no page for one of them.
+    """
+    if parts.table is None:
+        return rows, positions
+    size, pages = tokens_of(scheme, parts), parts.k.codes.shape[0]
+    found = parts.table[rows, positions // size]
+    missing = (found < 0) | (found >= pages)
+    if bool(missing.any()):
+        bad = int(missing.nonzero()[0, 0])
+        raise no_page(int(rows[bad]), int(positions[bad]) // size, int(found[bad]), pages)
+    return found.long(), positions % size
+
+
 def store(part: Part, codec: str, dim: int, group: int) -> tuple[Any, ...]:
     """As the engine takes it."""
     return (NUMBERS.get(codec, 0), dim, group, *part)
@@ -142,8 +192,6 @@ def store(part: Part, codec: str, dim: int, group: int) -> tuple[Any, ...]:
 
 def decode(part: Part, codec: str, dim: int, group: int, keys: bool) -> Tensor:
     """All of ``[outer, H, tokens, dim]`` in float32; what nobody has written means nothing."""
-    if codec in PLAIN:
-        return part.codes.float()
     if codec == "fp8":
         assert part.scales is not None
         return part.codes.view(torch.float8_e4m3fn).float() * part.scales[:, None, None]

@@ -35,7 +35,7 @@ def linear_attention(
     initial_state: State | None = None,
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> Tensor | tuple[Tensor, State]:
     """Linear attention and its relatives: time linear in the number of tokens, a state of constant size.
 

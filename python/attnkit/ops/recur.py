@@ -101,20 +101,36 @@ def _roles(call: Call, found: Recurrence) -> dict[str, Tensor]:
     }
 
 
-def _kernel_of(call: Call) -> Any:
+def _prepared(call: Call) -> Any:
     q, v = call.q, call.v
     dtype = str(q.dtype).removeprefix("torch.")
-    return prepare(call.program, dtype, q.shape[3], v.shape[3], q.device.type).kernel
+    return prepare(call.program, dtype, q.shape[3], v.shape[3], q.device.type)
+
+
+def _described(call: Call, found: Recurrence, chunk: int, state: Tensor, norm: Tensor) -> str:
+    """What a call computes and keeps, in words."""
+    (batch, heads, length, width), dim = call.v.shape, call.q.shape[3]
+    kind = "recurrence" if found.op.coefficients is None else "moments"
+    rows = f"a state of {found.features(dim)} x {width}{' and its norm' if found.op.normalize else ''}"
+    size = state.numel() * state.element_size() + norm.numel() * norm.element_size()
+    work = batch * max(heads, call.q.shape[1]) * length * found.operations(dim, width, chunk)
+    return f"{kind}: {rows} for each of {heads} heads, {size:,} bytes in all; {work / 1e9:.3g} GFLOP forward"
 
 
 def _kernel(*args: Any) -> Results:
     call = Call(*args)
     found = found_in(call.program)
     check_call(call, found)
-    kernel = _kernel_of(call)
+    prepared = _prepared(call)
+    kernel: Any = prepared.kernel
     sequences = _sequences(call, found)
     results = o, state, norm = _outputs(call, found)
-    if recorder() is not None:  # which describes attention alone
+    if (record := recorder()) is not None:
+        record(
+            prepared=prepared, q=call.q, k=call.k, v=call.v, buffers=call.buffers, params=[], reason=None,
+            config={"chunk": (chunk := kernel.tokens(call.chunk))},
+            note=_described(call, found, chunk, state, norm),
+        )  # fmt: skip
         return o.zero_(), state.zero_(), norm.zero_()
     held = norm if found.op.normalize else None
     kernel(
@@ -167,7 +183,7 @@ def _backward_kernel(*args: Any) -> Gradients:
     call = Call(*rest)
     found = found_in(call.program)
     check_call(call, found)
-    kernel = _kernel_of(call)
+    kernel: Any = _prepared(call).kernel
     sequences = _sequences(call, found)
     try:
         dq, dk, dv = _gradients(call)

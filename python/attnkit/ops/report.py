@@ -80,7 +80,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     def record(
         *, prepared: Any, q: Any, k: Any, v: Any, buffers: list[Any], params: list[float], reason: str | None,
-        note: str = "",
+        note: str = "", config: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
         shapes = {name: list(t.shape) for name, t in (("q", q), ("k", k), ("v", v))}
         dtype, device = str(q.dtype).removeprefix("torch."), q.device.type
@@ -97,7 +97,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 device,
                 shapes,
                 prepared.spec.program.text,
-                prepared.config,
+                prepared.config if config is None else config,
                 {str(direction): layer for direction, layer in prepared.served.layers.items()},
                 prepared.served.lengths,
                 prepared.rejected,

@@ -23,7 +23,8 @@ _lib.define(
 
 
 def select(q: Tensor, k: Tensor, program: str, buffers: list[Tensor], params: list[float]) -> Tensor:
-    """``torch.ops.attnkit.select``: bool ``[B, Hq, rows, columns]``, of a selection by groups ``[B, Hkv, rows, columns]``.
+    """``torch.ops.attnkit.select``: bool ``[B, Hq, rows, columns]``, of a selection by groups ``[B, Hkv, rows, columns]``; the
+    rows of a column are adjacent.
 
     Args:
         q: ``[B, Hq, Sq, D]``, float32, bfloat16 or float16 on the CPU, any strides; sums are float32.
@@ -75,9 +76,9 @@ def _kernel(q: Tensor, k: Tensor, program: str, buffers: list[Tensor], params: l
 
 
 def _chosen(found: Selection, q: Tensor, k: Tensor) -> Tensor:
-    shape = found.shape(q.shape, k.shape)
-    try:
-        return torch.empty(shape, dtype=torch.bool, device=q.device)
+    batch, heads, rows, columns = found.shape(q.shape, k.shape)
+    try:  # attention reads the rows of a column one after the other
+        return torch.empty((batch, heads, columns, rows), dtype=torch.bool, device=q.device).mT
     except RuntimeError as exc:  # torch has no narrower one on the CPU
         raise error("AK603", where="chosen", given=str(exc).splitlines()[0]) from exc
 

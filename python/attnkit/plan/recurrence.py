@@ -32,6 +32,24 @@ class Recurrence:
         of = self.op.coefficients
         return dim if of is None else sum(dim**power for power in range(len(of)))
 
+    def operations(self, dim: int, v_dim: int, chunk: int) -> int:
+        """Multiplications and additions forward, of a token and a head: see `operations`."""
+        op = self.op
+        order = None if op.coefficients is None else len(op.coefficients) - 1
+        return operations(dim, v_dim, chunk if op.causal else 0, delta=op.beta is not None, order=order)
+
+
+def operations(dim: int, v_dim: int, chunk: int, *, delta: bool = False, order: int | None = None) -> int:
+    """Multiplications and additions forward, of a token and a head, in chunks of so many tokens (0: not causal).
+
+    A state is read and written, and the pairs of a chunk are half a square. ``order``: of a polynomial, whose pairs of
+    channels count once.
+    """
+    rows = dim if order is None else (1, 1 + dim, 1 + dim + dim * (dim + 1) // 2)[order]
+    pairs = (chunk + 1) * (dim + v_dim) if chunk else 0
+    solved = 2 * dim * v_dim + chunk * (dim + v_dim) if delta else 0
+    return 4 * rows * v_dim + pairs + solved
+
 
 @lru_cache(maxsize=1024)
 def recurrence(program: Program) -> Recurrence | None:

@@ -17,6 +17,7 @@ _TENSORS = (
     "q", "k", "v", "o", *ROLES, "state", "norm", "d_o", "d_state", "d_norm", "dq", "dk", "dv",
     *(f"gradient of {role}" for role in ROLES),
 )  # fmt: skip
+CHANNEL_CHUNK = 16  # kChannelChunk
 MOST_CHANNELS = 256  # of polynomials of order 2
 
 
@@ -49,6 +50,11 @@ class RecurKernel:
         self._form = (
             _NORMS.index(found.norm), _FEATURE_MAPS.index(found.feature_map), scale, op.causal, op.normalize, op.epsilon,
         )  # fmt: skip
+
+    def tokens(self, chunk: int) -> int:
+        """How many tokens are computed together where ``chunk`` are asked for: csrc/cpu/recur.h."""
+        kinds = dict(zip(self.recurrence.roles, self.recurrence.kinds, strict=True))
+        return CHANNEL_CHUNK if kinds.get("gate") == "bhsd" or "bonus" in kinds else chunk
 
     def __call__(
         self,

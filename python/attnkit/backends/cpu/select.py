@@ -43,7 +43,7 @@ class SelectKernel:
     def __call__(
         self, q: Any, k: Any, chosen: Any, buffers: list[Any], params: list[float], threads: int
     ) -> None:
-        """Compute ``chosen``, bool and contiguous, of the shape that `Selection.shape` says, in place.
+        """Compute ``chosen``, bool, of the shape that `Selection.shape` says and the rows of a column adjacent, in place.
 
         Raises:
             AttnkitError: AK502, sizes beyond the engine's; AK601, a candidate reads outside a buffer; AK603, out of memory;
@@ -58,7 +58,7 @@ class SelectKernel:
         )  # fmt: skip
         try:
             fault, about = engine().select(
-                q, k, chosen, form, self._mask, self._force, buffers, params, threads
+                q, k, chosen.mT, form, self._mask, self._force, buffers, params, threads
             )
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc

@@ -19,13 +19,14 @@ from attnkit.bench.records import SCHEMA_VERSION, Document
 from attnkit.bench.report import drawing
 from attnkit.bench.rows import Bar
 from attnkit.bench.runner import Progress, use_threads
-from attnkit.bench.variants import block_sparse, groups, linear, selective, sparge
-from attnkit.bench.variants.jobs import CEILING, OWN, Job
+from attnkit.bench.variants import block_sparse, factorizable, groups, linear, selective, sparge
+from attnkit.bench.variants.jobs import BEYOND, CEILING, OWN, Job
 
-FAMILIES = (linear, block_sparse, groups, sparge, selective)
+FAMILIES = (linear, factorizable, block_sparse, groups, sparge, selective)
 SECONDS = 60.0
 _FLAT_FROM = 4096  # tokens: from there on the time of a token is to be the same
 _FLAT = Bar("time a token, most over least", most=1.15)
+_CONSTANT = Bar(f"MiB {BEYOND.removeprefix('bytes ')}, at any length", most=16)
 
 
 def jobs(patterns: Sequence[str] = ()) -> list[Job]:
@@ -61,7 +62,7 @@ def run(
         "threads": used, "fma_gflops": best and best.gflops["float32"], "bf16_gflops": best and best.gflops.get("bfloat16"),
         "read_gbytes_per_s": best and best.read_gbytes_per_s, "bursts": len(ceilings.bursts),
     }  # fmt: skip
-    document["bars"] += _flatness(document["runs"])
+    document["bars"] += [*_flatness(document["runs"]), *_constancy(document["runs"])]
     return document
 
 
@@ -113,6 +114,20 @@ def _flatness(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield verdict(f"{name}, {_FLAT_FROM} tokens and more", _FLAT, found)
 
 
+def _constancy(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A verdict for each curve whose memory was read: whether it is what some states take, at every length."""
+    for name in dict.fromkeys(r["curve"] for r in runs if r["curve"]):
+        mib = [
+            value / 2**20
+            for r in runs
+            if r["curve"] == name
+            for fact, value in r["facts"].items()
+            if fact.startswith(BEYOND)
+        ]
+        if mib:
+            yield verdict(name, _CONSTANT, Interval(max(mib), min(mib), max(mib), len(mib)))
+
+
 def plot(document: Document, paths: list[Path]) -> None:
     """Time a token against length, beside dense attention, into each of ``paths``.
 
@@ -129,7 +144,8 @@ def plot(document: Document, paths: list[Path]) -> None:
         }
         for name, mine in lines.items():
             axes.plot(*_per_token(mine, OWN), "o-", label=name)
-        dense = [r for r in next(iter(lines.values()), []) if "dense" in r["ms"]]
+        # Of any: it is the same beside all.
+        dense = list({r["length"]: r for r in points if "dense" in r["ms"]}.values())
         axes.plot(*_per_token(dense, "dense"), "o--", color="black", label="dense, causal")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -13,6 +13,7 @@ from attnkit.bench.measure import Contender
 from attnkit.bench.rows import Bar
 
 OWN = "attnkit"
+BEYOND = "bytes beyond inputs and results"  # a fact; on a curve it is to be the same at any length
 CEILING = "ceiling"  # a bar against it asks for a share of the multiply-adds probed in the same rounds
 
 

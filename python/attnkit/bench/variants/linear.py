@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 import attnkit
+from attnkit.bench.memory import peak_bytes
 from attnkit.bench.peers import recurrences
 from attnkit.bench.rows import Bar
-from attnkit.bench.variants.jobs import CEILING, OWN, Job, Prepared, both, distance, forward
+from attnkit.bench.variants.jobs import BEYOND, CEILING, OWN, Job, Prepared, both, distance, forward
+from attnkit.plan.recurrence import operations
 
 _HEADS, _DIM, _LENGTH = 8, 64, 4096
 _LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -24,7 +26,7 @@ _DENSE_TO = 16384  # longer, dense attention takes too long to wait for
 class Member:
     """A member of the family: what it is given besides q, k, v, how torch has it, and the least ratios promised.
 
-    ``products`` counts the products of tokens and state, ``chunk`` the tokens that are computed together.
+    ``chunk`` are the tokens that are computed together.
     """
 
     gate: int  # dimensions; 0: none
@@ -33,13 +35,11 @@ class Member:
     forward: float
     both: float
     share: float | None
-    products: int
-    chunk: int = 64
+    chunk: int = 32
 
     def flops(self, length: int) -> int:
-        """Multiplications and additions forward: products with the state, and halves of chunks with themselves."""
-        pairs = (1 + self.beta) * 2 * (self.chunk + 1)
-        return length * _HEADS * _DIM * (2 * self.products * _DIM + pairs)
+        """Multiplications and additions forward."""
+        return length * _HEADS * operations(_DIM, _DIM, self.chunk, delta=self.beta)
 
     def inputs(self, length: int, seed: int) -> dict[str, Tensor]:
         """Arguments of `attnkit.linear_attention`."""
@@ -63,16 +63,15 @@ class Member:
 
 
 MEMBERS = {
-    "linear": Member(0, False, recurrences.linear, 10, 8, 0.6, 2),
-    "scalar gate": Member(3, False, recurrences.scalar_gate, 10, 8, 0.6, 2),
-    "channel gate": Member(4, False, recurrences.channel_gate, 6, 5, None, 2, 16),
-    "gated delta": Member(3, True, recurrences.gated_delta, 6, 5, None, 3),
+    "linear": Member(0, False, recurrences.linear, 10, 8, 0.6),
+    "scalar gate": Member(3, False, recurrences.scalar_gate, 10, 8, 0.6),
+    "channel gate": Member(4, False, recurrences.channel_gate, 6, 5, None, 16),
+    "gated delta": Member(3, True, recurrences.gated_delta, 6, 5, None),
 }
-_OVER_LENGTHS = ("linear", "gated delta")
 
 
 def jobs() -> list[Job]:
-    """Each member forward and in training; some over lengths."""
+    """Each member forward and in training, and over lengths."""
     found = []
     for name, member in MEMBERS.items():
         title = f"{name} b1 h{_HEADS} s{_LENGTH} d{_DIM}"
@@ -89,7 +88,7 @@ def jobs() -> list[Job]:
             f"{name} b1 h{_HEADS} s{length} d{_DIM} fwd over lengths",
             partial(_over_lengths, name, length), curve=name, length=length,
         )
-        for name in _OVER_LENGTHS
+        for name in MEMBERS
         for length in _LENGTHS
     ]  # fmt: skip
 
@@ -134,4 +133,25 @@ def _over_lengths(name: str, length: int, seed: int) -> Prepared:
         rivals["dense"] = forward(
             lambda: attnkit.dense_attention(given["q"], given["k"], given["v"], causal=True)
         )
-    return Prepared(rivals)
+    return Prepared(rivals, facts=_beyond(member, given))
+
+
+def _beyond(member: Member, given: dict[str, Tensor]) -> dict[str, float]:
+    """How far memory rises in a call beyond what it returns, forwards and with all gradients."""
+
+    def forwards() -> list[Tensor]:
+        with torch.no_grad():
+            return [member.ours(given)]
+
+    def backwards() -> list[Tensor]:
+        leaves = {x: t.detach().requires_grad_() for x, t in given.items()}
+        o = member.ours(leaves)
+        return [o, *torch.autograd.grad(o, list(leaves.values()), given["v"])]
+
+    facts = {}
+    for direction, run in (("fwd", forwards), ("fwdbwd", backwards)):
+        results = [run()]  # once before: what threads keep for all calls
+        returned = sum(t.nbytes for t in results.pop())
+        if (peak := peak_bytes(run)) is not None:
+            facts[f"{BEYOND} {direction}"] = float(peak - returned)
+    return facts

@@ -1,4 +1,4 @@
-"""What a cache that keeps codes does beside appending: going back, reordering, choosing, reading."""
+"""What a cache does beside appending: going back, reordering, choosing, reading."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.errors import error, no_page
+from attnkit.errors import error
 from attnkit.ops.check import check_number, check_tensor, shape_of
 from attnkit.ops.kv_codes import (
     PLAIN,
@@ -20,6 +20,7 @@ from attnkit.ops.kv_codes import (
     decode,
     parts_of,
     place,
+    slots,
     tokens_of,
 )
 
@@ -54,18 +55,6 @@ def check_scales(
             raise error("AK401", where=name, given=str(held.tolist()[:8]), allowed="finite positive numbers")
         found.append(held)
     return found[0], found[1]
-
-
-def capacity(scheme: Scheme, storage: Sequence[Tensor]) -> int:
-    """How many tokens a row can hold."""
-    parts = parts_of(scheme, storage)
-    return tokens_of(scheme, parts) * (1 if parts.table is None else parts.table.shape[1])
-
-
-def page_size(scheme: Scheme, storage: Sequence[Tensor]) -> int | None:
-    """Tokens of a page, if there are pages."""
-    parts = parts_of(scheme, storage)
-    return None if parts.table is None else tokens_of(scheme, parts)
 
 
 def tensors(scheme: Scheme, storage: Sequence[Tensor]) -> list[Tensor]:
@@ -211,25 +200,8 @@ def _copy(scheme: Scheme, parts: Parts, rows: Tensor, source: Tensor, to: Tensor
 # --- reading ------------------------------------------------------------------------------------------------
 
 
-def slots(scheme: Scheme, parts: Parts, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch entry or page, and the token's number there.
-
-    Raises:
-        AttnkitError: AK602, the page table names no page for one of them.
-    """
-    if parts.table is None:
-        return rows, positions
-    size, pages = tokens_of(scheme, parts), parts.k.codes.shape[0]
-    found = parts.table[rows, positions // size]
-    missing = (found < 0) | (found >= pages)
-    if bool(missing.any()):
-        bad = int(missing.nonzero()[0, 0])
-        raise no_page(int(rows[bad]), int(positions[bad]) // size, int(found[bad]), pages)
-    return found.long(), positions % size
-
-
 def read(scheme: Scheme, storage: Sequence[Tensor], rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens ``[N, H, D]`` of keys and of values in float32."""
+    """Tokens ``[N, H, D]`` of keys and of values: in float32, if any are codes."""
     parts = parts_of(scheme, storage)
     first, second = slots(scheme, parts, rows, positions)
     found: list[Tensor] = []
@@ -245,6 +217,7 @@ def read(scheme: Scheme, storage: Sequence[Tensor], rows: Tensor, positions: Ten
 
 def _decoded(part: Part, codec: str, scheme: Scheme, keys: bool, first: Tensor, second: Tensor) -> Tensor:
     if codec in PLAIN:
-        return part.codes[first, :, second].float()
+        elements = part.codes[first, :, second]
+        return elements if scheme.is_plain else elements.float()
     dim: Any = scheme.head_dim if keys else scheme.v_head_dim
     return decode(part, codec, dim, scheme.group, keys)[first, :, second]
