@@ -206,7 +206,8 @@ void load_separable(float* dst, Shape s, const Buffer& buf, const Operand* index
 
 // dst = buffer[args...]. Indices not proven in bounds are clamped, and `bad` (as many lanes as dst) marks them.
 inline void load_buffer(float* dst, Shape s, const Buffer& buf, const Operand* index, float* bad) {
-  bool separable = s.rows > 1 && bad == nullptr;
+  const bool gathered = buf.dtype == DType::f32 || buf.dtype == DType::i32;
+  bool separable = (s.rows > 1 || !gathered) && bad == nullptr;
   for (int d = 0; d < buf.rank; ++d) separable &= !(index[d].vec && index[d].step != 0);
   if (separable) switch (buf.dtype) {
       case DType::f32:
@@ -220,7 +221,7 @@ inline void load_buffer(float* dst, Shape s, const Buffer& buf, const Operand* i
   bool empty = false;
   for (int d = 0; d < buf.rank; ++d) empty |= buf.size[d] == 0;
   // The lanes' part of the offset fits 32 bits unless the buffer is enormous.
-  bool narrow = buf.dtype == DType::f32 || buf.dtype == DType::i32;
+  bool narrow = gathered;
   int64_t span = 0;
   for (int d = 0; d < buf.rank; ++d) span += (buf.size[d] - 1) * (buf.stride[d] < 0 ? -buf.stride[d] : buf.stride[d]);
   narrow &= span < INT32_MAX && bad == nullptr;
