@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
@@ -42,7 +43,11 @@ class Seen {
     kept_.insert_or_assign(key, std::pair(std::move(text), std::move(what)));
   }
 
-  void clear() { kept_.clear(); }
+  // Whether tensors are dense memory of the CPU and nothing else. Of some that are, it is not known: empty ones.
+  bool plain(const py::tuple& tensors) const {
+    dlpack::Tensor read;
+    return std::all_of(tensors.begin(), tensors.end(), [&](py::handle t) { return is_plain(t.ptr(), read); });
+  }
 
  private:
   struct Key {
@@ -61,16 +66,8 @@ class Seen {
   bool look(py::handle text, const std::array<py::handle, 3>& tensors, Key& key) const {
     key.text = text.ptr();
     for (size_t i = 0; i < 3; ++i) {
-      PyObject* t = tensors[i].ptr();
-      const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
-      if (type != tensor_.ptr() && type != parameter_.ptr()) return false;
-      const dlpack::ExchangeApi* api = dlpack::exchange_api(t);
       dlpack::Tensor read;
-      if (api == nullptr || api->read(t, &read) != 0 || is_negated(t)) {
-        PyErr_Clear();
-        return false;
-      }
-      if (read.device_type != dlpack::kCpu || read.ndim != 4 || read.data == nullptr || read.lanes != 1) return false;
+      if (!is_plain(tensors[i].ptr(), read) || read.ndim != 4) return false;
       std::copy_n(read.shape, 4, key.size[i]);
       key.code[i] = read.code;
       key.bits[i] = read.bits;
@@ -80,10 +77,18 @@ class Seen {
     return true;
   }
 
-  // A view that only says so: DLPack would read what lies there.
-  bool is_negated(PyObject* t) const {
-    const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(t, is_neg_.ptr()));
-    return answer.ptr() != Py_False;
+  // What transforms wrap has no memory that DLPack could read. A view that only says that it is negated has.
+  bool is_plain(PyObject* t, dlpack::Tensor& read) const {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
+    if (type != tensor_.ptr() && type != parameter_.ptr()) return false;
+    const dlpack::ExchangeApi* api = dlpack::exchange_api(t);
+    if (api != nullptr && api->read(t, &read) == 0) {
+      if (read.device_type != dlpack::kCpu || read.data == nullptr || read.lanes != 1) return false;
+      const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(t, is_neg_.ptr()));
+      if (negated.ptr() == Py_False) return true;
+    }
+    PyErr_Clear();
+    return false;
   }
 
   const py::object tensor_, parameter_;
@@ -129,7 +134,7 @@ void bind_warm(py::module_& m) {
       .def(py::init<py::object, py::object, size_t>(), py::arg("tensor"), py::arg("parameter"), py::arg("most"))
       .def("find", &Seen::find)
       .def("keep", &Seen::keep)
-      .def("clear", &Seen::clear);
+      .def("plain", &Seen::plain);
   py::class_<Launch>(m, "Launch")
       .def(py::init<const Program&, float, int, int, int>(), py::keep_alive<1, 2>())
       .def("run", &Launch::run);

@@ -261,7 +261,7 @@ inline void few_weights(float* st, int32_t ld, int32_t count, int32_t lanes, flo
       vf x[kRows];
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) x[i] = load(st + (m + i) * ld + n) - set1(top[m + i]);
-      exp_weights<kRows>(x);
+      exp_each<FineExp, kRows>(x);
 #pragma GCC unroll 4
       for (int i = 0; i < kRows; ++i) {
         store(st + (m + i) * ld + n, x[i]);
@@ -291,11 +291,13 @@ ATTNKIT_INLINE void few_by_key(const float* st, int32_t ld, int32_t count, int32
 // ---- values ----
 
 // O of kRows queries and kVecs vectors of units: pv_tile on the elements that memory holds. Keys of a tile come in
-// blocks, whose rows begin at `v`: what the first have summed is in `sums`. Not inlined: it would spill.
+// blocks, whose rows begin at `v`, the number-th row of `ahead`: what the first have summed is in `sums`. Not inlined:
+// it would spill.
 template <int kRows, int kVecs, class T>
 __attribute__((noinline)) void few_values_tile(const float* p, int32_t bm, const T* v, int64_t v_stride, int32_t first,
                                                int32_t end, bool last, float* sums, const float* alpha, float* o,
-                                               int32_t o_stride, const Ahead& ahead, int32_t part, int32_t parts) {
+                                               int32_t o_stride, const Ahead& ahead, int32_t number, int32_t part,
+                                               int32_t parts) {
   constexpr int kUnit = kPerUnit<T>;
   vf acc[kRows][kVecs][kUnit] = {};
   const auto each = [&](auto f) __attribute__((always_inline)) {
@@ -308,7 +310,7 @@ __attribute__((noinline)) void few_values_tile(const float* p, int32_t bm, const
           f(r, acc[r][c][u], static_cast<int64_t>(r) * o_stride + (c * kUnit + u) * kLanes);
   };
   if (first > 0) each([&](int, vf& x, int64_t at) __attribute__((always_inline)) { x = load(sums + at); });
-  Fetches fetches(ahead, first, part, parts);
+  Fetches fetches(ahead, number, part, parts);
   for (int32_t n = first; n < end; ++n) {
     fetches.row();
     vf value[kVecs][kUnit];
@@ -338,22 +340,22 @@ __attribute__((noinline)) void few_values_tile(const float* p, int32_t bm, const
            __attribute__((always_inline)) { store(o + at, fma(load(o + at), set1(alpha[r]), x)); });
 }
 
-// As pv, of few queries. `sums`: room as for o.
+// As pv, of few queries and of `count` values, from the first-th on. `sums`: room as for o.
 template <class T>
-void few_values(const float* p, int32_t bm, const Lines& v, float* sums, const float* alpha, float* o, int32_t o_stride,
-                int32_t lanes, const Ahead& ahead) {
+void few_values(const float* p, int32_t bm, const Lines& v, int32_t first, int32_t count, float* sums,
+                const float* alpha, float* o, int32_t o_stride, int32_t lanes, const Ahead& ahead) {
   constexpr int kUnit = kPerUnit<T>, kVecs = (kFewVecs + kUnit - 1) / kUnit, kWide = kVecs * kUnit * kLanes;
   const int32_t parts = (o_stride + kWide - 1) / kWide * ((lanes + kFewRows - 1) / kFewRows);
-  const int32_t count = v.count;
   for (int32_t n = 0, end; n < count; n = end) {
-    end = n + v.adjacent(n, count - n < kBlockKeys ? count - n : kBlockKeys);
-    const T* rows_of_block = reinterpret_cast<const T*>(v.at(n));
+    end = n + v.adjacent(first + n, count - n < kBlockKeys ? count - n : kBlockKeys);
+    const T* rows_of_block = reinterpret_cast<const T*>(v.at(first + n));
     int32_t c = 0, part = 0;
     const auto columns = [&]<int kWidth>() {
       by_rows(lanes, [&]<int kRows>(int32_t m) {
         const int64_t at = static_cast<int64_t>(m) * o_stride + c;
         few_values_tile<kRows, kWidth>(p + m, bm, rows_of_block + c, v.stride / static_cast<int64_t>(sizeof(T)), n, end,
-                                       end == count, sums + at, alpha + m, o + at, o_stride, ahead, part++, parts);
+                                       end == count, sums + at, alpha + m, o + at, o_stride, ahead, first + n, part++,
+                                       parts);
       });
       c += kWidth * kUnit * kLanes;
     };

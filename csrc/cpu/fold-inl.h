@@ -31,6 +31,12 @@ inline void copy(const Fold& to, const Fold& from, int32_t lanes, int32_t channe
   __builtin_memcpy(to.sum, from.sum, static_cast<size_t>(lanes) * sizeof(float));
 }
 
+inline void copy_lane(const Fold& to, const Fold& from, int32_t channels) {
+  for (int32_t c = 0; c < channels; c += kLanes) store(to.o + c, load(from.o + c));
+  *to.max = *from.max;
+  *to.sum = *from.sum;
+}
+
 // A stretch as it lies among the parts of a split task.
 inline Fold fold_of(const Parts& parts, int64_t stretch, const Problem& p, int32_t lanes) {
   float* at = parts.at + stretch * part_floats(p, lanes);

@@ -13,7 +13,8 @@ inline constexpr int32_t kMostCodeGroups = kMaxTileKv / 32 + 1;  // each time wi
 struct Layout {
   Places places;
   int32_t bm, dv;  // query lanes, value channels rounded up to whole vectors
-  int32_t ld;  // keys in a row of S^T, at most
+  int32_t keys;  // that are taken at once, at most,
+  int32_t ld;  // and in a row of S^T
   TileLayout tile;
   size_t qt, s, o, guarded, max, sum, alpha, largest, k, v, live;
   size_t weights, values;  // as pairs of keys
@@ -29,7 +30,8 @@ struct Layout {
   Layout(const Call& c, int32_t lanes, bool few)
       : bm(round_up(lanes, kLanes)),
         dv(round_up(c.problem->v_head_dim, kLanes)),
-        ld(round_up(c.tile_kv, kBlockVecs * kLanes)),
+        keys(few ? kMaxTileKv : c.tile_kv),
+        ld(round_up(keys, kBlockVecs * kLanes)),
         tile(c.code, few ? ld : bm, places) {
     const Problem& p = *c.problem;
     const auto take = [&](int64_t rows, int64_t columns) { return places.take(rows, columns); };
@@ -41,16 +43,16 @@ struct Layout {
     sum = take(1, bm);
     alpha = take(1, bm);
     largest = take(1, bm);
-    k = take(c.tile_kv, round_up(p.head_dim, kLanes));
-    v = take(c.tile_kv, dv);
-    live = take(c.tile_kv, bm / kLanes);
+    k = take(keys, round_up(p.head_dim, kLanes));
+    v = take(keys, dv);
+    live = take(keys, bm / kLanes);
     weights = take((c.tile_kv + 1) / 2, bm);
     values = take((c.tile_kv + 1) / 2, dv);
     before_o = take(bm, dv);
     before_max = take(1, bm);
     before_sum = take(1, bm);
     random = take(p.dropout.threshold != 0 ? SplitWords<QueryWords>::kVector : 0, bm / kLanes);
-    const int32_t listed = p.groups == nullptr ? 0 : c.tile_kv;
+    const int32_t listed = p.groups == nullptr ? 0 : keys;
     listed_k = take(listed, listed_stride(p.dtype, p.head_dim) / 4);
     listed_v = take(listed, listed_stride(p.dtype, p.v_head_dim) / 4);
     dq = round_up(p.head_dim, kLanes * 4 / element_size(p.dtype));
@@ -124,10 +126,10 @@ class Forward {
 
   // The same of queries that are listed: what there is of query `first` and those after it.
   void save_listed(const Fold& rows, int64_t first) const {
-    for (int32_t m = 0; m < t_.lanes(); ++m) copy(rows.at(t_.query(m) - first), now_.at(m), 1, at_.dv);
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy_lane(rows.at(t_.query(m) - first), now_.at(m), at_.dv);
   }
   void take_listed(const Fold& rows, int64_t first) {
-    for (int32_t m = 0; m < t_.lanes(); ++m) copy(now_.at(m), rows.at(t_.query(m) - first), 1, at_.dv);
+    for (int32_t m = 0; m < t_.lanes(); ++m) copy_lane(now_.at(m), rows.at(t_.query(m) - first), at_.dv);
     for (int32_t m = t_.lanes(); m < at_.bm; ++m) {
       ws_[at_.max + m] = -kInfinity;
       ws_[at_.sum + m] = 0;
@@ -158,6 +160,9 @@ class Forward {
   }
 
   int32_t bad_load() const { return tile_.bad_load(); }
+
+  // Where the keys end that are taken at once from `first` on.
+  int64_t reach(int64_t first, bool) const { return (first / c_.tile_kv + 1) * c_.tile_kv; }
 
   // The first of its tiles a row never leaves out, nor the last two.
   void turn(int64_t tile, int64_t tiles) { may_skip_ = p_.skip > 0 && tile > 0 && tile < tiles - 2; }
@@ -354,11 +359,13 @@ class Forward {
     store(max, new_max);
     store(alpha, exp_weight(old_max - pivot));
     vf sum[kSums] = {};
-    const auto weigh = [&]<int kKeys>(int32_t n, int u) {
-      vf w[kKeys];
+    const auto begin = [&]<int kKeys>(ExpSteps<typename Weights::Exp, kKeys>& steps, int32_t n) {
+      vf x[kKeys];
 #pragma GCC unroll 4
-      for (int i = 0; i < kKeys; ++i) w[i] = load(s + (n + i) * at_.bm) - pivot;
-      Weights::template exp<kKeys>(w);
+      for (int i = 0; i < kKeys; ++i) x[i] = load(s + (n + i) * at_.bm) - pivot;
+      steps.begin(x);
+    };
+    const auto put = [&]<int kKeys>(const vf(&w)[kKeys], int32_t n, int u) {
 #pragma GCC unroll 4
       for (int i = 0; i < kKeys; i += 2) {
         const vf after = i + 1 < kKeys ? w[(i + 1) % kKeys] : vf{};
@@ -367,23 +374,37 @@ class Forward {
         weights.put(n + i, lane, w[i], after);
       }
     };
-    int32_t n = keys.first;
-    for (; n + kSums <= keys.end; n += kSums)
+    const int32_t whole = keys.first + (keys.end - keys.first) / kSums * kSums;
+    ExpSteps<typename Weights::Exp, kSoftmaxKeys> steps;
+    if (keys.first < whole) begin(steps, keys.first);
+    for (int32_t n = keys.first; n < whole; n += kSums)
 #pragma GCC unroll 4
-      for (int u = 0; u < kSums; u += kSoftmaxKeys) weigh.template operator()<kSoftmaxKeys>(n + u, u);
+      for (int u = 0; u < kSums; u += kSoftmaxKeys) {
+        vf w[kSoftmaxKeys];
+        steps.end(w);
+        if (n + u + kSoftmaxKeys < whole) begin(steps, n + u + kSoftmaxKeys);
+        put(w, n + u, u);
+      }
+    const auto rest = [&]<int kKeys>(int32_t n, int u) {
+      ExpSteps<typename Weights::Exp, kKeys> few;
+      vf w[kKeys];
+      begin(few, n);
+      few.end(w);
+      put(w, n, u);
+    };
 #pragma GCC unroll 2
     for (int u = 0; u < kSums; u += 2) {
-      if (n + u + 1 < keys.end)
-        weigh.template operator()<2>(n + u, u);
-      else if (n + u < keys.end)
-        weigh.template operator()<1>(n + u, u);
+      if (whole + u + 1 < keys.end)
+        rest.template operator()<2>(whole + u, u);
+      else if (whole + u < keys.end)
+        rest.template operator()<1>(whole + u, u);
     }
     float* total = ws_ + at_.sum + lane;
     store(total, fma(load(total), load(alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  // Scores become weights, which `weights` computes (exp) for some keys in step, and puts two keys at a time; the row
-  // after the last is zero.
+  // Scores become weights, as `weights` computes them (Exp), some keys in step, and puts them, two keys at a time; the
+  // row after the last is zero.
   template <class Weights>
   void softmax(int32_t count, bool full, const Weights& weights) {
     if (!full) return softmax_of_live(count, weights);
@@ -488,8 +509,7 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
     int64_t first = ranges[i].first;
     const int64_t end = first + ranges[i].count;
     while (first < end) {
-      const int64_t tile_end = (first / c.tile_kv + 1) * c.tile_kv;
-      const int64_t stop = tile_end < end ? tile_end : end;
+      const int64_t reach = forward.reach(first, ranges[i].full), stop = reach < end ? reach : end;
       if (first / c.split_kv != stretch) {
         if (parts != nullptr) {
           save();

@@ -38,23 +38,15 @@ ATTNKIT_INLINE vf pairs_of(vf first, vf second) {
   return in_pairs((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
 }
 
-// exp_weight for what is rounded to 8 bits next: a polynomial of second degree is exact enough.
-template <int kCount>
-ATTNKIT_INLINE void exp_rough(vf* x) {
-  const vf magic = set1(786432.0f);
-  vf t[kCount], n[kCount], r[kCount], power[kCount];
-  ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
-  ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
-  ATTNKIT_EACH n[i] = t[i] - magic;
-  ATTNKIT_EACH r[i] = fma(n[i], set1(-0.693147182464599609375f), x[i]);
-  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
-  ATTNKIT_EACH r[i] = fma(set1(0.5f), r[i], set1(1.0f)) * r[i];
-  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], r[i], power[i]), n[i]);
-}
-ATTNKIT_INLINE vf exp_rough(vf x) {
-  exp_rough<1>(&x);
-  return x;
-}
+// For what is rounded to 8 bits next: a polynomial of second degree is exact enough.
+struct RoughExp {
+  static ATTNKIT_INLINE vf remainder(vf x, vf n) { return fma(n, set1(-kLn2), x); }
+  template <int kCount>
+  static ATTNKIT_INLINE void less_one(const vf* r, vf* p) {
+    ATTNKIT_EACH p[i] = fma(set1(0.5f), r[i], set1(1.0f));
+    ATTNKIT_EACH p[i] = p[i] * r[i];
+  }
+};
 
 inline void copy_row(const Bf16* from, int64_t stride, int32_t width, int32_t padded, Bf16* to) {
   if (stride == 1)
@@ -120,10 +112,7 @@ class PairForward : public Forward {
     float* at;
     int32_t bm;
 
-    template <int kCount>
-    static ATTNKIT_INLINE void exp(vf* x) {
-      exp_rough<kCount>(x);
-    }
+    using Exp = RoughExp;
     ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
       store(at + n / 2 * bm + lane, pairs_of(w, after));
     }

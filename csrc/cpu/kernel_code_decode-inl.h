@@ -43,9 +43,10 @@ class CodeDecode : public PairDecode {
     modify_by_key(first, count, full);
     hide_tail(count);
     if (!direct) {
-      few_softmax(count);
+      few_softmax(0, count);
       thin_weights(first, count, full);
-      return sum_values(values_of(first, count), count, full, full, first);
+      const Lines values = values_of(first, count);
+      return few_sum(values, 0, count, full, {values, kNoLines});
     }
     weights(count);
     open_pages(ahead_v_);
@@ -363,7 +364,8 @@ class CodeDecode : public PairDecode {
     few_by_key(ws_ + at_.st + codes, ld_, count - codes, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
     alignas(kBytes) float kept[kFewLanes];
     for (int32_t m = 0; m < kFewLanes; ++m) kept[m] = codes > 0 ? 1 : ws_[at_.alpha + m];
-    few_values<Bf16>(ws_ + at_.s, at_.bm, lines, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv, t_.lanes(), kNothing);
+    few_values<Bf16>(ws_ + at_.s, at_.bm, lines, 0, lines.count, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv,
+                     t_.lanes(), kNothing);
   }
 };
 

@@ -34,21 +34,30 @@ class FloatForward : public Forward {
     });
   }
 
+  // Few queries go on with keys for a while before they turn to values: memory is read faster in long runs. The tiles
+  // are weighed and summed one after the other all the same.
+  int64_t reach(int64_t first, bool full) const {
+    const bool plain = p_.stores == nullptr && p_.codes == nullptr && t_.carried.f == nullptr;
+    if (!few_ || !full || !plain || c_.tile_kv % Lines::kRun != 0) return Forward::reach(first, full);
+    const int64_t end = (first / c_.tile_kv + kMaxTileKv / c_.tile_kv) * c_.tile_kv,
+                  stretch = (first / c_.split_kv + 1) * c_.split_kv;
+    return end < stretch ? end : stretch;
+  }
+
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    bool all = full;
     const Lines values = values_of(first, count);
     logits(first, count, full, values);
-    if (few_) {
-      modify_by_key(first, count, full);
-      few_softmax(count);
-    } else {
-      modify(first, count, full);
-      all = weigh_all(count, full);
-      softmax(count, all, Weights{ws_ + at_.s, at_.bm});
-    }
+    if (few_) return few_tiles(first, values, full, next < 0 ? first : next);
+    modify(first, count, full);
+    const bool all = weigh_all(count, full);
+    softmax(count, all, Weights{ws_ + at_.s, at_.bm});
     thin_weights(first, count, full);
-    sum_values(values, count, full, all, next < 0 ? first : next);
+    const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
+    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
+    if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(ws_ + at_.s, v.data, v.stride, count);
+    pv<FloatDot>(ws_ + at_.s, at_.bm, v.data, v.stride, count, live(all), ws_ + at_.alpha, ws_ + at_.o, at_.dv,
+                 t_.lanes());
   }
 
  protected:
@@ -83,19 +92,25 @@ class FloatForward : public Forward {
     });
   }
 
-  // `all`: every weight counts. `next`: where the keys that are needed next begin.
-  void sum_values(const Lines& values, int32_t count, bool full, bool all, int64_t next) {
-    const float* s = ws_ + at_.s;
-    float *alpha = ws_ + at_.alpha, *o = ws_ + at_.o;
-    if (few_) {
-      const Lines then = keys_ahead(next);
-      if (full) return few_values_of(values, alpha, o, {values, then});
-      if (few_values_apart(values, {values, then})) return;
+  // From the scores of few queries on. `next`: where the keys that are needed next begin.
+  void few_tiles(int64_t first, const Lines& values, bool full, int64_t next) {
+    modify_by_key(first, values.count, full);
+    const Lines then = keys_ahead(next);
+    for (int32_t n = 0, some; n < values.count; n += some) {
+      const auto tile = static_cast<int32_t>(c_.tile_kv - (first + n) % c_.tile_kv);
+      some = values.count - n < tile ? values.count - n : tile;
+      few_softmax(n, some);
+      thin_weights(first + n, some, full);
+      few_sum(values, n, some, full, {values, then});
     }
+  }
+
+  // Adds `count` of the values, from `first` on.
+  void few_sum(const Lines& values, int32_t first, int32_t count, bool full, const Ahead& ahead) {
+    if (full) return few_values_of(values, first, count, ws_ + at_.alpha, ws_ + at_.o, ahead);
+    if (few_values_apart(values, ahead)) return;
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
-    // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
-    if (few_ || (!full && !is_finite(v, count, at_.dv))) return pv_guarded<FloatDot>(s, v.data, v.stride, count);
-    pv<FloatDot>(s, at_.bm, v.data, v.stride, count, live(all), alpha, o, at_.dv, t_.lanes());
+    pv_guarded<FloatDot>(ws_ + at_.s, v.data, v.stride, count);
   }
 
   int32_t ld_ = 0;  // keys in a row of S^T, now
@@ -161,25 +176,26 @@ class FloatForward : public Forward {
     return as_int(mask.vec ? load(row + n) : set1_bits(row));
   }
 
-  // softmax of scores that are at hand by key: as many weights at once as a vector has.
-  void few_softmax(int32_t count) {
-    few_weights(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha);
+  // softmax of scores that are at hand by key, from the first-th on: as many weights at once as a vector has.
+  void few_softmax(int32_t first, int32_t count) {
+    float* st = ws_ + at_.st + first;
+    few_weights(st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha);
     vf sum[kSums] = {};
-    few_by_key(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.s,
+    few_by_key(st, ld_, count, t_.lanes(), ws_ + at_.s,
                [&](int32_t n, vf w) { sum[n % kSums] += n < count ? w : vf{}; });
     float* total = ws_ + at_.sum;
     store(total, fma(load(total), load(ws_ + at_.alpha), (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
  private:
-  // The same of values that not every query may see. A sum that is not finite may have met one: then false, and o is
+  // few_values_of values that not every query may see. A sum that is not finite may have met one: then false, and o is
   // as it was.
   bool few_values_apart(const Lines& values, const Ahead& ahead) {
     const int32_t lanes = t_.lanes();
     float *apart = ws_ + at_.apart, *o = ws_ + at_.o;
     alignas(kBytes) static constexpr float kNone[kFewLanes] = {};
     clear(at_.apart, static_cast<int64_t>(lanes) * at_.dv);
-    few_values_of(values, kNone, apart, ahead);
+    few_values_of(values, 0, values.count, kNone, apart, ahead);
     if (!is_finite({apart, at_.dv}, lanes, at_.dv)) return false;
     for (int32_t m = 0; m < lanes; ++m, apart += at_.dv, o += at_.dv)
       for (int32_t d = 0; d < at_.dv; d += kLanes)
@@ -187,10 +203,11 @@ class FloatForward : public Forward {
     return true;
   }
 
-  void few_values_of(const Lines& values, const float* alpha, float* o, const Ahead& ahead) {
+  void few_values_of(const Lines& values, int32_t first, int32_t count, const float* alpha, float* o,
+                     const Ahead& ahead) {
     const auto from = [&](auto* type, const Lines& v) {
-      few_values<std::remove_pointer_t<decltype(type)>>(ws_ + at_.s, at_.bm, v, ws_ + at_.guarded, alpha, o, at_.dv,
-                                                        t_.lanes(), ahead);
+      few_values<std::remove_pointer_t<decltype(type)>>(ws_ + at_.s, at_.bm, v, first, count, ws_ + at_.guarded, alpha,
+                                                        o, at_.dv, t_.lanes(), ahead);
     };
     with_elements(p_.dtype, [&](auto* type) {
       if (p_.stores == nullptr && p_.v.stride[3] == 1 &&
@@ -214,10 +231,7 @@ class FloatForward : public Forward {
   struct Weights {
     float* at;
     int32_t bm;
-    template <int kCount>
-    static ATTNKIT_INLINE void exp(vf* x) {
-      exp_weights<kCount>(x);
-    }
+    using Exp = FineExp;
     ATTNKIT_INLINE void put(int32_t n, int32_t lane, vf w, vf after) const {
       store(at + n * bm + lane, w);
       store(at + (n + 1) * bm + lane, after);

@@ -27,6 +27,8 @@ alignas(64) inline constexpr float kSixteenths[16] = {1.0f,          1.044273734
                                                       1.4142135382f, 1.4768261909f, 1.5422108173f, 1.6104903221f,
                                                       1.6817928553f, 1.7562521696f, 1.8340080976f, 1.9152065516f};
 
+#define ATTNKIT_EACH _Pragma("GCC unroll 16") for (int i = 0; i < kCount; ++i)
+
 // x - n ln 2 for an n of few bits: its product with the high part of ln 2, which has 9 bits, is exact.
 ATTNKIT_INLINE vf subtract_ln2(vf x, vf n) {
   return fma(n, set1(2.12194440054690583e-4f), fma(n, set1(-0.693359375f), x));  // minus the (negative) low part
@@ -35,26 +37,45 @@ ATTNKIT_INLINE vf subtract_ln2(vf x, vf n) {
 // e^x for x <= 0: a softmax weight, right to 1.5 units in the last place however small it is. x is split into
 // sixteenths of ln 2 and a remainder, whose short polynomial is half the work of a long one (Tang 1989). Exactly 1 at
 // 0: rescaling by an unchanged maximum changes no bit.
-//
-// Several vectors go in step, operation by operation: one after the other, the operations that wait for the one before
-// them would fill the scheduler.
-#define ATTNKIT_EACH _Pragma("GCC unroll 16") for (int i = 0; i < kCount; ++i)
-template <int kCount>
-ATTNKIT_INLINE void exp_weights(vf* x) {
-  const vf magic = set1(786432.0f);  // 1.5 * 2^19: adding it leaves four bits of the fraction
-  vf t[kCount], n[kCount], r[kCount], p[kCount], power[kCount];
-  ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
-  ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
-  ATTNKIT_EACH n[i] = t[i] - magic;
-  ATTNKIT_EACH r[i] = subtract_ln2(x[i], n[i]);
-  // Minimax of (e^r - 1)/r for |r| <= ln(2)/32, error 4e-9.
-  ATTNKIT_EACH p[i] = fma(set1(0.16666960716247559f), r[i], set1(0.5000147223472595f));
-  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
-  ATTNKIT_EACH p[i] = fma(p[i], r[i], set1(1.0f)) * r[i];
-  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], p[i], power[i]), n[i]);
+struct FineExp {
+  static ATTNKIT_INLINE vf remainder(vf x, vf n) { return subtract_ln2(x, n); }
+  // e^r - 1. Minimax of (e^r - 1)/r for |r| <= ln(2)/32, error 4e-9.
+  template <int kCount>
+  static ATTNKIT_INLINE void less_one(const vf* r, vf* p) {
+    ATTNKIT_EACH p[i] = fma(set1(0.16666960716247559f), r[i], set1(0.5000147223472595f));
+    ATTNKIT_EACH p[i] = fma(p[i], r[i], set1(1.0f)) * r[i];
+  }
+};
+
+// kCount of them in two halves. They go in step, operation by operation, and something else may go between the halves:
+// what waits for the operation before it would fill the scheduler.
+template <class Exp, int kCount>
+struct ExpSteps {
+  vf n[kCount], r[kCount], power[kCount];
+
+  ATTNKIT_INLINE void begin(vf* x) {
+    const vf magic = set1(786432.0f);  // 1.5 * 2^19: adding it leaves four bits of the fraction
+    vf t[kCount];
+    ATTNKIT_EACH x[i] = max_or_second(set1(-115.0f), x[i]);
+    ATTNKIT_EACH t[i] = fma(x[i], set1(kLog2e), magic);
+    ATTNKIT_EACH n[i] = t[i] - magic;
+    ATTNKIT_EACH r[i] = Exp::remainder(x[i], n[i]);
+    ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  }
+  ATTNKIT_INLINE void end(vf* w) const {
+    Exp::template less_one<kCount>(r, w);
+    ATTNKIT_EACH w[i] = fma(power[i], w[i], power[i]);
+    ATTNKIT_EACH w[i] = scale_by_power(w[i], n[i]);
+  }
+};
+template <class Exp, int kCount>
+ATTNKIT_INLINE void exp_each(vf* x) {
+  ExpSteps<Exp, kCount> steps;
+  steps.begin(x);
+  steps.end(x);
 }
 ATTNKIT_INLINE vf exp_weight(vf x) {
-  exp_weights<1>(&x);
+  exp_each<FineExp, 1>(&x);
   return x;
 }
 

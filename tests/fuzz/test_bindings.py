@@ -199,6 +199,31 @@ def attend(rng: Rng) -> str:
     return f"fault {fault}"
 
 
+def launch(rng: Rng) -> str:
+    program = of(rng, [PROGRAMS[0][0], *(p for p, _ in PROGRAMS), None])
+    made = _engine.Launch(program, 0.5, *(of(rng, [64, 64, 64, integer(rng)]) for _ in range(3)))
+    tensors = valid_tensors(of(rng, DTYPES), *(int(n) for n in rng.integers(1, 3, 5)))
+    arguments: list[Any] = [*tensors, int(rng.integers(1, 4))]
+    for at in rng.choice(6, rng.integers(0, 3), replace=False):
+        arguments[at] = damaged(rng, tensors[at]) if at < 5 else integer(rng, [64, 10**6, 2**31])
+    fault, about = made.run(*arguments)
+    assert fault == 0 or fault in FAULTS
+    assert -1 <= about < 6
+    return f"fault {fault}" if fault else "computed"
+
+
+def seen(rng: Rng) -> str:
+    made = _engine.Seen(of(rng, [np.ndarray, int, None]), of(rng, [tuple, None]), of(rng, [0, 1, 8, "1"]))
+    tensors = [
+        of(rng, [np.zeros((1, 1, 2, 4)), (MIDDLE, 0, (1, 1, 2, 4), (8, 8, 4, 1)), 3, None]) for _ in range(3)
+    ]
+    text = of(rng, ["", "a", None, 1])
+    made.keep(text, *tensors, made)
+    assert made.find(text, *tensors) is None  # none of them speaks DLPack's exchange
+    assert not made.plain(tuple(tensors))
+    return "refused"
+
+
 # (program of a backward, its buffers' dtype numbers and shapes): nothing; a bias with a gradient.
 BACKWARDS: list[tuple[Any, list[tuple[int, tuple[int, ...]]]]] = [
     PROGRAMS[0],
@@ -597,7 +622,7 @@ def no_arguments(rng: Rng) -> str:
 
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
-    "attend": attend, "attend_backward": attend_backward, "recur": recur, "recur_backward": recur_backward,
+    "attend": attend, "attend_backward": attend_backward, "Launch": launch, "Seen": seen, "recur": recur, "recur_backward": recur_backward,
     "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
     "set_poison": set_poison, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),

@@ -28,7 +28,7 @@ TESTS = {
     "ops": ["tests/ops/test_attend_op.py", "tests/ops/test_functional.py", "tests/ops/test_gradients.py"],
     "states": ["tests/ops/test_recur_op.py", "tests/ops/test_linear_attention.py", "tests/ops/test_factorizable_attention.py"],
     "caches": ["tests/ops/test_kv_cache.py", "tests/ops/test_kv_codes.py"],
-    "choices": ["tests/ops/test_select_op.py", "tests/ops/test_encoded_attention.py", "tests/ops/test_sparge_attention.py"],
+    "choices": ["tests/ops/test_select_op.py", "tests/ops/test_gathered.py", "tests/ops/test_encoded_attention.py", "tests/ops/test_sparge_attention.py"],
     "groups": ["tests/ops/test_groups.py", "tests/ops/test_routing_attention.py"],
     "carried": ["tests/ops/test_selective_attention.py"],
     "engine": [

@@ -358,6 +358,58 @@ def test_nan_reaches_who_sees_it(codec: str, dtype: torch.dtype, randn: Randn) -
         assert torch.equal(torch.isnan(got), torch.isnan(want))  # type: ignore[arg-type]
 
 
+# --- laws (variants.md H7) -----------------------------------------------------------------------------------
+
+
+def test_worked_codes() -> None:
+    """Two bits of [0, 1, 2.2, 3]: zero 0, scale 1, codes 0 1 2 3."""
+    numbers = torch.tensor([0.0, 1.0, 2.2, 3.0])
+    cache = ak.KVCache(1, 1, 16, 32, max_len=32, codec="int2", residual=0)
+    cache.append(
+        numbers.repeat(8)[None, None, :, None].expand(1, 1, 32, 16), numbers.repeat(8).expand(1, 1, 32, 32)
+    )
+    k, v = cache.dequantize()
+    assert k[0, 0, :4, 3].tolist() == v[0, 0, 3, :4].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("codec", ["f32", "int8"])
+def test_rotations(codec: str, randn: Randn) -> None:
+    """A Hadamard matrix on q, k and v, taken off again: nothing changes; an outlier then costs the codes less."""
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < D:
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+    r = hadamard / D**0.5
+    q, k, v = randn(1, HQ, 1, D), randn(1, HKV, 200, D), randn(1, HKV, 200, D)
+    k[..., 5] *= 30
+    q[..., 5] /= 30
+    want = ak.attention(q, k, v)
+    found = []
+    for map_by in (torch.eye(D), r):
+        cache = ak.KVCache(1, HKV, D, max_len=200, codec=codec)
+        cache.append(k @ map_by, v @ map_by)
+        found.append(ak.attention(q @ map_by, cache) @ map_by.mT)  # type: ignore[operator]
+    if codec == "f32":
+        torch.testing.assert_close(found[1], want, rtol=1e-5, atol=1e-5)
+    else:
+        plain, rotated = ((x - want).abs().max() for x in found)
+        assert rotated < plain / 2
+
+
+def test_keys_less_their_mean(randn: Randn) -> None:
+    """lse falls by scale q . mean, and nothing else changes."""
+    q, k, v = randn(1, HQ, 3, D), randn(1, HKV, 200, D) + 2, randn(1, HKV, 200, D)
+    mean = k.mean(2, keepdim=True)
+    found = []
+    for keys in (k, k - mean):
+        cache = ak.KVCache(1, HKV, D, max_len=200, codec="f32")
+        cache.append(keys, v)
+        found.append(ak.attention(q, cache, return_lse=True))
+    (o, lse), (other, less) = found
+    torch.testing.assert_close(other, o, rtol=1e-5, atol=1e-5)
+    moved = D**-0.5 * (q * mean.repeat_interleave(HQ // HKV, 1)).sum(-1)
+    torch.testing.assert_close(less + moved, lse, rtol=1e-5, atol=1e-5)
+
+
 # --- under torch.compile, and as ops -------------------------------------------------------------------------
 
 

@@ -49,7 +49,14 @@ def qkv(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype = t
 
 
 def equation(
-    q: Tensor, k: Tensor, v: Tensor, carry: Tensor | None = None, *, head: int = 0, mask: Any = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    carry: Tensor | None = None,
+    *,
+    head: int = 0,
+    mask: Any = None,
+    changed: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """o and the carry, with F materialised, differentiable, in any precision."""
     sq, skv, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
@@ -57,6 +64,7 @@ def equation(
     i, j = torch.arange(sq)[:, None] + skv - sq, torch.arange(skv)
     sees = (j <= i) if mask is None else (j <= i) & mask(i, j)
     logits = q @ k.mT * q.shape[3] ** -0.5
+    logits = logits if changed is None else changed(logits)
     carried = torch.zeros_like(k[:, 0, :, 0]) if carry is None else carry.to(q.dtype)
     stays = carried < torch.inf
     added = torch.where(sees & (j >= 1) & (j < i) & stays[:, None], logits[:, head].relu(), 0.0)
@@ -467,3 +475,39 @@ def test_errors(rng: np.random.Generator) -> None:
         with pytest.raises(AttnkitError) as caught:
             call()
         assert caught.value.code == code
+
+
+# --- as a score -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [None, "softcap", "bias"])
+def test_as_a_score(change: str | None, rng: np.random.Generator) -> None:
+    """ak.selective beside what changes the logits first: the selection reads the changed ones."""
+    q, k, v = (t.requires_grad_() for t in qkv(rng, (2, 4, 2, 90, 90, 16, 8)))
+    bias = torch.from_numpy(rng.standard_normal((4, 90, 90), np.float32))
+    inputs = [q, k, v]
+    score = {None: None, "softcap": ak.softcap(1.5), "bias": ak.bias(bias)}[change]
+
+    def changed(s: Tensor) -> Tensor:
+        return s + bias.double() if change == "bias" else 1.5 * (s / 1.5).tanh() if change == "softcap" else s
+
+    o, lse = ak.attention(q, k, v, score=ak.selective(head=1, score=score), return_lse=True)
+    want, _ = equation(q.double(), k.double(), v.double(), head=1, changed=changed)
+    torch.testing.assert_close(o.double(), want, rtol=1e-5, atol=1e-5)
+    assert lse.shape == o.shape[:3]
+    cotangent = torch.randn_like(o)
+    got = torch.autograd.grad(o, inputs, cotangent)
+    exact = torch.autograd.grad(want, inputs, cotangent.double())
+    for x, y in zip(got, exact, strict=True):
+        torch.testing.assert_close(x, y.to(x.dtype), rtol=1e-4, atol=1e-4)
+    if change is None:
+        assert torch.equal(o, ak.selective_attention(q, k, v, head=1))  # type: ignore[arg-type]
+
+
+def test_what_does_not_go_with_it(rng: np.random.Generator) -> None:
+    q, k, v = qkv(rng, (1, 2, 2, 5, 5, 4, 4))
+    for other in ({"dropout_p": 0.1}, {"normalizer": ak.softmax(torch.zeros(2))}, {"backend": "reference"}):
+        with pytest.raises(AttnkitError, match=f"AK408(.|\n)*{next(iter(other))}"):
+            ak.attention(q, k, v, score=ak.selective(), **other)  # type: ignore[arg-type]
+    with pytest.raises(AttnkitError, match="AK401"):
+        ak.attention(q, k, v, score=ak.selective(head=2))

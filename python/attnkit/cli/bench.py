@@ -82,7 +82,7 @@ def bench(
     Suite cpu is what is promised of the CPU engine beside every library that computes attention on a CPU: it prints
     the promises (bars) and whether they are met. pip install 'attnkit[peers]' gets the libraries; those that are
     not there are left out. Suite gpu measures an NVIDIA GPU beside the libraries that compute attention there. Suite scaling
-    is time and memory against length, suite variants linear attention beside the same in torch. Suite models times architectures of
+    is time and memory against length, suite variants the other families beside what one would write in torch today. Suite models times architectures of
     transformers beside its "sdpa"; suite training trains a small model on torch and on attnkit and compares the losses; suite
     generation decodes on caches of codes, and reads text on them; suite learning trains models whose layers fold keys and values into
     a state.

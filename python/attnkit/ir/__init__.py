@@ -6,6 +6,7 @@ from attnkit.ir.mods import (
     causal as causal,
     document as document,
     prefix as prefix,
+    selective as selective,
     sigmoid as sigmoid,
     signed_softmax as signed_softmax,
     softcap as softcap,

@@ -197,6 +197,22 @@ def bias(tensor: Any) -> ScoreFunction:
     return score
 
 
+@dataclass(frozen=True)
+class Selective:
+    """What `selective` returns: no function, for a row depends on those before it."""
+
+    head: int
+    score: ScoreFunction | None
+
+
+def selective(head: int = 0, score: ScoreFunction | None = None) -> Selective:
+    """As the score of `ak.attention`: what ``head`` selects against is taken from the logits, as in `ak.selective_attention`.
+
+    ``score`` changes the logits first, a softcap or a bias: the selection reads what it makes of them.
+    """
+    return Selective(head, score)
+
+
 def position(q_idx: Any) -> Any:
     """The key position that a query stands at."""
     lengths = q_idx.context

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.mods import (
+    Selective,
     Weighting,
     alibi as alibi_score,
     causal as causal_mask,
@@ -53,7 +54,7 @@ def attention(
     k: Tensor | KVCache,
     v: Tensor | None = None,
     *,
-    score: Mod | None = None,
+    score: Mod | Selective | None = None,
     mask: Mod | None = None,
     select: Any = None,
     normalizer: Weighting | None = None,
@@ -77,7 +78,8 @@ def attention(
             the queries are the last Sq tokens of each row, already appended, and ``kv_len`` is the row's length; q has
             the dtype of the cache, to which it is cast under ``torch.autocast``. A cache takes no gradient.
         v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
-        score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod.
+        score: ``(s, b, h, q_idx, kv_idx) -> number``; s is the scaled logit. FlexAttention's score_mod. Or `ak.selective`, on
+            the CPU, beside mask, scale, cu_seqlens and return_lse: then it is causal.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, True where the pair exists. FlexAttention's mask_mod.
         select: which pairs meet. ``ak.top_k_blocks(block, k)`` or ``ak.sparge(...)``: blocks of keys that the queries choose, joined
             with the masks by "and". Or groups, on the CPU, beside score, mask, scale and, where each query is in one group,
@@ -105,6 +107,14 @@ def attention(
             in forward mode are required and torch's op cannot stand in, or any are and k is a cache; AK6xx, an index
             or a length is wrong.
     """
+    if isinstance(score, Selective) or isinstance(select, (Routing, Groups, GridPattern)):
+        apart = {
+            "normalizer": normalizer, "dropout_p": dropout_p or None, "block_mask": block_mask, "kv_lens": kv_lens,
+            "backend": None if backend in ("auto", "cpu") else backend,
+        }  # fmt: skip
+        return _of_its_own(
+            q, k, v, score, mask, select, scale, cu_seqlens_q, cu_seqlens_kv, return_lse, apart
+        )
     if (
         block_mask is None and type(mask) is not BlockMask and normalizer is None
         and (scale is None or (type(scale) is float and 0.0 < scale < math.inf))
@@ -115,15 +125,6 @@ def attention(
         if found is not None:
             o, lse = found
             return o if lse is None or not return_lse else (o, lse)
-    if isinstance(select, (Routing, Groups, GridPattern)):
-        check_function("score", score)
-        check_function("mask", mask)
-        others = {
-            "normalizer": normalizer, "dropout_p": dropout_p or None, "block_mask": block_mask, "cu_seqlens_q": cu_seqlens_q,
-            "cu_seqlens_kv": cu_seqlens_kv, "kv_lens": kv_lens, "backend": None if backend in ("auto", "cpu") else backend,
-        }  # fmt: skip
-        o, lse = within(select, q, k, v, score, mask, check_scale(scale), return_lse, **others)
-        return (o, lse) if return_lse else o
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
         check_beside_cache(
@@ -173,6 +174,24 @@ def attention(
         run = attend if backend in ("auto", q.device.type) else partial(_run_on, backend)
         o, lse = run(q, keys, values, *what)
     return o if lse is None or not return_lse else (o, lse)
+
+
+def _of_its_own(
+    q: Tensor, k: Any, v: Any, score: Mod | Selective | None, mask: Mod | None, select: Any, scale: float | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, return_lse: bool, apart: dict[str, Any],
+) -> Output:  # fmt: skip
+    """What has kernels of its own: selection by a head, and attention within groups. ``apart``: what does not go with them."""
+    if isinstance(score, Selective):
+        from attnkit.ops.selective import attend_selectively  # which is built on this module
+
+        apart = {"select": select, **apart}
+        o, lse = attend_selectively(score, q, k, v, mask, scale, cu_seqlens_q, cu_seqlens_kv, apart)
+    else:
+        check_function("score", score)
+        check_function("mask", mask)
+        apart = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv, **apart}
+        o, lse = within(select, q, k, v, score, mask, check_scale(scale), return_lse, **apart)
+    return (o, lse) if return_lse else o
 
 
 def _short_way(

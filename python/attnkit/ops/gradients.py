@@ -80,10 +80,12 @@ def run_backward(
     if len(wanted) != len(buffers):
         given = f"{len(wanted)} for {len(buffers)} buffers"
         raise error("AK401", where="wanted", given=given, allowed="one for each buffer")
-    _check(ready.shape, q.dtype, d_o=d_o, o=o)
-    _check(ready.shape[:3], torch.float32, lse=lse)
+    shape, dtype = ready.shape, q.dtype
+    _check("d_o", d_o, shape, dtype)
+    _check("o", o, shape, dtype)
+    _check("lse", lse, shape[:3], torch.float32)
     if d_lse is not None:
-        _check(ready.shape[:3], torch.float32, d_lse=d_lse)
+        _check("d_lse", d_lse, shape[:3], torch.float32)
     new = torch.zeros_like if ready.ragged or o.numel() == 0 else torch.empty_like
     try:
         dq = new(q) if q.is_cuda else new(q, dtype=_accumulated(q))
@@ -109,12 +111,11 @@ def _accumulated(t: Tensor) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check(shape: tuple[int, ...], dtype: torch.dtype, **tensors: Tensor) -> None:
-    for name, t in tensors.items():
-        if t.shape != shape:
-            raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
-        if t.dtype != dtype:
-            raise error("AK404", where=name, given=str(t.dtype), allowed=str(dtype))
+def _check(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t.shape != shape:
+        raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
+    if t.dtype != dtype:
+        raise error("AK404", where=name, given=str(t.dtype), allowed=str(dtype))
 
 
 def _fake(*args: Any) -> Gradients:

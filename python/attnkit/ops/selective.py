@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.expr import const, make, var
-from attnkit.ir.mods import causal
+from attnkit.ir.mods import Selective, causal
 from attnkit.ir.program import Layout, Program, Return
 from attnkit.ir.text import parse
 from attnkit.ops.carried import attend_carried
@@ -86,6 +86,37 @@ def selective_attention(
     check_function("mask", mask)
     if carry is not None:
         check_tensor("carry", carry)
+    o, _, carried = _attend(
+        Selective(head, None), q, k, v, mask, scale, cu_seqlens_q, cu_seqlens_kv, budget, carry
+    )
+    return (o, carried) if return_carry else o
+
+
+def attend_selectively(
+    score: Selective, q: Tensor, k: Tensor | KVCache, v: Tensor | None, mask: Any, scale: float | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, apart: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ak.attention` with this score: o and lse. ``apart`` holds the arguments that it has no room for.
+
+    Raises:
+        AttnkitError: as `selective_attention`; AK408, one of ``apart`` is there.
+    """
+    for name, given in apart.items():
+        if given is not None:
+            what = f"ak.selective does not go with {name}"
+            raise error("AK408", where=name, what=what, given=type(given).__name__, allowed="None")
+    check_count("head", score.head, 0)
+    check_function("score", score.score)
+    check_function("mask", mask)
+    o, lse, _ = _attend(score, q, k, v, mask, scale, cu_seqlens_q, cu_seqlens_kv)
+    return o, lse
+
+
+def _attend(
+    score: Selective, q: Tensor, k: Tensor | KVCache, v: Tensor | None, mask: Any, scale: float | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, budget: int | None = None, carry: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, lse and the carry."""
     kv_lens = page_table = None
     keys: Any
     if isinstance(k, KVCache):
@@ -96,12 +127,11 @@ def selective_attention(
     check_qkv(q, keys, v, paged=page_table is not None)
     check_lengths(cu_seqlens_q, cu_seqlens_kv, None)
     text, buffers, params = _bound(
-        q, mask, scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, kv_lens=kv_lens,
+        q, mask, scale, score.score, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, kv_lens=kv_lens,
         page_table=page_table,
     )  # fmt: skip
-    text = selective_text(text, head, budget, carry is not None)
-    o, _, carried, _ = attend_carried(q, keys, v, carry, text, buffers, params)
-    return (o, carried) if return_carry else o
+    text = selective_text(text, score.head, budget, carry is not None)
+    return attend_carried(q, keys, v, carry, text, buffers, params)[:3]
 
 
 def selective_memory(
@@ -160,10 +190,12 @@ def selective_memory(
     return lse[:, 0].exp()  # whose scores are the logarithms
 
 
-def _bound(q: Tensor, mask: Any, scale: Any, **lengths: Any) -> tuple[str, list[Tensor], list[float]]:
+def _bound(
+    q: Tensor, mask: Any, scale: Any, score: Any = None, **lengths: Any
+) -> tuple[str, list[Tensor], list[float]]:
     """The program of causal attention, and what it reads."""
     visible = all_of([causal()] if mask is None else [causal(), mask])
-    text, buffers, params = bind(Traceable(None, visible, check_scale(scale), **lengths), q)
+    text, buffers, params = bind(Traceable(score, visible, check_scale(scale), **lengths), q)
     return text, buffers, [p.current() for p in params]
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from attnkit.errors import error
+from attnkit.ir import mods
 from attnkit.ir.mods import Mask
 from attnkit.ir.trace import Param, Traced, build_text
 from attnkit.ops.proxies import call_in
@@ -95,7 +96,7 @@ class _Fingerprint:
         kind = type(value)  # exactly: a subclass could hold more than it seems to
         if kind in _NUMBERS:
             return (kind, repr(value) if kind is float else value)  # 0.0 and -0.0 are equal
-        if kind in _TENSORS and not value.__dict__ and not value.is_nested:
+        if _is_known_tensor(value):
             return ("tensor", _slot(self.tensors, value), value.dtype, value.shape)
         if kind in (Param, TorchParam):
             return ("param", _slot(self.params, value))
@@ -129,10 +130,17 @@ class _Fingerprint:
             )
         return (type(value), *map(self.of, value))
 
+    def _loaded(self, value: Any) -> Any:
+        """What `attnkit.ir.mods` captured: of a tensor's shape they ask where it broadcasts. A decoder's bias grows at every step."""
+        if not _is_known_tensor(value):
+            return self.of(value)
+        return ("loaded", _slot(self.tensors, value), value.dtype, tuple([n == 1 for n in value.shape]))
+
     def _function(self, function: types.FunctionType) -> Any:
         if function.__dict__:
             raise _Unknown
-        cells = tuple(self.of(cell.cell_contents) for cell in function.__closure__ or ())
+        of = self._loaded if function.__module__ == mods.__name__ else self.of
+        cells = tuple(of(cell.cell_contents) for cell in function.__closure__ or ())
         defaults = self.of(function.__defaults__ or ())
         keywords = tuple((k, self.of(v)) for k, v in (function.__kwdefaults__ or {}).items())
         if (function.__module__ or "").startswith("attnkit."):
@@ -264,6 +272,10 @@ def _remember(key: Any, bound: Bound, prints: _Fingerprint) -> _Entry | None:
     )
     _cache[key] = entry
     return entry
+
+
+def _is_known_tensor(value: Any) -> bool:
+    return type(value) in _TENSORS and not value.__dict__ and not value.is_nested
 
 
 def _is_our_mask(value: Any) -> bool:

@@ -52,6 +52,8 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     """
     if _raw(_included()) & _NOT_OF_THREADS:
         return False
+    if _met.seen is not None and _met.seen.plain(tuple(tensors)):
+        return True
     for t in tensors:
         if type(t) is not Tensor and type(t) is not Parameter:
             return False

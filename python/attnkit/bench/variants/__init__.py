@@ -26,6 +26,7 @@ FAMILIES = (linear, factorizable, block_sparse, groups, sparge, selective)
 SECONDS = 60.0
 _FLAT_FROM = 4096  # tokens: from there on the time of a token is to be the same
 _MARKERS = "osD^vP"  # there are more curves than colours
+_BYTES = " bytes"  # how the name of a fact ends that is memory
 _FLAT = Bar("time a token, most over least", most=1.15)
 _CONSTANT = Bar(f"MiB {BEYOND.removeprefix('bytes ')}, at any length", most=16)
 
@@ -130,29 +131,51 @@ def _constancy(runs: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def plot(document: Document, paths: list[Path]) -> None:
-    """Time a token against length, beside dense attention, into each of ``paths``.
+    """Time a token, and how far memory rises, against length, each beside dense attention, into each of ``paths``.
 
     Raises:
         OSError: a file cannot be written.
         ValueError: the suffix is not a known format.
     """
-    with drawing(document, paths, (6, 3.6)) as figure:
-        axes = figure.subplots()
-        points = [r for r in document["runs"] if r["curve"]]
-        lines = {
-            name: [r for r in points if r["curve"] == name]
-            for name in dict.fromkeys(r["curve"] for r in points)
-        }
-        for i, (name, mine) in enumerate(lines.items()):
-            axes.plot(*_per_token(mine, OWN), color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], label=name)
-            if beside := [r for r in mine if "dense" in r["ms"]]:
-                axes.plot(*_per_token(beside, "dense"), "--", color=f"C{i}", label=f"dense, beside {name}")
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlabel("tokens")
-        axes.set_ylabel("µs a token")
-        axes.grid(axis="y")
-        axes.legend(fontsize=7)
+    timed = [r for r in document["runs"] if r["curve"]]
+    weighed = [r for r in document["runs"] if any(fact.endswith(_BYTES) for fact in r["facts"])]
+    drawn = [(draw, runs) for draw, runs in ((_draw_times, timed), (_draw_memory, weighed)) if runs]
+    with drawing(document, paths, (6 * max(len(drawn), 1), 3.6)) as figure:
+        for i, (draw, runs) in enumerate(drawn):
+            axes = figure.add_subplot(1, len(drawn), i + 1)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xlabel("tokens")
+            draw(axes, runs)
+            axes.grid(axis="y")
+            axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _draw_times(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
+    lines = {
+        name: [r for r in runs if r["curve"] == name] for name in dict.fromkeys(r["curve"] for r in runs)
+    }
+    for i, (name, mine) in enumerate(lines.items()):
+        axes.plot(*_per_token(mine, OWN), color=f"C{i}", marker=_MARKERS[i % len(_MARKERS)], label=name)
+        if beside := [r for r in mine if "dense" in r["ms"]]:
+            axes.plot(*_per_token(beside, "dense"), "--", color=f"C{i}", label=f"dense, beside {name}")
+    axes.set_ylabel("µs a token")
+
+
+def _draw_memory(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
+    """A line for each fact that is bytes, a colour for each contender; one that doubles with the length beside them."""
+    facts = dict.fromkeys(fact for r in runs for fact in r["facts"] if fact.endswith(_BYTES))
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(fact.split()[0] for fact in facts))}
+    for fact in facts:
+        points = [(r["length"], r["facts"][fact] / 2**20) for r in runs if fact in r["facts"]]
+        name, direction, _ = fact.split()
+        style = "o:" if direction == "fwd" else "o-"
+        axes.plot(*zip(*points, strict=True), style, color=colours[name], label=f"{name} {direction}")
+    lengths = [r["length"] for r in runs]
+    last = max(r["facts"].get(f"{OWN} fwd{_BYTES}", 0.0) for r in runs) / 2**20
+    line = [last * n / max(lengths) for n in lengths]
+    axes.plot(lengths, line, "--", color="black", linewidth=0.8, label="linear")
+    axes.set_ylabel("peak MiB of a call")
 
 
 def _per_token(runs: Sequence[dict[str, Any]], rival: str) -> tuple[list[int], list[float]]:
