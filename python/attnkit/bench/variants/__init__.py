@@ -25,8 +25,8 @@ from attnkit.bench.variants.jobs import BEYOND, CEILING, OWN, Job
 FAMILIES = (linear, factorizable, block_sparse, groups, sparge, selective)
 SECONDS = 60.0
 _FLAT_FROM = 4096  # tokens: from there on the time of a token is to be the same
-_BYTES = " bytes"  # how the name of a fact ends that is memory
 _MARKERS = "osD^vP"  # there are more curves than colours
+_BYTES = " bytes"  # how the name of a fact ends that is memory
 _FLAT = Bar("time a token, most over least", most=1.15)
 _CONSTANT = Bar(f"MiB {BEYOND.removeprefix('bytes ')}, at any length", most=16)
 
