@@ -120,7 +120,11 @@ class Chunk {
   Decays e;
   Upcoming upcoming;  // what the next chunk will read; its parts are fetched between products
 
-  static int32_t chunk_of(const Recurrence& p) { return p.channels || p.bonus != nullptr ? kChannelChunk : p.chunk; }
+  static int32_t chunk_of(const Recurrence& p) {
+    const bool by_channel = p.channels || p.bonus != nullptr;
+    const int32_t most = by_channel ? kChannelChunk : p.head_dim <= kNarrow ? kNarrowChunk : kMaxChunk;
+    return p.chunk < most ? p.chunk : most;
+  }
   bool in_channels() const { return gate_width > 1; }
   // What the state is multiplied with over the chunk.
   const float* total() const { return decays ? e.total : &kOne; }

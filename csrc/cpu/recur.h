@@ -11,6 +11,9 @@ enum class FeatureMap : uint8_t { identity, elu1 };
 inline constexpr int kMaxChunk = 128;  // tokens
 // A gate for each channel takes its products token by token: a chunk of more would cost more than it saves.
 inline constexpr int kChannelChunk = 16;
+// Up to so many channels of keys, tokens beyond the first of these two cost more in pairs than a state that is read
+// again.
+inline constexpr int kNarrowChunk = 32, kNarrow = 64;
 
 // Numbers for tokens, float32: [batch, head, token, channel], strides in elements, 0 where all are alike.
 struct Numbers {

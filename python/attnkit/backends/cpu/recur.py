@@ -18,6 +18,7 @@ _TENSORS = (
     *(f"gradient of {role}" for role in ROLES),
 )  # fmt: skip
 CHANNEL_CHUNK = 16  # kChannelChunk
+NARROW_CHUNK, NARROW = 32, 64  # kNarrowChunk, kNarrow
 MOST_CHANNELS = 256  # of polynomials of order 2
 
 
@@ -54,7 +55,9 @@ class RecurKernel:
     def tokens(self, chunk: int) -> int:
         """How many tokens are computed together where ``chunk`` are asked for: csrc/cpu/recur.h."""
         kinds = dict(zip(self.recurrence.roles, self.recurrence.kinds, strict=True))
-        return CHANNEL_CHUNK if kinds.get("gate") == "bhsd" or "bonus" in kinds else chunk
+        if kinds.get("gate") == "bhsd" or "bonus" in kinds:
+            return CHANNEL_CHUNK
+        return min(chunk, NARROW_CHUNK) if self.spec.head_dim <= NARROW else chunk
 
     def __call__(
         self,
