@@ -31,7 +31,7 @@ SPEC = KernelSpec(parse(TEXT), "float32", 16, 16)
 def forget() -> None:
     """Every kernel is prepared again."""
     runtime.clear()
-    warm._ready.clear()
+    warm.forget()
 
 
 @pytest.fixture(autouse=True)

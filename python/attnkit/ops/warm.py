@@ -115,6 +115,12 @@ class _Met:
 _met = _Met()
 
 
+def forget() -> None:
+    """Every kernel is looked up again: the configs that are known may be others now."""
+    _ready.clear()
+    _met.seen = None
+
+
 def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Ready:
     """The kernel for dense tensors of one device. One lookup, the first call of such tensors apart.
 
