@@ -156,10 +156,8 @@ std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, c
                                       const Tensor& lengths, const Maybe& num_coded, const std::vector<Tensor>& tensors,
                                       const std::vector<float>& params, const std::optional<DropoutTuple>& dropout,
                                       int threads, int tile_q, int tile_kv, int split_kv, const Maybe& page_table) try {
-  need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
   need(tile_kv > 0 && tile_kv <= kMaxTileKv && tile_kv % kScaleRun == 0, "tile_kv is 32 to 192, a multiple of 32");
-  need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
+  const Config config = config_of(threads, tile_q, tile_kv, split_kv);
   need(q.size.size() == 4, "q has four dimensions");
   Cache cache(k, v, page_table, q.size[0]);
   // What `fill` asks of k and v: their shapes. Nothing of them is read through these.
@@ -190,7 +188,7 @@ std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, c
   r.problem.num_sequences = static_cast<int32_t>(sequences.size());
   {
     pybind11::gil_scoped_release release;
-    status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
+    status = attend(program, r.problem, config);
   }
   return {static_cast<int>(status.fault), status.value};
 } catch (const std::bad_alloc&) {

@@ -42,9 +42,8 @@ std::pair<int, int> call_attend_carried(const Program& program, const Program& c
                                         const std::vector<Tensor>& tensors, const std::vector<float>& params,
                                         const CarryTuple& what, int threads, int tile_q, int tile_kv, int split_kv,
                                         const Maybe& page_table) try {
-  need_tiles(threads, tile_q, tile_kv);
+  const Config config = config_of(threads, tile_q, tile_kv, split_kv);
   need(tile_kv % 16 == 0, "tile_kv is a multiple of 16");
-  need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   need(program.mask >= 0 && carry.mask >= 0 && !carry.carries, "not a program that carries");
   Request r;
   Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, {}, page_table);
@@ -56,8 +55,7 @@ std::pair<int, int> call_attend_carried(const Program& program, const Program& c
     const Carry held = make_carry(what, r.problem, q.size[0], keys);
     for (const Sequence& s : r.sequences) need(s.kv_start + s.kv_len <= keys, "sums of too few keys");
     pybind11::gil_scoped_release release;
-    status =
-        attend_carried(program, carry, r.problem, held, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
+    status = attend_carried(program, carry, r.problem, held, config);
   }
   return {static_cast<int>(status.fault), status.value};
 } catch (const std::bad_alloc&) {

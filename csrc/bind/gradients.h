@@ -4,12 +4,6 @@
 
 namespace attnkit::cpu {
 
-inline void need_tiles(int threads, int tile_q, int tile_kv) {
-  need(threads > 0, "threads are at least 1");
-  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
-  need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
-}
-
 struct Cotangents {
   int64_t rows = 0, kv_rows = 0;  // of dq, of dk and dv, float32, of groups that have rows of their own
   Gradients gradients{};

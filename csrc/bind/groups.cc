@@ -64,8 +64,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
                                 const Tensor& keys, bool q_rows, bool mean, const std::vector<Tensor>& buffers,
                                 const std::vector<float>& params, int threads, int tile_q, int tile_kv,
                                 int split_kv) try {
-  need_tiles(threads, tile_q, tile_kv);
-  need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
+  const Config config = config_of(threads, tile_q, tile_kv, split_kv);
   need(!mean || (!q_rows && !lse), "a mean has no rows and no lse");
   const Lists q_lists = lists_of(queries), kv_lists = lists_of(keys);
   Request r;
@@ -76,8 +75,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
     need(v.stride[3] == 1 || v.size[3] == 1, "channels are not adjacent");
     r.problem.q_rows = q_rows;
     pybind11::gil_scoped_release release;
-    status = (mean ? attend_groups_mean : attend_groups)(program, r.problem, q_lists, kv_lists,
-                                                         {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
+    status = (mean ? attend_groups_mean : attend_groups)(program, r.problem, q_lists, kv_lists, config);
   }
   return {static_cast<int>(status.fault), status.value};
 } catch (const std::bad_alloc&) {

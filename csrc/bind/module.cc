@@ -47,9 +47,8 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
                                 const std::optional<DropoutTuple>& dropout, int threads, int tile_q, int tile_kv,
                                 int split_kv, const Maybe& page_table, const std::optional<EncodingTuple>& encoding,
                                 float skip) try {
-  need_tiles(threads, tile_q, tile_kv);
+  const Config config = config_of(threads, tile_q, tile_kv, split_kv);
   need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
-  need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
   need(!program.carries, "a program that carries");
   need(!encoding || !page_table, "codes of pages are a cache's");
   need(skip >= 0, "skip is not below 0");
@@ -59,7 +58,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
   r.problem.skip = skip;
   if (status.fault == Fault::none && !r.empty) {
     py::gil_scoped_release release;
-    status = attend(program, r.problem, {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)});
+    status = attend(program, r.problem, config);
   }
   return {static_cast<int>(status.fault), status.value};
 } catch (const std::bad_alloc&) {

@@ -57,6 +57,18 @@ inline void need(bool ok, const char* what) {
   if (!ok) throw pybind11::value_error(what);
 }
 
+inline void need_tiles(int threads, int tile_q, int tile_kv) {
+  need(threads > 0, "threads are at least 1");
+  need(tile_q > 0 && tile_q <= kMaxTileQ, "tile_q is 1 to 128");
+  need(tile_kv > 0 && tile_kv <= kMaxTileKv, "tile_kv is 1 to 192");
+}
+
+inline Config config_of(int threads, int tile_q, int tile_kv, int split_kv) {
+  need_tiles(threads, tile_q, tile_kv);
+  need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
+  return {tile_q, tile_kv, split_kv, std::min(threads, kMaxThreads)};
+}
+
 inline constexpr int64_t kFarthest = int64_t{1} << 54;  // elements of 8 bytes: no address space is larger
 
 // The memory of a tensor, as far as it can be told: only its owner knows whether it is as large as the sizes say.

@@ -101,20 +101,18 @@ class Seen {
 class Launch {
  public:
   Launch(const Program& program, float scale, int tile_q, int tile_kv, int split_kv)
-      : program_(program), scale_(scale), tile_q_(tile_q), tile_kv_(tile_kv), split_kv_(split_kv) {
-    need_tiles(1, tile_q, tile_kv);
-    need(split_kv > 0 && split_kv <= 1 << 30, "split_kv is 1 to 2^30");
+      : program_(program), scale_(scale), config_(config_of(1, tile_q, tile_kv, split_kv)) {
     need(!program.carries, "a program that carries");
   }
 
   std::pair<int, int> run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Maybe& lse,
                           int threads) const try {
-    need(threads > 0, "threads are at least 1");
+    const Config config = config_of(threads, config_.tile_q, config_.tile_kv, config_.split_kv);
     Request r;
     Status status = r.fill(program_, q, k, v, o, lse, scale_, {}, {}, {}, {}, {});
     if (status.fault == Fault::none && !r.empty) {
       py::gil_scoped_release release;
-      status = attend(program_, r.problem, {tile_q_, tile_kv_, split_kv_, std::min(threads, kMaxThreads)});
+      status = attend(program_, r.problem, config);
     }
     return {static_cast<int>(status.fault), status.value};
   } catch (const std::bad_alloc&) {
@@ -124,7 +122,7 @@ class Launch {
  private:
   const Program& program_;
   const float scale_;
-  const int tile_q_, tile_kv_, split_kv_;
+  const Config config_;  // but for the threads
 };
 
 }  // namespace

@@ -83,6 +83,11 @@ CodeView view(const Program& program, const Facts& facts) {
   return v;
 }
 
+Call call_of(const Program& program, const Facts& facts, const Problem& p, const Config& config, int32_t tile_q) {
+  const auto split_kv = static_cast<int32_t>(blocks_of(config.split_kv, config.tile_kv)) * config.tile_kv;
+  return {view(program, facts), &p, tile_q, config.tile_kv, program.score >= 0, program.mask >= 0, split_kv};
+}
+
 int worth(int threads, double flops) {
   return g_forked ? 1 : static_cast<int>(std::clamp(flops / kMinFlopsPerThread, 1.0, static_cast<double>(threads)));
 }
@@ -113,8 +118,7 @@ Status attend(const Program& program, const Problem& given, const Config& config
   Encoded encoded;
   if (p.encoding.q_tile > 0 && !encoded.encode(p, kernel, threads)) return {Fault::no_memory, -1};
 
-  const int32_t split_kv = (config.split_kv + config.tile_kv - 1) / config.tile_kv * config.tile_kv;
-  Call call{view(program, facts), &p, 0, config.tile_kv, program.score >= 0, program.mask >= 0, split_kv};
+  Call call = call_of(program, facts, p, config, 0);
   const Schedule schedule(p, call, config.tile_q, threads);
   return run_schedule(program, p, call, schedule, analysis, facts, threads);
 }

@@ -51,8 +51,6 @@ struct BufferPlan {
   int64_t elements = 1;
 };
 
-int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
-
 // As many blocks of n keys as blocks of `most` would be, and of about one size: the last would be done before those
 // that add to the same rows of dq before it, and wait. Ranges of keys begin at multiples of kStrip.
 int32_t even_block(int64_t n, int32_t most) {
@@ -211,16 +209,14 @@ class Pass {
     map_->find(structure.sequence, structure.head, 0, s.q_len, structure.choosers);
     structure.gathered.resize(static_cast<size_t>(kv_blocks(s)));
     for (int64_t column = 0; column < kv_blocks(s); ++column) {
-      std::span<const int32_t> left = structure.choosers.of(column * call_.tile_kv / map_->block());
+      Task tile{structure.sequence, structure.head, 1, 0, 0};
+      tile.kv_first = column * call_.tile_kv;
+      tile.kv_end = tile.kv_first + call_.tile_kv;
+      std::span<const int32_t> left = structure.choosers.of(tile.kv_first / map_->block());
       while (!left.empty()) {
-        const auto count = std::min<size_t>(left.size(), static_cast<size_t>(call_.tile_q));
-        Task task{structure.sequence, structure.head, 1, 0, static_cast<int32_t>(count)};
-        task.listed = left.data();
-        task.kv_first = column * call_.tile_kv;
-        task.kv_end = task.kv_first + call_.tile_kv;
+        const Task task = take_listed(tile, left, call_.tile_q);
         for (const KeyRange& keys : plan.plan(task))
-          structure.gathered[static_cast<size_t>(column)].push_back({left.data(), task.q_count, keys});
-        left = left.subspan(count);
+          structure.gathered[static_cast<size_t>(column)].push_back({task.listed, task.q_count, keys});
       }
     }
   }
@@ -560,6 +556,7 @@ Status attend_backward(const Program& program, const Problem& given, const Gradi
   if (const auto map = adjacent ? ChosenMap::of(program, p, analysis, facts, config.tile_kv) : std::nullopt) {
     Analysis of_chosen(*program.chosen, p);
     const Facts found = of_chosen.prove();
+    if (found.status.fault != Fault::none) return found.status;
     return Pass(*program.chosen, p, gradients, fit, of_chosen, found, nullptr, &*map).run();
   }
   return Pass(program, p, gradients, fit, analysis, facts).run();

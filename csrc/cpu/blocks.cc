@@ -8,8 +8,6 @@ namespace {
 // Where to cut a stretch of n blocks: at a power of two, so that the parts line up with zones and each other.
 int64_t half(int64_t n) { return static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(n - 1))); }
 
-int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
-
 Frame frame_of(const Problem& p, int32_t sequence, int32_t head, int32_t heads) {
   const int64_t entry = p.entry_of(sequence), q_len = p.q_len_of(sequence), kv_len = p.kv_len_of(sequence);
   return {{entry, entry}, {head, head + heads - 1}, {q_len, q_len}, {kv_len, kv_len}};

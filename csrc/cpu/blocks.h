@@ -7,6 +7,8 @@
 
 namespace attnkit::cpu {
 
+constexpr int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
 // The key ranges one row of tiles must visit. Bisects the keys: a mask's structure costs its border, not its area.
 class RowPlan {
  public:

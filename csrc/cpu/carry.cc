@@ -248,9 +248,9 @@ Status attend_carried(const Program& score, const Program& carry, const Problem&
     gone |= std::any_of(sums, sums + s.kv_len, [](float x) { return x > 3e38f; });
   }
   const auto tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, longest));
-  const int32_t split_kv = (config.split_kv + config.tile_kv - 1) / config.tile_kv * config.tile_kv;
-  Call call{view(score, facts), &p,  tile_q, config.tile_kv, score.score >= 0, score.mask >= 0, split_kv,
-            subtracts(score),   gone};
+  Call call = call_of(score, facts, p, config, tile_q);
+  call.subtracts = subtracts(score);
+  call.some_gone = gone;
   const Call selecting{view(carry, carry_facts), &p, tile_q, config.tile_kv, carry.score >= 0, carry.mask >= 0};
 
   Selecting first(p, selecting, what, of_score, of_carry, carry_facts);

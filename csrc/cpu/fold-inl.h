@@ -9,6 +9,15 @@ struct Fold {
   Fold at(int64_t lane) const { return {o + lane * o_stride, max + lane, sum + lane, o_stride}; }
 };
 
+// Lanes of which nothing has been seen.
+inline void start_fold(const Fold& fold, int32_t lanes) {
+  __builtin_memset(fold.o, 0, static_cast<size_t>(lanes * fold.o_stride) * sizeof(float));
+  for (int32_t m = 0; m < lanes; ++m) {
+    fold.max[m] = -kInfinity;
+    fold.sum[m] = 0;
+  }
+}
+
 // `to` may be either of the two. Nothing seen weighs nothing: exp(-infinity - pivot) is 0.
 inline void merge(const Fold& to, const Fold& a, const Fold& b, int32_t lanes, int32_t channels) {
   for (int32_t m = 0; m < lanes; ++m) {

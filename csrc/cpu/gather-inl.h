@@ -18,28 +18,20 @@ struct GatheredRows {
   Fold fold(float* workspace, int i) const { return {workspace + o[i], workspace + max[i], workspace + sum[i], dv}; }
 };
 
-inline void start(const Fold& rows, int32_t count, int32_t channels) {
-  __builtin_memset(rows.o, 0, static_cast<size_t>(count) * static_cast<size_t>(channels) * sizeof(float));
-  for (int32_t m = 0; m < count; ++m) {
-    rows.max[m] = -kInfinity;
-    rows.sum[m] = 0;
-  }
-}
-
 // Products are those of many queries however few a piece has, for that depends on the other queries of the task.
 template <class Products>
 int32_t gather(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
   const GatheredRows at(c);
   const Fold now = at.fold(workspace, 0), before = at.fold(workspace, 1);
-  start(now, t.q_count, at.dv);
-  start(before, t.q_count, at.dv);
+  start_fold(now, t.q_count);
+  start_fold(before, t.q_count);
   int32_t bad = -1;
   int64_t stretch = -1;
   for (Piece piece; pieces.next(pieces.state, &piece);) {
     if (piece.ranges->first / c.split_kv != stretch) {
       if (stretch >= 0) {
         merge(before, before, now, t.q_count, at.dv);
-        start(now, t.q_count, at.dv);
+        start_fold(now, t.q_count);
       }
       stretch = piece.ranges->first / c.split_kv;
     }
@@ -49,8 +41,9 @@ int32_t gather(const Call& c, const Task& t, const Pieces& pieces, float* worksp
     forward.prepare(true);
     for (size_t i = 0; i < piece.num_ranges; ++i)
       for (int64_t first = piece.ranges[i].first, end = first + piece.ranges[i].count; first < end;) {
-        const int64_t tile_end = (first / c.tile_kv + 1) * c.tile_kv, stop = tile_end < end ? tile_end : end;
-        forward.keys(first, static_cast<int32_t>(stop - first), piece.ranges[i].full, -1);
+        const bool full = piece.ranges[i].full;
+        const int64_t reach = forward.reach(first, full), stop = reach < end ? reach : end;
+        forward.keys(first, static_cast<int32_t>(stop - first), full, -1);
         first = stop;
       }
     forward.save_listed(now, t.q_first);

@@ -13,14 +13,12 @@ namespace {
 constexpr int64_t kMostTiles = 8;
 constexpr int64_t kTasksPerThread = 8;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The pieces of one task after the other.
 class Gatherer {
  public:
   Gatherer(const Program& chosen, const Problem& p, const Call& call, const ChosenMap& map, const Analysis& proven,
-           const Facts& facts, int32_t tile_q)
-      : call_(call), map_(map), row_(chosen, p, call, proven, facts), tile_q_(tile_q) {}
+           const Facts& facts)
+      : call_(call), map_(map), row_(chosen, p, call, proven, facts) {}
 
   void begin(const Task& task) {
     task_ = task;
@@ -37,14 +35,10 @@ class Gatherer {
       while (left_.empty()) {
         if (++block_ >= map_.blocks(task_.sequence)) return false;
         left_ = choosers_.of(block_);
+        task_.kv_first = block_ * map_.block();
+        task_.kv_end = task_.kv_first + map_.block();
       }
-      const auto count = static_cast<int32_t>(std::min<size_t>(left_.size(), static_cast<size_t>(tile_q_)));
-      piece.queries = task_;
-      piece.queries.listed = left_.data();
-      piece.queries.q_count = count;
-      piece.queries.kv_first = block_ * map_.block();
-      piece.queries.kv_end = piece.queries.kv_first + map_.block();
-      left_ = left_.subspan(static_cast<size_t>(count));
+      piece.queries = take_listed(task_, left_, call_.tile_q);
       const std::vector<KeyRange>& ranges = row_.plan(piece.queries);
       piece.ranges = ranges.data();
       piece.num_ranges = ranges.size();
@@ -55,7 +49,6 @@ class Gatherer {
   const Call& call_;
   const ChosenMap& map_;
   RowPlan row_;
-  const int32_t tile_q_;
   Task task_{};
   Choosers choosers_;
   int64_t block_ = 0;
@@ -126,8 +119,7 @@ Status attend_gathered(const Program& chosen, const Problem& p, const ChosenMap&
   Analysis analysis(chosen, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
-  const int32_t split_kv = (config.split_kv + config.tile_kv - 1) / config.tile_kv * config.tile_kv;
-  Call call{view(chosen, facts), &p, config.tile_q, config.tile_kv, chosen.score >= 0, chosen.mask >= 0, split_kv};
+  Call call = call_of(chosen, facts, p, config, config.tile_q);
 
   int64_t queries = 0;
   for (int32_t i = 0; i < p.num_sequences; ++i) queries += p.sequences[i].q_len * p.num_heads;
@@ -135,17 +127,17 @@ Status attend_gathered(const Program& chosen, const Problem& p, const ChosenMap&
   call.gathered = static_cast<int32_t>(std::clamp<int64_t>(tiles, 1, kMostTiles)) * config.tile_q;
   std::vector<int64_t> first(1, 0);  // task of each sequence
   for (int32_t i = 0; i < p.num_sequences; ++i)
-    first.push_back(first.back() + p.num_heads * ceil_div(p.sequences[i].q_len, call.gathered));
+    first.push_back(first.back() + p.num_heads * blocks_of(p.sequences[i].q_len, call.gathered));
 
   const Kernel& kernel = current_isa();
   threads = static_cast<int>(std::min<int64_t>(threads, first.back()));
   Deal deal(first.back(), std::max(threads, 1));
   std::atomic<int32_t> bad_load{-1};
   const bool enough = on_threads_with_memory(threads, kernel.workspace_bytes(call), [&](int thread, float* memory) {
-    Gatherer gatherer(chosen, p, call, map, analysis, facts, config.tile_q);
+    Gatherer gatherer(chosen, p, call, map, analysis, facts);
     for (int64_t i; (i = deal.take(thread)) >= 0;) {
       const auto sequence = static_cast<int32_t>(std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1);
-      const int64_t q_len = p.sequences[sequence].q_len, of_head = ceil_div(q_len, call.gathered),
+      const int64_t q_len = p.sequences[sequence].q_len, of_head = blocks_of(q_len, call.gathered),
                     in_sequence = i - first[static_cast<size_t>(sequence)];
       Task task{sequence, static_cast<int32_t>(in_sequence / of_head), 1, in_sequence % of_head * call.gathered, 0};
       task.q_count = static_cast<int32_t>(std::min<int64_t>(call.gathered, q_len - task.q_first));

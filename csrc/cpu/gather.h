@@ -23,6 +23,14 @@ struct Choosers {
   }
 };
 
+// The next of these queries, at most `most`, with the sequence, head and keys of `of`.
+inline Task take_listed(Task of, std::span<const int32_t>& left, int32_t most) {
+  of.listed = left.data();
+  of.q_count = left.size() < static_cast<size_t>(most) ? static_cast<int32_t>(left.size()) : most;
+  left = left.subspan(static_cast<size_t>(of.q_count));
+  return of;
+}
+
 // The map of a program's choice (bytecode.h) in one call.
 class ChosenMap {
  public:
@@ -32,7 +40,7 @@ class ChosenMap {
                                      const Facts& facts, int32_t tile_kv);
 
   int64_t block() const { return block_; }  // keys
-  int64_t blocks(int32_t sequence) const { return (problem_->sequences[sequence].kv_len + block_ - 1) / block_; }
+  int64_t blocks(int32_t sequence) const { return blocks_of(problem_->sequences[sequence].kv_len, block_); }
   void find(int32_t sequence, int32_t head, int64_t q_first, int64_t q_end, Choosers& out) const;
 
  private:

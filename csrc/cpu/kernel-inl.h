@@ -104,13 +104,7 @@ class Forward {
   }
 
   // A stretch of keys of which nothing has been seen.
-  void start() {
-    for (int32_t m = 0; m < at_.bm; ++m) {
-      ws_[at_.max + m] = -kInfinity;
-      ws_[at_.sum + m] = 0;
-    }
-    clear(at_.o, static_cast<int64_t>(at_.bm) * at_.dv);
-  }
+  void start() { start_fold(now_, at_.bm); }
 
   // What the stretch has given joins those before it; or it is kept for, or taken from, another task.
   void end_stretch() {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "analysis.h"
+#include "attend.h"
 #include "call.h"
 
 namespace attnkit::cpu {
@@ -22,6 +23,8 @@ float* carried_memory(size_t bytes);  // another piece
 char* codes_memory(size_t bytes);  // likewise, for encoded queries and keys
 
 CodeView view(const Program& program, const Facts& facts);
+// A forward call. Stretches are whole tiles.
+Call call_of(const Program& program, const Facts& facts, const Problem& p, const Config& config, int32_t tile_q);
 
 // How many threads are worth waking for so many operations, of the `threads` that there are.
 int worth(int threads, double flops);

@@ -2,13 +2,13 @@
 
 #include <algorithm>
 
+#include "blocks.h"
+
 namespace attnkit::cpu {
 namespace {
 
 // Enough that a thread which loses its core for a while leaves little to wait for.
 constexpr int64_t kTasksPerThread = 8;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -33,10 +33,10 @@ Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads, std
       const int64_t together = windows.empty() || s.q_len == 1 ? lanes : 1;  // heads share rows of what is carried
       while (group % cut.heads != 0 || (cut.heads > 1 && cut.heads * s.q_len > together)) --cut.heads;
       const Window window =
-          windows.empty() ? Window{0, ceil_div(s.q_len, call.tile_q)} : windows[static_cast<size_t>(i)];
+          windows.empty() ? Window{0, blocks_of(s.q_len, call.tile_q)} : windows[static_cast<size_t>(i)];
       cut.first_block = window.first;
       cut.blocks = window.end - window.first;
-      cut.stretches = std::max<int64_t>(ceil_div(s.kv_len, call.split_kv), 1);
+      cut.stretches = std::max<int64_t>(blocks_of(s.kv_len, call.split_kv), 1);
       pieces += p.heads_of(i) / cut.heads * cut.blocks * cut.stretches;
     }
   }
@@ -44,7 +44,7 @@ Schedule::Schedule(const Problem& p, Call& call, int32_t lanes, int threads, std
   const int64_t together = threads <= 1 ? INT64_MAX : std::max<int64_t>(pieces / (kTasksPerThread * threads), 1);
   for (int32_t i = 0; i < p.num_sequences; ++i) {
     Cut &cut = cuts_[static_cast<size_t>(i)], &next = cuts_[static_cast<size_t>(i) + 1];
-    cut.pieces = together < cut.stretches ? ceil_div(cut.stretches, together) : 1;
+    cut.pieces = together < cut.stretches ? blocks_of(cut.stretches, together) : 1;
     const int64_t units = p.heads_of(i) / cut.heads * cut.blocks, shared = cut.pieces > 1 ? units : 0;
     const auto most_lanes = static_cast<int32_t>(cut.heads * std::min<int64_t>(call.tile_q, p.sequences[i].q_len));
     next.first_task = cut.first_task + units * cut.pieces;

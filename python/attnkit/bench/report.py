@@ -56,24 +56,22 @@ def bars_table(document: Document) -> Table:
     for heading in ("measured", "95 % interval", "bar", "met", "stretch"):
         out.add_column(heading, justify="right", no_wrap=True)
     last = None
-    asked = [bar for bar in document["bars"] if _asked(bar)]
+    met = [bar["met"] for bar in document["bars"] if _asked(bar)]
     for bar in document["bars"]:
-        m = bar["measured"]
+        m, asked = bar["measured"], _asked(bar)
         against = f"best: {bar['note']}" if bar["against"] == "best" and m else bar["against"]
         out.add_row(
             "" if bar["workload"] == last else bar["workload"],
             against if m else f"{against}: {bar['note']}",
             f"{m['median']:.2f}" if m else "-",
             f"[{m['lo']:.2f}, {m['hi']:.2f}]" if m else "-",
-            _asked(bar),
-            "" if not _asked(bar) else "yes" if bar["met"] else "NO",
+            asked,
+            "" if not asked else "yes" if bar["met"] else "NO",
             "" if bar["stretch"] is None else f"{bar['stretch']:g} {'yes' if bar['stretch_met'] else 'no'}",
             style="green" if bar["met"] else "red" if m else "dim",
         )
         last = bar["workload"]
-    out.title = (
-        f"{sum(bar['met'] for bar in asked)} of {len(asked)} bars met" if asked else "Nothing was promised"
-    )
+    out.title = f"{sum(met)} of {len(met)} bars met" if met else "Nothing was promised"
     return out
 
 

@@ -201,7 +201,7 @@ def _short_way(
 
     None where that is not so.
     """
-    plain = plain_text(scale) if score is None and mask is None else None
+    plain = plain_text(scale) if v is not None and score is None and mask is None else None
     if plain is not None and (found := known(plain, q, k, v)) is not None:
         return attend(q, k, v, plain, [], [], need_lse, found=found)
     cached = type(k) is KVCache

@@ -94,7 +94,5 @@ def _autograd(*args: Any) -> Tensor:
 
 _lib.impl("select", _kernel, "CPU")
 _lib.impl("select", _autograd, "AutogradCPU")
-_lib.impl(
-    "select", autocasting(torch.ops.attnkit.select.default), "AutocastCPU"
-)  # a program is left as it is
+_lib.impl("select", autocasting(torch.ops.attnkit.select.default), "AutocastCPU")
 torch.library.register_fake("attnkit::select", _fake, lib=_lib)
