@@ -234,4 +234,5 @@ PYBIND11_MODULE(_engine, m) {
   m.def("bf16_gflops", &bf16_gflops, py::arg("threads"), py::arg("rounds") = 2'000'000);
   m.def("read_gbytes_per_s", &read_gbytes_per_s, py::arg("threads"), py::arg("memory"));
   m.attr("compiler") = __VERSION__;
+  m.attr("kernels") = ATTNKIT_KERNELS;
 }

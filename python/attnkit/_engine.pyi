@@ -12,6 +12,7 @@ Ints = Sequence[int]
 Tensor = Any
 
 compiler: str
+kernels: str
 
 class Program:
     """A verified tile-bytecode program; the only thing the engine runs. ValueError says why code is refused."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnkit._version import __version__
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
@@ -89,14 +88,14 @@ class CpuBackend:
         }
 
     def fingerprint(self) -> Fingerprint:
-        """The processor, the instruction set in use and the cores; this version and its compiler."""
+        """The processor, the instruction set in use and the cores; the kernels' sources and their compiler."""
         device = {
             "name": cpu_model(),
             "model": cpu_generation(),
             "isa": engine().current_isa(),
             "cores": str(usable_cores()),
         }
-        return Fingerprint(device, {"attnkit": __version__, "compiler": engine().compiler})
+        return Fingerprint(device, {"kernels": engine().kernels, "compiler": engine().compiler})
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
