@@ -103,18 +103,19 @@ class Described {
     return make_view(t);
   }
 
-  // A contiguous float32 tensor of this size, or null.
-  const float* floats(const Maybe& t, const Ints& size, const char* what) {
-    if (!t) {
-      memory_.push_back(kAbsent);
-      return nullptr;
-    }
-    need(t->dtype == static_cast<int>(DType::f32) && t->size == size && t->stride.size() == size.size(), what);
+  // A contiguous float32 tensor of this size.
+  const float* floats(const Tensor& t, const Ints& size, const char* what) {
+    need(t.dtype == static_cast<int>(DType::f32) && t.size == size && t.stride.size() == size.size(), what);
     int64_t contiguous = 1;  // as torch has it: of no elements, as if there were one
     for (size_t d = size.size(); d-- > 0; contiguous *= std::max<int64_t>(size[d], 1))
-      need(size[d] <= 1 || t->stride[d] == contiguous, what);
-    memory_.push_back({t->data, t->size, t->stride, element_size(DType::f32)});
-    return reinterpret_cast<const float*>(t->data);
+      need(size[d] <= 1 || t.stride[d] == contiguous, what);
+    memory_.push_back({t.data, t.size, t.stride, element_size(DType::f32)});
+    return reinterpret_cast<const float*>(t.data);
+  }
+  const float* floats(const Maybe& t, const Ints& size, const char* what) {
+    if (t) return floats(*t, size, what);
+    memory_.push_back(kAbsent);
+    return nullptr;
   }
 
  private:

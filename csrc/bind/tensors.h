@@ -72,6 +72,7 @@ inline Config config_of(int threads, int tile_q, int tile_kv, int split_kv) {
 inline constexpr int64_t kFarthest = int64_t{1} << 54;  // elements of 8 bytes: no address space is larger
 
 // The memory of a tensor, as far as it can be told: only its owner knows whether it is as large as the sizes say.
+// Of a tensor that outlives it: one that a function made of its argument (a Maybe of a Tensor) does not.
 struct Memory {
   uintptr_t data;
   const Ints& size;
