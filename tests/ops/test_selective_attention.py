@@ -544,3 +544,41 @@ def test_what_does_not_go_with_it(rng: np.random.Generator) -> None:
             ak.attention(q, k, v, score=ak.selective(), **other)  # type: ignore[arg-type]
     with pytest.raises(AttnkitError, match="AK401"):
         ak.attention(q, k, v, score=ak.selective(head=2))
+
+
+# --- what is forgotten ------------------------------------------------------------------------------------
+
+
+def forgetful(rng: np.random.Generator, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Logits so large that most weights are exactly 0 before long: whole tiles of them."""
+    q, k, v = qkv(rng, (2, 4, 2, 500, 500, 16, 16), dtype)
+    return [4 * q, k, v]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_forgotten_is_left_out(rng: np.random.Generator, dtype: torch.dtype) -> None:
+    """Tiles without a weight need not be computed: results and gradients are those of the equation."""
+    inputs: list[Tensor | None] = [*forgetful(rng, dtype), 50 * torch.rand(2, 500)]
+    o, carry = ours(*inputs)  # type: ignore[arg-type]
+    want, total = equation(*(x.double() for x in inputs if x is not None))
+    naive, _ = equation(*(x for x in inputs if x is not None))
+    assert (o.double() - want).abs().max() <= 2 * (naive.double() - want).abs().max()
+    torch.testing.assert_close(carry.double(), total, rtol=1e-5, atol=1e-3)
+    exact = gradients(equation, [None if x is None else x.double() for x in inputs])
+    for found, plain, right in zip(gradients(ours, inputs), gradients(equation, inputs), exact, strict=True):
+        assert (found.double() - right).abs().max() <= 3 * (plain.double() - right).abs().max()
+
+
+def test_a_weight_of_zero_still_meets_what_is_not_finite(rng: np.random.Generator) -> None:
+    """0 times NaN is NaN, whether the tile could have been left out or not."""
+    for which, heads, rows in (
+        (0, slice(1, 2), slice(3, 4)),
+        (1, slice(2, 4), slice(3, None)),
+        (2, slice(2, 4), slice(3, None)),
+    ):
+        given, want = forgetful(rng), torch.zeros(2, 4, 500, 16, dtype=torch.bool)
+        given[which][0, 1, 3, 5] = torch.nan
+        want[0, heads, rows, 5 if which == 2 else slice(None)] = True
+        o = ak.selective_attention(*given)
+        assert isinstance(o, Tensor)
+        assert torch.equal(o.isnan(), want)
