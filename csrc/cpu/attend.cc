@@ -124,7 +124,7 @@ Status attend(const Program& program, const Problem& given, const Config& config
 }
 
 Status run_schedule(const Program& program, const Problem& p, const Call& call, const Schedule& schedule,
-                    const Analysis& proven, const Facts& facts, int threads, const Wave* wave) {
+                    const Analysis& proven, const Facts& facts, int threads, Wave* wave) {
   const Kernel& kernel = current_isa();
   const int64_t num_tasks = schedule.num_tasks();
   threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
