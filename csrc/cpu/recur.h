@@ -8,12 +8,14 @@ namespace attnkit::cpu {
 enum class RowNorm : uint8_t { none, l2, layer };
 enum class FeatureMap : uint8_t { identity, elu1 };
 
-inline constexpr int kMaxChunk = 128;  // tokens
-// A gate for each channel takes its products token by token: a chunk of more would cost more than it saves.
-inline constexpr int kChannelChunk = 16;
-// Up to so many channels of keys, tokens beyond the first of these two cost more in pairs than a state that is read
-// again.
-inline constexpr int kNarrowChunk = 32, kNarrow = 64;
+inline constexpr int kMaxChunk = 128;     // tokens
+inline constexpr int kChannelChunk = 16;  // of a gate for each channel, or a bonus
+// At most so many tokens are computed together. A gate for each channel takes its products token by token, so that a
+// chunk of more would cost more than it saves; and up to 64 channels of keys, tokens beyond the 32nd cost more in pairs
+// than a state that is read again. States of a polynomial are larger.
+inline constexpr int32_t most_tokens(int32_t head_dim, bool by_channel, bool polynomial) {
+  return by_channel ? kChannelChunk : head_dim <= 64 && !polynomial ? 32 : kMaxChunk;
+}
 
 // Numbers for tokens, float32: [batch, head, token, channel], strides in elements, 0 where all are alike.
 struct Numbers {
@@ -45,7 +47,7 @@ struct Recurrence {
   float *state, *norm;  // of the end: written
   const Stretch* sequences;
   int32_t num_sequences;
-  int32_t chunk;  // tokens, a multiple of 16, at most kMaxChunk
+  int32_t chunk;  // tokens that are computed together, a multiple of 16, at most `most_tokens`
   // Of a polynomial of products, 1 or 2, with its coefficients; 0: the recurrence is linear. A polynomial's is
   // normalised, has no gate, beta or bonus, and its states a row for each of 1, x and (order 2) x (x) x.
   int32_t order;

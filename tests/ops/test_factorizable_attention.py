@@ -254,7 +254,7 @@ def test_errors(code: str, change: Named) -> None:
 def test_explain_says_what_is_kept() -> None:
     given = problem("fastmax2", size="whole") | {"causal": True}
     (call,) = ak.explain(ak.factorizable_attention, **given).calls
-    assert (call.backend, call.config) == ("cpu", {"chunk": 32})
+    assert (call.backend, call.config) == ("cpu", {"chunk": 64})
     rows = 1 + 32 + 32 * 32
     assert (
         f"a state of {rows} x 16 and its norm for each of 2 heads, {2 * 2 * rows * 17 * 4:,} bytes"
