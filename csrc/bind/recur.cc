@@ -173,7 +173,8 @@ void in_large_pages([[maybe_unused]] std::initializer_list<const Tensor*> result
   for (const Tensor* t : results) {
     int64_t elements = 1;
     for (size_t d = 0; d < t->size.size(); ++d) elements += (t->size[d] - 1) * std::max<int64_t>(t->stride[d], 0);
-    const auto bytes = static_cast<uintptr_t>(elements) * static_cast<uintptr_t>(element_size(static_cast<DType>(t->dtype)));
+    const auto bytes =
+        static_cast<uintptr_t>(elements) * static_cast<uintptr_t>(element_size(static_cast<DType>(t->dtype)));
     const uintptr_t first = (t->data + kPage - 1) / kPage * kPage, end = (t->data + bytes) / kPage * kPage;
     if (elements > 0 && bytes >= kMapped) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
   }

@@ -40,7 +40,7 @@ struct Recurrence {
   bool causal, normalize;
   float epsilon;
   Numbers gate, beta;  // decays' logarithms; how much of a correction is made
-  bool channels;       // the gate has them
+  bool channels;  // the gate has them
   const float* bonus;  // [heads, head_dim], contiguous, or null
   // [sequences, heads, head_dim, v_head_dim] and [sequences, heads, head_dim], contiguous; null: zero.
   const float *initial, *initial_norm;
@@ -58,19 +58,19 @@ struct Recurrence {
     return order == 0 ? d : 1 + d + (order == 2 ? d * d : 0);
   }
   int32_t outputs() const { return q_heads > heads ? q_heads : heads; }  // heads of o
-  int32_t readers() const { return outputs() / heads; }                  // of one state
+  int32_t readers() const { return outputs() / heads; }  // of one state
 };
 
 // The cotangents of a recurrence, and where its gradients go: contiguous where a pointer has no strides. dq and dk have
 // a head for each reader and for each state: who shares one among several adds them up.
 struct RecurGradients {
-  View d_o;                            // as o
-  const float *d_state, *d_norm;       // as state and norm; null: zero
-  View dq, dk, dv;                     // [batch, outputs, ..], [batch, heads, ..] twice
-  DType dq_dtype, dk_dtype;            // float32 or that of q; dv has that of v
-  float *d_gate, *d_beta;              // [batch, heads, token (, head_dim)]; null: not wanted
-  float* d_bonus;                      // [sequences, heads, head_dim], or null
-  float *d_initial, *d_initial_norm;   // as initial and initial_norm, or null
+  View d_o;  // as o
+  const float *d_state, *d_norm;  // as state and norm; null: zero
+  View dq, dk, dv;  // [batch, outputs, ..], [batch, heads, ..] twice
+  DType dq_dtype, dk_dtype;  // float32 or that of q; dv has that of v
+  float *d_gate, *d_beta;  // [batch, heads, token (, head_dim)]; null: not wanted
+  float* d_bonus;  // [sequences, heads, head_dim], or null
+  float *d_initial, *d_initial_norm;  // as initial and initial_norm, or null
 };
 
 // Of one state head of one sequence.

@@ -15,7 +15,7 @@ from attnkit.ops.check import autocasting, check_tensor, has_tangent, needs_deri
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
 from attnkit.ops.recur_checks import CHUNKS, Call, check_call, states_of
-from attnkit.ops.warm import keep, known
+from attnkit.ops.warm import is_plain, keep, known
 from attnkit.plan.recurrence import Recurrence, recurrence
 from attnkit.runtime import Prepared, prepare
 
@@ -40,13 +40,19 @@ def recur(
     q: Tensor, k: Tensor, v: Tensor, others: list[Tensor], program: str, buffers: list[Tensor], chunk: int
 ) -> Results:
     """``torch.ops.attnkit.recur``: o, the last state, and its norm, empty where nothing is normalised."""
+    call = Call(q, k, v, others, program, buffers, chunk)
+    new = False
     if not buffers and not torch.compiler.is_compiling():
-        results = _at_once(Call(q, k, v, others, program, buffers, chunk))
-        if results is not None:
+        met = known(program, q, k, v, others)
+        new = met is None
+        if met is not None and (results := _at_once(met[0], met[1], call)) is not None:
             return results
     for name, t in (("q", q), ("k", k), ("v", v)):  # the dispatcher would say it in other words
         check_tensor(name, t)
-    return torch.ops.attnkit.recur(q, k, v, others, program, buffers, chunk)  # type: ignore[no-any-return]
+    results = torch.ops.attnkit.recur(*call)
+    if new and is_plain((q, k, v)):
+        keep(program, q, k, v, (_prepared(call).kernel, _sizes(call, found_in(program))))
+    return results  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1024)
@@ -139,8 +145,8 @@ def _kernel(*args: Any) -> Results:
     check_call(call, found)
     prepared = _prepared(call)
     kernel: Any = prepared.kernel
-    sequences, sizes = _sequences(call, found), _sizes(call, found)
-    results = o, state, norm = _outputs(call.q, sizes)
+    sequences = _sequences(call, found)
+    results = o, state, norm = _outputs(call.q, _sizes(call, found))
     if (record := recorder()) is not None:
         record(
             prepared=prepared, q=call.q, k=call.k, v=call.v, buffers=call.buffers, params=[], reason=None,
@@ -149,8 +155,6 @@ def _kernel(*args: Any) -> Results:
         )  # fmt: skip
         return o.zero_(), state.zero_(), norm.zero_()
     _run(kernel, call, _beside(call, found), sequences, results)
-    if sequences is None:
-        keep(call.program, call.q, call.k, call.v, (kernel, sizes))
     return results
 
 
@@ -163,17 +167,15 @@ def _run(kernel: Any, call: Call, others: list[Tensor], sequences: Any, results:
     counts.run()
 
 
-def _at_once(call: Call) -> Results | None:
-    """The results of a call without packed tokens, where such a one has been met and nobody could tell it from the op's.
+def _at_once(kernel: Any, sizes: _Sizes, call: Call) -> Results | None:
+    """The results of a call that nobody watches, past the dispatcher, by what was kept of such q, k and v.
 
-    None also where the engine refuses it: why, is said on the long way.
+    None where somebody wants more than results, and where the engine refuses: why, is said on the long way.
     """
-    met = known(call.program, call.q, call.k, call.v, call.others)
-    if met is None or call.chunk not in CHUNKS or recorder() is not None:
+    if call.chunk not in CHUNKS or recorder() is not None:
         return None
     if needs_derivatives((call.q, call.k, call.v, *call.others)):
         return None
-    kernel, sizes = met
     results = _outputs(call.q, sizes)
     try:
         _run(kernel, call, call.others, None, results)

@@ -57,7 +57,8 @@ class RecurKernel:
         """How many tokens are computed together where ``chunk`` are asked for: csrc/cpu/recur.h."""
         kinds = dict(zip(self.recurrence.roles, self.recurrence.kinds, strict=True))
         by_channel = kinds.get("gate") in ("bhsd", "packed") or "bonus" in kinds
-        return min(chunk, engine().most_tokens(self.spec.head_dim, by_channel, bool(self._coefficients)))
+        most: int = engine().most_tokens(self.spec.head_dim, by_channel, bool(self._coefficients))
+        return min(chunk, most)
 
     def __call__(
         self,
