@@ -44,7 +44,7 @@ docs: dev ## Build the documentation into out/site, strictly: a dead link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo out/site/index.html
 
-peers: dev ## Install the libraries that `attnkit bench --suite cpu` measures beside torch
+peers: dev ## Install the libraries that `attnkit bench` measures beside torch
 	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot,triton,peers]'
 
 wheel: dev ## Build a wheel into dist/
