@@ -54,6 +54,7 @@ std::pair<int, int> call_attend_carried(const Program& program, const Program& c
     const int64_t keys = std::get<2>(what).size.size() == 2 ? std::get<2>(what).size[1] : -1;
     const Carry held = make_carry(what, r.problem, q.size[0], keys);
     for (const Sequence& s : r.sequences) need(s.kv_start + s.kv_len <= keys, "sums of too few keys");
+    is_new(o);
     pybind11::gil_scoped_release release;
     status = attend_carried(program, carry, r.problem, held, config);
   }

@@ -74,6 +74,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
     check_lists(q_lists, kv_lists, q, k);
     need(v.stride[3] == 1 || v.size[3] == 1, "channels are not adjacent");
     r.problem.q_rows = q_rows;
+    is_new(o);
     pybind11::gil_scoped_release release;
     status = (mean ? attend_groups_mean : attend_groups)(program, r.problem, q_lists, kv_lists, config);
   }

@@ -59,6 +59,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
   r.problem.encoding = make_encoding(encoding);
   r.problem.skip = skip;
   if (status.fault == Fault::none && !r.empty) {
+    is_new(o);
     py::gil_scoped_release release;
     status = attend(program, r.problem, config);
   }

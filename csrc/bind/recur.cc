@@ -2,7 +2,6 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 
 #include <new>
 #include <string>
@@ -217,20 +216,6 @@ std::pair<int, int> call_backward(const Tensor& q, const Tensor& k, const Tensor
 }
 
 }  // namespace
-
-// Memory that was never written is found page by page, at a fault each, and threads that write to rows of one page meet
-// there. So where a result is so large that the allocator maps it for itself alone, its pages are to be large ones. The
-// system may refuse.
-void in_large_pages(uintptr_t address, size_t bytes) {
-  constexpr size_t kPage = size_t{2} << 20, kMapped = size_t{32} << 20;
-  if (bytes < kMapped) return;
-#ifdef MADV_HUGEPAGE
-  const uintptr_t first = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)address;
-#endif
-}
 
 void bind_recur(pybind11::module_& m) {
   m.def("in_large_pages", &in_large_pages);

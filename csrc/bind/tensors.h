@@ -1,6 +1,7 @@
 // What reaches the engine from Python: tensors as addresses, shapes and strides that the caller has checked.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -92,6 +93,27 @@ inline Fault check_memory(const Memory& m) {
     need(fits && reach <= kFarthest && reach >= -kFarthest, "strides lead out of the address space");
   }
   return m.data % static_cast<uintptr_t>(m.element) == 0 ? Fault::none : Fault::misaligned;
+}
+
+// Memory that was never written is found page by page, at a fault each, and threads that write to rows of one page meet
+// there. So where a result is so large that the allocator may have mapped it for itself alone, its pages are to be
+// large ones. The system may refuse; of memory that has been written nothing changes.
+inline void in_large_pages(uintptr_t address, size_t bytes) {
+  constexpr size_t kPage = size_t{2} << 20, kLeast = 2 * kPage;
+  if (bytes < kLeast) return;
+#ifdef MADV_HUGEPAGE
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)address;
+#endif
+}
+
+// A result that the engine is about to write.
+inline void is_new(const Tensor& t) {
+  auto bytes = static_cast<size_t>(element_size(static_cast<DType>(t.dtype)));
+  for (const int64_t n : t.size) bytes *= static_cast<size_t>(n);
+  in_large_pages(t.data, bytes);
 }
 
 inline View make_view(const Tensor& t) {

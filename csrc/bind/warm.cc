@@ -111,6 +111,7 @@ class Launch {
     Request r;
     Status status = r.fill(program_, q, k, v, o, lse, scale_, {}, {}, {}, {}, {});
     if (status.fault == Fault::none && !r.empty) {
+      is_new(o);
       py::gil_scoped_release release;
       status = attend(program_, r.problem, config);
     }
