@@ -238,6 +238,18 @@ def block_runs(
     params: Sequence[float],
     /,
 ) -> tuple[int, int, int, int, npt.NDArray[np.int64], npt.NDArray[np.int32]]: ...
+def gathered_tiles(
+    program: Program,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    tile_q: int,
+    tile_kv: int,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    /,
+) -> tuple[int, int] | None: ...
 def evaluate(opcode: str, args: Sequence[npt.NDArray[np.float32]], /) -> npt.NDArray[np.float32]: ...
 def isa_levels() -> list[str]: ...
 def current_isa() -> str: ...
