@@ -2,7 +2,6 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 
 #include <new>
 #include <string>
@@ -170,6 +169,7 @@ std::pair<int, int> call_recur(const Tensor& q, const Tensor& k, const Tensor& v
                                int threads) try {
   need(threads > 0, "threads are at least 1");
   const Described d(q, k, v, o, others, state, norm, sequences, form);
+  in_large_pages(o);
   return run(d, [&] { return recur(d.p, std::min(threads, kMaxThreads)); });
 } catch (const std::bad_alloc&) {
   return {static_cast<int>(Fault::no_memory), -1};
@@ -211,6 +211,7 @@ std::pair<int, int> call_backward(const Tensor& q, const Tensor& k, const Tensor
   g.d_bonus = written(d_bonus, bonus, {d.p.num_sequences, heads, dim}, "d_bonus");
   g.d_initial = written(d_initial, initial, of_state, "d_initial");
   g.d_initial_norm = written(d_initial_norm, initial_norm, of_norm, "d_initial_norm");
+  for (const Tensor* t : {&dq, &dk, &dv}) in_large_pages(*t);
   return run(d, [&] { return recur_backward(d.p, g, std::min(threads, kMaxThreads)); });
 } catch (const std::bad_alloc&) {
   return {static_cast<int>(Fault::no_memory), -1};
@@ -218,22 +219,7 @@ std::pair<int, int> call_backward(const Tensor& q, const Tensor& k, const Tensor
 
 }  // namespace
 
-// Memory that was never written is found page by page, at a fault each, and threads that write to rows of one page meet
-// there. So where a result is so large that the allocator maps it for itself alone, its pages are to be large ones. The
-// system may refuse.
-void in_large_pages(uintptr_t address, size_t bytes) {
-  constexpr size_t kPage = size_t{2} << 20, kMapped = size_t{32} << 20;
-  if (bytes < kMapped) return;
-#ifdef MADV_HUGEPAGE
-  const uintptr_t first = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-  (void)address;
-#endif
-}
-
 void bind_recur(pybind11::module_& m) {
-  m.def("in_large_pages", &in_large_pages);
   m.def("recur", &call_recur);
   m.def("recur_backward", &call_backward);
 }

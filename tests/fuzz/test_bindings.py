@@ -594,14 +594,6 @@ def set_isa(rng: Rng) -> str:
     return "set"
 
 
-def in_large_pages(rng: Rng) -> str:
-    """A hint: of memory that is not there, or not ours, nothing comes of it."""
-    _engine.in_large_pages(
-        of(rng, [0, 1, 2**21 - 1, 2**47, 2**64 - 1, -1, None]), of(rng, [0, 2**25, 2**63, 2**64 - 1, "x"])
-    )
-    return "computed"
-
-
 def set_poison(rng: Rng) -> str:
     try:
         _engine.set_poison(of(rng, [True, False, None, 3, "x", []]))
@@ -632,7 +624,7 @@ def no_arguments(rng: Rng) -> str:
 FUZZERS: dict[str, Callable[[Rng], str]] = {
     "attend": attend, "attend_backward": attend_backward, "Launch": launch, "Seen": seen, "recur": recur, "recur_backward": recur_backward,
     "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
-    "set_poison": set_poison, "in_large_pages": in_large_pages, "read_gbytes_per_s": read_gbytes_per_s,
+    "set_poison": set_poison, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
     **{name: partial(recorded, name) for name in recorded_calls.NAMES},
     **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),

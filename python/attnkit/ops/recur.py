@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.backends.cpu.engine import engine
 from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import autocasting, check_tensor, has_tangent, needs_derivatives
@@ -133,7 +132,6 @@ def _kernel(*args: Any) -> Results:
             note=_described(call, found, chunk, state, norm),
         )  # fmt: skip
         return o.zero_(), state.zero_(), norm.zero_()
-    _in_large_pages(o)
     held = norm if found.op.normalize else None
     kernel(
         call.q,
@@ -149,12 +147,6 @@ def _kernel(*args: Any) -> Results:
     )
     counts.run()
     return results
-
-
-def _in_large_pages(*results: Tensor) -> None:
-    """Of those that are new and large: csrc/bind/recur.cc."""
-    for t in results:
-        engine().in_large_pages(t.data_ptr(), t.nbytes)
 
 
 def _fake(*args: Any) -> Results:
@@ -198,7 +190,6 @@ def _backward_kernel(*args: Any) -> Gradients:
         d_others = _of_others(call, found)
     except RuntimeError as exc:
         raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
-    _in_large_pages(dq, dk, dv)
     normal = found.op.normalize
     kernel.backward(
         call.q, call.k, call.v, o, _roles(call, found), state, norm if normal else None, sequences, call.chunk,
