@@ -98,7 +98,7 @@ inline Fault check_memory(const Memory& m) {
 // Memory that was never written is found page by page, at a fault each, and threads that write to rows of one page meet
 // there. So where a result is so large that the allocator maps it for itself alone, its pages are to be large ones. The
 // system may refuse.
-inline void in_large_pages(const Tensor& result) {
+inline void in_large_pages([[maybe_unused]] const Tensor& result) {
 #ifdef MADV_HUGEPAGE
   constexpr size_t kPage = size_t{2} << 20, kMapped = size_t{32} << 20;
   auto bytes = static_cast<size_t>(element_size(static_cast<DType>(result.dtype)));
