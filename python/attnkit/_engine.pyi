@@ -57,6 +57,15 @@ class Launch:
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, threads: int, /
     ) -> tuple[int, int]: ...
 
+class LaunchBackward:
+    """`attend_backward` of a program that needs nothing but tensors."""
+
+    def __init__(self, program: Program, scale: float, tile_q: int, tile_kv: int) -> None: ...
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, d_o: Tensor, d_lse: Tensor | None,
+        dq: Tensor, dk: Tensor, dv: Tensor, threads: int, /,
+    ) -> tuple[int, int]: ...  # fmt: skip
+
 class Seen:
     """What is kept for a text and three tensors of the CPU, by their shapes and dtypes. Tensors are of the two types given."""
 

@@ -164,6 +164,22 @@ def attend_backward(rng: Rng) -> str:
     return f"fault {fault}"
 
 
+def launch_backward(rng: Rng) -> str:
+    program = of(rng, [BACKWARDS[0][0], *(p for p, _ in BACKWARDS), None])
+    made = _engine.LaunchBackward(program, 0.5, *(of(rng, [64, 64, 64, integer(rng)]) for _ in range(2)))
+    q, k, v, o, lse = valid_tensors(0, *(int(n) for n in rng.integers(1, 3, 5)))
+    new = [
+        (MIDDLE + 8192 * (5 + i), 0, like[2], contiguous(like[2])) for i, like in enumerate((o, lse, q, k, v))
+    ]
+    arguments: list[Any] = [q, k, v, o, lse, *new, int(rng.integers(1, 4))]
+    for at in rng.choice(11, rng.integers(0, 3), replace=False):
+        arguments[at] = damaged(rng, arguments[at]) if at < 10 else integer(rng, [64, 10**6, 2**31])
+    fault, about = made.run(*arguments)
+    assert fault == 0 or fault in FAULTS
+    assert -1 <= about < 12
+    return f"fault {fault}" if fault else "computed"
+
+
 # --- recur -----------------------------------------------------------------------------------------------
 
 
@@ -535,7 +551,7 @@ def no_arguments(rng: Rng) -> str:
 
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
-    "attend": attend, "attend_backward": attend_backward, "Launch": launch, "Seen": seen, "recur": recur, "recur_backward": recur_backward,
+    "attend": attend, "attend_backward": attend_backward, "Launch": launch, "LaunchBackward": launch_backward, "Seen": seen, "recur": recur, "recur_backward": recur_backward,
     "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "gathered_tiles": gathered_tiles, "evaluate": evaluate, "set_isa": set_isa,
     "set_poison": set_poison, "most_tokens": most_tokens, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),

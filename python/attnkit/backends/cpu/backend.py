@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 from attnkit.analysis.canonical import canonical
@@ -140,6 +141,7 @@ class CpuKernel:
         self._table = self._kv_layout.table
         self._attend = engine().attend
         self.sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
+        self._backward_sizes = config["backward_tile_q"], config["backward_tile_kv"]
         self._encoding: Encoding | None = encoding(spec.program)
         self._skip = attend.skip
         # Where there is nothing but tensors: the same, without the other arguments.
@@ -208,18 +210,28 @@ class CpuKernel:
         Raises:
             AttnkitError: as the call; AK502 too where the derivative needs more tiles at once than the engine has.
         """
-        bytecode, program = self.backward_program(d_buffers)
-        sink, d_sink = (None, None) if self._sink is None else (buffers[self._sink], d_buffers[self._sink])
         try:
-            fault, about = engine().attend_backward(
-                program, q, k, v, o, lse, self.scale, sink, self._sequences(q, k, buffers), buffers, params,
-                self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
-                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"], self._encoding,
-            )  # fmt: skip
+            if self._launch is not None:
+                fault, about = self._launch_backward(q, k, v, o, lse, d_o, d_lse, dq, dk, dv, threads)
+            else:
+                program = self.backward_program(d_buffers)[1]
+                sink, d_sink = (
+                    (None, None) if self._sink is None else (buffers[self._sink], d_buffers[self._sink])
+                )
+                fault, about = engine().attend_backward(
+                    program, q, k, v, o, lse, self.scale, sink, self._sequences(q, k, buffers), buffers, params,
+                    self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
+                    threads, *self._backward_sizes, self._encoding,
+                )  # fmt: skip
         except ValueError as exc:
             raise too_large(exc) from exc
         if fault:
-            raise self.error(FAULTS[fault], about, bytecode, len(buffers))
+            raise self.error(FAULTS[fault], about, self.backward_program(d_buffers)[0], len(buffers))
+
+    @cached_property
+    def _launch_backward(self) -> Any:
+        """`backward` where there is nothing but tensors."""
+        return engine().LaunchBackward(self.backward_program([])[1], self.scale, *self._backward_sizes).run
 
     def backward_program(self, d_buffers: list[Any | None]) -> tuple[Bytecode, Any]:
         """The bytecode and the engine's program that give these gradients, compiled on first use."""
