@@ -69,8 +69,9 @@ class CarriedBackward : public Backward {
 
   void run(const CarriedTiles& tiles) {
     for (int32_t h = 0; h < p_.num_kv_heads; ++h) {
-      use(h);
+      place(h);
       start();
+      keep({});
     }
     const int64_t first = seq_.batch * what_.keys + seq_.kv_start + t_.first;
     const auto keys = static_cast<size_t>(t_.count) * 4;
@@ -115,7 +116,10 @@ class CarriedBackward : public Backward {
   };
   static_assert(sizeof(Head) <= 64);
 
-  void use(int32_t kv_head) {
+  float* head_at() const { return ws_ + has_.area + static_cast<size_t>(mine_.kv_head) * has_.size + has_.head; }
+  void keep(const Head& head) { __builtin_memcpy(head_at(), &head, sizeof(Head)); }
+
+  void place(int32_t kv_head) {
     mine_.kv_head = kv_head;
     const size_t area = has_.area + static_cast<size_t>(kv_head) * has_.size;
     at_.kt = area + has_.kt;
@@ -123,8 +127,12 @@ class CarriedBackward : public Backward {
     at_.k = area + has_.k;
     at_.d_keys = area + has_.d_keys;
     at_.d_values = area + has_.d_values;
+  }
+
+  void use(int32_t kv_head) {
+    place(kv_head);
     Head head;
-    __builtin_memcpy(&head, ws_ + area + has_.head, sizeof(Head));
+    __builtin_memcpy(&head, head_at(), sizeof(Head));
     k_ = head.k;
     finite_ = head.finite;
     values_finite_ = head.values_finite;
@@ -132,12 +140,11 @@ class CarriedBackward : public Backward {
 
   void begin_all() {
     for (int32_t h = 0; h < p_.num_kv_heads; ++h) {
-      use(h);
+      place(h);
       begin();
       forget();
       const Rows v = rows(p_.v, value_lines(), p_.v_head_dim, at_.dv, at_.v);
-      const Head head{k_, finite_, is_finite(v, t_.count, at_.dv)};
-      __builtin_memcpy(ws_ + has_.area + static_cast<size_t>(h) * has_.size + has_.head, &head, sizeof(Head));
+      keep({k_, finite_, is_finite(v, t_.count, at_.dv)});
     }
     selecting_.begin();
     selecting_.keys(t_.first, t_.count);

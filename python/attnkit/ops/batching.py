@@ -16,6 +16,7 @@ from attnkit.ops import (  # noqa: F401 -- which define the ops
     attend_cache,
     attend_groups,
     carried,
+    carried_cache,
     gradients,
     recur,
     registry,
@@ -26,8 +27,8 @@ from attnkit.ops import (  # noqa: F401 -- which define the ops
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 # All but those that write to their arguments: of `kv_append` examples would write to one cache.
 OPS = (
-    "attend", "attend_backward", "attend_cache", "attend_carried", "attend_carried_backward", "attend_groups",
-    "attend_groups_backward", "recur", "recur_backward", "route", "select",
+    "attend", "attend_backward", "attend_cache", "attend_carried", "attend_carried_backward", "attend_carried_cache",
+    "attend_groups", "attend_groups_backward", "recur", "recur_backward", "route", "select",
 )  # fmt: skip
 
 
