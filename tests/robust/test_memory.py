@@ -371,6 +371,25 @@ def test_expanded_tensors(dim: int, isa: str, rng: np.random.Generator) -> None:
         assert torch.equal(got[1], want[1])
 
 
+# --- large results ---------------------------------------------------------------------------------------
+
+
+def test_results_in_large_pages_are_those_in_small_ones() -> None:
+    """8 MB of each: the heads by themselves, 1 MB, have memory that nothing is asked for."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(1, 8, 4096, 64, generator=generator) for _ in range(4)]
+
+    def results(head: slice) -> list[Tensor]:
+        q, k, v, d_o = (t[:, head].clone().requires_grad_() for t in tensors)
+        o = ak.attention(q, k, v, mask=ak.causal() & ak.window(5))
+        return [o, *torch.autograd.grad(o, (q, k, v), d_o)]
+
+    whole = results(slice(None))
+    for h in (0, 3, 7):
+        for one, other in zip(whole, results(slice(h, h + 1)), strict=True):
+            assert torch.equal(one[:, h : h + 1], other)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(2)
     _engine.set_poison(True)
