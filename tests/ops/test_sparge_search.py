@@ -1,5 +1,6 @@
 """`ak.tune_sparge`: it meets the error it is given, keeps what it has tried, and goes on where it was interrupted."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,32 @@ def test_it_meets_the_error(causal: bool, rng: np.random.Generator) -> None:
         densities.append(found.density)
     assert densities[1][0] <= densities[0][0] < 0.5  # what is sparse is found
     assert densities[0][1] == 1  # what is not keeps all
+
+
+def test_what_may_be_skipped(
+    rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparge_search, "MOST_SKIPPED", 16.0)
+    samples, path = [sample(rng), sample(rng, 900)], tmp_path / "0.json"
+    plain = ak.tune_sparge(samples, 0.05, path=path)
+    assert plain.pv_threshold is None
+    found = ak.tune_sparge(samples, 0.05, pv_bound=0.07, path=path)
+    assert found.topk == plain.topk
+    assert found.cdf == plain.cdf
+    assert found.pv_threshold is not None
+    worst = torch.stack([error(found, each) for each in samples]).amax(0)
+    np.testing.assert_allclose(found.error, worst, rtol=1e-4)
+    assert worst.max() <= 0.07
+    step = 16 / 2**5
+    if found.pv_threshold > step:  # a step less is too little
+        less = replace(found, pv_threshold=found.pv_threshold - step)
+        assert max(float(error(less, each).max()) for each in samples) > 0.07
+    tight = ak.tune_sparge(samples, 0.05, pv_bound=0.05, path=path)
+    assert tight.pv_threshold is None or tight.pv_threshold >= found.pv_threshold
+    monkeypatch.setattr(sparge_search, "sparge_attention", None)  # it had ended
+    assert ak.tune_sparge(samples, 0.05, pv_bound=0.07, path=path) == found
+    with pytest.raises(AttnkitError, match="AK401"):
+        ak.tune_sparge(samples, 0.05, pv_bound=0.04)
 
 
 def test_it_goes_on_where_it_was_interrupted(

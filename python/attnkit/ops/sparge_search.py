@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,12 +24,13 @@ Sample = tuple[Tensor, Tensor, Tensor]
 RULES = ("topk", "cdf")
 SIMILARITIES = (-1.0, 0.0, 0.2, 0.4, 0.6, 0.8)
 STEPS = 8  # halvings of what the share, or the mass, may be
+MOST_SKIPPED = 64.0  # powers of two: what lies farther below weighs nothing
 DENSE_FROM = 0.9  # a head that keeps more keeps all: predicting would cost more than it saves
 
 
 @dataclass(frozen=True)
 class SpargeThresholds:
-    """What `tune_sparge` found; each tuple has a number for every query head.
+    """What `tune_sparge` found; each tuple has a number for every query head, and pv_threshold is of all.
 
     ``error`` is the largest of any sample, ``density`` their mean. ``sparge_attention(q, k, v, **found.arguments)`` uses it.
     """
@@ -44,6 +45,7 @@ class SpargeThresholds:
     similarity: tuple[float, ...]
     error: tuple[float, ...]
     density: tuple[float, ...]
+    pv_threshold: float | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -51,6 +53,7 @@ class SpargeThresholds:
         return {
             "causal": self.causal, "int8": self.int8, "smooth_k": self.smooth_k, "scale": self.scale,
             "topk": list(self.topk), "cdf": list(self.cdf), "similarity": list(self.similarity),
+            "pv_threshold": self.pv_threshold,
         }  # fmt: skip
 
     def save(self, path: Path | str) -> None:
@@ -83,6 +86,7 @@ def tune_sparge(
     int8: bool = True,
     smooth_k: bool = True,
     scale: float | None = None,
+    pv_bound: float | None = None,
     path: Path | str | None = None,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> SpargeThresholds:
@@ -100,6 +104,8 @@ def tune_sparge(
         int8: see causal.
         smooth_k: see causal.
         scale: see causal.
+        pv_bound: then also the least ``pv_threshold``, one for all heads, with which no head's error is larger than this;
+            at least ``bound``, which the shares found use up. What skips has no gradients.
         path: a file that what has been tried is kept in, after each similarity: the same search goes on where one was
             interrupted, and does nothing where it had ended. Damaged, or of another search, it is begun again.
         progress: called with the share that is done.
@@ -108,11 +114,14 @@ def tune_sparge(
         The thresholds; `SpargeThresholds.save` keeps them.
 
     Raises:
-        AttnkitError: AK401, int8 by itself exceeds the bound in some head, or the bound is not above 0; as `sparge_attention`.
+        AttnkitError: AK401, int8 by itself exceeds the bound in some head, the bound is not above 0 or pv_bound below it; as
+            `sparge_attention`.
         OSError: ``path`` cannot be written.
     """
     if not check_number("bound", bound) > 0:
         raise error("AK401", where="bound", given=str(bound), allowed="a number above 0")
+    if pv_bound is not None and not check_number("pv_bound", pv_bound) >= bound:
+        raise error("AK401", where="pv_bound", given=str(pv_bound), allowed=f"at least the bound, {bound:g}")
     if not samples:
         raise error("AK401", where="samples", given="none", allowed="at least one (q, k, v)")
     for q, k, v in samples:
@@ -121,7 +130,7 @@ def tune_sparge(
     search = _Search(samples, bound, settings)
     notes = _Notes(None if path is None else Path(path), search.identity)
     heads = range(samples[0][0].shape[1])
-    dense = notes.take("dense", partial(search.measure, "topk", [1.0] * len(heads), 1.0))
+    dense = notes.take("dense", partial(search.measure, {"topk": 1.0, "similarity": 1.0}))
     if max(e for e, _ in dense) > bound:
         worst = max(heads, key=lambda h: dense[h][0])
         given = f"{bound:g}, and keeping everything costs {dense[worst][0]:.3g} in head {worst}"
@@ -141,10 +150,18 @@ def tune_sparge(
                 best[h] = _Best(density, rule, share, similarity, e)
         progress((i + 1) / len(tries))
     topk, cdf = (tuple(b.share if b.rule == rule else None for b in best) for rule in RULES)
-    return SpargeThresholds(
+    thresholds = SpargeThresholds(
         bound, causal, int8, smooth_k, scale, topk, cdf, tuple(b.similarity for b in best),
         tuple(b.error for b in best), tuple(b.density for b in best),
     )  # fmt: skip
+    if pv_bound is None:
+        return thresholds
+    skipping = notes.take(f"pv_threshold within {pv_bound!r}", partial(search.skip, thresholds, pv_bound))
+    return (
+        replace(thresholds, pv_threshold=skipping[-1][0], error=tuple(skipping[-1][1:]))
+        if skipping
+        else thresholds
+    )
 
 
 class _Best(NamedTuple):
@@ -179,13 +196,13 @@ class _Search:
             digest.update(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def measure(self, rule: str, shares: Sequence[float], similarity: float) -> list[tuple[float, float]]:
-        """The largest error and the mean density of each head."""
+    def measure(self, chosen: dict[str, Any]) -> list[tuple[float, float]]:
+        """The largest error and the mean density of each head, with these thresholds."""
         errors, densities = torch.zeros(self.heads), torch.zeros(self.heads)
         for sample, exact in zip(self.samples, self.exact, strict=True):
             with torch.no_grad():
-                chosen: dict[str, Any] = {rule: shares, "similarity": similarity, **self.settings}
-                o, density = sparge_attention(*sample, **chosen, return_density=True)
+                given: dict[str, Any] = self.settings | chosen | {"return_density": True}
+                o, density = sparge_attention(*sample, **given)
             off = (o.float() - exact).abs().sum((0, 2, 3)) / exact.abs().sum((0, 2, 3)).clamp(min=1e-30)
             errors = torch.maximum(errors, off.nan_to_num(nan=torch.inf))
             densities += density.mean(0) / len(self.samples)
@@ -197,11 +214,25 @@ class _Search:
         found = [(1.0, 0.0, 1.0)] * self.heads
         for _ in range(STEPS):
             middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
-            for h, (off, density) in enumerate(self.measure(rule, middle, similarity)):
+            for h, (off, density) in enumerate(self.measure({rule: middle, "similarity": similarity})):
                 if off <= self.bound:
                     high[h], found[h] = middle[h], (middle[h], off, density)
                 else:
                     low[h] = middle[h]
+        return found
+
+    def skip(self, chosen: SpargeThresholds, bound: float) -> list[tuple[float, ...]]:
+        """Each pv_threshold, smaller and smaller, that is enough for all heads beside these thresholds; and their errors."""
+        low, high = 0.0, MOST_SKIPPED
+        found: list[tuple[float, ...]] = []
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            errors = [off for off, _ in self.measure(chosen.arguments | {"pv_threshold": middle})]
+            if max(errors) <= bound:
+                high = middle
+                found.append((middle, *errors))
+            else:
+                low = middle
         return found
 
 
