@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <new>
 #include <string>
 
@@ -85,7 +86,7 @@ class Described {
     p.causal = causal;
     p.normalize = normalize;
     p.epsilon = epsilon;
-    p.chunk = chunk;
+    p.chunk = std::min(chunk, most_tokens(p.head_dim, p.channels || p.bonus != nullptr, p.order > 0));
     p.sequences = sequences_.data();
     p.num_sequences = static_cast<int32_t>(n);
   }
@@ -102,18 +103,19 @@ class Described {
     return make_view(t);
   }
 
-  // A contiguous float32 tensor of this size, or null.
-  const float* floats(const Maybe& t, const Ints& size, const char* what) {
-    if (!t) {
-      memory_.push_back(kAbsent);
-      return nullptr;
-    }
-    need(t->dtype == static_cast<int>(DType::f32) && t->size == size && t->stride.size() == size.size(), what);
+  // A contiguous float32 tensor of this size.
+  const float* floats(const Tensor& t, const Ints& size, const char* what) {
+    need(t.dtype == static_cast<int>(DType::f32) && t.size == size && t.stride.size() == size.size(), what);
     int64_t contiguous = 1;  // as torch has it: of no elements, as if there were one
     for (size_t d = size.size(); d-- > 0; contiguous *= std::max<int64_t>(size[d], 1))
-      need(size[d] <= 1 || t->stride[d] == contiguous, what);
-    memory_.push_back({t->data, t->size, t->stride, element_size(DType::f32)});
-    return reinterpret_cast<const float*>(t->data);
+      need(size[d] <= 1 || t.stride[d] == contiguous, what);
+    memory_.push_back({t.data, t.size, t.stride, element_size(DType::f32)});
+    return reinterpret_cast<const float*>(t.data);
+  }
+  const float* floats(const Maybe& t, const Ints& size, const char* what) {
+    if (t) return floats(*t, size, what);
+    memory_.push_back(kAbsent);
+    return nullptr;
   }
 
  private:
@@ -220,6 +222,7 @@ std::pair<int, int> call_backward(const Tensor& q, const Tensor& k, const Tensor
 }  // namespace
 
 void bind_recur(pybind11::module_& m) {
+  m.def("most_tokens", &most_tokens);
   m.def("recur", &call_recur);
   m.def("recur_backward", &call_backward);
 }

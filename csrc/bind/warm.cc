@@ -32,9 +32,10 @@ class Seen {
         is_neg_(py::getattr(tensor_, "is_neg", py::none())) {}
 
   // None where nothing is kept, and for tensors that are more than their memory (lazy views, those of transforms).
-  py::object find(py::handle text, py::handle q, py::handle k, py::handle v) const {
+  // Of `others` nothing but that is asked.
+  py::object find(py::handle text, py::handle q, py::handle k, py::handle v, const py::args& others) const {
     Key key;
-    if (!look(text, {q, k, v}, key)) return py::none();
+    if (!look(text, {q, k, v}, key) || !plain(others)) return py::none();
     const auto found = kept_.find(key);
     return found == kept_.end() ? py::none() : found->second.second;
   }

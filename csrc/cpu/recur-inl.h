@@ -99,7 +99,7 @@ class Chunk {
       : p(problem),
         width(padded(p.head_dim)),
         v_width(padded(p.v_head_dim)),
-        stride(padded(chunk_of(p))),
+        stride(padded(p.chunk)),
         decays(p.gate.at != nullptr || p.bonus != nullptr),
         delta(p.beta.at != nullptr),
         gate_width(!decays                            ? 0
@@ -120,11 +120,6 @@ class Chunk {
   Decays e;
   Upcoming upcoming;  // what the next chunk will read; its parts are fetched between products
 
-  static int32_t chunk_of(const Recurrence& p) {
-    const bool by_channel = p.channels || p.bonus != nullptr;
-    const int32_t most = by_channel ? kChannelChunk : p.head_dim <= kNarrow ? kNarrowChunk : kMaxChunk;
-    return p.chunk < most ? p.chunk : most;
-  }
   bool in_channels() const { return gate_width > 1; }
   // What the state is multiplied with over the chunk.
   const float* total() const { return decays ? e.total : &kOne; }

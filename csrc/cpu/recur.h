@@ -8,12 +8,14 @@ namespace attnkit::cpu {
 enum class RowNorm : uint8_t { none, l2, layer };
 enum class FeatureMap : uint8_t { identity, elu1 };
 
-inline constexpr int kMaxChunk = 128;  // tokens
-// A gate for each channel takes its products token by token: a chunk of more would cost more than it saves.
-inline constexpr int kChannelChunk = 16;
-// Up to so many channels of keys, tokens beyond the first of these two cost more in pairs than a state that is read
-// again.
-inline constexpr int kNarrowChunk = 32, kNarrow = 64;
+inline constexpr int kMaxChunk = 128;     // tokens
+inline constexpr int kChannelChunk = 16;  // of a gate for each channel, or a bonus
+// At most so many tokens are computed together. A gate for each channel takes its products token by token, so that a
+// chunk of more would cost more than it saves; and up to 64 channels of keys, tokens beyond the 32nd cost more in pairs
+// than a state that is read again. States of a polynomial are larger.
+inline constexpr int32_t most_tokens(int32_t head_dim, bool by_channel, bool polynomial) {
+  return by_channel ? kChannelChunk : head_dim <= 64 && !polynomial ? 32 : kMaxChunk;
+}
 
 // Numbers for tokens, float32: [batch, head, token, channel], strides in elements, 0 where all are alike.
 struct Numbers {
@@ -38,14 +40,14 @@ struct Recurrence {
   bool causal, normalize;
   float epsilon;
   Numbers gate, beta;  // decays' logarithms; how much of a correction is made
-  bool channels;       // the gate has them
+  bool channels;  // the gate has them
   const float* bonus;  // [heads, head_dim], contiguous, or null
   // [sequences, heads, head_dim, v_head_dim] and [sequences, heads, head_dim], contiguous; null: zero.
   const float *initial, *initial_norm;
   float *state, *norm;  // of the end: written
   const Stretch* sequences;
   int32_t num_sequences;
-  int32_t chunk;  // tokens, a multiple of 16, at most kMaxChunk
+  int32_t chunk;  // tokens that are computed together, a multiple of 16, at most `most_tokens`
   // Of a polynomial of products, 1 or 2, with its coefficients; 0: the recurrence is linear. A polynomial's is
   // normalised, has no gate, beta or bonus, and its states a row for each of 1, x and (order 2) x (x) x.
   int32_t order;
@@ -56,19 +58,19 @@ struct Recurrence {
     return order == 0 ? d : 1 + d + (order == 2 ? d * d : 0);
   }
   int32_t outputs() const { return q_heads > heads ? q_heads : heads; }  // heads of o
-  int32_t readers() const { return outputs() / heads; }                  // of one state
+  int32_t readers() const { return outputs() / heads; }  // of one state
 };
 
 // The cotangents of a recurrence, and where its gradients go: contiguous where a pointer has no strides. dq and dk have
 // a head for each reader and for each state: who shares one among several adds them up.
 struct RecurGradients {
-  View d_o;                            // as o
-  const float *d_state, *d_norm;       // as state and norm; null: zero
-  View dq, dk, dv;                     // [batch, outputs, ..], [batch, heads, ..] twice
-  DType dq_dtype, dk_dtype;            // float32 or that of q; dv has that of v
-  float *d_gate, *d_beta;              // [batch, heads, token (, head_dim)]; null: not wanted
-  float* d_bonus;                      // [sequences, heads, head_dim], or null
-  float *d_initial, *d_initial_norm;   // as initial and initial_norm, or null
+  View d_o;  // as o
+  const float *d_state, *d_norm;  // as state and norm; null: zero
+  View dq, dk, dv;  // [batch, outputs, ..], [batch, heads, ..] twice
+  DType dq_dtype, dk_dtype;  // float32 or that of q; dv has that of v
+  float *d_gate, *d_beta;  // [batch, heads, token (, head_dim)]; null: not wanted
+  float* d_bonus;  // [sequences, heads, head_dim], or null
+  float *d_initial, *d_initial_norm;  // as initial and initial_norm, or null
 };
 
 // Of one state head of one sequence.

@@ -57,7 +57,7 @@ class RecurBackward {
         norm_of(to)[d] = norm == nullptr || d >= p.head_dim ? 0 : norm[index * p.head_dim + d];
     };
     pack(g_->d_state, g_->d_norm, d_state_);
-    const int32_t chunks = static_cast<int32_t>((of_->length + Chunk::chunk_of(p) - 1) / Chunk::chunk_of(p));
+    const int32_t chunks = static_cast<int32_t>((of_->length + p.chunk - 1) / p.chunk);
     if (p.causal) {
       pack(p.initial, p.initial_norm, states_);
       back(chunks);
@@ -92,7 +92,7 @@ class RecurBackward {
     int64_t longest = 1;
     for (int32_t i = 0; i < p.num_sequences; ++i)
       if (p.sequences[i].length > longest) longest = p.sequences[i].length;
-    return p.causal ? (longest - 1) / Chunk::chunk_of(p) + 1 : 1;
+    return p.causal ? (longest - 1) / p.chunk + 1 : 1;
   }
 
   // The normaliser's state lies behind the state.
@@ -100,7 +100,7 @@ class RecurBackward {
 
   // The tokens of a chunk, none if there is no such chunk.
   Stretch chunk(int64_t i) const {
-    const int64_t most = Chunk::chunk_of(p), first = i * most, left = i < 0 ? 0 : of_->length - first;
+    const int64_t most = p.chunk, first = i * most, left = i < 0 ? 0 : of_->length - first;
     return {of_->batch, of_->first + first, left < most ? left : most};
   }
 

@@ -51,7 +51,7 @@ class RecurForward {
         norm_[d] = d < p.head_dim && p.initial_norm != nullptr ? p.initial_norm[index * p.head_dim + d] : 0;
 
     const float* before = initial;
-    const int32_t most = Chunk::chunk_of(p);
+    const int32_t most = p.chunk;
     const auto tokens = [&](int64_t t) { return static_cast<int32_t>(of.length - t < most ? of.length - t : most); };
     const auto each_chunk = [&](const auto& what) {
       for (int64_t t = 0; t < of.length; t += most) {

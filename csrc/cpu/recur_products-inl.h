@@ -56,14 +56,18 @@ ATTNKIT_INLINE void product_tile(const Operands& all, int32_t r, int32_t column,
       }
     }
   }
+  const Sum to = out;  // in registers: for all that is known, what is stored could lie where `out` does
+  const vf sign = set1(to.sign);
+  const int64_t first = r * to.stride + column;
+  float* c = to.c + first;
+  const float* in = (to.in == nullptr ? to.c : to.in) + first;
 #pragma GCC unroll 32
-  for (int i = 0; i < kRows; ++i) {
-    const vf alpha = set1(out.alpha == nullptr ? 0.0f : out.alpha[(r + i) * out.step]);
+  for (int i = 0; i < kRows; ++i, c += to.stride, in += to.stride) {
+    const vf alpha = set1(to.alpha == nullptr ? 0.0f : to.alpha[(r + i) * to.step]);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
-      const int64_t at = (r + i) * out.stride + column + v * kLanes;
-      const vf sum = acc[i][v] * set1(out.sign);
-      store(out.c + at, out.alpha == nullptr ? sum : fma(load((out.in == nullptr ? out.c : out.in) + at), alpha, sum));
+      const vf sum = acc[i][v] * sign;
+      store(c + v * kLanes, to.alpha == nullptr ? sum : fma(load(in + v * kLanes), alpha, sum));
     }
   }
 }

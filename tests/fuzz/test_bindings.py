@@ -464,7 +464,8 @@ def program(rng: Rng) -> str:
     return "accepted"
 
 
-def block_runs(rng: Rng) -> str:
+def of_a_mask(rng: Rng) -> list[Any]:
+    """Arguments of what looks at a mask: a program, sizes, buffers and params."""
     program, declared = of(rng, PROGRAMS)
     sizes: list[Any] = [1, 1, 8, 8, 2, 3]
     for at in rng.choice(6, rng.integers(0, 3), replace=False):
@@ -475,7 +476,17 @@ def block_runs(rng: Rng) -> str:
         buffers = of(rng, [None, [], [1], buffers * 2])
     if rng.integers(8) == 0:
         params = of(rng, [None, ["x"], [np.nan], [], [1.0, 2.0]])
-    fault, *_, offsets, runs = _engine.block_runs(program, *sizes, buffers, params)
+    return [program, *sizes, buffers, params]
+
+
+def gathered_tiles(rng: Rng) -> str:
+    found = _engine.gathered_tiles(*of_a_mask(rng))
+    assert found is None or min(found) >= 0
+    return "counted"
+
+
+def block_runs(rng: Rng) -> str:
+    fault, *_, offsets, runs = _engine.block_runs(*of_a_mask(rng))
     if fault:
         return "fault"
     assert offsets.dtype == np.int64
@@ -504,6 +515,12 @@ def set_isa(rng: Rng) -> str:
         of(rng, [*_engine.isa_levels(), "", "AVX512", "scalar ", "x" * 10_000, None, 3, b"scalar", "\0", "é"])
     )
     return "set"
+
+
+def most_tokens(rng: Rng) -> str:
+    flags = of(rng, [True, False]), of(rng, [True, False, 3])
+    assert _engine.most_tokens(integer(rng, [64, 65, 4096]), *flags) in (16, 32, 128)
+    return "computed"
 
 
 def set_poison(rng: Rng) -> str:
@@ -535,8 +552,8 @@ def no_arguments(rng: Rng) -> str:
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
     "attend": attend, "attend_backward": attend_backward, "Launch": launch, "LaunchBackward": launch_backward, "Seen": seen, "recur": recur, "recur_backward": recur_backward,
-    "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
-    "set_poison": set_poison, "read_gbytes_per_s": read_gbytes_per_s,
+    "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "gathered_tiles": gathered_tiles, "evaluate": evaluate, "set_isa": set_isa,
+    "set_poison": set_poison, "most_tokens": most_tokens, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
     **{name: partial(recorded, name) for name in recorded_calls.NAMES},
     **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),

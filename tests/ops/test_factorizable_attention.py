@@ -159,6 +159,34 @@ def test_a_state_carries_the_sequence_on(member: str, cut: int) -> None:
     torch.testing.assert_close(last_norm, norm, rtol=1e-4, atol=1e-4)
 
 
+@each_member
+def test_token_by_token_is_the_whole(member: str) -> None:
+    given = problem(member, "grouped", "whole") | {"causal": True}
+    whole, *last = run(**given)
+    rows: list[Tensor] = []
+    start: Named = {}
+    for t in range(150):
+        token = {x: y[:, :, t : t + 1] if isinstance(y, Tensor) else y for x, y in given.items()}
+        o, *state = run(**token, **start)
+        start = {"initial_state": tuple(state)}
+        rows.append(o)
+    torch.testing.assert_close(torch.cat(rows, 2), whole, rtol=1e-4, atol=1e-5)
+    for found, expected in zip(state, last, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@each_member
+def test_the_last_causal_row_is_the_last_full_row(member: str) -> None:
+    given = problem(member, "grouped", "whole")
+    causal, full = (run(**given, causal=causal) for causal in (True, False))
+    torch.testing.assert_close(causal[0][:, :, -1], full[0][:, :, -1], rtol=1e-4, atol=1e-5)
+    for found, expected in zip(causal[1:], full[1:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        causal[0][:, :, 0], given["v"][:, :, 0].repeat_interleave(2, 1), rtol=1e-4, atol=1e-5
+    )
+
+
 @either_way
 def test_threads_and_neighbours_change_no_bit(causal: bool) -> None:
     given = problem("fastmax2", "grouped", "whole") | {"causal": causal}
@@ -254,7 +282,7 @@ def test_errors(code: str, change: Named) -> None:
 def test_explain_says_what_is_kept() -> None:
     given = problem("fastmax2", size="whole") | {"causal": True}
     (call,) = ak.explain(ak.factorizable_attention, **given).calls
-    assert (call.backend, call.config) == ("cpu", {"chunk": 32})
+    assert (call.backend, call.config) == ("cpu", {"chunk": 64})
     rows = 1 + 32 + 32 * 32
     assert (
         f"a state of {rows} x 16 and its norm for each of 2 heads, {2 * 2 * rows * 17 * 4:,} bytes"

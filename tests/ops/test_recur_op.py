@@ -1,12 +1,15 @@
 """torch.ops.attnkit.recur and the face of ak.linear_attention: opcheck, graphs, autocast, every error."""
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnkit as ak
+from attnkit.ops import recur
 from attnkit.ops.linear import program_text
 
 pytestmark = pytest.mark.shows
@@ -132,9 +135,103 @@ def test_no_second_derivatives() -> None:
     ],
 )  # fmt: skip
 def test_errors(code: str, name: str, change: Named) -> None:
+    given = problem(*[name][: bool(name)])
+    ak.linear_attention(**given)  # so that all but what is changed has been met before
     with pytest.raises(ak.AttnkitError) as caught:
-        ak.linear_attention(**(problem(*[name][: bool(name)]) | change))
+        ak.linear_attention(**(given | change))
     assert caught.value.code == code
+
+
+# --- the short way of a call that has been met ---------------------------------------------------------------
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+STEPS: dict[str, tuple[str, ...]] = {
+    "plain": ("initial_state",), "normalised": ("initial_state", "norm"), "bonus": ("gates", "bonus", "initial_state"),
+    "delta": ("gate", "beta", "initial_state"),
+}  # fmt: skip
+
+
+def both_ways(function: Any, given: Named) -> list[tuple[Tensor, ...]]:
+    """o and states of the op, which a mode sees, and of the short way, which goes past it."""
+    found = []
+    for mode in (_Ops(), contextlib.nullcontext()):
+        with mode:
+            o, state = function(**given, return_state=True)
+        found.append((o, *(state if isinstance(state, tuple) else (state,))))
+        assert not isinstance(mode, _Ops) or "attnkit.recur.default" in mode.seen
+    return found
+
+
+@pytest.mark.parametrize("length", [1, 40])
+@pytest.mark.parametrize("names", STEPS.values(), ids=list(STEPS))
+def test_the_short_way_gives_the_same_bits(
+    names: tuple[str, ...], length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = problem(*names, length=length) | {"normalize": "norm" in names}
+    ak.linear_attention(**given)
+    taken = []
+    at_once = recur._at_once
+    monkeypatch.setattr(recur, "_at_once", lambda *args: taken.append(at_once(*args)) or taken[-1])
+    on_op, past_it = both_ways(ak.linear_attention, given)
+    assert [results is not None for results in taken] == [True]
+    assert all(map(torch.equal, on_op, past_it))
+
+
+def test_the_short_way_of_moments() -> None:
+    given: Named = {x: t for x, t in problem(length=1).items() if x in "qkv"} | {"causal": True}
+    _, state = ak.factorizable_attention(**given, return_state=True)
+    on_op, past_it = both_ways(ak.factorizable_attention, given | {"initial_state": state})
+    assert all(map(torch.equal, on_op, past_it))
+
+
+def test_what_the_engine_takes_in_another_layout_goes_the_long_way() -> None:
+    given = problem("gate", "initial_state", length=1)
+    expected = ak.linear_attention(**given)
+    state = given["initial_state"].mT.contiguous().mT
+    assert torch.equal(ak.linear_attention(**given | {"initial_state": state}), expected)
+    half = given | {"initial_state": given["initial_state"].bfloat16()}
+    wide = given | {"initial_state": half["initial_state"].float()}
+    assert torch.equal(ak.linear_attention(**half), ak.linear_attention(**wide))
+
+
+def test_gradients_are_followed_where_a_call_has_been_met() -> None:
+    given = problem("gate", "initial_state", length=1)
+    assert not ak.linear_attention(**given).requires_grad  # type: ignore[union-attr]
+    for name in ("q", "gate", "initial_state"):
+        leaf = given[name].clone().requires_grad_()
+        o = ak.linear_attention(**given | {name: leaf})
+        assert torch.autograd.grad(o.sum(), leaf)[0].abs().sum() > 0  # type: ignore[union-attr]
+    (call,) = ak.explain(ak.linear_attention, **given).calls
+    assert "recurrence" in call.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "dim", "packed", "taken"),
+    [
+        ((), 64, False, 32), ((), 80, False, 64), (("gate",), 16, True, 32), (("gates",), 80, False, 16),
+        (("gates",), 16, True, 16), (("gate", "bonus"), 16, False, 16),
+    ],
+)  # fmt: skip
+def test_explain_says_how_many_tokens_are_computed_together(
+    names: tuple[str, ...], dim: int, packed: bool, taken: int
+) -> None:
+    given = problem(*names, dim=dim, packed=packed)
+    (call,) = ak.explain(ak.linear_attention, **given).calls
+    assert call.config == {"chunk": taken}
+    o = ak.linear_attention(**given, chunk_size=taken)
+    assert torch.equal(o, ak.linear_attention(**given))  # 64 are asked for
+    if taken < 64:
+        assert torch.equal(o, ak.linear_attention(**given, chunk_size=128))
 
 
 def test_lengths_must_describe_the_tokens() -> None:

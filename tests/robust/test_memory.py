@@ -388,14 +388,13 @@ def asked_for_large_pages(t: Tensor) -> bool:
 
 
 def test_large_results_lie_in_large_pages() -> None:
-    """Of 32 MB or more, which the allocator maps anew at every call; smaller ones share their memory with others."""
+    """Of 4 MB or more. Smaller ones may lie in memory that was asked for so before."""
     k = torch.ones(1, 1, 1, 64)
     q = torch.ones(1, 1, 2**17 + 2**14, 64, requires_grad=True)
     o = ak.attention(q, k, k)
     (dq,) = torch.autograd.grad(o, q, torch.ones_like(q))
     assert asked_for_large_pages(o)
     assert asked_for_large_pages(dq)
-    assert not asked_for_large_pages(ak.attention(q[:, :, : 2**16], k, k))
 
 
 if __name__ == "__main__":

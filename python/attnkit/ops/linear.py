@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attnkit.errors import error
@@ -84,9 +85,10 @@ def linear_attention(
     normalize = plain if normalize is None else normalize
     initial, initial_norm = _pair(initial_state, normalize)
     given = {"gate": gate, "beta": beta, "bonus": bonus, "initial": initial, "initial_norm": initial_norm}
-    for name, t in (("q", q), *given.items()):
-        if t is not None:
-            check_tensor(name.replace("initial", "initial_state", 1), t)
+    check_tensor("q", q)
+    held = [(name, t) for name, t in given.items() if t is not None]
+    for name, t in held:
+        check_tensor(name.replace("initial", "initial_state", 1), t)
     if gate is not None and gate.dim() not in (1, 3, 4):
         raise error("AK403", where="gate", given=shape_of(gate), allowed="[H], [B, H, S] or [B, H, S, D]")
     for name, flag in (("normalize", normalize), ("causal", causal), ("return_state", return_state)):
@@ -98,7 +100,7 @@ def linear_attention(
         None if gate is None else gate.dim(), beta is not None, bonus is not None, initial is not None,
         initial_norm is not None, cu_seqlens is not None, qk_norm or "none", name_of_map, normalize, causal, _scale(scale),
     )  # fmt: skip
-    others = [t.float() for t in given.values() if t is not None]
+    others = [t if t.dtype is torch.float32 else t.float() for _, t in held]
     buffers = [] if cu_seqlens is None else [cu_seqlens]
     o, state, norm = recur(q, k, v, others, text, buffers, chunk_size)
     if not return_state:

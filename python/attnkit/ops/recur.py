@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
 from attnkit.ir.text import parse
 from attnkit.ops.check import autocasting, check_tensor, has_tangent, needs_derivatives
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
-from attnkit.ops.recur_checks import Call, check_call, states_of
+from attnkit.ops.recur_checks import CHUNKS, Call, check_call, states_of
+from attnkit.ops.warm import is_plain, keep, known
 from attnkit.plan.recurrence import Recurrence, recurrence
-from attnkit.runtime import prepare
+from attnkit.runtime import Prepared, prepare
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -39,9 +40,19 @@ def recur(
     q: Tensor, k: Tensor, v: Tensor, others: list[Tensor], program: str, buffers: list[Tensor], chunk: int
 ) -> Results:
     """``torch.ops.attnkit.recur``: o, the last state, and its norm, empty where nothing is normalised."""
+    call = Call(q, k, v, others, program, buffers, chunk)
+    new = False
+    if not buffers and not torch.compiler.is_compiling():
+        met = known(program, q, k, v, others)
+        new = met is None
+        if met is not None and (results := _at_once(met[0], met[1], call)) is not None:
+            return results
     for name, t in (("q", q), ("k", k), ("v", v)):  # the dispatcher would say it in other words
         check_tensor(name, t)
-    return torch.ops.attnkit.recur(q, k, v, others, program, buffers, chunk)  # type: ignore[no-any-return]
+    results = torch.ops.attnkit.recur(*call)
+    if new and is_plain((q, k, v)):
+        keep(program, q, k, v, (_prepared(call).kernel, _sizes(call, found_in(program))))
+    return results  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=1024)
@@ -60,18 +71,30 @@ def found_in(text: str) -> Recurrence:
     return found
 
 
-def _outputs(call: Call, found: Recurrence) -> Results:
-    """``o [B, max(Hq, H), S, Dv]``, the last state and its norm, unset."""
-    q, v = call.q, call.v
-    batch, heads, length, width = v.shape
-    rows, states = found.features(q.shape[3]), states_of(call, found)
-    readers = max(q.shape[1], heads)
-    strides = (length * readers * width, width, readers * width, 1)  # models merge heads from that
+class _Sizes(NamedTuple):
+    """Of ``o [B, max(Hq, H), S, Dv]``, its strides, of the last state and its norm."""
+
+    o: tuple[int, ...]
+    stride: tuple[int, ...]
+    state: tuple[int, ...]
+    norm: tuple[int, ...]
+
+
+def _sizes(call: Call, found: Recurrence) -> _Sizes:
+    batch, heads, length, width = call.v.shape
+    rows, states = found.features(call.q.shape[3]), states_of(call, found)
+    readers = max(call.q.shape[1], heads)
+    stride = (length * readers * width, width, readers * width, 1)  # models merge heads from that
     norm = (states, heads, rows) if found.op.normalize else (0,)
+    return _Sizes((batch, readers, length, width), stride, (states, heads, rows, width), norm)
+
+
+def _outputs(q: Tensor, sizes: _Sizes) -> Results:
+    """o, the last state and its norm, unset."""
     try:
-        o = torch.empty_strided((batch, readers, length, width), strides, dtype=q.dtype, device=q.device)
-        state = q.new_empty((states, heads, rows, width), dtype=torch.float32)
-        return o, state, q.new_empty(norm, dtype=torch.float32)
+        o = q.new_empty_strided(sizes.o, sizes.stride)
+        state = q.new_empty(sizes.state, dtype=torch.float32)
+        return o, state, q.new_empty(sizes.norm, dtype=torch.float32)
     except RuntimeError as exc:  # torch has no narrower one on the CPU
         raise error("AK603", where="o, state", given=str(exc).splitlines()[0]) from exc
 
@@ -92,16 +115,15 @@ def _sequences(call: Call, found: Recurrence) -> list[tuple[int, int, int]] | No
     return [(0, first, end - first) for first, end in pairwise(cu)]
 
 
-def _roles(call: Call, found: Recurrence) -> dict[str, Tensor]:
-    """The tensors beside q, k and v by their roles; gates may have any strides, the others are contiguous."""
+def _beside(call: Call, found: Recurrence) -> list[Tensor]:
+    """The tensors beside q, k and v; gates may have any strides, the others are contiguous."""
     strided = ("gate", "beta")
-    return {
-        role: t if role in strided else t.contiguous()
-        for role, t in zip(found.roles, call.others, strict=True)
-    }
+    return [
+        t if role in strided else t.contiguous() for role, t in zip(found.roles, call.others, strict=True)
+    ]
 
 
-def _prepared(call: Call) -> Any:
+def _prepared(call: Call) -> Prepared:
     q, v = call.q, call.v
     dtype = str(q.dtype).removeprefix("torch.")
     return prepare(call.program, dtype, q.shape[3], v.shape[3], q.device.type)
@@ -124,7 +146,7 @@ def _kernel(*args: Any) -> Results:
     prepared = _prepared(call)
     kernel: Any = prepared.kernel
     sequences = _sequences(call, found)
-    results = o, state, norm = _outputs(call, found)
+    results = o, state, norm = _outputs(call.q, _sizes(call, found))
     if (record := recorder()) is not None:
         record(
             prepared=prepared, q=call.q, k=call.k, v=call.v, buffers=call.buffers, params=[], reason=None,
@@ -132,20 +154,33 @@ def _kernel(*args: Any) -> Results:
             note=_described(call, found, chunk, state, norm),
         )  # fmt: skip
         return o.zero_(), state.zero_(), norm.zero_()
-    held = norm if found.op.normalize else None
+    _run(kernel, call, _beside(call, found), sequences, results)
+    return results
+
+
+def _run(kernel: Any, call: Call, others: list[Tensor], sequences: Any, results: Results) -> None:
+    o, state, norm = results
+    held = norm if kernel.recurrence.op.normalize else None
     kernel(
-        call.q,
-        call.k,
-        call.v,
-        _roles(call, found),
-        sequences,
-        o,
-        state,
-        held,
-        call.chunk,
-        torch.get_num_threads(),
-    )
+        call.q, call.k, call.v, others, sequences, o, state, held, call.chunk, torch.get_num_threads()
+    )  # fmt: skip
     counts.run()
+
+
+def _at_once(kernel: Any, sizes: _Sizes, call: Call) -> Results | None:
+    """The results of a call that nobody watches, past the dispatcher, by what was kept of such q, k and v.
+
+    None where somebody wants more than results, and where the engine refuses: why, is said on the long way.
+    """
+    if call.chunk not in CHUNKS or recorder() is not None:
+        return None
+    if needs_derivatives((call.q, call.k, call.v, *call.others)):
+        return None
+    results = _outputs(call.q, sizes)
+    try:
+        _run(kernel, call, call.others, None, results)
+    except AttnkitError:
+        return None
     return results
 
 
@@ -153,7 +188,7 @@ def _fake(*args: Any) -> Results:
     call = Call(*args)
     found = found_in(call.program)
     check_call(call, found)
-    return _outputs(call, found)
+    return _outputs(call.q, _sizes(call, found))
 
 
 # --- backwards ----------------------------------------------------------------------------------------------
@@ -192,9 +227,9 @@ def _backward_kernel(*args: Any) -> Gradients:
         raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
     normal = found.op.normalize
     kernel.backward(
-        call.q, call.k, call.v, o, _roles(call, found), state, norm if normal else None, sequences, call.chunk,
+        call.q, call.k, call.v, o, _beside(call, found), state, norm if normal else None, sequences, call.chunk,
         d_o, d_state.contiguous(), d_norm.contiguous() if normal else None, dq, dk, dv,
-        dict(zip(found.roles, d_others, strict=True)), torch.get_num_threads(),
+        d_others, torch.get_num_threads(),
     )  # fmt: skip
     counts.run()
     sums = {"h": (0, 2), "hd": (0,)}

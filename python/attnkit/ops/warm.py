@@ -67,10 +67,10 @@ def is_unwatched(tensors: Sequence[Tensor]) -> bool:
     return _function_modes() == 0 and not _is_profiling() and not _autocasts() and is_plain(tensors)
 
 
-def known(text: str, q: Tensor, k: Tensor, v: Tensor) -> Ready | None:
-    """What `ready` found, where q, k and v are unwatched as `is_unwatched` has it and such tensors were met before.
+def known(text: str, q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor] = ()) -> Any:
+    """What was kept, where all tensors are unwatched as `is_unwatched` has it and such q, k and v were met before.
 
-    None where that is not known at a glance. To be asked outside dynamo.
+    Of attention that is a `Ready`. None where that is not known at a glance. To be asked outside dynamo.
     """
     if (
         _met.seen is None
@@ -80,7 +80,13 @@ def known(text: str, q: Tensor, k: Tensor, v: Tensor) -> Ready | None:
         or _raw(_included()) & _NOT_OF_THREADS
     ):
         return None
-    return _met.seen.find(text, q, k, v)  # type: ignore[no-any-return]
+    return _met.seen.find(text, q, k, v, *others)
+
+
+def keep(text: str, q: Tensor, k: Tensor, v: Tensor, what: Any) -> None:
+    """Let ``what`` be known of such tensors of the CPU."""
+    _met.seen = _met.seen or engine().Seen(Tensor, Parameter, _MAX_ENTRIES)
+    _met.seen.keep(text, q, k, v, what)
 
 
 def is_below_autograd() -> bool:
@@ -153,8 +159,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     if len(_ready) >= _MAX_ENTRIES:
         _ready.clear()
     if prepared.backend == "cpu" and backend == "auto":
-        _met.seen = _met.seen or engine().Seen(Tensor, Parameter, _MAX_ENTRIES)
-        _met.seen.keep(text, q, k, v, new)
+        keep(text, q, k, v, new)
     return _ready.setdefault(key, new)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from attnkit._version import __version__
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
@@ -90,14 +89,14 @@ class CpuBackend:
         }
 
     def fingerprint(self) -> Fingerprint:
-        """The processor, the instruction set in use and the cores; this version and its compiler."""
+        """The processor, the instruction set in use and the cores; the kernels' sources and their compiler."""
         device = {
             "name": cpu_model(),
             "model": cpu_generation(),
             "isa": engine().current_isa(),
             "cores": str(usable_cores()),
         }
-        return Fingerprint(device, {"attnkit": __version__, "compiler": engine().compiler})
+        return Fingerprint(device, {"kernels": engine().kernels, "compiler": engine().compiler})
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
@@ -292,7 +291,8 @@ class CpuKernel:
     def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:
         """How many tiles a call finds empty, partial and full, by the engine's own analysis; and which those are of.
 
-        Of packed and padded batches only the first sequence is looked at.
+        Of packed and padded batches only the first sequence is looked at. Of queries that are gathered by the blocks of keys
+        that they chose it is those of gathered queries, in tasks of as many as there are.
         """
         sequences = self._sequences(q, k, buffers)
         batch, heads, q_len, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
@@ -303,7 +303,15 @@ class CpuKernel:
             return {}, ""
         sizes = Sizes(batch, heads, q_len, kv_len, self.config["tile_q"], self.config["tile_kv"])
         found = self.structure(sizes, buffers, params)
-        return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
+        tiles, of = found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
+        plain = self._table is None and self._encoding is None and self._skip is None
+        if plain and self.program.chooses:
+            gathered = engine().gathered_tiles(self.program, *found.sizes, buffers, params)
+            if gathered is not None:
+                full, partial = gathered
+                tiles = {"empty": sum(tiles.values()) - full - partial, "partial": partial, "full": full}
+                of += f", queries gathered by the blocks of {self.program.chooses} keys that they chose"
+        return tiles, of
 
     def _no_page(self, b: int, k: Any, buffers: list[Any]) -> AttnkitError:
         assert self._table is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 from attnkit.backends.cpu.engine import FAULTS, engine
@@ -17,8 +18,6 @@ _TENSORS = (
     "q", "k", "v", "o", *ROLES, "state", "norm", "d_o", "d_state", "d_norm", "dq", "dk", "dv",
     *(f"gradient of {role}" for role in ROLES),
 )  # fmt: skip
-CHANNEL_CHUNK = 16  # kChannelChunk
-NARROW_CHUNK, NARROW = 32, 64  # kNarrowChunk, kNarrow
 MOST_CHANNELS = 256  # of polynomials of order 2
 
 
@@ -46,6 +45,8 @@ class RecurKernel:
         assert found is not None
         self.spec, self.config, self.recurrence = spec, config, found
         op = found.op
+        places = [found.roles.index(role) if role in found.roles else -1 for role in ROLES]
+        self._in_turn: Any = itemgetter(*places)  # of others and a None
         self._coefficients = list(op.coefficients or ())
         scale = spec.head_dim**-0.5 if op.scale is None else op.scale
         self._form = (
@@ -55,16 +56,16 @@ class RecurKernel:
     def tokens(self, chunk: int) -> int:
         """How many tokens are computed together where ``chunk`` are asked for: csrc/cpu/recur.h."""
         kinds = dict(zip(self.recurrence.roles, self.recurrence.kinds, strict=True))
-        if kinds.get("gate") == "bhsd" or "bonus" in kinds:
-            return CHANNEL_CHUNK
-        return min(chunk, NARROW_CHUNK) if self.spec.head_dim <= NARROW else chunk
+        by_channel = kinds.get("gate") in ("bhsd", "packed") or "bonus" in kinds
+        most: int = engine().most_tokens(self.spec.head_dim, by_channel, bool(self._coefficients))
+        return min(chunk, most)
 
     def __call__(
         self,
         q: Any,
         k: Any,
         v: Any,
-        others: dict[str, Any],
+        others: Sequence[Any],
         sequences: list[tuple[int, int, int]] | None,
         o: Any,
         state: Any,
@@ -72,14 +73,15 @@ class RecurKernel:
         chunk: int,
         threads: int,
     ) -> None:
-        """Compute o, the last state and (normalised) its norm in place; ``others`` are float32, by their role.
+        """Compute o, the last state and (normalised) its norm in place; ``others`` are float32, in the order of the program's roles.
 
         Raises:
             AttnkitError: AK502, sizes beyond the engine's; AK603, out of memory; AK606, AK607, a tensor without memory
                 or not aligned.
         """
         form = (*self._form, chunk, self._coefficients)
-        _run(engine().recur, q, k, v, o, _in_turn(others), state, norm, sequences, form, threads)
+        beside = self._in_turn((*others, None))
+        _run(engine().recur, q, k, v, o, beside, state, norm, sequences, form, threads)
 
     def backward(
         self,
@@ -87,7 +89,7 @@ class RecurKernel:
         k: Any,
         v: Any,
         o: Any,
-        others: dict[str, Any],
+        others: Sequence[Any],
         state: Any,
         norm: Any | None,
         sequences: list[tuple[int, int, int]] | None,
@@ -98,12 +100,12 @@ class RecurKernel:
         dq: Any,
         dk: Any,
         dv: Any,
-        d_others: dict[str, Any],
+        d_others: Sequence[Any],
         threads: int,
     ) -> None:
         """Compute the gradients in place, from a call's inputs and results and the cotangents of these.
 
-        ``dq`` has a head for each of o and ``dk`` one for each of v. Of ``d_others``, by role, those of gate and beta are for
+        ``dq`` has a head for each of o and ``dk`` one for each of v. Of ``d_others``, in the order of ``others``, those of gate and beta are for
         every token, that of the bonus for every sequence; o is read where it is normalised, the state where it is not causal.
 
         Raises:
@@ -111,13 +113,9 @@ class RecurKernel:
         """
         form = (*self._form, chunk, self._coefficients)
         _run(
-            engine().recur_backward, q, k, v, o, _in_turn(others), state, norm, sequences, form, d_o, d_state, d_norm,
-            dq, dk, dv, _in_turn(d_others), threads,
+            engine().recur_backward, q, k, v, o, self._in_turn((*others, None)), state, norm, sequences, form, d_o,
+            d_state, d_norm, dq, dk, dv, self._in_turn((*d_others, None)), threads,
         )  # fmt: skip
-
-
-def _in_turn(others: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(others.get(role) for role in ROLES)
 
 
 def _run(entry: Callable[..., tuple[int, int]], *arguments: Any) -> None:

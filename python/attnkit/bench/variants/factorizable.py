@@ -14,11 +14,12 @@ from attnkit.plan.recurrence import operations
 
 _HEADS, _CHUNK = 8, 64
 _LENGTHS = {32: (512, 1024, 2048, 4096, 8192, 16384), 64: (2048, 4096, 8192, 16384)}  # by head_dim
+_BATCHES = {32: (1, 16), 64: (1, 4)}  # of a step, by head_dim: one sequence, and some MB of states
 COPY = "copy of the state"
 
 
 def jobs() -> list[Job]:
-    """Each head_dim over lengths, and a step of generation."""
+    """Each head_dim over lengths, and steps of generation."""
     found = []
     for dim, lengths in _LENGTHS.items():
         # Causal dense attention does half of 4 S^2 D, this 2 S D^3: they meet at S = D^2.
@@ -29,14 +30,15 @@ def jobs() -> list[Job]:
             title = f"factorizable b1 h{_HEADS} s{length} d{dim} fwd"
             prepare = partial(_prepare, dim, length)
             found.append(Job(title, prepare, (*share, *ahead), curve=f"factorizable d{dim}", length=length))
-        step = f"factorizable b1 h{_HEADS} d{dim} decode"
-        found.append(Job(step, partial(_step, dim), (Bar(COPY, most=1.3),)))
+        for batch in _BATCHES[dim]:
+            step = f"factorizable b{batch} h{_HEADS} d{dim} decode"
+            found.append(Job(step, partial(_step, dim, batch), (Bar(COPY, most=1.3),)))
     return found
 
 
-def _tokens(dim: int, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _tokens(dim: int, length: int, seed: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(1, _HEADS, length, dim, generator=generator) for _ in range(3))
+    q, k, v = (torch.randn(batch, _HEADS, length, dim, generator=generator) for _ in range(3))
     return q, k, v
 
 
@@ -65,9 +67,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return o
 
 
-def _step(dim: int, seed: int) -> Prepared:
-    """One token, from the state of 256."""
-    q, k, v = _tokens(dim, 257, seed)
+def _step(dim: int, batch: int, seed: int) -> Prepared:
+    """One token of each sequence, from the states of 256."""
+    q, k, v = _tokens(dim, 257, seed, batch)
     past, new = [t[:, :, :-1] for t in (q, k, v)], [t[:, :, -1:] for t in (q, k, v)]
     _, state = attnkit.factorizable_attention(*past, causal=True, return_state=True)
 
