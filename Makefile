@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints-dev.txt
 CSRC := $(shell find csrc -type f)
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test check sanitize fuzz lint compile-check gpu docs peers wheel clean
+.PHONY: help dev demo test check sanitize emulate fuzz lint compile-check gpu docs peers wheel clean
 
 help: ## Say what each target does
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -24,6 +24,9 @@ check: dev ## Show what the issues promised: tests marked `shows`, then the meas
 
 sanitize: dev ## Engine tests and the fuzzer against an engine with ASan and UBSan inside (part of check)
 	$(BIN)/python -m pytest tests/fuzz/test_sanitized.py tests/fuzz/test_engine_fuzz.py
+
+emulate: dev ## Tests of the kernels for AVX-512 on a machine without it, with its instructions emulated
+	$(BIN)/python -m pytest tests/fuzz/test_emulated.py
 
 # A fresh seed each time; to repeat a run: make fuzz ATTNKIT_TEST_SEED=<the seed it printed>
 fuzz: export ATTNKIT_TEST_SEED ?= $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
@@ -44,7 +47,7 @@ docs: dev ## Build the documentation into out/site, strictly: a dead link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo out/site/index.html
 
-peers: dev ## Install the libraries that `attnkit bench --suite cpu` measures beside torch
+peers: dev ## Install the libraries that `attnkit bench` measures beside torch
 	$(INSTALL) --no-build-isolation -C cmake.define.ATTNKIT_WERROR=ON -e '.[torch,cli,plot,triton,peers]'
 
 wheel: dev ## Build a wheel into dist/

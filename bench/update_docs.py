@@ -84,7 +84,8 @@ def bars_table(suite: str) -> str:
     last = None
     for bar in result["bars"]:
         m, sign = bar["measured"], "≤" if bar["least"] is None else "≥"
-        against = f"best: {bar['note']}" if bar["against"] == "best" and m else bar["against"]
+        named = bar["against"] in ("best", "ceiling") and m and bar["note"]
+        against = f"{bar['against']}: {bar['note']}" if named else bar["against"]
         measured = f"**{m['median']:.2f}** [{m['lo']:.2f}, {m['hi']:.2f}]" if m else bar["note"]
         asked = (
             f"{sign} {bar['most'] if bar['least'] is None else bar['least']:g} {'✓' if bar['met'] else '✗'}"

@@ -41,7 +41,7 @@ def pytest_report_header() -> str:
 SHOWS = ("tests/conformance/", "tests/laws/", "tests/robust/", "tests/fuzz/", "tests/ops/test_attend_op.py")
 
 
-PEERS = ("openvino", "onnxruntime", "onnx", "zentorch")  # modules of the extra `peers`
+PEERS = ("openvino", "onnxruntime", "onnx", "ggml", "zentorch")  # modules of the extra `peers`
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

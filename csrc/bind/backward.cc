@@ -39,6 +39,28 @@ std::pair<int, int> call_backward(const Program& program, const Tensor& q, const
   return {static_cast<int>(Fault::no_memory), -1};
 }
 
+// `attend_backward` of a program that needs nothing but tensors.
+class LaunchBackward {
+ public:
+  LaunchBackward(const Program& program, float scale, int tile_q, int tile_kv)
+      : program_(program), scale_(scale), tile_q_(tile_q), tile_kv_(tile_kv) {
+    need_tiles(1, tile_q, tile_kv);
+    need(!program.carries, "a program that carries");
+  }
+
+  std::pair<int, int> run(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+                          const Tensor& d_o, const Maybe& d_lse, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+                          int threads) const {
+    return call_backward(program_, q, k, v, o, lse, scale_, {}, {}, {}, {}, {}, d_o, d_lse, dq, dk, dv, {}, {}, threads,
+                         tile_q_, tile_kv_, {});
+  }
+
+ private:
+  const Program& program_;
+  const float scale_;
+  const int tile_q_, tile_kv_;
+};
+
 }  // namespace
 
 void bind_backward(pybind11::module_& m) {
@@ -48,6 +70,9 @@ void bind_backward(pybind11::module_& m) {
         py::arg("dropout"), py::arg("d_o"), py::arg("d_lse"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
         py::arg("d_sink"), py::arg("d_buffers"), py::arg("threads"), py::arg("tile_q"), py::arg("tile_kv"),
         py::arg("encoding") = py::none());
+  py::class_<LaunchBackward>(m, "LaunchBackward")
+      .def(py::init<const Program&, float, int, int>(), py::keep_alive<1, 2>())
+      .def("run", &LaunchBackward::run);
 }
 
 }  // namespace attnkit::cpu

@@ -6,7 +6,7 @@
 
 #include "../cpu/kv_append.h"
 #include "bind.h"
-#include "tensors.h"
+#include "carry.h"
 
 namespace attnkit::cpu {
 namespace {
@@ -150,12 +150,14 @@ struct Cache {
   }
 };
 
-// As `attend`, with stores for k and v, int32 lengths [B], and how many of the tokens of each row are codes.
+// As `attend`, or (with `carry`, and `what` is carried) as `attend_carried`, with stores for k and v, int32 lengths
+// [B], and how many of the tokens of each row are codes.
 std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, const StoreTuple& k, const StoreTuple& v,
                                       const Tensor& o, const Maybe& lse, float scale, const Maybe& sink,
                                       const Tensor& lengths, const Maybe& num_coded, const std::vector<Tensor>& tensors,
                                       const std::vector<float>& params, const std::optional<DropoutTuple>& dropout,
-                                      int threads, int tile_q, int tile_kv, int split_kv, const Maybe& page_table) try {
+                                      int threads, int tile_q, int tile_kv, int split_kv, const Maybe& page_table,
+                                      const Program* carry, const std::optional<CarryTuple>& what) try {
   need(tile_kv > 0 && tile_kv <= kMaxTileKv && tile_kv % kScaleRun == 0, "tile_kv is 32 to 192, a multiple of 32");
   const Config config = config_of(threads, tile_q, tile_kv, split_kv);
   need(q.size.size() == 4, "q has four dimensions");
@@ -164,7 +166,9 @@ std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, c
   const auto stand_in = [&](int64_t channels) {
     return Tensor{q.data, q.dtype, {q.size[0], cache.held[0].heads, cache.tokens, channels}, {0, 0, 0, 0}};
   };
-  need(!program.carries, "a program that carries");
+  need(program.carries == (carry != nullptr) && (carry != nullptr) == what.has_value(), "a program that carries");
+  need(carry == nullptr || !dropout, "nothing is dropped beside what is carried");
+  if (carry != nullptr) check_carrying(program, *carry, tensors);
   Request r;
   Status status = r.fill(program, q, stand_in(cache.stores[0].channels), stand_in(cache.stores[1].channels), o, lse,
                          scale, sink, std::vector<SequenceTuple>{}, tensors, params, dropout);
@@ -186,9 +190,12 @@ std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, c
   r.problem.stores = cache.stores;
   r.problem.sequences = sequences.data();
   r.problem.num_sequences = static_cast<int32_t>(sequences.size());
+  std::optional<Carry> carried;
+  if (what) carried = make_carry(*what, r.problem, q.size[0], cache.tokens);
   {
     pybind11::gil_scoped_release release;
-    status = attend(program, r.problem, config);
+    status =
+        carried ? attend_carried(program, *carry, r.problem, *carried, config) : attend(program, r.problem, config);
   }
   return {static_cast<int>(status.fault), status.value};
 } catch (const std::bad_alloc&) {
@@ -274,7 +281,8 @@ void bind_cache(pybind11::module_& m) {
   m.def("attend_cache", &call_attend_cache, py::arg("program"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"),
         py::arg("lse"), py::arg("scale"), py::arg("sink"), py::arg("lengths"), py::arg("num_coded"), py::arg("buffers"),
         py::arg("params"), py::arg("dropout"), py::arg("threads"), py::arg("tile_q"), py::arg("tile_kv"),
-        py::arg("split_kv"), py::arg("page_table") = py::none());
+        py::arg("split_kv"), py::arg("page_table") = py::none(), py::arg("carry") = py::none(),
+        py::arg("what") = py::none());
   m.def("kv_append", &call_append, py::arg("k_store"), py::arg("v_store"), py::arg("k"), py::arg("v"),
         py::arg("lengths"), py::arg("counts"), py::arg("state"), py::arg("residual"), py::arg("page_table"),
         py::arg("threads"));

@@ -45,6 +45,7 @@ struct Cotangents {
     for (size_t i = 0; i < memory_.size(); ++i)
       if (const Fault fault = check_memory(memory_[i]); fault != Fault::none)
         return {fault, static_cast<int>(6 + r.buffers.size() + i)};
+    for (const Tensor* t : {&dq, &dk, &dv}) in_large_pages(*t);
     return {};
   }
 

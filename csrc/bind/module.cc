@@ -11,9 +11,11 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../cpu/blocks.h"
+#include "../cpu/gather.h"
 #include "bind.h"
 #include "gradients.h"
 #include "tensors.h"
@@ -65,32 +67,45 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
   return {static_cast<int>(Fault::no_memory), -1};
 }
 
+// What a mask is looked at with: a problem without queries, keys and values, of so many sequences of equal lengths.
+class MaskProblem {
+ public:
+  MaskProblem(const Program& program, int batch, int heads, int64_t q_len, int64_t kv_len, int q_block, int kv_block,
+              const std::vector<Tensor>& tensors, const std::vector<float>& params) {
+    need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
+    need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
+    need(q_len <= INT32_MAX && kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
+    const int64_t rows = (q_len - 1) / q_block + 1, columns = (kv_len - 1) / kv_block + 1;
+    need(batch <= 1 << 20 && heads <= 1 << 20 && rows <= (1 << 26) / (int64_t{batch} * heads) && columns <= 1 << 26,
+         "more than 2^26 rows or columns of blocks");
+    std::vector<Memory> memory;
+    buffers_ = make_buffers(program, tensors, memory);
+    for (const Memory& m : memory) need(check_memory(m) == Fault::none, "a buffer has no memory, or is misaligned");
+    sequences_ = make_sequences({}, batch, q_len, kv_len);
+    p.sequences = sequences_.data();
+    p.num_sequences = batch;
+    p.num_heads = heads;
+    p.buffers = buffers_.data();
+    p.num_buffers = static_cast<int32_t>(buffers_.size());
+    p.params = params.data();
+    p.num_params = static_cast<int32_t>(params.size());
+  }
+  Problem p{};
+
+ private:
+  std::vector<Buffer> buffers_;
+  std::vector<Sequence> sequences_;
+};
+
 // (fault, instruction, batch, heads, offsets int64 [rows + 1], runs int32 [n, 3]): see BlockRuns. Batch and heads are 1
 // where all are alike.
 py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t q_len, int64_t kv_len, int q_block,
                           int kv_block, const std::vector<Tensor>& tensors, const std::vector<float>& params) {
-  need(q_len > 0 && kv_len > 0 && q_block > 0 && kv_block > 0 && batch > 0 && heads > 0, "sizes are positive");
-  need(static_cast<int>(params.size()) == program.num_params, "wrong number of parameters");
-  need(q_len <= INT32_MAX && kv_len <= INT32_MAX, "a sequence is longer than 2^31 - 1");
-  const int64_t rows = (q_len - 1) / q_block + 1, columns = (kv_len - 1) / kv_block + 1;
-  need(batch <= 1 << 20 && heads <= 1 << 20 && rows <= (1 << 26) / (int64_t{batch} * heads) && columns <= 1 << 26,
-       "more than 2^26 rows or columns of blocks");
-  std::vector<Memory> memory;
-  const std::vector<Buffer> buffers = make_buffers(program, tensors, memory);
-  for (const Memory& m : memory) need(check_memory(m) == Fault::none, "a buffer has no memory, or is misaligned");
-  const std::vector<Sequence> sequences = make_sequences({}, batch, q_len, kv_len);
-  Problem p{};
-  p.sequences = sequences.data();
-  p.num_sequences = batch;
-  p.num_heads = heads;
-  p.buffers = buffers.data();
-  p.num_buffers = static_cast<int32_t>(buffers.size());
-  p.params = params.data();
-  p.num_params = static_cast<int32_t>(params.size());
+  const MaskProblem problem(program, batch, heads, q_len, kv_len, q_block, kv_block, tensors, params);
   BlockRuns found;
   {
     py::gil_scoped_release release;
-    found = block_runs(program, p, q_block, kv_block);
+    found = block_runs(program, problem.p, q_block, kv_block);
   }
   py::array_t<int64_t> offsets(static_cast<py::ssize_t>(found.offsets.size()), found.offsets.data());
   static_assert(sizeof(Run) == 3 * sizeof(int32_t));
@@ -98,6 +113,19 @@ py::tuple call_block_runs(const Program& program, int batch, int heads, int64_t 
                             reinterpret_cast<const int32_t*>(found.runs.data()));
   return py::make_tuple(static_cast<int>(found.status.fault), found.status.value, found.per_batch ? batch : 1,
                         found.per_head ? heads : 1, offsets, runs);
+}
+
+// (full, partial) tiles of queries that are gathered, see GatheredTiles; None where they are not.
+std::optional<std::pair<int64_t, int64_t>> call_gathered_tiles(const Program& program, int batch, int heads,
+                                                               int64_t q_len, int64_t kv_len, int tile_q, int tile_kv,
+                                                               const std::vector<Tensor>& tensors,
+                                                               const std::vector<float>& params) {
+  need(tile_q <= kMaxTileQ && tile_kv <= kMaxTileKv, "tiles are too large");
+  const MaskProblem problem(program, batch, heads, q_len, kv_len, tile_q, tile_kv, tensors, params);
+  const py::gil_scoped_release release;
+  const std::optional<GatheredTiles> found = gathered_tiles(program, problem.p, {tile_q, tile_kv, tile_kv, 1});
+  if (!found) return {};
+  return std::pair{found->full, found->partial};
 }
 
 // The routine behind one opcode, or one of the engine's own, on whole arrays. All its arguments must be there; one of a
@@ -218,6 +246,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_select(m);
   bind_warm(m);
   m.def("block_runs", &call_block_runs);
+  m.def("gathered_tiles", &call_gathered_tiles);
   m.def("evaluate", &call_evaluate);
   m.def("isa_levels", [] {
     std::vector<std::string> names;
@@ -234,4 +263,5 @@ PYBIND11_MODULE(_engine, m) {
   m.def("bf16_gflops", &bf16_gflops, py::arg("threads"), py::arg("rounds") = 2'000'000);
   m.def("read_gbytes_per_s", &read_gbytes_per_s, py::arg("threads"), py::arg("memory"));
   m.attr("compiler") = __VERSION__;
+  m.attr("kernels") = ATTNKIT_KERNELS;
 }

@@ -2,7 +2,6 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <new>
@@ -104,18 +103,19 @@ class Described {
     return make_view(t);
   }
 
-  // A contiguous float32 tensor of this size, or null.
-  const float* floats(const Maybe& t, const Ints& size, const char* what) {
-    if (!t) {
-      memory_.push_back(kAbsent);
-      return nullptr;
-    }
-    need(t->dtype == static_cast<int>(DType::f32) && t->size == size && t->stride.size() == size.size(), what);
+  // A contiguous float32 tensor of this size.
+  const float* floats(const Tensor& t, const Ints& size, const char* what) {
+    need(t.dtype == static_cast<int>(DType::f32) && t.size == size && t.stride.size() == size.size(), what);
     int64_t contiguous = 1;  // as torch has it: of no elements, as if there were one
     for (size_t d = size.size(); d-- > 0; contiguous *= std::max<int64_t>(size[d], 1))
-      need(size[d] <= 1 || t->stride[d] == contiguous, what);
-    memory_.push_back({t->data, t->size, t->stride, element_size(DType::f32)});
-    return reinterpret_cast<const float*>(t->data);
+      need(size[d] <= 1 || t.stride[d] == contiguous, what);
+    memory_.push_back({t.data, t.size, t.stride, element_size(DType::f32)});
+    return reinterpret_cast<const float*>(t.data);
+  }
+  const float* floats(const Maybe& t, const Ints& size, const char* what) {
+    if (t) return floats(*t, size, what);
+    memory_.push_back(kAbsent);
+    return nullptr;
   }
 
  private:
@@ -164,23 +164,6 @@ std::pair<int, int> run(const Described& d, const Run& what) {
   return {static_cast<int>(status.fault), status.value};
 }
 
-// Memory that was never written is found page by page, at a fault each, and threads that write to rows of one page meet
-// there. So where a result is so large that the allocator maps it for itself alone, its pages are to be large ones. The
-// system may refuse.
-void in_large_pages([[maybe_unused]] std::initializer_list<const Tensor*> results) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t{2} << 20, kMapped = uintptr_t{32} << 20;
-  for (const Tensor* t : results) {
-    int64_t elements = 1;
-    for (size_t d = 0; d < t->size.size(); ++d) elements += (t->size[d] - 1) * std::max<int64_t>(t->stride[d], 0);
-    const auto bytes =
-        static_cast<uintptr_t>(elements) * static_cast<uintptr_t>(element_size(static_cast<DType>(t->dtype)));
-    const uintptr_t first = (t->data + kPage - 1) / kPage * kPage, end = (t->data + bytes) / kPage * kPage;
-    if (elements > 0 && bytes >= kMapped) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-  }
-#endif
-}
-
 using Sequences = std::optional<std::vector<StretchTuple>>;
 
 std::pair<int, int> call_recur(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Others& others,
@@ -188,10 +171,8 @@ std::pair<int, int> call_recur(const Tensor& q, const Tensor& k, const Tensor& v
                                int threads) try {
   need(threads > 0, "threads are at least 1");
   const Described d(q, k, v, o, others, state, norm, sequences, form);
-  return run(d, [&] {
-    in_large_pages({&o});
-    return recur(d.p, std::min(threads, kMaxThreads));
-  });
+  in_large_pages(o);
+  return run(d, [&] { return recur(d.p, std::min(threads, kMaxThreads)); });
 } catch (const std::bad_alloc&) {
   return {static_cast<int>(Fault::no_memory), -1};
 }
@@ -232,10 +213,8 @@ std::pair<int, int> call_backward(const Tensor& q, const Tensor& k, const Tensor
   g.d_bonus = written(d_bonus, bonus, {d.p.num_sequences, heads, dim}, "d_bonus");
   g.d_initial = written(d_initial, initial, of_state, "d_initial");
   g.d_initial_norm = written(d_initial_norm, initial_norm, of_norm, "d_initial_norm");
-  return run(d, [&] {
-    in_large_pages({&dq, &dk, &dv});
-    return recur_backward(d.p, g, std::min(threads, kMaxThreads));
-  });
+  for (const Tensor* t : {&dq, &dk, &dv}) in_large_pages(*t);
+  return run(d, [&] { return recur_backward(d.p, g, std::min(threads, kMaxThreads)); });
 } catch (const std::bad_alloc&) {
   return {static_cast<int>(Fault::no_memory), -1};
 }

@@ -1,6 +1,7 @@
 // What reaches the engine from Python: tensors as addresses, shapes and strides that the caller has checked.
 #pragma once
 #include <pybind11/pybind11.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <initializer_list>
@@ -72,6 +73,7 @@ inline Config config_of(int threads, int tile_q, int tile_kv, int split_kv) {
 inline constexpr int64_t kFarthest = int64_t{1} << 54;  // elements of 8 bytes: no address space is larger
 
 // The memory of a tensor, as far as it can be told: only its owner knows whether it is as large as the sizes say.
+// Of a tensor that outlives it: one that a function made of its argument (a Maybe of a Tensor) does not.
 struct Memory {
   uintptr_t data;
   const Ints& size;
@@ -92,6 +94,20 @@ inline Fault check_memory(const Memory& m) {
     need(fits && reach <= kFarthest && reach >= -kFarthest, "strides lead out of the address space");
   }
   return m.data % static_cast<uintptr_t>(m.element) == 0 ? Fault::none : Fault::misaligned;
+}
+
+// Memory that was never written is found page by page, at a fault each, and threads that write to rows of one page meet
+// there. So where a result is so large that the allocator may have mapped it for itself alone, its pages are to be
+// large ones. The system may refuse; of memory that has been written nothing changes.
+inline void in_large_pages([[maybe_unused]] const Tensor& result) {
+#ifdef MADV_HUGEPAGE
+  constexpr size_t kPage = size_t{2} << 20, kLeast = 2 * kPage;
+  auto bytes = static_cast<size_t>(element_size(static_cast<DType>(result.dtype)));
+  for (const int64_t n : result.size) bytes *= static_cast<size_t>(n);
+  if (bytes < kLeast) return;
+  const uintptr_t first = (result.data + kPage - 1) / kPage * kPage, end = (result.data + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
 }
 
 inline View make_view(const Tensor& t) {
@@ -266,6 +282,7 @@ struct Request {
     if (table)
       need(check_memory({table->data, table->size, table->stride, 4}) == Fault::none,
            "the page table has no memory, or is misaligned");
+    in_large_pages(o);
     if (std::find(o_shape.begin(), o_shape.end(), 0) != o_shape.end()) {
       empty = true;
       return {};

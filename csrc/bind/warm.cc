@@ -26,7 +26,10 @@ class Seen {
  public:
   // Tensors are those of exactly these types: a subclass might want to see the call.
   Seen(py::object tensor, py::object parameter, size_t most)
-      : tensor_(std::move(tensor)), parameter_(std::move(parameter)), most_(most) {}
+      : tensor_(std::move(tensor)),
+        parameter_(std::move(parameter)),
+        most_(most),
+        is_neg_(py::getattr(tensor_, "is_neg", py::none())) {}
 
   // None where nothing is kept, and for tensors that are more than their memory (lazy views, those of transforms).
   // Of `others` nothing but that is asked.
@@ -85,7 +88,7 @@ class Seen {
     const dlpack::ExchangeApi* api = dlpack::exchange_api(t);
     if (api != nullptr && api->read(t, &read) == 0) {
       if (read.device_type != dlpack::kCpu || read.data == nullptr || read.lanes != 1) return false;
-      const auto negated = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(t, is_neg_.ptr()));
+      const auto negated = py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), t));
       if (negated.ptr() == Py_False) return true;
     }
     PyErr_Clear();
@@ -94,7 +97,7 @@ class Seen {
 
   const py::object tensor_, parameter_;
   const size_t most_;
-  const py::str is_neg_{"is_neg"};
+  const py::object is_neg_;
   std::unordered_map<Key, std::pair<py::object, py::object>, Hash> kept_;
 };
 

@@ -124,7 +124,7 @@ Status attend(const Program& program, const Problem& given, const Config& config
 }
 
 Status run_schedule(const Program& program, const Problem& p, const Call& call, const Schedule& schedule,
-                    const Analysis& proven, const Facts& facts, int threads, const Wave* wave) {
+                    const Analysis& proven, const Facts& facts, int threads, Wave* wave) {
   const Kernel& kernel = current_isa();
   const int64_t num_tasks = schedule.num_tasks();
   threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
@@ -169,6 +169,9 @@ void evaluate(Op op, float* dst, const float* const* args, const bool* same, int
 std::vector<const Kernel*> isa_levels() {
   // The compiler's run-time support also asks the operating system whether it saves the registers.
   std::vector<const Kernel*> levels{&kScalarKernel};
+#ifdef ATTNKIT_EMULATE
+  levels.insert(levels.end(), {&kAvx2Kernel, &kAvx512Kernel, &kAvx512bf16Kernel});
+#else
 #ifdef ATTNKIT_HAS_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&kAvx2Kernel);
 #endif
@@ -180,6 +183,7 @@ std::vector<const Kernel*> isa_levels() {
 #ifdef ATTNKIT_HAS_AVX512BF16
   if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
     levels.push_back(&kAvx512bf16Kernel);
+#endif
 #endif
   return levels;
 }

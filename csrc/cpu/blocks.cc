@@ -21,7 +21,7 @@ RowPlan::RowPlan(const Program& program, const Problem& problem, const Call& cal
       call_(call),
       analysis_(program, problem, &proven),
       trust_full_(facts.mask_loads_in_bounds && !call.some_gone),
-      keep_(program.boxes.dense && !(program.boxes.mask_reads & kReadsHead)) {}
+      keep_(program.mask >= 0 && !(program.boxes.mask_reads & kReadsHead)) {}
 
 const std::vector<KeyRange>& RowPlan::plan(const Task& task) {
   const Sequence& s = problem_.sequences[task.sequence];

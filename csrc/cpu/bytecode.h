@@ -97,7 +97,8 @@ namespace attnkit::cpu {
   X(mul_sub_from, 'f', "fff")   \
   X(add_ramp, 'f', "ffii")      \
   X(add_gap, 'f', "ffii")       \
-  X(sub_gap, 'f', "ffii")
+  X(sub_gap, 'f', "ffii")       \
+  X(within, 'b', "iii")
 
 enum class Op : uint8_t {
 #define X(name, result, args) name,

@@ -50,6 +50,10 @@ struct Carried {
   int64_t ld = 0;
   bool by_key = false;
   int64_t first = 0;
+  int32_t tile_kv = 0;
+  // Of each tile of keys what the block finds on every key at least; and, [kv head][tile], the largest norm of a key: 0
+  // where nobody has looked, infinity where keys or values are not all finite.
+  float *least = nullptr, *norms = nullptr;
 };
 
 // The same queries of one or a few heads. They are the lanes of its tiles: head by head, at most kMaxTileQ.

@@ -83,9 +83,11 @@ inline Accumulator accumulator(const float* sums, const int32_t* gone, size_t he
 void accumulate(const Task& t, int64_t first, int64_t count, float* sums, const int32_t* gone) {
   const Carried& at = t.carried;
   const auto q_first = static_cast<int32_t>(t.q_first);
+  float least = kInfinity;
   for (int64_t n = 0; n < count; n += kLanes) {
     const auto held = static_cast<size_t>(count - n < kLanes ? count - n : kLanes);
     Accumulator keys = accumulator(sums + n, gone == nullptr ? nullptr : gone + n, held);
+    for (size_t i = 0; i < held; ++i) least = keys.sum[i] < least ? keys.sum[i] : least;
     const int64_t key = first - at.first + n;
     if (at.by_key) {
       for (int32_t m = 0; m < t.q_count; m += kLanes) {
@@ -111,6 +113,7 @@ void accumulate(const Task& t, int64_t first, int64_t count, float* sums, const 
     keys.sum = select(keys.gone < q_first + t.q_count, set1(kInfinity), keys.sum);
     __builtin_memcpy(sums + n, &keys.sum, held * 4);
   }
+  at.least[first / at.tile_kv] = least;
 }
 
 template <class Products>

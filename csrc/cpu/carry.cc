@@ -33,7 +33,7 @@ class Selecting {
         kernel_(current_isa()) {}
 
   // What is carried, where the wave wants it.
-  Status run(const Wave& wave, int most_threads) {
+  Status run(Wave& wave, int most_threads) {
     if (what_.budget == 0) return by_chunks(wave, most_threads, &Selecting::carry);
     if (const Status status = by_chunks(wave, most_threads, &Selecting::select); status.fault != Fault::none)
       return status;
@@ -53,7 +53,7 @@ class Selecting {
   // One block of queries, and the tiles of a chunk that it sees.
   using Step = int32_t (Selecting::*)(const Task&, const std::vector<KeyRange>&, float* memory);
 
-  Status by_chunks(const Wave& wave, int most_threads, Step step) {
+  Status by_chunks(Wave& wave, int most_threads, Step step) {
     chunks_.clear();
     double flops = 0;
     for (const Wave::Slice& slice : wave.slices()) {
@@ -82,8 +82,7 @@ class Selecting {
     return {};
   }
 
-  int32_t take(const Wave& wave, const Chunk& chunk, Boxes& boxes, std::vector<KeyRange>& ranges, Step step,
-               float* memory) {
+  int32_t take(Wave& wave, const Chunk& chunk, Boxes& boxes, std::vector<KeyRange>& ranges, Step step, float* memory) {
     int32_t bad = -1;
     for (int64_t block = chunk.slice->blocks.first; block < chunk.slice->blocks.end; ++block) {
       const Task task = queries(wave, chunk.slice->sequence, block);
@@ -95,7 +94,7 @@ class Selecting {
     return bad;
   }
 
-  Task queries(const Wave& wave, int32_t sequence, int64_t block) const {
+  Task queries(Wave& wave, int32_t sequence, int64_t block) const {
     Task task{sequence, what_.head, 1, block * call_.tile_q, 0};
     task.q_count = static_cast<int32_t>(std::min<int64_t>(call_.tile_q, p_.sequences[sequence].q_len - task.q_first));
     task.carried = wave.of(task);
@@ -125,7 +124,7 @@ class Selecting {
 
   // Which keys queries find gone: while one sees more than the budget, that of the largest sum goes, of equals the
   // oldest, but not the first it sees nor the last.
-  void evict(const Wave& wave, const Wave::Slice& slice, Boxes& boxes) {
+  void evict(Wave& wave, const Wave::Slice& slice, Boxes& boxes) {
     const Sequence& s = p_.sequences[slice.sequence];
     const int64_t key = first_key(slice.sequence);
     int32_t* gone = what_.gone + key;
@@ -196,6 +195,18 @@ bool subtracts(const Program& program) {
 
 // ---- waves ----
 
+Wave::Wave(const Problem& problem, int32_t tile_q, int32_t tile_kv)
+    : problem_(problem), tile_q_(tile_q), tile_kv_(tile_kv) {
+  size_t norms = 0;
+  for (int32_t i = 0; i < problem.num_sequences; ++i) {
+    const auto tiles = static_cast<size_t>(blocks_of(problem.sequences[i].kv_len, tile_kv));
+    norms_at_.push_back(norms);
+    norms += tiles * static_cast<size_t>(problem.num_kv_heads);
+    most_tiles_ = std::max(most_tiles_, tiles);
+  }
+  norms_.resize(norms);
+}
+
 int64_t Wave::padded_keys(int32_t sequence) const {  // tiles of a few queries are read in whole vectors, to their end
   return round_up(problem_.sequences[sequence].kv_len, 16) + kMaxTileKv;
 }
@@ -205,7 +216,20 @@ size_t Wave::floats_of_block(int32_t sequence) const {
   return static_cast<size_t>((queries > kMostByQuery ? round_up(queries, 16) : queries) * padded_keys(sequence));
 }
 
-void Wave::add(int32_t sequence, Window blocks) { slices_.push_back({sequence, blocks, floats()}); }
+void Wave::add(int32_t sequence, Window blocks) {
+  size_t first_block = 0;
+  if (!slices_.empty()) {
+    const Slice& last = slices_.back();
+    first_block = last.first_block + static_cast<size_t>(last.blocks.end - last.blocks.first);
+  }
+  slices_.push_back({sequence, blocks, floats(), first_block});
+}
+
+void Wave::lies_at(float* memory) {
+  memory_ = memory;
+  const Slice& last = slices_.back();
+  least_.resize((last.first_block + static_cast<size_t>(last.blocks.end - last.blocks.first)) * most_tiles_);
+}
 
 size_t Wave::floats() const {
   if (slices_.empty()) return 0;
@@ -221,13 +245,17 @@ std::vector<Window> Wave::windows() const {
   return windows;
 }
 
-Carried Wave::of(const Task& task) const {
+Carried Wave::of(const Task& task) {
   const auto slice = std::lower_bound(slices_.begin(), slices_.end(), task.sequence,
                                       [](const Slice& s, int32_t sequence) { return s.sequence < sequence; });
   const auto block = static_cast<size_t>(task.q_first / tile_q_ - slice->blocks.first);
   const bool by_key = task.q_count > kMostByQuery;
-  return {memory_ + slice->at + block * floats_of_block(task.sequence),
-          by_key ? round_up(task.q_count, 16) : padded_keys(task.sequence), by_key};
+  Carried carried{memory_ + slice->at + block * floats_of_block(task.sequence),
+                  by_key ? round_up(task.q_count, 16) : padded_keys(task.sequence), by_key};
+  carried.tile_kv = tile_kv_;
+  carried.norms = norms_.data() + norms_at_[static_cast<size_t>(task.sequence)];
+  carried.least = least_.data() + (slice->first_block + block) * most_tiles_;
+  return carried;
 }
 
 Status attend_carried(const Program& score, const Program& carry, const Problem& p, const Carry& what,
@@ -254,7 +282,7 @@ Status attend_carried(const Program& score, const Program& carry, const Problem&
   const Call selecting{view(carry, carry_facts), &p, tile_q, config.tile_kv, carry.score >= 0, carry.mask >= 0};
 
   Selecting first(p, selecting, what, of_score, of_carry, carry_facts);
-  Wave wave(p, tile_q);
+  Wave wave(p, tile_q, config.tile_kv);
   const auto compute = [&] {
     float* memory = carried_memory(wave.floats() * sizeof(float));
     if (memory == nullptr) return Status{Fault::no_memory, -1};

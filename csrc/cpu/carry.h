@@ -30,7 +30,7 @@ Status attend_carried(const Program& score, const Program& carry, const Problem&
 // The blocks of queries of one wave, and where what is carried lies for each.
 class Wave {
  public:
-  Wave(const Problem& problem, int32_t tile_q) : problem_(problem), tile_q_(tile_q) {}
+  Wave(const Problem& problem, int32_t tile_q, int32_t tile_kv);
 
   void clear() { slices_.clear(); }
   void add(int32_t sequence, Window blocks);
@@ -41,22 +41,26 @@ class Wave {
     int32_t sequence;
     Window blocks;
     size_t at;  // its first float
+    size_t first_block;  // of all blocks of the wave
   };
   const std::vector<Slice>& slices() const { return slices_; }
   std::vector<Window> windows() const;  // of every sequence
 
   size_t floats() const;
-  void lies_at(float* memory) { memory_ = memory; }
-  Carried of(const Task& task) const;
+  void lies_at(float* memory);
+  Carried of(const Task& task);
 
  private:
   size_t floats_of_block(int32_t sequence) const;
   int64_t padded_keys(int32_t sequence) const;
 
   const Problem& problem_;
-  const int32_t tile_q_;
+  const int32_t tile_q_, tile_kv_;
   std::vector<Slice> slices_;
   float* memory_ = nullptr;
+  std::vector<float> norms_, least_;  // see Carried
+  std::vector<size_t> norms_at_;  // of each sequence
+  size_t most_tiles_ = 0;
 };
 
 }  // namespace attnkit::cpu

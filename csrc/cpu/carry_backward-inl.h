@@ -69,8 +69,9 @@ class CarriedBackward : public Backward {
 
   void run(const CarriedTiles& tiles) {
     for (int32_t h = 0; h < p_.num_kv_heads; ++h) {
-      use(h);
+      place(h);
       start();
+      keep({});
     }
     const int64_t first = seq_.batch * what_.keys + seq_.kv_start + t_.first;
     const auto keys = static_cast<size_t>(t_.count) * 4;
@@ -111,11 +112,14 @@ class CarriedBackward : public Backward {
  private:
   struct Head {
     Rows k;
-    bool finite;
+    bool finite, values_finite;
   };
   static_assert(sizeof(Head) <= 64);
 
-  void use(int32_t kv_head) {
+  float* head_at() const { return ws_ + has_.area + static_cast<size_t>(mine_.kv_head) * has_.size + has_.head; }
+  void keep(const Head& head) { __builtin_memcpy(head_at(), &head, sizeof(Head)); }
+
+  void place(int32_t kv_head) {
     mine_.kv_head = kv_head;
     const size_t area = has_.area + static_cast<size_t>(kv_head) * has_.size;
     at_.kt = area + has_.kt;
@@ -123,19 +127,24 @@ class CarriedBackward : public Backward {
     at_.k = area + has_.k;
     at_.d_keys = area + has_.d_keys;
     at_.d_values = area + has_.d_values;
+  }
+
+  void use(int32_t kv_head) {
+    place(kv_head);
     Head head;
-    __builtin_memcpy(&head, ws_ + area + has_.head, sizeof(Head));
+    __builtin_memcpy(&head, head_at(), sizeof(Head));
     k_ = head.k;
     finite_ = head.finite;
+    values_finite_ = head.values_finite;
   }
 
   void begin_all() {
     for (int32_t h = 0; h < p_.num_kv_heads; ++h) {
-      use(h);
+      place(h);
       begin();
       forget();
-      const Head head{k_, finite_};
-      __builtin_memcpy(ws_ + has_.area + static_cast<size_t>(h) * has_.size + has_.head, &head, sizeof(Head));
+      const Rows v = rows(p_.v, value_lines(), p_.v_head_dim, at_.dv, at_.v);
+      keep({k_, finite_, is_finite(v, t_.count, at_.dv)});
     }
     selecting_.begin();
     selecting_.keys(t_.first, t_.count);
@@ -263,7 +272,9 @@ class CarriedBackward : public Backward {
     const Rows qs = queries(tile), dos = cotangents(tile);
     const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
     float *s = ws_ + at_.s, *ds = s, *d_f = ws_ + has_.d_f + m * whole_.lanes + (of.lane - whole_.lane);
-    if (exists(tile) && what_.subtracts && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
+    const bool plain = exists(tile) && what_.subtracts;
+    if (plain && is_forgotten(tile, qs, d_f, selects)) return;
+    if (plain && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
       rows_times(qs.data, qs.stride, of.rows, kt, at_.bn, of.lanes, p_.head_dim,
                  WeighCarried{s, of.lanes, tile.rows.lse, ws_ + has_.f});
       add_to_values(tile, s, dos);
@@ -280,6 +291,33 @@ class CarriedBackward : public Backward {
       add_to_values(tile, s, dos);
     }
     multiply(tile, tiles, qs, ds);
+  }
+
+  // Whether all weights of a tile are exactly 0, and with them all that they add and all that is selected against the
+  // keys. Only looked at where what is carried says that it may be so.
+  bool is_forgotten(const BackwardTile& tile, Rows qs, const float* d_f, bool selects) {
+    constexpr float kNoWeight = -106;  // its exponential is 0
+    const auto [rows, lane, lanes] = extent(tile);
+    float* s = ws_ + at_.s;
+    const float* f = ws_ + has_.f;
+    const auto there = [&](int32_t j) {
+      const int32_t left = tile.count - j;
+      return lane_mask(left < kLanes ? (uint32_t{1} << left) - 1 : (uint32_t{1} << kLanes) - 1);
+    };
+    vi near{}, some{};
+    for (int32_t j = 0; j < lanes; j += kLanes) near |= (load(f + j) < set1(-kNoWeight)) & there(j);
+    if (any(near) || !finite_ || !values_finite_ || !tile.rows.finite) return false;
+    in_stretches<FloatDot>(qs, rows, ws_ + at_.kt + lane, p_.head_dim, lanes, Put{s, lanes}, Add{s, lanes});
+    for (int32_t j = 0; j < lanes; j += kLanes) {
+      if (selects) some |= (load(ws_ + has_.later + lane + j) != vf{}) & there(j);
+      for (int32_t r = 0; r < rows; ++r) {
+        const int64_t i = static_cast<int64_t>(r) * lanes + j;
+        some |= ~(load(s + i) - load(f + i) - set1(tile.rows.lse[r]) <= set1(kNoWeight)) & there(j);
+        if (selects) some |= (load(d_f + i) != vf{}) & there(j);
+      }
+    }
+    for (int32_t r = 0; r < rows; ++r) some |= ~(set1(tile.rows.delta[r]) * vf{} == vf{});
+    return !any(some);
   }
 
   // s becomes p, and do . v becomes ds, of which what is carried loses as much as the score has.
@@ -327,6 +365,7 @@ class CarriedBackward : public Backward {
   Tile selecting_;
   Extent whole_{};
   const int32_t* gone_ = nullptr;
+  bool values_finite_ = false;
 };
 
 int32_t carried_backward(const CarriedBackwardCall& c, const BackwardTask& t, const CarriedTiles& tiles,

@@ -20,16 +20,22 @@ inline void start_fold(const Fold& fold, int32_t lanes) {
 
 // `to` may be either of the two. Nothing seen weighs nothing: exp(-infinity - pivot) is 0.
 inline void merge(const Fold& to, const Fold& a, const Fold& b, int32_t lanes, int32_t channels) {
-  for (int32_t m = 0; m < lanes; ++m) {
-    if (to.o == a.o && b.max[m] == -kInfinity) continue;
-    const float max = a.max[m] > b.max[m] ? a.max[m] : b.max[m];
-    const float pivot = max == -kInfinity ? 0 : max;
-    const vf of_a = exp_weight(set1(a.max[m] - pivot)), of_b = exp_weight(set1(b.max[m] - pivot));
-    to.max[m] = max;
-    to.sum[m] = a.sum[m] * of_a[0] + b.sum[m] * of_b[0];
-    for (int32_t c = 0; c < channels; c += kLanes)
-      store(to.o + m * to.o_stride + c,
-            fma(load(a.o + m * a.o_stride + c), of_a, load(b.o + m * b.o_stride + c) * of_b));
+  for (int32_t first = 0; first < lanes; first += kLanes) {
+    const int32_t some = lanes - first < kLanes ? lanes - first : kLanes;
+    alignas(kBytes) float of_a[kLanes] = {}, of_b[kLanes] = {};  // a vector of lanes at a time
+    __builtin_memcpy(of_a, a.max + first, static_cast<size_t>(some) * sizeof(float));
+    __builtin_memcpy(of_b, b.max + first, static_cast<size_t>(some) * sizeof(float));
+    const vf max = max_or_second(load(of_a), load(of_b)), pivot = max == set1(-kInfinity) ? vf{} : max;
+    store(of_a, exp_weight(load(of_a) - pivot));
+    store(of_b, exp_weight(load(of_b) - pivot));
+    for (int32_t m = first; m < first + some; ++m) {
+      if (to.o == a.o && b.max[m] == -kInfinity) continue;
+      const vf wa = set1(of_a[m - first]), wb = set1(of_b[m - first]);
+      to.max[m] = a.max[m] > b.max[m] ? a.max[m] : b.max[m];
+      to.sum[m] = a.sum[m] * wa[0] + b.sum[m] * wb[0];
+      for (int32_t c = 0; c < channels; c += kLanes)
+        store(to.o + m * to.o_stride + c, fma(load(a.o + m * a.o_stride + c), wa, load(b.o + m * b.o_stride + c) * wb));
+    }
   }
 }
 

@@ -30,9 +30,11 @@ const Pattern kPatterns[] = {
     // x * y + z and z - x * y
     {Op::mul_add, {{Op::add_f, {1, ~2}}, {Op::mul_f, {~0, ~1}}}},
     {Op::mul_sub_from, {{Op::sub_f, {~2, 1}}, {Op::mul_f, {~0, ~1}}}},
+    // y <= x <= z, as windows have it
+    {Op::within, {{Op::and_b, {1, 2}}, {Op::ge_i, {~0, ~1}}, {Op::le_i, {~0, ~2}}}},
 };
 
-bool commutes(Op op) { return op == Op::add_f || op == Op::mul_f; }
+bool commutes(Op op) { return op == Op::add_f || op == Op::mul_f || op == Op::and_b; }
 
 class Matcher {
  public:

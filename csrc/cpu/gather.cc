@@ -55,6 +55,37 @@ class Gatherer {
   std::span<const int32_t> left_;  // of the queries that chose the block
 };
 
+// How the queries of a call are cut into tasks.
+class Tasks {
+ public:
+  // Sets how many queries a task has.
+  Tasks(const Problem& p, Call& call, int threads) : p_(p) {
+    int64_t queries = 0;
+    for (int32_t i = 0; i < p.num_sequences; ++i) queries += p.sequences[i].q_len * p.num_heads;
+    const int64_t tiles = queries / (kTasksPerThread * std::max(threads, 1) * call.tile_q);
+    call.gathered = static_cast<int32_t>(std::clamp<int64_t>(tiles, 1, kMostTiles)) * call.tile_q;
+    queries_ = call.gathered;
+    for (int32_t i = 0; i < p.num_sequences; ++i)
+      first_.push_back(first_.back() + p.num_heads * blocks_of(p.sequences[i].q_len, queries_));
+  }
+
+  int64_t count() const { return first_.back(); }
+
+  Task task(int64_t i) const {
+    const auto sequence = static_cast<int32_t>(std::upper_bound(first_.begin(), first_.end(), i) - first_.begin() - 1);
+    const int64_t q_len = p_.sequences[sequence].q_len, of_head = blocks_of(q_len, queries_),
+                  in_sequence = i - first_[static_cast<size_t>(sequence)];
+    Task task{sequence, static_cast<int32_t>(in_sequence / of_head), 1, in_sequence % of_head * queries_, 0};
+    task.q_count = static_cast<int32_t>(std::min<int64_t>(queries_, q_len - task.q_first));
+    return task;
+  }
+
+ private:
+  const Problem& p_;
+  int64_t queries_ = 0;
+  std::vector<int64_t> first_ = {0};  // task of each sequence
+};
+
 }  // namespace
 
 std::optional<ChosenMap> ChosenMap::of(const Program& program, const Problem& p, Analysis& proven, const Facts& facts,
@@ -114,33 +145,46 @@ void ChosenMap::find(int32_t sequence, int32_t head, int64_t q_first, int64_t q_
     scan(query_stride_);
 }
 
+std::optional<GatheredTiles> gathered_tiles(const Program& program, const Problem& p, const Config& config) {
+  int64_t longest = 0;
+  for (int32_t i = 0; i < p.num_sequences; ++i) longest = std::max(longest, p.sequences[i].q_len);
+  Analysis proven(program, p);
+  const Facts facts = proven.prove();
+  if (facts.status.fault != Fault::none || longest <= config.tile_q) return {};
+  const auto map = ChosenMap::of(program, p, proven, facts, config.tile_kv);
+  if (!map) return {};
+  Analysis analysis(*program.chosen, p);
+  const Facts of_chosen = analysis.prove();
+  if (of_chosen.status.fault != Fault::none) return {};
+  Call call = call_of(*program.chosen, of_chosen, p, config, config.tile_q);
+  const Tasks tasks(p, call, config.threads);
+  Gatherer gatherer(*program.chosen, p, call, *map, analysis, of_chosen);
+  GatheredTiles found;
+  for (int64_t i = 0; i < tasks.count(); ++i) {
+    gatherer.begin(tasks.task(i));
+    for (Piece piece; Gatherer::next(&gatherer, &piece);)
+      for (size_t n = 0; n < piece.num_ranges; ++n)
+        (piece.ranges[n].full ? found.full : found.partial) += blocks_of(piece.ranges[n].count, config.tile_kv);
+  }
+  return found;
+}
+
 Status attend_gathered(const Program& chosen, const Problem& p, const ChosenMap& map, const Config& config,
                        int threads) {
   Analysis analysis(chosen, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
   Call call = call_of(chosen, facts, p, config, config.tile_q);
-
-  int64_t queries = 0;
-  for (int32_t i = 0; i < p.num_sequences; ++i) queries += p.sequences[i].q_len * p.num_heads;
-  const int64_t tiles = queries / (kTasksPerThread * std::max(threads, 1) * config.tile_q);
-  call.gathered = static_cast<int32_t>(std::clamp<int64_t>(tiles, 1, kMostTiles)) * config.tile_q;
-  std::vector<int64_t> first(1, 0);  // task of each sequence
-  for (int32_t i = 0; i < p.num_sequences; ++i)
-    first.push_back(first.back() + p.num_heads * blocks_of(p.sequences[i].q_len, call.gathered));
+  const Tasks tasks(p, call, threads);
 
   const Kernel& kernel = current_isa();
-  threads = static_cast<int>(std::min<int64_t>(threads, first.back()));
-  Deal deal(first.back(), std::max(threads, 1));
+  threads = static_cast<int>(std::min<int64_t>(threads, tasks.count()));
+  Deal deal(tasks.count(), std::max(threads, 1));
   std::atomic<int32_t> bad_load{-1};
   const bool enough = on_threads_with_memory(threads, kernel.workspace_bytes(call), [&](int thread, float* memory) {
     Gatherer gatherer(chosen, p, call, map, analysis, facts);
     for (int64_t i; (i = deal.take(thread)) >= 0;) {
-      const auto sequence = static_cast<int32_t>(std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1);
-      const int64_t q_len = p.sequences[sequence].q_len, of_head = blocks_of(q_len, call.gathered),
-                    in_sequence = i - first[static_cast<size_t>(sequence)];
-      Task task{sequence, static_cast<int32_t>(in_sequence / of_head), 1, in_sequence % of_head * call.gathered, 0};
-      task.q_count = static_cast<int32_t>(std::min<int64_t>(call.gathered, q_len - task.q_first));
+      const Task task = tasks.task(i);
       gatherer.begin(task);
       const int32_t bad = kernel.gather(call, task, {&gatherer, Gatherer::next}, memory);
       if (bad >= 0) bad_load = bad;

@@ -49,6 +49,13 @@ class ChosenMap {
   std::vector<const uint8_t*> at_;  // of each sequence and head, its map
 };
 
+// How many tiles of keys `attend` would compute, of queries that it would gather: those whose every pair exists, and
+// the others. Nothing where it would not gather.
+struct GatheredTiles {
+  int64_t full = 0, partial = 0;
+};
+std::optional<GatheredTiles> gathered_tiles(const Program& program, const Problem& problem, const Config& config);
+
 // `attend` with pieces that are gathered; `chosen` and what is proven of it are of the pairs that are chosen.
 Status attend_gathered(const Program& chosen, const Problem& problem, const ChosenMap& map, const Config& config,
                        int threads);

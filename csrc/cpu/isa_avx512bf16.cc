@@ -12,6 +12,15 @@ namespace attnkit::cpu {
 namespace {
 #include "simd_avx512-inl.h"
 #include "level-inl.h"
+
+#ifndef ATTNKIT_EMULATE
+// sum + u . s of four unsigned and four signed bytes in each lane. The compiler's own would keep sums on the stack.
+template <class V>
+ATTNKIT_INLINE void dot_bytes(V& sum, V u, V s) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s));
+}
+#endif
+
 #include "kernel_bf16-inl.h"
 #include "kernel_codes-inl.h"
 #include "kernel_code_decode-inl.h"

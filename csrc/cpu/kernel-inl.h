@@ -86,6 +86,7 @@ class Forward {
         philox_(p_.dropout, t.sequence),
         random_(ws_ + at_.random) {
     kv_head_ = t.head / (p_.num_heads / p_.num_kv_heads);
+    query_norm_ = query_norm();
   }
 
   // `any_keys`: false where nothing is visible; then no index of the sequence was proven, and none may be used.
@@ -158,11 +159,77 @@ class Forward {
   // Where the keys end that are taken at once from `first` on.
   int64_t reach(int64_t first, bool) const { return (first / c_.tile_kv + 1) * c_.tile_kv; }
 
-  // The first of its tiles a row never leaves out, nor the last two.
-  void turn(int64_t tile, int64_t tiles) { may_skip_ = p_.skip > 0 && tile > 0 && tile < tiles - 2; }
+  // What a row leaves out: of tiles that may be skipped never the first, nor the last two; of keys that are forgotten
+  // those whose weights are exactly 0, unless zeros are not all that they would add.
+  void turn(int64_t tile, int64_t tiles, int64_t first) {
+    may_skip_ = p_.skip > 0 && tile > 0 && tile < tiles - 2;
+    const int64_t i = first / c_.tile_kv;
+    if (query_norm_ >= 0) may_skip_ = t_.carried.least[i] * kLog2e > kNoWeight / 2 && norm_of_tile(i) < kInfinity;
+  }
+
+  // Whether the tiles from `first` to `end` have only weights of 0 beside what the stretch has seen, or (`all`, of a
+  // whole one) those before it; as far as norms can tell.
+  bool forgets(int64_t first, int64_t end, bool all) {
+    if (query_norm_ < 0 || (all && !any_before_)) return false;
+    const float* max = ws_ + (all ? at_.before_max : at_.max);
+    float lowest = kInfinity;
+    for (int32_t m = 0; m < t_.lanes(); ++m) lowest = max[m] < lowest ? max[m] : lowest;
+    for (int64_t tile = first / c_.tile_kv; tile * c_.tile_kv < end; ++tile) {
+      const float least = t_.carried.least[tile];
+      if (!((-least - lowest) * kLog2e <= -kNoWeight)) return false;
+      const float norm = norm_of_tile(tile), most = query_norm_ * norm * 1.0001f - least;
+      if (!(norm < kInfinity && (most - lowest) * kLog2e <= -kNoWeight)) return false;
+    }
+    return true;
+  }
 
  protected:
   static constexpr int32_t kSkipLanes = 16;
+  static constexpr float kNoWeight = 152;  // 2^-152 is 0
+
+  // The largest norm of a query, by which scores are bounded, where what is carried may leave keys without weight; else
+  // negative.
+  float query_norm() const {
+    if (!t_.carried.by_key || !c_.subtracts || p_.q.stride[3] != 1 || p_.head_dim % kLanes != 0) return -1;
+    return with_elements(p_.dtype, [&](auto* type) {
+      float most = 0;
+      for (int32_t m = 0; m < t_.lanes(); ++m) {
+        const float square = square_of(row<decltype(type)>(p_.q, head_of(m), token_of(m)), p_.head_dim);
+        if (!(square < kInfinity)) return -1.0f;
+        if (square > most) most = square;
+      }
+      return __builtin_sqrtf(most) * __builtin_fabsf(p_.scale);
+    });
+  }
+
+  template <class T>
+  static float square_of(const T* x, int32_t width) {
+    vf sum{};
+    for (int32_t d = 0; d < width; d += kLanes) sum = fma(widen(x + d), widen(x + d), sum);
+    float total = 0;
+    for (int i = 0; i < kLanes; ++i) total += sum[i];
+    return total;
+  }
+
+  // Worked out once for all heads and queries.
+  float norm_of_tile(int64_t tile) {
+    const int64_t tiles = (seq_.kv_len + c_.tile_kv - 1) / c_.tile_kv, first = tile * c_.tile_kv;
+    float *known = t_.carried.norms + kv_head_ * tiles + tile, found;
+    __atomic_load(known, &found, __ATOMIC_RELAXED);
+    if (found != 0) return found;
+    const auto count = static_cast<int32_t>(seq_.kv_len - first < c_.tile_kv ? seq_.kv_len - first : c_.tile_kv);
+    const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
+    found = 0x1p-60f;
+    for (int32_t n = 0; n < count; ++n) {
+      const float square = square_of(k.data + n * k.stride, p_.head_dim);
+      if (square > found) found = square;
+      if (!(square < kInfinity)) found = kInfinity;
+    }
+    const Rows v = rows(p_.v, values_of(first, count), p_.v_head_dim, at_.dv, at_.v);
+    found = found < kInfinity && is_finite(v, count, at_.dv) ? __builtin_sqrtf(found) : kInfinity;
+    __atomic_store(known, &found, __ATOMIC_RELAXED);
+    return found;
+  }
 
   // The products find the largest scores on their way; not so where expressions change them.
   bool plain(bool full) const { return full && !has_score_; }
@@ -178,10 +245,21 @@ class Forward {
 
   // Calls f with the dot product of scores: less what is carried onto the keys, where nothing else changes them.
   template <class Dot, class F>
-  void with_less(const Dot& dot, int64_t first, F f) const {
+  void with_less(const Dot& dot, int64_t first, F f) {
     const Carried& from = t_.carried;
     if (has_score_ || !c_.has_score) return f(dot);
-    f(LessDot<Dot>{dot, from.f + (first - from.first) * from.ld, from.ld});
+    const float* less = from.f + (first - from.first) * from.ld;
+    less_next_ = less + c_.tile_kv * from.ld;
+    f(LessDot<Dot>{dot, less, from.ld});
+  }
+
+  // What the next tile's scores lose comes from far, once for every head: a part of it, while a vector of queries is
+  // weighed.
+  void fetch_less(int32_t lane) const {
+    if (less_next_ == nullptr) return;
+    const int64_t floats = c_.tile_kv * t_.carried.ld / (at_.bm / kLanes);
+    const float* from = less_next_ + lane / kLanes * floats;
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(from + i, 0, 2);
   }
 
   int32_t head_of(int32_t lane) const { return t_.head + lane / t_.q_count; }
@@ -254,15 +332,18 @@ class Forward {
   const Span* live(bool full) const { return full ? nullptr : spans_; }
 
   // Whether every query weighs every key of a tile whose scores are there. Of those that do not exist, and of a tile
-  // that 16 queries leave out, spans_ says which it weighs.
+  // that 16 queries leave out, spans_ says which it weighs; `needed_`, whether any query weighs any.
   bool weigh_all(int32_t count, bool full) {
+    needed_ = true;
     if (!may_skip_) return full;
+    needed_ = false;
+    const float skip = query_norm_ >= 0 ? kNoWeight : p_.skip;
     float *largest = ws_ + at_.largest, *max = ws_ + at_.max;
     bool all = full;
     for (int32_t lane = 0; lane < at_.bm; lane += kSkipLanes) {
       bool needed = false;
       for (int32_t m = lane; m < lane + kSkipLanes && m < at_.bm; ++m) {
-        if (m < t_.lanes() && largest[m] > -kInfinity) needed |= !((largest[m] - max[m]) * kLog2e <= -p_.skip);
+        if (m < t_.lanes() && largest[m] > -kInfinity) needed |= !((largest[m] - max[m]) * kLog2e <= -skip);
         if (max[m] > largest[m]) largest[m] = max[m];
       }
       for (int32_t v = lane / kLanes; v * kLanes < lane + kSkipLanes && v * kLanes < at_.bm; ++v)
@@ -271,6 +352,7 @@ class Forward {
         else if (full)
           spans_[v] = {0, count};
       all &= needed;
+      needed_ |= needed;
     }
     return all;
   }
@@ -402,7 +484,10 @@ class Forward {
   template <class Weights>
   void softmax(int32_t count, bool full, const Weights& weights) {
     if (!full) return softmax_of_live(count, weights);
-    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) softmax_lanes(lane, {0, count}, weights);
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
+      fetch_less(lane);
+      softmax_lanes(lane, {0, count}, weights);
+    }
   }
 
   // A row of the products may reach beyond the span of a vector: there are zeros.
@@ -480,7 +565,9 @@ class Forward {
   const Fold now_, before_;
   const Philox philox_;
   const SplitWords<QueryWords> random_;
-  bool any_before_ = false, may_skip_ = false;
+  bool any_before_ = false, may_skip_ = false, needed_ = true;
+  float query_norm_ = -1;
+  const float* less_next_ = nullptr;  // see fetch_less
 };
 
 template <class Products>
@@ -512,10 +599,17 @@ int32_t run(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ran
         }
         forward.start();
         stretch = first / c.split_kv;
+        const int64_t whole = (stretch + 1) * c.split_kv;
+        if (parts == nullptr && ranges[i].full && first % c.split_kv == 0 && whole <= end &&
+            forward.forgets(first, whole, true)) {
+          first = whole;
+          continue;
+        }
       }
       const int64_t next = stop < end ? stop : i + 1 < num_ranges ? ranges[i + 1].first : -1;
-      forward.turn(tile++, tiles);
-      forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full, next);
+      forward.turn(tile++, tiles, first);
+      if (!ranges[i].full || !forward.forgets(first, stop, false))
+        forward.keys(first, static_cast<int32_t>(stop - first), ranges[i].full, next);
       first = stop;
     }
   }

@@ -7,7 +7,7 @@ struct ByteProduct {
     const float *factor, *shift;
 
     static ATTNKIT_INLINE vf run(vf key, vf queries, vf sum) {
-      asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(queries), "v"(key));  // as dot_bytes
+      dot_bytes(sum, queries, key);
       return sum;
     }
     ATTNKIT_INLINE Dot at(int32_t key, int32_t lane) const { return {starts + key, factor + lane, shift + lane}; }

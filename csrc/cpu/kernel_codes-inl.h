@@ -6,9 +6,6 @@
 // 256 high + low. Weights of int8 values, times their scales, are 16 bits of the largest of their tile; those of int4
 // and int2 are bfloat16, and codes become bfloat16 by setting the bits of 128 in front of them.
 
-// sum + u . s of four unsigned and four signed bytes in each lane. The compiler's own would keep sums on the stack.
-ATTNKIT_INLINE void dot_bytes(vi& sum, vi u, vi s) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s)); }
-
 ATTNKIT_INLINE vi word_at(const char* p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);

@@ -51,6 +51,7 @@ class FloatForward : public Forward {
     if (few_) return few_tiles(first, values, full, next < 0 ? first : next);
     modify(first, count, full);
     const bool all = weigh_all(count, full);
+    if (!needed_) return;
     softmax(count, all, Weights{ws_ + at_.s, at_.bm});
     thin_weights(first, count, full);
     const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);

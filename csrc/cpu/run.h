@@ -70,7 +70,7 @@ bool on_threads_with_memory(int threads, size_t bytes, const Work& work) {
 
 // Computes what a schedule has. `wave`: where what is carried lies, if something is.
 Status run_schedule(const Program& program, const Problem& p, const Call& call, const Schedule& schedule,
-                    const Analysis& proven, const Facts& facts, int threads, const Wave* wave = nullptr);
+                    const Analysis& proven, const Facts& facts, int threads, Wave* wave = nullptr);
 
 // The tasks of a call, dealt to its threads. Each takes a run of its own first, in which neighbours read the same keys,
 // and the same run at every call of the same sizes; then what others have not got to.

@@ -1,4 +1,7 @@
 // The vectors of AVX-512 (F, DQ, BW, VL).
+#ifdef ATTNKIT_EMULATE
+#include "../emulate/avx512.h"
+#endif
 
 inline constexpr int kLanes = 16;
 // 32 registers: 24 accumulators, 3 or 4 vectors of the streamed operand, one broadcast.

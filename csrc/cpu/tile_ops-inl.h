@@ -355,6 +355,9 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
     case Op::add_ramp: return from_gap(dst, s, a, [](vf x, vf y, vf gap) { return fma(y, gap, x); });
     case Op::add_gap: return from_gap(dst, s, a, [](vf x, vf y, vf gap) { return fma(y, magnitude(gap), x); });
     case Op::sub_gap: return from_gap(dst, s, a, [](vf x, vf y, vf gap) { return fma(-y, magnitude(gap), x); });
+    case Op::within:
+      return map<3>(dst, s, a,
+                    [](vf x, vf lo, vf hi) { return as_float((as_int(lo) <= as_int(x)) & (as_int(x) <= as_int(hi))); });
     default: __builtin_unreachable();  // leaves and loads have their own code
   }
 }

@@ -12,6 +12,7 @@ Ints = Sequence[int]
 Tensor = Any
 
 compiler: str
+kernels: str
 
 class Program:
     """A verified tile-bytecode program; the only thing the engine runs. ValueError says why code is refused."""
@@ -55,6 +56,15 @@ class Launch:
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, threads: int, /
     ) -> tuple[int, int]: ...
+
+class LaunchBackward:
+    """`attend_backward` of a program that needs nothing but tensors."""
+
+    def __init__(self, program: Program, scale: float, tile_q: int, tile_kv: int) -> None: ...
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, d_o: Tensor, d_lse: Tensor | None,
+        dq: Tensor, dk: Tensor, dv: Tensor, threads: int, /,
+    ) -> tuple[int, int]: ...  # fmt: skip
 
 class Seen:
     """What is kept for a text and three tensors of the CPU, by their shapes and dtypes. Tensors are of the two types given."""
@@ -237,6 +247,18 @@ def block_runs(
     params: Sequence[float],
     /,
 ) -> tuple[int, int, int, int, npt.NDArray[np.int64], npt.NDArray[np.int32]]: ...
+def gathered_tiles(
+    program: Program,
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    tile_q: int,
+    tile_kv: int,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    /,
+) -> tuple[int, int] | None: ...
 def evaluate(opcode: str, args: Sequence[npt.NDArray[np.float32]], /) -> npt.NDArray[np.float32]: ...
 def isa_levels() -> list[str]: ...
 def current_isa() -> str: ...

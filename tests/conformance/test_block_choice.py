@@ -44,16 +44,27 @@ def test_moba(dtype: torch.dtype, top_k: int, lengths: tuple[int, int], rng: np.
     np.testing.assert_allclose(o, expected[0], atol=1e-12)
 
 
-def test_k_1_is_the_own_block_alone_and_many_are_causal_attention(rng: np.random.Generator) -> None:
+@HALVES
+def test_k_1_is_the_own_block_alone_and_many_are_causal_attention(
+    dtype: torch.dtype, rng: np.random.Generator
+) -> None:
     """The trap: flash-linear-attention's topk=1 is causal attention."""
-    q, k, v = tensors(rng)
-    own = ak.attention(q, k, v, select=ak.top_k_blocks(16, 1))
-    assert torch.equal(own, ak.attention(q, k, v, mask=lambda b, h, i, j: (j <= i) & (i // 16 == j // 16)))
+    q, k, v = (x.to(dtype).requires_grad_() for x in tensors(rng))
+    g = torch.randn(2, 4, 70, 8).to(dtype)
+    of_blocks = ak.attention(q, k, v, mask=lambda b, h, i, j: (j <= i) & (i // 16 == j // 16))
     causal = ak.dense_attention(q, k, v, causal=True)
-    torch.testing.assert_close(
-        ak.attention(q, k, v, select=ak.top_k_blocks(16, 5)), causal, atol=2e-6, rtol=1e-5
-    )
-    assert not torch.allclose(own, causal)
+    assert not torch.allclose(of_blocks, causal)
+    for count, expected in ((1, of_blocks), (5, causal)):
+        o = ak.attention(q, k, v, select=ak.top_k_blocks(16, count))
+        close(o, expected.detach().double().numpy(), dtype)
+        alike(*(torch.autograd.grad(x, (q, k, v), g, retain_graph=True) for x in (o, expected)))
+
+
+def alike(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Gradients, but for rounding."""
+    for one, other in zip(found, expected, strict=True):
+        limit = 1e-6 if other.dtype == torch.float32 else 1e-2
+        assert (one - other).norm() <= limit * other.norm()
 
 
 def chosen_pairs(
@@ -111,8 +122,7 @@ def test_gradients_are_those_of_attention_over_what_was_chosen(
     expected = torch.autograd.grad(
         ak.attention(q, k, v, mask=lambda b, h, i, j: seen[b, h, i, j], score=ak.softcap(5.0)), (q, k, v), g
     )
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * other.norm()
+    alike(found, expected)
 
 
 def test_heads_that_choose_together(rng: np.random.Generator) -> None:
@@ -287,12 +297,21 @@ def test_native_sparse_attention(
     close(o, bsel.nsa_naive(*arrays, block=16, top_k=1, left=5), dtype)
 
 
-def test_native_sparse_attention_whose_gates_leave_the_chosen(rng: np.random.Generator) -> None:
-    """variants.md B7: gates (0, 1, 0) and as many blocks as there are is causal attention. And gradients of all."""
-    q, k, v = (x.requires_grad_() for x in tensors(rng))
-    zero, one = torch.zeros(2, 4, 70), torch.ones(2, 4, 70)
+@HALVES
+def test_native_sparse_attention_whose_gates_leave_the_chosen(
+    dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    """Gates (0, 1, 0) and as many blocks as there are: causal attention."""
+    q, k, v = (x.to(dtype).requires_grad_() for x in tensors(rng))
+    zero, one, g = torch.zeros(2, 4, 70), torch.ones(2, 4, 70), torch.randn(2, 4, 70, 8).to(dtype)
     o = nsa_attention(q, k, v, zero, one, zero, block=16, top_k=9, left=3)
-    torch.testing.assert_close(o, ak.dense_attention(q, k, v, causal=True), atol=2e-6, rtol=1e-5)
+    causal = ak.dense_attention(q, k, v, causal=True)
+    close(o, causal.detach().double().numpy(), dtype)
+    alike(*(torch.autograd.grad(x, (q, k, v), g) for x in (o, causal)))
+
+
+def test_gradients_of_native_sparse_attention(rng: np.random.Generator) -> None:
+    q, k, v = (x.requires_grad_() for x in tensors(rng))
     gates = [torch.rand(2, 4, 70, requires_grad=True) for _ in range(3)]
     found = torch.autograd.grad(
         nsa_attention(q, k, v, *gates, block=16, top_k=1, left=5).sum(), (q, k, v, *gates)

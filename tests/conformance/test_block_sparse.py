@@ -108,11 +108,13 @@ def test_the_worked_sets(rng: np.random.Generator) -> None:
         (bs.Strided(2), [{0}, {0, 1}, {0, 1, 2}, {1, 2, 3}]),
     ):
         q, k = (torch.from_numpy(rng.standard_normal((1, 1, 4, 8), dtype=np.float32)) for _ in range(2))
-        v = torch.eye(4)[None, None]
         for dtype in (torch.float32, torch.bfloat16):
+            v = torch.eye(4, dtype=dtype)[None, None].requires_grad_()
             blocks = ak.block_mask(pattern, None, None, 4, 4, q_block=2, kv_block=2)
-            o = ak.block_sparse_attention(q.to(dtype), k.to(dtype), v.to(dtype), blocks)
-            assert [set(row.nonzero().flatten().tolist()) for row in o[0, 0]] == expected
+            o = ak.block_sparse_attention(q.to(dtype), k.to(dtype), v, blocks)
+            (dv,) = torch.autograd.grad(o, v, torch.eye(4, dtype=dtype)[None, None])
+            for weights in (o[0, 0], dv[0, 0].mT):
+                assert [set(row.nonzero().flatten().tolist()) for row in weights] == expected
 
 
 def tensors(rng: np.random.Generator, **sizes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -139,15 +141,20 @@ def test_all_ones_are_dense_attention_bit_for_bit(dtype: str, rng: np.random.Gen
             torch.testing.assert_close(one, other, atol=1e-5 if dtype == "float32" else 4e-2, rtol=1e-2)
 
 
+@HALVES
 @pytest.mark.parametrize("pattern", [bs.Strided(1), bs.Fixed(S, 1)], ids=["stride 1", "one stretch"])
-def test_limits_of_patterns_are_causal_attention(pattern: bs.Pattern, rng: np.random.Generator) -> None:
-    q, k, v = tensors(rng)
+def test_limits_of_patterns_are_causal_attention(
+    pattern: bs.Pattern, dtype: str, rng: np.random.Generator
+) -> None:
+    q, k, v = (x.to(getattr(torch, dtype)).requires_grad_() for x in tensors(rng))
     o = ak.block_sparse_attention(q, k, v, as_blocks(pattern))
     assert torch.equal(o, ak.dense_attention(q, k, v, causal=True))
+    check_gradients(o, (q, k, v), torch.ones(S, S, dtype=torch.bool).tril())
 
 
-def test_order_and_repetition_in_a_list_mean_nothing(rng: np.random.Generator) -> None:
-    q, k, v = (x.requires_grad_() for x in tensors(rng))
+@HALVES
+def test_order_and_repetition_in_a_list_mean_nothing(dtype: str, rng: np.random.Generator) -> None:
+    q, k, v = (x.to(getattr(torch, dtype)).requires_grad_() for x in tensors(rng))
     results = []
     for ends, indices in (([0, 2, 5], [0, 3, 1, 2, 3]), ([0, 4, 8], [3, 0, 0, 3, 2, 3, 1, 1])):
         blocks = ak.BlockMask.from_bcsr(
@@ -157,6 +164,22 @@ def test_order_and_repetition_in_a_list_mean_nothing(rng: np.random.Generator) -
         results.append((o, *torch.autograd.grad(o.sum(), (q, k, v))))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_mask_of_each_batch_entry_in_a_graph_of_any_length(rng: np.random.Generator) -> None:
+    """pytorch#186775: what a mask captured for each batch entry gave NaN once lengths were symbols."""
+    ends = torch.tensor([37, 150], dtype=torch.int32)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ak.attention(q, k, v, mask=lambda b, h, i, j: (j <= i) & (j < ends[b]))
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (64, 100, 190):
+        inputs = tuple(x.requires_grad_() for x in tensors(rng, q_len=n, kv_len=n))
+        o = compiled(*inputs)
+        assert torch.equal(o, call(*inputs))
+        j = torch.arange(n)
+        check_gradients(o, inputs, (j <= j[:, None]) & (j < ends[:, None, None, None]))
 
 
 @HALVES

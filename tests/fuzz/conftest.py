@@ -1,4 +1,4 @@
-"""The engine with the sanitizers inside: built beside the ordinary one, and how to run with it."""
+"""The engine with the sanitizers inside, or with AVX-512 emulated: built beside the ordinary one, and how to run with it."""
 
 import fcntl
 import os
@@ -11,8 +11,7 @@ import pybind11
 import pytest
 
 ROOT = Path(__file__).parents[2]
-BUILD = ROOT / "build/sanitize"
-SANITIZERS = "address,undefined,float-cast-overflow"
+SANITIZE = "ATTNKIT_SANITIZE=address,undefined,float-cast-overflow"
 BIN = Path(sys.executable).parent
 
 # handle_segv: a crash stays the signal that tests of crashes expect. Leaks: see test_sanitized.py.
@@ -20,33 +19,46 @@ BIN = Path(sys.executable).parent
 ASAN_OPTIONS = "detect_leaks=0:handle_segv=0:detect_stack_use_after_return=1:allocator_may_return_null=1"
 
 
-def build(target: str) -> Path:
-    """Bring a target of the sanitized build up to date; returns its folder."""
-    BUILD.mkdir(parents=True, exist_ok=True)
+def build(target: str, kind: str, option: str) -> Path:
+    """Bring a target of another build up to date; returns its folder."""
+    folder = ROOT / "build" / kind
+    folder.mkdir(parents=True, exist_ok=True)
     cmake = str(BIN / "cmake")
     configure = [
-        cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja", f"-DATTNKIT_SANITIZE={SANITIZERS}",
+        cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-D{option}",
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_MAKE_PROGRAM={BIN / 'ninja'}",
     ]  # fmt: skip
-    with (BUILD / ".lock").open("w") as lock:
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes, one build
-        for command in (configure, [cmake, "--build", BUILD, "--target", target]):
+        for command in (configure, [cmake, "--build", folder, "--target", target]):
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return BUILD
+    return folder
+
+
+def with_engine(folder: Path) -> dict[str, str]:
+    """The environment in which Python loads the engine of a folder."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "overlay"), "ATTNKIT_ENGINE": str(folder)}
+
+
+@pytest.fixture(scope="session")
+def emulated() -> Callable[..., dict[str, str]]:
+    """``emulated(level)``: the environment in which Python runs the kernels of a level of AVX-512 on any x86-64 with AVX2."""
+    folder = build("_engine", "emulate", "ATTNKIT_EMULATE=ON")
+    return lambda level: {**with_engine(folder), "ATTNKIT_ISA": level}
 
 
 @pytest.fixture(scope="session")
 def engine_fuzz() -> Path:
     """The native fuzzer, csrc/fuzz/engine_fuzz.cc."""
-    return build("engine_fuzz") / "engine_fuzz"
+    return build("engine_fuzz", "sanitize", SANITIZE) / "engine_fuzz"
 
 
 @pytest.fixture(scope="session")
 def sanitized() -> Callable[..., dict[str, str]]:
     """``sanitized(**asan_options)``: the environment in which Python runs on the sanitized engine."""
-    build("_engine")
+    folder = build("_engine", "sanitize", SANITIZE)
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True)
         for name in ("libasan", "libstdc++")  # the latter too: its exceptions must be seen from the start
@@ -54,9 +66,8 @@ def sanitized() -> Callable[..., dict[str, str]]:
 
     def environment(**options: object) -> dict[str, str]:
         return {
-            **os.environ,
+            **with_engine(folder),
             "LD_PRELOAD": " ".join(done.stdout.strip() for done in libraries),
-            "PYTHONPATH": str(Path(__file__).parent / "overlay"),
             "PYTHONMALLOC": "malloc",  # every object is an allocation that can be watched
             "ASAN_OPTIONS": ":".join([ASAN_OPTIONS, *(f"{k}={v}" for k, v in options.items())]),
             "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -21,135 +21,31 @@ from attnkit.testing import isolated
 
 sys.path.insert(0, str(Path(__file__).parent))
 import recorded_calls
+from arguments import (
+    DTYPES,
+    KEY,
+    MIDDLE,
+    NOT_INTS,
+    OPCODES,
+    PROGRAMS,
+    Rng,
+    S,
+    buffer_tuple,
+    contiguous,
+    damaged,
+    integer,
+    of,
+    rows,
+    sequences,
+    valid_tensors,
+)
 
-OPCODES = _engine.opcodes()
 CODECS = ("int8", "int4", "int2", "fp8")
 FAULTS = range(1, 8)  # csrc/cpu/problem.h
-
-Rng = np.random.Generator
-
-
-def of(rng: Rng, choices: Any) -> Any:
-    return choices[rng.integers(len(choices))]
-
-
-HUGE_SIZES = [2**31, 2**32, 2**40, 2**62, 2**63 - 1]
-HUGE_STRIDES = [2**56, 2**62, 2**63 - 1]
-NOT_INTS: list[Any] = [
-    None,
-    "1",
-    1.5,
-    (),
-    [1],
-    {},
-    2**63,
-    -(2**63) - 1,
-    2**64,
-    b"x",
-    object(),
-    np.float32(2),
-    1j,
-]
-
-
-def integer(rng: Rng, huge: list[int] = HUGE_SIZES) -> Any:
-    return of(rng, [*range(-2, 9), *huge, *(-n for n in huge), *NOT_INTS, True, np.int64(3), np.int32(-1)])
-
-
-def integers(rng: Rng, length: int, huge: list[int] = HUGE_SIZES) -> Any:
-    """A list of sizes or strides: of another length, with an odd member, or no list."""
-    how = rng.integers(6)
-    if how == 0:
-        return of(
-            rng,
-            [None, 4, "four", b"four", 1.5, range(4), np.ones(4, np.int64), {1, 2}, (x for x in range(4))],
-        )
-    values = [int(rng.integers(0, 4)) for _ in range(length if how > 1 else rng.integers(0, 7))]
-    if values and how < 5:
-        values[rng.integers(len(values))] = integer(rng, huge)
-    return values
+HALF = ("const_f", int(np.float32(0.5).view(np.int32)))
 
 
 # --- attend ----------------------------------------------------------------------------------------------
-
-S, KEY, HALF = ("var_s", 0), ("var_kv_idx", 0), ("const_f", int(np.float32(0.5).view(np.int32)))
-
-
-def rows(*instructions: tuple[Any, ...]) -> np.ndarray:
-    code = np.zeros((len(instructions), 8), np.int32)
-    for row, (opcode, attr, *args) in zip(code, instructions, strict=True):
-        row[:3] = OPCODES[opcode], attr, len(args)
-        row[3 : 3 + len(args)] = args
-    return code
-
-
-# (program, its buffers' dtype numbers and shapes): nothing; a bias; ids in a mask beside a param.
-PROGRAMS: list[tuple[Any, list[tuple[int, tuple[int, ...]]]]] = [
-    (_engine.Program(rows(), -1, -1, 0, 0), []),
-    (
-        _engine.Program(rows(S, ("var_q_idx", 0), KEY, ("load_f", 0, 1, 2), ("add_f", 0, 0, 3)), 4, -1, 1, 0),
-        [(0, (8, 8))],
-    ),
-    (
-        _engine.Program(
-            rows(KEY, ("load_i", 0, 0), ("var_b", 0), ("le_i", 0, 2, 1), ("load_b", 1, 0), ("and_b", 0, 3, 4),
-                 S, ("param", 0), ("mul_f", 0, 6, 7)), 8, 5, 2, 1),
-        [(2, (8,)), (3, (8,))],
-    ),
-]  # fmt: skip
-ITEM = (4, 4, 8, 1)
-DTYPES: list[Any] = [0, 0, 0, 4, 5, 4, 5, 1, 6, -1, None]  # of q, k, v and o
-ARENA = np.zeros(1 << 20, np.uint8)  # every address lies in its middle
-MIDDLE = ARENA.ctypes.data + (ARENA.size // 2 & -64)
-
-
-def address(rng: Rng) -> Any:
-    near = [MIDDLE + n for n in (0, 4, 64, 4096, 1, 2)]
-    return of(rng, [*near, 0, 0, -1, 2**64, 2**70, None, "1", 1.5, [1], object()])
-
-
-def contiguous(shape: tuple[int, ...]) -> list[int]:
-    return [int(np.prod(shape[d + 1 :], dtype=int)) for d in range(len(shape))]
-
-
-def buffer_tuple(rng: Rng, dtype: int, shape: tuple[int, ...]) -> Any:
-    if rng.integers(4):
-        return (MIDDLE + 1024, dtype, shape, contiguous(shape))
-    whole: Any = [MIDDLE, dtype, list(shape), contiguous(shape)]
-    at, rank = rng.integers(6), len(shape)
-    if at == 4:
-        return of(rng, [None, (), tuple(whole[:3]), "buffer", (*whole, 1), 3])
-    if at < 4:
-        whole[at] = (address(rng), integer(rng), integers(rng, rank), integers(rng, rank, HUGE_STRIDES))[at]
-    return tuple(whole)
-
-
-def valid_tensors(dtype: Any, batch: int, heads: int, kv_heads: int, q_len: int, kv_len: int) -> list[Any]:
-    """q, k, v and o of this dtype, and lse."""
-    kv = batch, kv_heads, kv_len
-    shapes = (batch, heads * kv_heads, q_len, 4), (*kv, 4), (*kv, 3), (batch, heads * kv_heads, q_len, 3)
-    tensors = [(MIDDLE + 8192 * i, dtype, shape, contiguous(shape)) for i, shape in enumerate(shapes)]
-    return [*tensors, (MIDDLE + 8192 * 4, 0, shapes[0][:3], contiguous(shapes[0][:3]))]
-
-
-def damaged(rng: Rng, tensor: Any) -> Any:
-    """The tensor with another address, another dtype, sizes or strides; or none."""
-    at = rng.integers(6)
-    if at > 3:
-        return of(rng, [None, (), tensor[:3], "tensor", np.ones(3, np.float32), tensor, list(tensor)])
-    rank = len(tensor[2])
-    part = (address(rng), of(rng, DTYPES), integers(rng, rank), integers(rng, rank, HUGE_STRIDES))[at]
-    return (*tensor[:at], part, *tensor[at + 1 :])
-
-
-def sequences(rng: Rng) -> Any:
-    if rng.integers(3) == 0:
-        return of(rng, [(), [], 3, "x", [()], [(0, 0, 1, 0)], [None], [(0, 0, 1, 0, 1, 2)]])
-    return [
-        tuple(int(rng.integers(0, 5)) if rng.integers(4) else integer(rng) for _ in range(5))
-        for _ in range(rng.integers(1, 4))
-    ]
-
 
 # Seed, threshold and factor.
 DROPOUTS = [None, None, (0, 1, 1.0), (2**64 - 1, 2**32 - 1, 0.0), (3, 2**31, 2.0)]
@@ -266,6 +162,22 @@ def attend_backward(rng: Rng) -> str:
     assert fault in FAULTS
     assert -1 <= about < 12 + 2 * len(declared)
     return f"fault {fault}"
+
+
+def launch_backward(rng: Rng) -> str:
+    program = of(rng, [BACKWARDS[0][0], *(p for p, _ in BACKWARDS), None])
+    made = _engine.LaunchBackward(program, 0.5, *(of(rng, [64, 64, 64, integer(rng)]) for _ in range(2)))
+    q, k, v, o, lse = valid_tensors(0, *(int(n) for n in rng.integers(1, 3, 5)))
+    new = [
+        (MIDDLE + 8192 * (5 + i), 0, like[2], contiguous(like[2])) for i, like in enumerate((o, lse, q, k, v))
+    ]
+    arguments: list[Any] = [q, k, v, o, lse, *new, int(rng.integers(1, 4))]
+    for at in rng.choice(11, rng.integers(0, 3), replace=False):
+        arguments[at] = damaged(rng, arguments[at]) if at < 10 else integer(rng, [64, 10**6, 2**31])
+    fault, about = made.run(*arguments)
+    assert fault == 0 or fault in FAULTS
+    assert -1 <= about < 12
+    return f"fault {fault}" if fault else "computed"
 
 
 # --- recur -----------------------------------------------------------------------------------------------
@@ -552,7 +464,8 @@ def program(rng: Rng) -> str:
     return "accepted"
 
 
-def block_runs(rng: Rng) -> str:
+def of_a_mask(rng: Rng) -> list[Any]:
+    """Arguments of what looks at a mask: a program, sizes, buffers and params."""
     program, declared = of(rng, PROGRAMS)
     sizes: list[Any] = [1, 1, 8, 8, 2, 3]
     for at in rng.choice(6, rng.integers(0, 3), replace=False):
@@ -563,7 +476,17 @@ def block_runs(rng: Rng) -> str:
         buffers = of(rng, [None, [], [1], buffers * 2])
     if rng.integers(8) == 0:
         params = of(rng, [None, ["x"], [np.nan], [], [1.0, 2.0]])
-    fault, *_, offsets, runs = _engine.block_runs(program, *sizes, buffers, params)
+    return [program, *sizes, buffers, params]
+
+
+def gathered_tiles(rng: Rng) -> str:
+    found = _engine.gathered_tiles(*of_a_mask(rng))
+    assert found is None or min(found) >= 0
+    return "counted"
+
+
+def block_runs(rng: Rng) -> str:
+    fault, *_, offsets, runs = _engine.block_runs(*of_a_mask(rng))
     if fault:
         return "fault"
     assert offsets.dtype == np.int64
@@ -628,8 +551,8 @@ def no_arguments(rng: Rng) -> str:
 
 
 FUZZERS: dict[str, Callable[[Rng], str]] = {
-    "attend": attend, "attend_backward": attend_backward, "Launch": launch, "Seen": seen, "recur": recur, "recur_backward": recur_backward,
-    "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "evaluate": evaluate, "set_isa": set_isa,
+    "attend": attend, "attend_backward": attend_backward, "Launch": launch, "LaunchBackward": launch_backward, "Seen": seen, "recur": recur, "recur_backward": recur_backward,
+    "select": select, "attend_cache": attend_cache, "kv_append": kv_append, "Program": program, "block_runs": block_runs, "gathered_tiles": gathered_tiles, "evaluate": evaluate, "set_isa": set_isa,
     "set_poison": set_poison, "most_tokens": most_tokens, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
     **{name: partial(recorded, name) for name in recorded_calls.NAMES},

@@ -203,3 +203,26 @@ def test_levels_agree(randn: Randn) -> None:
         engine().set_isa(before)
     for found in o.values():
         torch.testing.assert_close(found, o["scalar"], atol=1e-5, rtol=1e-5)
+
+
+def test_explain_counts_the_tiles_that_run(randn: Randn) -> None:
+    """Two queries of three chose the first block, the third of the first 96 the other."""
+    q, k, v = randn(1, 2, 288, 16), randn(1, 2, 128, 16), randn(1, 2, 128, 16)
+    third = torch.arange(288) % 3 == 2
+    of = torch.stack([~third, third & (torch.arange(288) < 96)], -1).expand(1, 2, -1, -1)
+    mask, hidden = masks(of, 64)
+    (call,) = ak.explain(ak.attention, q, k, v, mask=mask).calls
+    assert call.blocks == {
+        "empty": 4,
+        "partial": 0,
+        "full": 8,
+    }  # each is filled with those that chose its block
+    assert call.blocks_of == "of 2 heads together, queries gathered by the blocks of 64 keys that they chose"
+    (call,) = ak.explain(ak.attention, q, k, v, mask=hidden).calls
+    assert call.blocks == {"empty": 4, "partial": 8, "full": 0}
+    (call,) = ak.explain(ak.attention, q[:, :, :90], k, v, mask=mask).calls  # fewer than a tile has
+    assert "gathered" not in call.blocks_of
+    tokens = [randn(1, 1, 960, 16) for _ in range(3)]
+    (call,) = ak.explain(ak.attention, *tokens, select=ak.top_k_blocks(64, 1)).calls
+    # Of 96 queries some stand in one block, some in the next, and see it up to themselves.
+    assert call.blocks == {"empty": 130, "partial": 20, "full": 0}

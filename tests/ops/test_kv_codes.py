@@ -372,6 +372,24 @@ def test_worked_codes() -> None:
     assert k[0, 0, :4, 3].tolist() == v[0, 0, 3, :4].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_within_half_a_scale(bits: int, randn: Randn) -> None:
+    """Of every element, by scales that are bfloat16; of keys for each channel of a group, of the others for a token."""
+    cache = make(f"int{bits}", batch=1, residual=0)
+    given = [x.bfloat16().float() for x in (randn(1, HKV, 128, D) + 3, randn(1, HKV, 128, DV) - 5)]
+    cache.append(*given)
+    for x, got, keys in zip(given, cache.dequantize(), (True, False), strict=True):
+        if bits == 8:
+            groups, error = x.abs()[..., None, :], (got[:, :, :128] - x)[..., None, :]
+            span = groups.amax(-1, keepdim=True) / 127
+        else:
+            blocks = (lambda t: t.unflatten(2, (-1, 32)).mT) if keys else (lambda t: t.unflatten(3, (-1, 32)))
+            groups, error = blocks(x), blocks(got[:, :, :128] - x)
+            span = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / (2**bits - 1)
+        assert (error.abs() <= span / 2 * (1 + 2**-7)).all()
+        assert (error.abs().amax(-1, keepdim=True) > span / 4).float().mean() > 0.5  # and no finer
+
+
 @pytest.mark.parametrize("codec", ["f32", "int8"])
 def test_rotations(codec: str, randn: Randn) -> None:
     """A Hadamard matrix on q, k and v, taken off again: nothing changes; an outlier then costs the codes less."""

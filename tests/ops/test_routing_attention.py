@@ -68,16 +68,31 @@ def test_worked_numbers() -> None:
     queries, keys = torch.ops.attnkit.route(x, x, mu, 2, "l2", 0)
     assert queries.tolist() == keys.tolist() == [[[[0, 2], [1, 2]]]]
     v = torch.eye(4)[None, None]
-    o = ak.routing_attention(x, x, v, mu, cluster_size=2)[0, 0]
-    assert (o[3] == 0).all()
     both = [torch.softmax(x[0, 0, members] @ x[0, 0, 2] * 2**-0.5, 0) for members in ([0, 2], [1, 2])]
     expected = torch.zeros(4)
     expected[[0, 2]] += both[0] / 2
     expected[[1, 2]] += both[1] / 2
-    assert torch.allclose(o[2], expected, atol=1e-7)
+    for dtype, tolerance in ((torch.float32, 1e-7), (torch.bfloat16, 4e-3)):
+        tokens, values = x.to(dtype), v.to(dtype).requires_grad_()
+        o = ak.routing_attention(tokens, tokens, values, mu, cluster_size=2)
+        (d_v,) = torch.autograd.grad(o, values, v.to(dtype))  # which are the weights again
+        for weights in (o[0, 0], d_v[0, 0].mT):
+            assert (weights[3] == 0).all()
+            assert torch.allclose(weights[2].float(), expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def alike(one: Tensor, other: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    """A result and its gradients, but for rounding."""
+    d_o = torch.randn_like(one)
+    found, expected = ((o, *torch.autograd.grad(o, inputs, d_o)) for o in (one, other))
+    for x, y in zip(found, expected, strict=True):
+        assert (x - y).norm() <= (2e-6 if x.dtype == torch.float32 else 1e-2) * y.norm()
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@DTYPES
 @pytest.mark.parametrize("causal", [False, True])
 def test_one_cluster_of_all_is_dense(dtype: torch.dtype, causal: bool, randn: Randn) -> None:
     q, k, v = (randn(1, 2, 150, 32).to(dtype).requires_grad_() for _ in range(3))
@@ -98,19 +113,21 @@ def test_one_cluster_of_all_is_dense(dtype: torch.dtype, causal: bool, randn: Ra
             )
 
 
-def test_names_of_clusters_do_not_matter(randn: Randn) -> None:
-    q, k, v = (randn(1, 2, 100, 8) for _ in range(3))
+@DTYPES
+def test_names_of_clusters_do_not_matter(dtype: torch.dtype, randn: Randn) -> None:
+    q, k, v = (randn(1, 2, 100, 8).to(dtype).requires_grad_() for _ in range(3))
     mu = randn(2, 4, 8)
     one, other = (ak.routing_attention(q, k, v, m, cluster_size=40, causal=True) for m in (mu, mu.flip(1)))
-    assert torch.allclose(one, other, atol=1e-6)
+    alike(one, other, (q, k, v))
 
 
-def test_disjoint_clusters_are_dense_blocks(randn: Randn) -> None:
+@DTYPES
+def test_disjoint_clusters_are_dense_blocks(dtype: torch.dtype, randn: Randn) -> None:
     side = torch.arange(64) % 2
-    x = (torch.eye(2)[side] * (1 + torch.rand(64, 1)))[None, None]
-    v = randn(1, 1, 64, 8)
+    x = (torch.eye(2)[side] * (1 + torch.rand(64, 1)))[None, None].to(dtype).requires_grad_()
+    v = randn(1, 1, 64, 8).to(dtype).requires_grad_()
     found = ak.routing_attention(x, x, v, torch.eye(2)[None], cluster_size=32)
-    assert torch.allclose(found, ak.attention(x, x, v, mask=ak.document(side.int())), atol=1e-6)
+    alike(found, ak.attention(x, x, v, mask=ak.document(side.int())), (x, v))
 
 
 def test_members_are_counted(randn: Randn) -> None:

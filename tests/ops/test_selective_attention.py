@@ -88,7 +88,42 @@ def test_worked_numbers() -> None:
         o[0, 0, 3], torch.tensor([0.089882, 0.001646, 0.664146, 0.244326]), rtol=0, atol=6e-7
     )
     plain = ak.dense_attention(logits[None, None], eye, eye, scale=1.0, causal=True)
+    assert isinstance(plain, Tensor)
+    torch.testing.assert_close(
+        plain[0, 0, 3], torch.tensor([0.087144, 0.032059, 0.643914, 0.236883]), rtol=0, atol=6e-7
+    )
     torch.testing.assert_close(o[:, :, :3], plain[:, :, :3], rtol=0, atol=0)  # F is 0 there
+    assert rows_of_f(logits[None, None], eye, eye, scale=1.0)[0, 3].tolist() == [0, 3, 0, 0]
+
+
+def rows_of_f(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+    """F, a row after the other: what is carried when its query comes."""
+    carry, rows = torch.zeros(q.shape[0], k.shape[2]), []
+    for i in range(q.shape[2]):
+        rows.append(carry)
+        _, seen = ak.selective_attention(
+            q[:, :, i : i + 1],
+            k[:, :, : i + 1],
+            v[:, :, : i + 1],
+            carry=carry[:, : i + 1],
+            return_carry=True,
+            **how,
+        )
+        carry = torch.cat([seen, carry[:, i + 1 :]], 1)
+    return torch.stack(rows, 1)
+
+
+def test_laws_of_f(rng: np.random.Generator) -> None:
+    """variants.md G7: rows 0 and 1, the first column and the diagonal are 0; it never falls; steps give what all at once does."""
+    q, k, v = qkv(rng, (2, 4, 2, 60, 60, 8, 8))
+    f = rows_of_f(q, k, v)
+    assert not f[:, :2].any()
+    assert not f[:, :, 0].any()
+    assert not f.diagonal(dim1=1, dim2=2).any()
+    assert (f.diff(dim=1) >= 0).all()
+    want = selective.naive(*(x.numpy() for x in (q, k, v))).f
+    np.testing.assert_allclose(f, np.where(np.tri(60) > 0, want, 0), rtol=1e-5, atol=1e-5)
+    assert f.max() > 1
 
 
 @each_shape
@@ -452,7 +487,6 @@ def test_memory(rng: np.random.Generator, tau: float) -> None:
 def test_errors(rng: np.random.Generator) -> None:
     q, k, v = qkv(rng, SHAPES["small"])
     cache = ak.KVCache(2, 1, 4, max_len=8, codec="f32")
-    coded = ak.KVCache(2, 1, 4, max_len=8, codec="int8")
     wrong: list[tuple[str, Any]] = [
         ("AK401", lambda: ak.selective_attention(q, k, v, head=2)),
         ("AK401", lambda: ak.selective_attention(q, k, v, head=-1)),
@@ -467,7 +501,6 @@ def test_errors(rng: np.random.Generator) -> None:
         ("AK401", lambda: ak.selective_attention(q, k, v, scale=-1.0)),
         ("AK402", lambda: ak.selective_attention(q, k, v, mask=1)),  # type: ignore[arg-type]
         ("AK408", lambda: ak.selective_attention(q, cache, v)),
-        ("AK504", lambda: ak.selective_attention(q, coded)),
         ("AK407", lambda: ak.selective_attention(q[:, :1], k.expand(-1, 2, -1, -1), v.expand(-1, 2, -1, -1))),
         ("AK408", lambda: ak.selective_attention(q, k, v, cu_seqlens_q=torch.zeros(2, dtype=torch.int32))),
     ]
@@ -511,3 +544,41 @@ def test_what_does_not_go_with_it(rng: np.random.Generator) -> None:
             ak.attention(q, k, v, score=ak.selective(), **other)  # type: ignore[arg-type]
     with pytest.raises(AttnkitError, match="AK401"):
         ak.attention(q, k, v, score=ak.selective(head=2))
+
+
+# --- what is forgotten ------------------------------------------------------------------------------------
+
+
+def forgetful(rng: np.random.Generator, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Logits so large that most weights are exactly 0 before long: whole tiles of them."""
+    q, k, v = qkv(rng, (2, 4, 2, 500, 500, 16, 16), dtype)
+    return [4 * q, k, v]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_forgotten_is_left_out(rng: np.random.Generator, dtype: torch.dtype) -> None:
+    """Tiles without a weight need not be computed: results and gradients are those of the equation."""
+    inputs: list[Tensor | None] = [*forgetful(rng, dtype), 50 * torch.rand(2, 500)]
+    o, carry = ours(*inputs)  # type: ignore[arg-type]
+    want, total = equation(*(x.double() for x in inputs if x is not None))
+    naive, _ = equation(*(x for x in inputs if x is not None))
+    assert (o.double() - want).abs().max() <= 2 * (naive.double() - want).abs().max()
+    torch.testing.assert_close(carry.double(), total, rtol=1e-5, atol=1e-3)
+    exact = gradients(equation, [None if x is None else x.double() for x in inputs])
+    for found, plain, right in zip(gradients(ours, inputs), gradients(equation, inputs), exact, strict=True):
+        assert (found.double() - right).abs().max() <= 3 * (plain.double() - right).abs().max()
+
+
+def test_a_weight_of_zero_still_meets_what_is_not_finite(rng: np.random.Generator) -> None:
+    """0 times NaN is NaN, whether the tile could have been left out or not."""
+    for which, heads, rows in (
+        (0, slice(1, 2), slice(3, 4)),
+        (1, slice(2, 4), slice(3, None)),
+        (2, slice(2, 4), slice(3, None)),
+    ):
+        given, want = forgetful(rng), torch.zeros(2, 4, 500, 16, dtype=torch.bool)
+        given[which][0, 1, 3, 5] = torch.nan
+        want[0, heads, rows, 5 if which == 2 else slice(None)] = True
+        o = ak.selective_attention(*given)
+        assert isinstance(o, Tensor)
+        assert torch.equal(o.isnan(), want)

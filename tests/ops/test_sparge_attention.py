@@ -141,20 +141,39 @@ def test_the_dense_limit_is_dense(
     assert error < 0.03
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_the_dense_limit_are_dense(causal: bool, rng: np.random.Generator) -> None:
+    inputs = [x.requires_grad_() for x in structured(rng, 257, 700)]
+    found, expected = (
+        torch.autograd.grad(o.square().sum(), inputs)
+        for o in (
+            call(inputs, causal=causal, topk=1.0, **PLAIN)[0],
+            ak.dense_attention(*inputs, causal=causal),
+        )
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sparge.CASES)
-def test_constant_values_survive_any_selection(name: str, rng: np.random.Generator) -> None:
-    q, k, v = structured(rng, 300, 300)
+def test_constant_values_survive_any_selection(
+    name: str, dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    q, k, v = (x.to(dtype) for x in structured(rng, 300, 300))
     constant = v[:, :, :1].expand(v.shape)
     o, _ = call([q, k, constant], **sparge.CASES[name])
     lse_dead = torch.from_numpy(naive([q, k, constant], **sparge.CASES[name]).lse == -np.inf)
     wanted = constant.repeat_interleave(2, dim=1).masked_fill(lse_dead[..., None], 0)
-    torch.testing.assert_close(o, wanted, atol=1e-5, rtol=1e-5)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(o, wanted, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cdf", [0.3, 0.7, 0.9])
-def test_kept_mass_does_not_exceed_the_cdf(cdf: float, rng: np.random.Generator) -> None:
-    q, k, _ = structured(rng, 700, 1500, (2, 2))
-    chosen = ops.choose(q, k, ops.predictions_of(2, None, cdf, -1.0), causal=False, smooth=True)
+def test_kept_mass_does_not_exceed_the_cdf(cdf: float, dtype: torch.dtype, rng: np.random.Generator) -> None:
+    narrow = [x.to(dtype) for x in structured(rng, 700, 1500, (2, 2))]
+    q, k, _ = (x.float() for x in narrow)
+    chosen = ops.choose(*narrow[:2], ops.predictions_of(2, None, cdf, -1.0), causal=False, smooth=True)
     mean = [
         torch.stack([part.mean(2) for part in x.split(tile, 2)], 2)
         for x, tile in ((q, 128), (k - k.mean(2, keepdim=True), 64))
@@ -195,6 +214,42 @@ def test_skipping_is_bounded(dtype: torch.dtype, rng: np.random.Generator) -> No
             expected = naive(inputs, topk=1.0, int8=False, pv_threshold=threshold)
             agree(skipped, expected.o, dtype, int8=False)
     assert moved[0] > 0.01  # something was left out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shifting_the_logits_of_a_row_changes_nothing_that_is_skipped(
+    dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    q, k, v = structured(rng, 200, 1500, (2, 2))
+    q[..., 0] += 6
+    k[..., 0] += torch.from_numpy(np.repeat(3 * rng.standard_normal(24), 64)[:1500].astype(np.float32))
+    inputs = [x.to(dtype) for x in (q, k, v)]
+    shift = torch.from_numpy(100 * rng.standard_normal(200).astype(np.float32)).round()
+    select = ak.sparge(topk=1.0, int8=False, pv_threshold=3.0)
+    whole = ak.attention(*inputs)
+    o, moved = (
+        ak.attention(*inputs, select=select, score=lambda s, b, h, i, j, by=by: s + by[i])  # type: ignore[misc]
+        for by in (torch.zeros(200), shift)
+    )
+    assert (
+        o - whole
+    ).abs().max() > 0.01  # something was left out: had it been other tiles, o would be that far off
+    torch.testing.assert_close(moved, o, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_tiles_are_less_error(dtype: torch.dtype, rng: np.random.Generator) -> None:
+    """By the family's own measures: relative L1, root mean square, cosine."""
+    inputs = [x.to(dtype) for x in structured(rng, 300, 1000)]
+    exact = ak.attention(*(x.double() for x in inputs), backend="reference")
+    errors = []
+    for topk in (0.2, 0.5, 1.0):
+        o = call(inputs, topk=topk, similarity=-1.0)[0].double()
+        off = o - exact
+        cosine = torch.nn.functional.cosine_similarity(o.flatten(), exact.flatten(), dim=0)
+        errors.append([off.abs().sum() / exact.abs().sum(), off.square().mean().sqrt(), 1 - cosine])
+    assert (np.diff(errors, axis=0) < 0).all()
+    assert max(errors[2]) < 0.02
 
 
 # --- traps of what is published ---------------------------------------------------------------------------
@@ -378,6 +433,23 @@ def test_as_a_choice_beside_scores_masks_and_a_sink(rng: np.random.Generator) ->
         dead = torch.isinf(wanted[1])
         assert torch.equal(torch.isinf(lse), dead)
         agree(lse[~dead], wanted[1][~dead].numpy(), torch.float32, int8=int8)
+
+
+def test_no_argument_of_the_call_is_ignored(rng: np.random.Generator) -> None:
+    """Published, masks and dropout are taken and left out."""
+    q, k, v = structured(rng, 200, 300)
+    select = ak.sparge(topk=0.5, int8=False, smooth_k=False)
+    chosen = ops.choose(q, k, ops.predictions_of(4, 0.5, None, None), causal=False, smooth=False).contiguous()
+
+    def tiles(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return chosen[b, h, i // 128, j // 64]
+
+    results = []
+    for given in ({"select": select, "mask": ak.window(50, 20)}, {"mask": ak.window(50, 20) & tiles}):
+        torch.manual_seed(3)
+        results.append(ak.attention(q, k, v, dropout_p=0.4, scale=0.3, **given))
+    torch.testing.assert_close(*results)
+    assert not torch.allclose(results[0], ak.attention(q, k, v, select=select, scale=0.3))
 
 
 def test_what_goes_with_no_choice(rng: np.random.Generator) -> None:

@@ -371,6 +371,33 @@ def test_expanded_tensors(dim: int, isa: str, rng: np.random.Generator) -> None:
         assert torch.equal(got[1], want[1])
 
 
+# --- large results ---------------------------------------------------------------------------------------
+
+
+def asked_for_large_pages(t: Tensor) -> bool:
+    """Whether the system was told so of the memory in the middle of a tensor."""
+    middle, inside = t.data_ptr() + t.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *rest = line.split()
+        if "-" in name and not name.endswith(":"):
+            first, end = (int(x, 16) for x in name.split("-"))
+            inside = first <= middle < end
+        elif inside and name == "VmFlags:":
+            return "hg" in rest
+    raise AssertionError("no such memory")
+
+
+def test_large_results_lie_in_large_pages() -> None:
+    """Of 32 MB or more, which the allocator maps anew at every call; smaller ones share their memory with others."""
+    k = torch.ones(1, 1, 1, 64)
+    q = torch.ones(1, 1, 2**17 + 2**14, 64, requires_grad=True)
+    o = ak.attention(q, k, k)
+    (dq,) = torch.autograd.grad(o, q, torch.ones_like(q))
+    assert asked_for_large_pages(o)
+    assert asked_for_large_pages(dq)
+    assert not asked_for_large_pages(ak.attention(q[:, :, : 2**16], k, k))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(2)
     _engine.set_poison(True)

@@ -83,6 +83,16 @@ def test_halving_measures_much_less() -> None:
     assert rounds[0] < 0.6 * rounds[1]
 
 
+@pytest.mark.parametrize("field", ["tile_q", "tile_kv"])
+@pytest.mark.parametrize("gain", [0.01, 0.04, 0.06])
+def test_other_bits_have_to_be_worth_it(field: str, gain: float) -> None:
+    """A schedule is taken for more than 2 %, other numeric fields for more than 5 %."""
+    config = default_config(SPACE) | {field: 32}
+    found = searched(exhaustive, Simulated({EVERY.index(config): 1 - gain}))
+    worth = gain > (0.02 if SPACE[field].kind == "schedule" else 0.05)
+    assert choose(SPACE, found) == (config if worth else default_config(SPACE))
+
+
 def test_where_nothing_is_faster_the_first_rung_is_the_last() -> None:
     machine = Simulated({})
     found = searched(halving, machine)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from attnkit.errors import error
 from attnkit.variants import dense
 
 TINY = Shape(1, 4, 2, 24, 24, 16, 16)
-OUTSIDE = (peers.OPENVINO, peers.MHA, peers.GQA, peers.ZENTORCH)
+OUTSIDE = (peers.OPENVINO, peers.MHA, peers.GQA, peers.ZENTORCH, peers.LLAMA, peers.LLAMA_PRODUCTS)
 CPU_ROWS = suites["cpu"]
 
 
@@ -73,7 +74,7 @@ def test_the_table_has_every_case_that_was_promised() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("row", CPU_ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [*CPU_ROWS, *suites["kv"]], ids=lambda row: row.name)
 def test_no_bar_names_a_peer_that_cannot_run_its_row(row: Row) -> None:
     named = {bar.against for bar in row.bars}
     able = [peer.name for peer in row.peers if peer.refuses(row.workload) is None]
@@ -294,12 +295,40 @@ def test_outside_peers_compute_the_same_or_refuse(
 
     w = Workload(variant, shape, direction, dtype)
     if peer.refuses(w) is not None:
-        assert dtype != "float32" or peer is peers.GQA
+        assert dtype != "float32" or peer in (peers.GQA, peers.LLAMA, peers.LLAMA_PRODUCTS)
         return
     inputs = make_inputs(w)
     with torch.no_grad():
         call = peer.prepare(inputs)
         assert not checks.is_wrong(checks.Check(inputs).output(call.output(call.run())), dtype)
+
+
+def in_blocks(x: Any, codec: str) -> Any:
+    """What llama.cpp's codes of x mean, by their definition: blocks of 32 channels share a float16 step."""
+    blocks = x.double().numpy().reshape(*x.shape[:-1], -1, 32)
+    largest = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)
+    step = np.abs(largest) / 127 if codec == "int8" else largest / -8
+    codes = np.rint(blocks / step) if codec == "int8" else np.minimum(15, np.floor(blocks / step + 8.5)) - 8
+    return (codes * step.astype(np.float16)).reshape(x.shape)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("peer", [peers.LLAMA, peers.LLAMA_PRODUCTS], ids=lambda peer: peer.name)
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_codes_of_llama_cpp(peer: peers.Peer, codec: str) -> None:
+    workload = Workload("full", Shape(2, 4, 2, 1, 704, 64, 32), "decode", "bfloat16", pages=0, codec=codec)
+    inputs = make_inputs(workload)
+    call = peer.prepare(inputs)
+    assert call.meant is not None
+    k, v = call.meant()
+    expected_v = in_blocks(inputs.v, codec) if peer is peers.LLAMA else inputs.v.double().numpy()
+    for found_codes, expected in ((k, in_blocks(inputs.k, codec)), (v, expected_v)):
+        away = np.abs(found_codes.double().numpy() - expected) > 1e-6
+        assert away.mean() < 1e-3  # a tie of float32 that is none in float64
+    error = checks.Check(inputs, (k, v)).output(call.output(call.run()))
+    assert error["rel_fro"] < 1e-2  # it rounds the query to codes of 8 bits too
+    assert peer.refuses(dataclasses.replace(workload, codec="int2"))
+    assert peer.refuses(dataclasses.replace(workload, pages=16))
 
 
 @pytest.mark.parametrize("peer", OUTSIDE, ids=lambda peer: peer.name)
@@ -381,6 +410,22 @@ def test_run_takes_gradients_and_rotates_caches(monkeypatch: pytest.MonkeyPatch)
         ("d16 decode", "cpu"), ("d16 decode", "watched"), ("d16 fwdbwd", "cpu"), ("d16 fwdbwd", "torch"),
         ("d16 grad", "cpu"), ("d16 grad", "torch"),
     ]  # fmt: skip
+
+
+def test_who_keeps_codes_is_checked_against_what_they_mean() -> None:
+    def prepare(inputs: Inputs, told: bool) -> peers.Call:
+        k, v = (t.round(decimals=0) for t in (inputs.k, inputs.v))
+        call = peers.TORCH.prepare(dataclasses.replace(inputs, k=k, v=v))
+        return dataclasses.replace(call, meant=(lambda: (k, v)) if told else None)
+
+    says, silent = (
+        dataclasses.replace(fake(name), prepare=partial(prepare, told=told))
+        for name, told in (("says", True), ("silent", False))
+    )
+    workload = Workload("full", TINY, dtype="bfloat16", pages=0, codec="int8")
+    document = runner.run([Row(workload, (says, silent))], rounds=1)
+    wrong = {r["backend"]: checks.is_wrong(r["error"], "bfloat16") for r in document["records"]}
+    assert wrong == {"cpu": False, "says": False, "silent": True}
 
 
 def test_what_torch_computes_is_not_counted_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:

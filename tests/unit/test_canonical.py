@@ -15,7 +15,10 @@ FOLDED = {
     "(1 != 0) & (kv_idx <= q_idx)": "kv_idx <= q_idx",
     "(0 != 0) | (h < 2 * 3)": "h < 6",
     "(h < 2) & (2 < 1)": "false",
-    "where(true, q_idx, kv_idx) + 0": "q_idx + 0",
+    "where(true, q_idx, kv_idx) + 0": "q_idx",
+    "0 + (h + 0 * 3)": "h",
+    "(h < 2) & ((b < 1) & (h + 0 < 2))": "(b < 1) & (h < 2)",
+    "((h < 2) & (b < 1)) & (b < 1)": "(h < 2) & (b < 1)",
     "where(b < 1, h, h)": "h",
     "s * (2.0 * 3.0)": "s * (2.0 * 3.0)",  # floats are left to the backend
     "2147483647 + 1": "2147483647 + 1",  # what leaves 32 bits is for the verifier of the engine to refuse

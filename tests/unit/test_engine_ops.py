@@ -182,6 +182,14 @@ def test_fused_sums(name: str, isa: str, rng: np.random.Generator) -> None:
         assert (abs(got - value(*wide)) <= 1.5 * F32.eps * abs(sizes)).all(), f"{name}, same: {same}"
 
 
+def test_within(isa: str, rng: np.random.Generator) -> None:
+    for same in itertools.product((False, True), repeat=3):
+        args = [rng.integers(-4, 5, 1000).astype(np.int32)[: 1 if one else None] for one in same]
+        got = _engine.evaluate("within", [x.view(np.float32) for x in args]).view(np.int32)
+        x, low, high = args
+        np.testing.assert_array_equal(got, np.where((low <= x) & (x <= high), -1, 0), err_msg=f"same: {same}")
+
+
 def softcap(x: np.ndarray, cap: Any) -> np.ndarray:
     with np.errstate(all="ignore"):
         return np.asarray(cap * np.tanh(x / cap))

@@ -57,6 +57,19 @@ def test_what_becomes_one(score: str) -> None:
     assert " ".join(name for _, name, _ in passes(code_of(score))) == CASES[score]
 
 
+MASKS = {
+    "(kv_idx >= q_idx - 3) & (kv_idx <= q_idx)": "within",
+    "(kv_idx <= q_idx) & (kv_idx >= q_idx - 3)": "within",
+    "(kv_idx >= q_idx - 3) & (q_idx >= kv_idx)": "ge_i ge_i and_b",
+    "(kv_idx >= q_idx - 3) & (q_idx <= kv_idx)": "ge_i le_i and_b",  # of two values
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_that_become_one(mask: str) -> None:
+    assert " ".join(name for _, name, _ in passes(code_of("s", mask))) == MASKS[mask]
+
+
 def test_operands() -> None:
     code = code_of(f"tanh(s / 10.0) * 10.0 - {RAMP} * b0[h]")
     (cap, _, of_cap), (ramp, _, of_ramp) = passes(code)

@@ -1,6 +1,7 @@
 """What ships, how it was built, and that the linters are content."""
 
 import ast
+import hashlib
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import attnkit
+from attnkit import _engine
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "attnkit"
@@ -144,6 +146,13 @@ print(attnkit.__file__)
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert Path(run.stdout.strip()).is_relative_to(site)
+
+
+def test_the_engine_knows_its_kernels() -> None:
+    """What was tuned is kept under the sources of the kernels that were timed: any change of them is another key."""
+    files = sorted(path for path in (ROOT / "csrc/cpu").iterdir())
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    assert _engine.kernels == hashlib.sha256(digests.encode()).hexdigest()[:16]
 
 
 @pytest.mark.slow

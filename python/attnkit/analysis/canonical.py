@@ -1,6 +1,6 @@
 """The canonical form of a program: what a kernel is built from, and so what decides that two programs share one.
 
-Only what is exact is folded: constants of ints and bools, and the identities of logic. Floats stay as written, because
+Only what is exact is folded: constants of ints and bools, sums of ints with 0, and the identities of logic. Floats stay as written, because
 a backend may round them otherwise than float64 does.
 """
 
@@ -18,7 +18,7 @@ from attnkit.ir.intervals import INT32_MAX, INT32_MIN
 from attnkit.ir.optable import OPS
 from attnkit.ir.program import Operation, Program, attributes
 
-_TRUE, _FALSE = const(True), const(False)
+_TRUE, _FALSE, _ZERO = const(True), const(False), const(0)
 
 
 @lru_cache(maxsize=1024)
@@ -69,7 +69,9 @@ def _rebuilt(node: Expr, args: tuple[Expr, ...]) -> Expr:
 def _and(a: Expr, b: Expr) -> Expr | None:
     if a is _FALSE or b is _FALSE:
         return _FALSE
-    return b if a is _TRUE or a is b else a if b is _TRUE else None
+    if b is _TRUE or (a.op == "and" and b in a.args):
+        return a
+    return b if a is _TRUE or a is b or (b.op == "and" and a in b.args) else None
 
 
 def _or(a: Expr, b: Expr) -> Expr | None:
@@ -82,4 +84,10 @@ def _where(condition: Expr, a: Expr, b: Expr) -> Expr | None:
     return a if condition is _TRUE or a is b else b if condition is _FALSE else None
 
 
-_IDENTITIES: dict[str, Callable[..., Expr | None]] = {"and": _and, "or": _or, "where": _where}
+def _add(a: Expr, b: Expr) -> Expr | None:
+    if b is _ZERO and a.dtype == "int":
+        return a
+    return b if a is _ZERO and b.dtype == "int" else None
+
+
+_IDENTITIES: dict[str, Callable[..., Expr | None]] = {"and": _and, "or": _or, "where": _where, "add": _add}

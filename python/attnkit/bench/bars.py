@@ -14,11 +14,12 @@ BESIDE = "beside"  # the contender that is attnkit on the row's other workload
 
 @dataclass(frozen=True)
 class Found:
-    """What the rounds of a row gave. ``share`` is of the ceiling; ``wrong`` are peers that do not count."""
+    """What the rounds of a row gave. ``share`` is of the ceiling, ``binding`` says which; ``wrong`` are peers that do not count."""
 
     times: Rounds
     share: Interval | None
     wrong: frozenset[str]
+    binding: str | None = None
 
 
 def judge(
@@ -60,7 +61,7 @@ def _measured(row: Row, bar: Bar, found: Found, own: str) -> tuple[Interval | No
     if own in found.wrong:
         return None, "attnkit is wrong"
     if bar.against == "ceiling":
-        return found.share, None if found.share else "no probe of this ceiling"
+        return found.share, f"{found.binding} limit" if found.share else "no probe of this ceiling"
     if bar.against == "beside":
         assert row.beside is not None
         work = row.workload.flops / row.beside.flops

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from attnkit.bench.peers.own import meant
 from attnkit.bench.workloads import Inputs
 from attnkit.variants import dense
 
@@ -20,12 +19,13 @@ Error = dict[str, Any]  # as in a record: max_abs, rel_fro, rows
 class Check:
     """What a workload's output must be in some query rows, the first and the last among them."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, meant: tuple[Any, Any] | None = None) -> None:
+        """``meant`` are keys and values in place of the inputs', where codes of them are what a call sees."""
         w, s = inputs.workload, inputs.workload.shape
         rng = np.random.default_rng(w.seed)
         self._inputs = inputs
         self.rows = np.unique(np.r_[0, s.sq - 1, rng.integers(0, s.sq, _ROWS - 2)])
-        q, k, v = (_host(t) for t in (inputs.q, *meant(inputs)))
+        q, k, v = (_host(t) for t in (inputs.q, *(meant or (inputs.k, inputs.v))))
         self.expected = dense.naive(q, k, v, rows=self.rows, **w.parameters)[0]
 
     def output(self, o: Any) -> Error:

@@ -59,7 +59,8 @@ def bars_table(document: Document) -> Table:
     met = [bar["met"] for bar in document["bars"] if _asked(bar)]
     for bar in document["bars"]:
         m, asked = bar["measured"], _asked(bar)
-        against = f"best: {bar['note']}" if bar["against"] == "best" and m else bar["against"]
+        named = bar["against"] in ("best", "ceiling") and m and bar["note"]
+        against = f"{bar['against']}: {bar['note']}" if named else bar["against"]
         out.add_row(
             "" if bar["workload"] == last else bar["workload"],
             against if m else f"{against}: {bar['note']}",

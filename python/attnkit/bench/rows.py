@@ -7,7 +7,20 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from attnkit.bench.peers import FLEX, FOLDED, FOLDED_GPU, FUSED, GQA, MHA, OPENVINO, TORCH, ZENTORCH, Peer
+from attnkit.bench.peers import (
+    FLEX,
+    FOLDED,
+    FOLDED_GPU,
+    FUSED,
+    GQA,
+    LLAMA,
+    LLAMA_PRODUCTS,
+    MHA,
+    OPENVINO,
+    TORCH,
+    ZENTORCH,
+    Peer,
+)
 from attnkit.bench.workloads import Shape, Workload
 from attnkit.variants import dense
 
@@ -139,21 +152,33 @@ _PAGES = [
     for shuffled in (False, True)
 ]
 
-# Decoding over codes, beside our own cache of bfloat16: our time over its time.
+# A long cache of elements, beside llama.cpp's of float16. And of codes: beside our own of bfloat16 (our time over its time), and
+# beside llama.cpp's codes.
+_LLAMA = (LLAMA, LLAMA_PRODUCTS)
+_PLAIN = [
+    _row(
+        "full", Shape(1, 32, 8, 1, 32768, 128, 128), _LLAMA, Bar("best", least=1.0),
+        direction="decode", dtype=dtype, pages=0,
+    )
+    for dtype in (BF16, "float16")
+]  # fmt: skip
 _CODES = [
     Row(
         Workload(
             "full", Shape(1, 32, 8, 1, kv, 128, 128), direction="decode", dtype=BF16, pages=0, codec=codec
         ),
-        (),
-        (Bar("beside", most=1 / least, stretch=1 / stretch), *([BANDWIDTH] if kv > 512 else [])),
+        () if codec == "int2" else _LLAMA,  # which keeps nothing like int2
+        (Bar("beside", most=1 / least, stretch=1 / stretch), *more),
         beside=Workload("full", Shape(1, 32, 8, 1, kv, 128, 128), direction="decode", dtype=BF16, pages=0),
     )
-    for kv, bars in (
-        (32768, {"int8": (1.6, 1.9), "int4": (2.5, 3.1), "int2": (3.2, 4.2)}),
-        (512, dict.fromkeys(("int8", "int4", "int2"), (1.0, 1.1))),
+    for kv, codec, least, stretch, more in (
+        (32768, "int8", 1.6, 1.9, (BANDWIDTH, Bar("llama.cpp", least=2.5))),
+        (32768, "int4", 2.5, 3.1, (BANDWIDTH, Bar("llama.cpp", least=5.0))),
+        (32768, "int2", 3.2, 4.2, (BANDWIDTH,)),
+        (512, "int8", 1.0, 1.1, ()),
+        (512, "int4", 1.0, 1.1, ()),
+        (512, "int2", 1.0, 1.1, ()),
     )
-    for codec, (least, stretch) in bars.items()
 ]
 
 # Through Python: without gradients; in grad mode, forward alone; and a whole training step.
@@ -202,7 +227,7 @@ suites: dict[str, list[Row]] = {
     "cpu": [*_FORWARD, *_TRAINING, *_MODS, *_OVERHEAD, *_DECODE, *_PAGES, *_SMALL],
     # On a GPU, beside whoever computes attention there: the most important first, for a run that is cut off.
     "gpu": [*_GPU_FORWARD, *_GPU_TRAINING, *_GPU_DECODE],
-    "kv": _CODES,
+    "kv": [*_PLAIN, *_CODES],
     # Time and memory against length: attnkit alone, a head for each of two threads.
     "scaling": [
         Row(Workload("causal", Shape.of(1, 2, s, 64), direction=direction), ())

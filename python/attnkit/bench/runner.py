@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -66,6 +67,7 @@ class _Measured:
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     shares: dict[str, Interval] = field(default_factory=dict)
+    binding: str | None = None  # what bound in most rounds
 
     @property
     def wrong(self) -> frozenset[str]:
@@ -211,6 +213,8 @@ def _contender(peer: Peer, inputs: Inputs) -> tuple[Contender, Call]:
 def _error(call: Call, inputs: Inputs, check: Check) -> Error:
     import torch
 
+    if call.meant is not None:
+        check = Check(inputs, call.meant())
     if inputs.workload.direction != "fwdbwd":
         return check.output(call.output(call.run()))
 
@@ -234,6 +238,8 @@ def _take_shares(m: _Measured, ceilings: Probe, first: int) -> None:
         shares = [x[0] / t for x, t in zip(least, seconds, strict=True) if x is not None]
         if name != BESIDE and len(shares) == len(seconds):
             m.shares[name] = interval(shares)
+    binds = Counter(x[1] for x in least if x is not None)
+    m.binding = binds.most_common(1)[0][0] if binds else None
 
 
 # --- the document -------------------------------------------------------------------------------------------
@@ -243,7 +249,7 @@ def _judged(m: _Measured, place: Place) -> list[dict[str, Any]]:
     own = place.own.name
     if not m.times:
         return judge(m.row, None, m.skipped[own], own)
-    return judge(m.row, Found(m.times, m.shares.get(own), m.wrong), own=own)
+    return judge(m.row, Found(m.times, m.shares.get(own), m.wrong, m.binding), own=own)
 
 
 def _ceilings(ceilings: Probe) -> dict[str, Any]:

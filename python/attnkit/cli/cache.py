@@ -238,7 +238,7 @@ def import_(file: Path, into: Path | None, as_json: bool) -> None:
 
 
 @cache.command()
-@click.option("--stale", is_flag=True, help="Also entries of other versions of attnkit or its compiler.")
+@click.option("--stale", is_flag=True, help="Also entries of other kernels of attnkit or another compiler.")
 @click.option(
     "--store",
     type=click.Path(file_okay=False, path_type=Path),

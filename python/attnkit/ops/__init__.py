@@ -1,5 +1,6 @@
 """attnkit for PyTorch: functions, ops, and the drop-in for torch's own attention."""
 
+from attnkit.ops import batching as batching  # the ops' rules under torch.vmap
 from attnkit.ops.block_choice import top_k_blocks
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.block_sparse import block_sparse_attention

@@ -29,6 +29,12 @@ _lib.define(
 )
 
 
+class Rows(NamedTuple):
+    """What is known of keys without looking at them."""
+
+    shape: tuple[int, ...]
+
+
 class Codes(NamedTuple):
     """What attention reads of a cache that keeps codes; ``k`` and ``v`` are what the engine takes for its tensors."""
 
@@ -49,6 +55,12 @@ class Codes(NamedTuple):
             store(parts.v, scheme.v, scheme.v_head_dim, scheme.group), None if parts.state is None else parts.state[0],
             parts.table, tokens_of(scheme, parts),
         )  # fmt: skip
+
+    @property
+    def rows(self) -> Rows:
+        """The keys as if they were elements."""
+        outer, heads = self.storage[0].shape[:2]
+        return Rows((outer, heads, self.tokens, self.scheme.head_dim))
 
 
 class _Ready(NamedTuple):
@@ -124,8 +136,7 @@ def _run(
     check_tensor("q", q)
     ready = _make_ready(program, q, codes)
     refuse_gradients("q", (q, *buffers))
-    prepared, scheme = ready.prepared, codes.scheme
-    rows = _Rows((codes.storage[0].shape[0], codes.storage[0].shape[1], codes.tokens, scheme.head_dim))
+    prepared, rows = ready.prepared, codes.rows
     check_bindings(prepared.spec.program, q, rows, buffers, params, seed)  # type: ignore[arg-type]
     try:
         o = q.new_empty_strided(ready.shape, ready.stride)
@@ -141,15 +152,11 @@ def _run(
     kernel = prepared.kernel
     assert isinstance(kernel, CacheKernel)
     kernel.attend_stores(
-        q, codes.k, codes.v, codes.state, codes.tokens, o, lse, buffers, list(params), torch.get_num_threads(),
+        q, codes.k, codes.v, codes.state, rows, o, lse, buffers, list(params), torch.get_num_threads(),
         None if seed is None else int(seed),
     )  # fmt: skip
     counts.run()
     return o, lse
-
-
-class _Rows(NamedTuple):
-    shape: tuple[int, ...]
 
 
 def _kernel(

@@ -22,7 +22,7 @@ from attnkit.ops.check import (
 )
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
-from attnkit.ops.registry import outputs
+from attnkit.ops.warm import layout_of_output
 from attnkit.plan.carried import carries
 from attnkit.runtime import prepare
 
@@ -68,32 +68,40 @@ def attend_carried(
     return torch.ops.attnkit.attend_carried(q, k, v, initial, program, buffers, params)  # type: ignore[no-any-return]
 
 
-def _program(call: Call) -> Program:
-    program = parse(call.program)
+def program_of(text: str) -> Program:
+    """A program that carries.
+
+    Raises:
+        AttnkitError: AK502, it is none.
+    """
+    program = parse(text)
     if not carries(program):
         raise error("AK502", where="torch.ops.attnkit.attend_carried", given="a program that carries nothing")
     return program
 
 
-def _keys(call: Call, program: Program) -> Any:
-    """How many keys each batch entry has room for."""
+def keys_of(program: Program, tokens: Any, buffers: list[Tensor]) -> Any:
+    """How many keys each batch entry has room for, of so many tokens of a batch entry or of a page."""
     table = program.inputs[1].table
-    return call.k.shape[2] if table is None else call.buffers[table].shape[1] * call.k.shape[2]
+    return tokens if table is None else buffers[table].shape[1] * tokens
 
 
-def _check(call: Call, program: Program) -> None:
-    check_qkv(call.q, call.k, call.v, is_paged(program))
-    op, initial = program.attend, call.initial
-    if op.head >= call.q.shape[1]:
-        allowed = f"0..{call.q.shape[1] - 1}"
-        raise error("AK401", where="head", given=str(op.head), allowed=allowed)
+def check_initial(program: Program, q: Tensor, keys: Any, initial: Tensor | None) -> None:
+    """Check that there is a head that selects, and that what was carried before is a number for each of so many keys.
+
+    Raises:
+        AttnkitError: AK401, AK403, AK404.
+    """
+    op = program.attend
+    if op.head >= q.shape[1]:
+        raise error("AK401", where="head", given=str(op.head), allowed=f"0..{q.shape[1] - 1}")
     if (initial is None) != (op.initial is None):
         given = "None" if initial is None else "a tensor"
         raise error("AK401", where="carry", given=given, allowed="what the program starts with")
     if initial is None:
         return
-    check_tensor("carry", initial, call.q.device)
-    wanted = (call.q.shape[0], _keys(call, program))
+    check_tensor("carry", initial, q.device)
+    wanted = (q.shape[0], keys)
     if initial.dim() != 2 or initial.shape[0] != wanted[0] or initial.shape[1] != wanted[1]:
         raise error(
             "AK403", where="carry", given=shape_of(initial), allowed=f"{list(wanted)}, a number for each key"
@@ -102,22 +110,32 @@ def _check(call: Call, program: Program) -> None:
         raise error("AK404", where="carry", given=str(initial.dtype), allowed="torch.float32")
 
 
-def _outputs(call: Call, program: Program) -> Results:
-    """o, lse, the carry to start with, and nothing gone yet."""
-    q = call.q
-    shape = q.shape[0], _keys(call, program)
-    o, lse = outputs(q, call.v, need_lse=True)
-    if call.initial is None:
-        carry = q.new_zeros(shape, dtype=torch.float32)
+def start(program: Program, q: Tensor, width: int, keys: Any, initial: Tensor | None) -> Results:
+    """o, ``width`` channels wide, lse, the carry to start with, and nothing gone yet."""
+    shape, stride = layout_of_output(q, width)
+    o = torch.empty_strided(shape, stride, dtype=q.dtype, device=q.device)
+    lse = q.new_empty(shape[:3], dtype=torch.float32)
+    if initial is None:
+        carry = q.new_zeros((q.shape[0], keys), dtype=torch.float32)
     else:
-        carry = call.initial.clone(memory_format=torch.contiguous_format)
-    gone = shape if program.attend.budget is not None else (0,)
+        carry = initial.clone(memory_format=torch.contiguous_format)
+    gone = (q.shape[0], keys) if program.attend.budget is not None else (0,)
     return o, lse, carry, torch.full(gone, NEVER, dtype=torch.int32, device=q.device)
+
+
+def _check(call: Call, program: Program) -> None:
+    check_qkv(call.q, call.k, call.v, is_paged(program))
+    check_initial(program, call.q, keys_of(program, call.k.shape[2], call.buffers), call.initial)
+
+
+def _outputs(call: Call, program: Program) -> Results:
+    keys = keys_of(program, call.k.shape[2], call.buffers)
+    return start(program, call.q, call.v.shape[3], keys, call.initial)
 
 
 def _kernel(*args: Any) -> Results:
     call = Call(*args)
-    program = _program(call)
+    program = program_of(call.program)
     _check(call, program)
     check_bindings(program, call.q, call.k, call.buffers, call.params)
     kernel = _kernel_of(call)
@@ -144,7 +162,7 @@ def _kernel_of(call: Call) -> Any:
 
 def _fake(*args: Any) -> Results:
     call = Call(*args)
-    program = _program(call)
+    program = program_of(call.program)
     _check(call, program)
     return _outputs(call, program)
 
@@ -155,7 +173,7 @@ def _fake(*args: Any) -> Results:
 def _backward_kernel(*args: Any) -> Results:
     d_o, d_lse, d_carry, o, lse, gone, *rest = args
     call = Call(*rest)
-    program = _program(call)
+    program = program_of(call.program)
     _check(call, program)
     check_bindings(program, call.q, call.k, call.buffers, call.params)
     q, k, v, initial = call.q, call.k, call.v, call.initial
@@ -234,7 +252,7 @@ def _autograd(*args: Any) -> Results:
             raise error(
                 "AK503", where=where, what="attnkit has no forward-mode derivatives of attention that carries"
             )
-        program = _program(call)
+        program = program_of(call.program)
         _check(call, program)
         if is_paged(program) or any(b.requires_grad for b in call.buffers):
             given = "pages, or captured tensors that require gradients"

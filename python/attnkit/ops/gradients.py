@@ -88,12 +88,10 @@ def run_backward(
         _check("d_lse", d_lse, shape[:3], torch.float32)
     new = torch.zeros_like if ready.ragged or o.numel() == 0 else torch.empty_like
     try:
-        dq = new(q) if q.is_cuda else new(q, dtype=_accumulated(q))
+        accumulated = dtype if q.is_cuda else _accumulated(q)
+        dq = new(q) if dtype == accumulated else new(q, dtype=accumulated)
         dk, dv = new(k), new(v)
-        sums = [
-            torch.zeros(b.shape, dtype=_accumulated(b), device=b.device) if w else None
-            for b, w in zip(buffers, wanted, strict=True)
-        ]
+        sums = [_zeros(b) if w else None for b, w in zip(buffers, wanted, strict=True)] if buffers else []
     except RuntimeError as exc:  # torch has no narrower one on the CPU
         raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
     if recorder() is None:
@@ -102,13 +100,19 @@ def run_backward(
             q, k, v, o, lse, buffers, params, d_o, d_lse, dq, dk, dv, sums, torch.get_num_threads(), seed_of(seed)
         )  # fmt: skip
         counts.run()
-    d_buffers = [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None]
-    return dq if dq.dtype == q.dtype else dq.to(q.dtype), dk, dv, d_buffers
+    d_buffers = (
+        [d.to(b.dtype) for d, b in zip(sums, buffers, strict=True) if d is not None] if buffers else []
+    )
+    return dq if dtype == accumulated else dq.to(dtype), dk, dv, d_buffers
 
 
 def _accumulated(t: Tensor) -> torch.dtype:
     dtype = t.dtype
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _zeros(buffer: Tensor) -> Tensor:
+    return torch.zeros(buffer.shape, dtype=_accumulated(buffer), device=buffer.device)
 
 
 def _check(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -275,9 +279,11 @@ def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tenso
         d_o = torch.zeros_like(o)
     _, _, of_q, of_k, of_v, *wanted = ctx.needs_input_grad
     dq, dk, dv, d_buffers = ctx.way.backward(d_o, d_lse, Saved(q, k, v, o, lse), buffers, seed, wanted)
+    of_inputs = None, None, dq if of_q else None, dk if of_k else None, dv if of_v else None
+    if not buffers:
+        return of_inputs
     found = iter(d_buffers)
-    of_buffers = [next(found) if w else None for w in wanted]
-    return None, None, dq if of_q else None, dk if of_k else None, dv if of_v else None, *of_buffers
+    return *of_inputs, *(next(found) if w else None for w in wanted)
 
 
 _apply: Any = super(torch.autograd.Function, _Differentiable).apply  # which Function.apply calls in the end

@@ -114,18 +114,21 @@ def attend(
             not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
         )
     if unwatched:
-        if not needs_derivatives((q, k, v, *buffers)):
+        tensors = (q, k, v, *buffers)
+        if not needs_derivatives(tensors):
             return run(found or ready(program, q, k, v), q, k, v, buffers, params, seed, need_lse)
         if not is_below_autograd():
+            if found is not None and found.differentiable and not has_tangent(tensors):
+                return differentiable(Direct(found, params, need_lse), tensors, seed, unwatched=True)
             call = Call(q, k, v, program, buffers, params, seed, need_lse)
-            return _with_gradients(call, plain=True, found=found)
+            return _with_gradients(call, plain=True)
     return torch.ops.attnkit.attend(q, k, v, program, buffers, params, seed, need_lse)  # type: ignore[no-any-return]
 
 
 is_transformed = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp
 
 
-def _with_gradients(call: Call, *, plain: bool, found: Ready | None = None) -> tuple[Tensor, Tensor | None]:
+def _with_gradients(call: Call, *, plain: bool) -> tuple[Tensor, Tensor | None]:
     q, k, v, program, buffers, params, seed, need_lse = call
     tensors = (q, k, v, *buffers)
     if not plain:
@@ -136,7 +139,7 @@ def _with_gradients(call: Call, *, plain: bool, found: Ready | None = None) -> t
     way: Way
     try:
         if plain:
-            found = found or ready(program, q, k, v)
+            found = ready(program, q, k, v)
             way, goes, prepared = Direct(found, params, need_lse), found.differentiable, found.prepared
         else:
             dims = [

@@ -17,6 +17,7 @@ from attnkit.ir.mods import Selective, causal
 from attnkit.ir.program import Layout, Program, Return
 from attnkit.ir.text import parse
 from attnkit.ops.carried import attend_carried
+from attnkit.ops.carried_cache import attend_carried_cache
 from attnkit.ops.check import (
     autocast,
     check_count,
@@ -57,8 +58,8 @@ def selective_attention(
     Args:
         q: ``[B, Hq, Sq, D]``, float32, bfloat16 or float16 on the CPU, any strides. Under ``torch.autocast`` q, k and v are cast
             to its dtype.
-        k: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv. The last query stands at the last key. Or an `ak.KVCache` that
-            keeps plain elements: then the queries are the last Sq tokens of each row, already appended.
+        k: ``[B, Hkv, Skv, D]``; Hq is a multiple of Hkv. The last query stands at the last key. Or an `ak.KVCache`:
+            then the queries are the last Sq tokens of each row, already appended.
         v: ``[B, Hkv, Skv, Dv]``; None beside a cache.
         mask: ``(b, h, q_idx, kv_idx) -> bool``, joined with causality by "and". Pairs that do not exist carry nothing.
         scale: finite and positive; None is ``D ** -0.5``.
@@ -117,21 +118,26 @@ def _attend(
     cu_seqlens_q: Tensor | None, cu_seqlens_kv: Tensor | None, budget: int | None = None, carry: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """o, lse and the carry."""
-    kv_lens = page_table = None
+    kv_lens = page_table = codes = None
     keys: Any
+    values: Any
     if isinstance(k, KVCache):
         check_beside_cache({"v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv})
-        q, keys, v, kv_lens, page_table = _of_cache(q, k)
+        q = _beside(q, k)
+        keys, values, kv_lens, page_table, codes = k.segment
     else:
-        q, keys, v = autocast(q, k, v)
-    check_qkv(q, keys, v, paged=page_table is not None)
+        q, keys, values = autocast(q, k, v)
+    if codes is None:
+        check_qkv(q, keys, values, paged=page_table is not None)
     check_lengths(cu_seqlens_q, cu_seqlens_kv, None)
     text, buffers, params = _bound(
         q, mask, scale, score.score, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv, kv_lens=kv_lens,
-        page_table=page_table,
+        page_table=page_table, codecs=None if codes is None else codes.scheme.codecs,
     )  # fmt: skip
     text = selective_text(text, score.head, budget, carry is not None)
-    return attend_carried(q, keys, v, carry, text, buffers, params)[:3]
+    if codes is not None:
+        return attend_carried_cache(q, codes, carry, text, buffers, params)[:3]
+    return attend_carried(q, keys, values, carry, text, buffers, params)[:3]
 
 
 def selective_memory(
@@ -191,27 +197,22 @@ def selective_memory(
 
 
 def _bound(
-    q: Tensor, mask: Any, scale: Any, score: Any = None, **lengths: Any
+    q: Tensor, mask: Any, scale: Any, score: Any = None, **layout: Any
 ) -> tuple[str, list[Tensor], list[float]]:
     """The program of causal attention, and what it reads."""
     visible = all_of([causal()] if mask is None else [causal(), mask])
-    text, buffers, params = bind(Traceable(score, visible, check_scale(scale), **lengths), q)
+    text, buffers, params = bind(Traceable(score, visible, check_scale(scale), **layout), q)
     return text, buffers, [p.current() for p in params]
 
 
-def _of_cache(q: Tensor, cache: KVCache) -> tuple[Any, ...]:
-    """q in the cache's dtype, its tensors, lengths and page table."""
-    held = cache.segment
-    k: Any = held.k
-    if held.codes is not None:
-        given = f"a cache of {cache.codec}"
-        raise error("AK504", where="k", what="selection beside codes is not built yet", given=given,
-                    allowed="a cache of f32, f16 or bf16")  # fmt: skip
+def _beside(q: Tensor, cache: KVCache) -> Tensor:
+    """q, under autocast in the cache's dtype; beside codes in that of autocast."""
+    check_tensor("q", q)
     refuse_gradients("q", (q,))
-    if torch.is_autocast_enabled("cpu"):
-        check_tensor("q", q)
-        q = q.to(k.dtype)
-    return q, k, held.v, held.lengths, held.page_table
+    if not torch.is_autocast_enabled("cpu"):
+        return q
+    k = cache.segment.k
+    return q.to(torch.get_autocast_dtype("cpu") if k is None else k.dtype)
 
 
 @assume_constant

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from attnkit.plan.space import Config, Space, contains, default_config, rank
+from attnkit.plan.space import Config, Space, contains, default_config, rank, same_bits
 from attnkit.tune.entry import Entry, Measurement
 from attnkit.tune.statistics import LEAST_ROUNDS
 
-# Configs whose times differ by less are equally good, and the default wins: what separates them is not worth other bits.
+# Configs whose times differ by less are equally good.
 TIE = 0.02
+# A config whose numeric fields are not the default's gives other bits, and has to be worth them.
+NUMERIC = 0.05
 
 
 def choose(space: Space, entry: Entry | None) -> Config:
-    """The best config of a space that was measured; the default unless another is faster beyond noise.
+    """The best config of a space that was measured; the default unless another is faster beyond noise, by 5 % if its bits differ.
 
     Measurements that do not fit the space do not count. Among configs within a tie of the best, the first by `rank`.
     """
     default = default_config(space)
     if entry is None:
         return default
+    least = noise(entry, default)
+    fitting = [(m, dict(m.config)) for m in entry.measurements if contains(space, dict(m.config))]
     faster = [
-        (m.ratio.median, dict(m.config))
-        for m in entry.measurements
-        if m.ratio is not None and is_faster(m, noise(entry, default)) and contains(space, dict(m.config))
+        (m.ratio.median, config)
+        for m, config in fitting
+        if m.ratio is not None
+        and is_faster(m, least if same_bits(space, config, default) else max(least, NUMERIC))
     ]
     if not faster:
         return default

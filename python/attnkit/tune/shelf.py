@@ -169,7 +169,7 @@ def verify(entries: Iterable[Entry], clock: Path | None) -> Iterator[Verdict]:
             if asked is None:
                 yield Verdict(each, found.config, None, "it was tuned with tensors that are not kept")
             elif key_of_problem(asked, each.key.backend) != each.key:
-                yield Verdict(each, found.config, None, "it is of another device or version")
+                yield Verdict(each, found.config, None, "it is of another device or other kernels")
             elif not found.changed:
                 yield Verdict(each, found.config, None)
             else:
@@ -181,7 +181,7 @@ def verify(entries: Iterable[Entry], clock: Path | None) -> Iterator[Verdict]:
 
 
 def collect(folder: Folder, *, stale: bool = False) -> list[Path]:
-    """Remove what is damaged and what killed writers left; ``stale``: also entries of other versions of attnkit or its compiler.
+    """Remove what is damaged and what killed writers left; ``stale``: also entries of other kernels of attnkit or another compiler.
 
     Raises:
         OSError: a file cannot be removed.

@@ -1,24 +1,23 @@
-"""Python finds this file through PYTHONPATH (conftest.py) and then loads the engine with the sanitizers inside.
+"""Python finds this file through PYTHONPATH (conftest.py) and then loads the engine in the folder ATTNKIT_ENGINE.
 
 The editable install would find the ordinary one first.
 """
 
+import os
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
-_BUILD = Path(__file__).parents[3] / "build/sanitize"
 
-
-class _Sanitized:
+class _Other:
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "attnkit._engine":
             return None
-        (engine,) = _BUILD.glob("_engine.*.so")
+        (engine,) = Path(os.environ["ATTNKIT_ENGINE"]).glob("_engine.*.so")
         return spec_from_file_location(name, engine)
 
 
-sys.meta_path.insert(0, _Sanitized)
+sys.meta_path.insert(0, _Other)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
-from attnkit._version import __version__
 from attnkit.analysis.canonical import canonical
 from attnkit.analysis.structure import Sizes, Structure
 from attnkit.backends import Fingerprint, Kernel, refused
@@ -89,14 +89,14 @@ class CpuBackend:
         }
 
     def fingerprint(self) -> Fingerprint:
-        """The processor, the instruction set in use and the cores; this version and its compiler."""
+        """The processor, the instruction set in use and the cores; the kernels' sources and their compiler."""
         device = {
             "name": cpu_model(),
             "model": cpu_generation(),
             "isa": engine().current_isa(),
             "cores": str(usable_cores()),
         }
-        return Fingerprint(device, {"attnkit": __version__, "compiler": engine().compiler})
+        return Fingerprint(device, {"kernels": engine().kernels, "compiler": engine().compiler})
 
     def build(self, spec: KernelSpec, config: Config) -> Kernel:
         """Compile the program's score and mask to bytecode and bind the sizes that never change."""
@@ -141,6 +141,7 @@ class CpuKernel:
         self._table = self._kv_layout.table
         self._attend = engine().attend
         self.sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
+        self._backward_sizes = config["backward_tile_q"], config["backward_tile_kv"]
         self._encoding: Encoding | None = encoding(spec.program)
         self._skip = attend.skip
         # Where there is nothing but tensors: the same, without the other arguments.
@@ -209,18 +210,28 @@ class CpuKernel:
         Raises:
             AttnkitError: as the call; AK502 too where the derivative needs more tiles at once than the engine has.
         """
-        bytecode, program = self.backward_program(d_buffers)
-        sink, d_sink = (None, None) if self._sink is None else (buffers[self._sink], d_buffers[self._sink])
         try:
-            fault, about = engine().attend_backward(
-                program, q, k, v, o, lse, self.scale, sink, self._sequences(q, k, buffers), buffers, params,
-                self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
-                threads, self.config["backward_tile_q"], self.config["backward_tile_kv"], self._encoding,
-            )  # fmt: skip
+            if self._launch is not None:
+                fault, about = self._launch_backward(q, k, v, o, lse, d_o, d_lse, dq, dk, dv, threads)
+            else:
+                program = self.backward_program(d_buffers)[1]
+                sink, d_sink = (
+                    (None, None) if self._sink is None else (buffers[self._sink], d_buffers[self._sink])
+                )
+                fault, about = engine().attend_backward(
+                    program, q, k, v, o, lse, self.scale, sink, self._sequences(q, k, buffers), buffers, params,
+                    self._dropped(params, seed), d_o, d_lse, dq, dk, dv, d_sink, d_buffers,
+                    threads, *self._backward_sizes, self._encoding,
+                )  # fmt: skip
         except ValueError as exc:
             raise too_large(exc) from exc
         if fault:
-            raise self.error(FAULTS[fault], about, bytecode, len(buffers))
+            raise self.error(FAULTS[fault], about, self.backward_program(d_buffers)[0], len(buffers))
+
+    @cached_property
+    def _launch_backward(self) -> Any:
+        """`backward` where there is nothing but tensors."""
+        return engine().LaunchBackward(self.backward_program([])[1], self.scale, *self._backward_sizes).run
 
     def backward_program(self, d_buffers: list[Any | None]) -> tuple[Bytecode, Any]:
         """The bytecode and the engine's program that give these gradients, compiled on first use."""
@@ -280,7 +291,8 @@ class CpuKernel:
     def tiles(self, q: Any, k: Any, buffers: list[Any], params: list[float]) -> tuple[dict[str, int], str]:
         """How many tiles a call finds empty, partial and full, by the engine's own analysis; and which those are of.
 
-        Of packed and padded batches only the first sequence is looked at.
+        Of packed and padded batches only the first sequence is looked at. Of queries that are gathered by the blocks of keys
+        that they chose it is those of gathered queries, in tasks of as many as there are.
         """
         sequences = self._sequences(q, k, buffers)
         batch, heads, q_len, kv_len = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
@@ -291,7 +303,15 @@ class CpuKernel:
             return {}, ""
         sizes = Sizes(batch, heads, q_len, kv_len, self.config["tile_q"], self.config["tile_kv"])
         found = self.structure(sizes, buffers, params)
-        return found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
+        tiles, of = found.by_kind, found.of_heads + ("" if sequences is None else ", in the first sequence")
+        plain = self._table is None and self._encoding is None and self._skip is None
+        if plain and self.program.chooses:
+            gathered = engine().gathered_tiles(self.program, *found.sizes, buffers, params)
+            if gathered is not None:
+                full, partial = gathered
+                tiles = {"empty": sum(tiles.values()) - full - partial, "partial": partial, "full": full}
+                of += f", queries gathered by the blocks of {self.program.chooses} keys that they chose"
+        return tiles, of
 
     def _no_page(self, b: int, k: Any, buffers: list[Any]) -> AttnkitError:
         assert self._table is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnkit.backends.cpu.backend import CpuKernel, missing_page
+from attnkit.backends.cpu.backend import CpuKernel, too_large
 from attnkit.backends.cpu.engine import FAULTS, engine
 from attnkit.errors import error
 
@@ -20,7 +20,7 @@ class CacheKernel(CpuKernel):
         k: Store,
         v: Store,
         num_coded: Any | None,
-        page_size: int,
+        rows: Any,
         o: Any,
         lse: Any | None,
         buffers: list[Any],
@@ -28,7 +28,7 @@ class CacheKernel(CpuKernel):
         threads: int,
         seed: int | None = None,
     ) -> None:
-        """Compute ``o`` (and ``lse`` if given) in place.
+        """Compute ``o`` (and ``lse`` if given) in place. ``rows`` has the shape that the keys would have as elements.
 
         Raises:
             AttnkitError: as `CpuKernel`.
@@ -42,15 +42,9 @@ class CacheKernel(CpuKernel):
                 None if self._table is None else buffers[self._table],
             )  # fmt: skip
         except ValueError as exc:
-            raise error("AK502", where="backend cpu", given=str(exc)) from exc
+            raise too_large(exc) from exc
         if fault:
-            code = FAULTS[fault]
-            if code == "AK602":
-                assert self._table is not None
-                raise missing_page(
-                    buffers[self._table], about, int(buffers[lengths][about]), page_size, k[3].shape[0]
-                )
-            raise self.error(code, about, self.bytecode, len(buffers))
+            raise self._fault(fault, about, self.bytecode, rows, buffers)
 
 
 def append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnkit.backends.cpu.backend import CpuKernel, too_large
+from attnkit.backends.cpu.cache import Store
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
 from attnkit.plan.bytecode import Bytecode
@@ -64,6 +65,39 @@ class CarriedKernel(CpuKernel):
             raise too_large(exc) from exc
         if fault:
             raise self._fault_of(fault, about, self.bytecode, self._selecting, k, buffers)
+
+    def attend_stores(
+        self,
+        q: Any,
+        k: Store,
+        v: Store,
+        num_coded: Any | None,
+        rows: Any,
+        o: Any,
+        lse: Any,
+        sums: Any,
+        gone: Any | None,
+        buffers: list[Any],
+        params: list[float],
+        threads: int,
+    ) -> None:
+        """As `attend`, of a cache that keeps codes; ``rows`` has the shape that the keys would have as elements.
+
+        Raises:
+            AttnkitError: as `CpuKernel`.
+        """
+        lengths = self._kv_layout.lengths
+        assert lengths is not None
+        try:
+            fault, about = engine().attend_cache(
+                self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
+                buffers[lengths], num_coded, buffers, params, None, threads, *self.sizes,
+                None if self._table is None else buffers[self._table], self._carry, (*self._what, sums, gone),
+            )  # fmt: skip
+        except ValueError as exc:
+            raise too_large(exc) from exc
+        if fault:
+            raise self._fault_of(fault, about, self.bytecode, self._selecting, rows, buffers)
 
     def backward_of(
         self,

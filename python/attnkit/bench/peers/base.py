@@ -15,12 +15,13 @@ class Call:
     """A prepared call. ``run`` is what is timed; ``output`` makes o ``[B, Hq, Sq, Dv]`` of what it returned, untimed.
 
     ``run`` alone outlives its preparation: it holds all memory that it reads and writes. ``config`` is what it runs
-    with, for the record.
+    with, for the record. ``meant`` gives keys and values as the call sees them, where it keeps codes of its own.
     """
 
     run: Callable[[], Any]
     output: Callable[[Any], Any] = lambda raw: raw
     config: dict[str, Any] = field(default_factory=dict)
+    meant: Callable[[], tuple[Any, Any]] | None = None
 
 
 @dataclass(frozen=True)

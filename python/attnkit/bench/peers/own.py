@@ -43,15 +43,7 @@ def _attnkit(inputs: Inputs, backend: str) -> Call:
     runs = report.explain(call).calls[0]
     if runs.backend != backend:
         raise error("AK502", given=f"{runs.backend}: {'; '.join(runs.notes)}")
-    return Call(call, config=runs.config)
-
-
-def meant(inputs: Inputs) -> tuple[Any, Any]:
-    """Keys and values as attention sees them: of codes what they decode to."""
-    if inputs.workload.codec is None:
-        return inputs.k, inputs.v
-    k, v = _held(inputs)[0].dequantize()
-    return k, v
+    return Call(call, config=runs.config, meant=held[0].dequantize if inputs.workload.codec else None)
 
 
 def _held(inputs: Inputs) -> tuple[Any, ...]:

@@ -44,15 +44,19 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def jobs() -> list[Job]:
-    """Forward and in training; and the memory that both take, over lengths."""
+    """Forward and in training, also where no key is ever forgotten; and the memory that both take, over lengths."""
     found = []
     for name in _DTYPES:
         title = f"selective {name} b1 h{_HEADS} s{_LENGTH} d{_DIM}"
-        dense = [Bar("dense", most=1.35), Bar("dense", most=1.5)] if name == "f32" else []
-        found += [
-            Job(f"{title} fwd", partial(_prepare, name, False), (*dense[:1], Bar("torch", least=20))),
-            Job(f"{title} fwdbwd", partial(_prepare, name, True), (*dense[1:],)),
-        ]
+        for backward, most in ((False, 1.35), (True, 1.5)):
+            way = "fwdbwd" if backward else "fwd"
+            dense = (Bar("dense", most=most),) if name == "f32" else ()
+            found += [
+                Job(f"{title} {way}", partial(_prepare, name, backward), (*dense, Bar("torch", least=20))),
+                Job(
+                    f"{title} {way}, all remembered", partial(_prepare, name, backward, remembers=True), dense
+                ),
+            ]
     return found + [
         Job(f"selective memory b1 h{_HEADS} s{length} d{_DIM}", partial(_memory, length), length=length)
         for length in _LENGTHS
@@ -64,10 +68,14 @@ def _inputs(length: int, dtype: str, seed: int) -> list[Tensor]:
     return [torch.randn(1, _HEADS, length, _DIM, generator=generator).to(_DTYPES[dtype]) for _ in range(3)]
 
 
-def _prepare(dtype: str, backward: bool, seed: int) -> Prepared:
-    given = [t.requires_grad_(backward) for t in _inputs(_LENGTH, dtype, seed)]
+def _prepare(dtype: str, backward: bool, seed: int, *, remembers: bool = False) -> Prepared:
+    """With ``remembers`` no logit of the selecting head is above 0."""
+    inputs = _inputs(_LENGTH, dtype, seed)
+    if remembers:
+        inputs[0][:, 0], inputs[1][:, 0] = -inputs[0][:, 0].abs(), inputs[1][:, 0].abs()
+    given = [t.requires_grad_(backward) for t in inputs]
     cotangent = torch.ones_like(given[0])
-    calls = {name: partial(call, *given) for name, call in CALLS.items()}
+    calls = {name: partial(call, *given) for name, call in CALLS.items() if name != "torch" or not remembers}
 
     def errors() -> dict[str, float]:
         """Of results, and of gradients, against the same with fewer tokens in float64."""
