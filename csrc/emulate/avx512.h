@@ -1,6 +1,6 @@
-// The instructions of AVX-512 that the kernels name, on AVX2 and loops: so that the code of sixteen lanes, of dot products
-// of bfloat16 and of bytes is run and tested where no processor has them (`make emulate`). Slow. Included after
-// <immintrin.h> and inside the anonymous namespace of a level, as simd-inl.h is.
+// The instructions of AVX-512 that the kernels name, on AVX2 and loops: so that the code of sixteen lanes, of dot
+// products of bfloat16 and of bytes is run and tested where no processor has them (`make emulate`). Slow. Included
+// after <immintrin.h> and inside the anonymous namespace of a level, as simd-inl.h is.
 
 typedef int16_t Shorts __attribute__((vector_size(64), may_alias));
 typedef uint16_t UnsignedShorts __attribute__((vector_size(64), may_alias));
@@ -91,7 +91,9 @@ ATTNKIT_EMULATED uint16_t bits_where(Ints32 mask) {
   for (int i = 0; i < 16; ++i) bits |= (static_cast<uint32_t>(mask[i]) >> 31) << i;
   return static_cast<uint16_t>(bits);
 }
-ATTNKIT_EMULATED uint16_t any_bits(__m512i a, __m512i b) { return bits_where((Ints32)a & (Ints32)b ? Ints32{} - 1 : Ints32{}); }
+ATTNKIT_EMULATED uint16_t any_bits(__m512i a, __m512i b) {
+  return bits_where((Ints32)a & (Ints32)b ? Ints32{} - 1 : Ints32{});
+}
 ATTNKIT_EMULATED __m512 where(uint16_t mask, __m512 x) {
   return each_float([&](int i) { return mask >> i & 1 ? x[i] : 0.0f; });
 }
@@ -197,8 +199,8 @@ ATTNKIT_EMULATED void store_whole(void* p, __m512i x) { __builtin_memcpy(p, &x, 
 #define _mm512_permutexvar_epi16(i, x) ((__m512i)__builtin_shuffle((Shorts)(x), (Shorts)(i)))
 #define _mm512_permutex2var_epi16(a, i, b) ((__m512i)__builtin_shuffle((Shorts)(a), (Shorts)(b), (Shorts)(i)))
 #define _mm512_permutexvar_epi64(i, x) ((__m512i)__builtin_shuffle((Longs)(x), (Longs)(i)))
-#define _mm512_mul_epu32(a, b) ((__m512i)(((Longs)(a)&0xffffffff) * ((Longs)(b)&0xffffffff)))
-#define _mm512_set1_ps(x) ((x)-__m512{})
+#define _mm512_mul_epu32(a, b) ((__m512i)(((Longs)(a) & 0xffffffff) * ((Longs)(b) & 0xffffffff)))
+#define _mm512_set1_ps(x) ((x) - __m512{})
 #define _mm512_set1_epi16(x) ((__m512i)(static_cast<int16_t>(x) - Shorts{}))
 #define _mm512_setr_epi64(...) ((__m512i)(Longs{__VA_ARGS__}))
 #define _mm512_add_epi16(a, b) ((__m512i)((UnsignedShorts)(a) + (UnsignedShorts)(b)))
