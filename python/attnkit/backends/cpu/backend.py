@@ -141,7 +141,6 @@ class CpuKernel:
         self._table = self._kv_layout.table
         self._attend = engine().attend
         self.sizes = config["tile_q"], config["tile_kv"], config["split_kv"]
-        self._backward_sizes = config["backward_tile_q"], config["backward_tile_kv"]
         self._encoding: Encoding | None = encoding(spec.program)
         self._skip = attend.skip
         # Where there is nothing but tensors: the same, without the other arguments.
@@ -232,6 +231,10 @@ class CpuKernel:
     def _launch_backward(self) -> Any:
         """`backward` where there is nothing but tensors."""
         return engine().LaunchBackward(self.backward_program([])[1], self.scale, *self._backward_sizes).run
+
+    @cached_property
+    def _backward_sizes(self) -> tuple[int, int]:
+        return self.config["backward_tile_q"], self.config["backward_tile_kv"]
 
     def backward_program(self, d_buffers: list[Any | None]) -> tuple[Bytecode, Any]:
         """The bytecode and the engine's program that give these gradients, compiled on first use."""
