@@ -39,7 +39,7 @@ def build(target: str, kind: str, option: str) -> Path:
 
 def with_engine(folder: Path) -> dict[str, str]:
     """The environment in which Python loads the engine of a folder."""
-    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "overlay"), "ATTNKIT_ENGINE": str(folder)}
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "overlay"), "ENGINE_FOLDER": str(folder)}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Python finds this file through PYTHONPATH (conftest.py) and then loads the engine in the folder ATTNKIT_ENGINE.
+"""Python finds this file through PYTHONPATH (conftest.py) and then loads the engine in the folder ENGINE_FOLDER.
 
 The editable install would find the ordinary one first.
 """
@@ -16,7 +16,7 @@ class _Other:
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != "attnkit._engine":
             return None
-        (engine,) = Path(os.environ["ATTNKIT_ENGINE"]).glob("_engine.*.so")
+        (engine,) = Path(os.environ["ENGINE_FOLDER"]).glob("_engine.*.so")
         return spec_from_file_location(name, engine)
 
 
