@@ -2,9 +2,10 @@
 
 import fcntl
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pybind11
@@ -40,6 +41,24 @@ def build(target: str, kind: str, option: str) -> Path:
 def with_engine(folder: Path) -> dict[str, str]:
     """The environment in which Python loads the engine of a folder."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "overlay"), "ENGINE_FOLDER": str(folder)}
+
+
+@pytest.fixture
+def passing() -> Callable[..., str]:
+    """``passing(tests, environment, timeout=seconds)``: run them there; what pytest said, if all passed."""
+
+    def run(tests: Sequence[str], environment: dict[str, str], *, timeout: float) -> str:
+        options = ["-q", "-n", "2", "-m", "not slow", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said[-5000:]
+        assert re.search(r"\d+ passed", said), said[-500:]
+        return said
+
+    return run
 
 
 @pytest.fixture(scope="session")

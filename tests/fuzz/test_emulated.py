@@ -3,17 +3,14 @@
 `make emulate` runs this file alone. Of little use where a processor has the instructions: there every test uses them.
 """
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 # What computes. Without: what runs other processes or looks at compiled code.
 TESTS = (
     "tests/conformance",
@@ -30,28 +27,10 @@ print(_engine.current_isa())
 
 
 @pytest.mark.parametrize("level", ["avx512", "avx512bf16"])
-def test_level(level: str, emulated: Callable[[str], dict[str, str]]) -> None:
+def test_level(level: str, emulated: Callable[[str], dict[str, str]], passing: Callable[..., str]) -> None:
     environment = emulated(level)
     named = subprocess.run(
         [sys.executable, "-c", NAMED], env=environment, capture_output=True, text=True, check=False
     )
     assert named.stdout == f"{level}\n", named.stderr
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "2",
-        "-m",
-        "not slow",
-        "-p",
-        "no:cacheprovider",
-        *TESTS,
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=7200, check=False
-    )
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-5000:]
-    assert re.search(r"\d+ passed", said), said[-500:]
+    passing(TESTS, environment, timeout=7200)

@@ -1,5 +1,6 @@
 """Search and measurement: what is measured, in which order, and what is left of it when it is interrupted."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -131,19 +132,45 @@ def test_noise_is_what_the_default_differs_from_itself() -> None:
 # --- pairs --------------------------------------------------------------------------------------------------
 
 
-def sleeper(seconds: float) -> pairs.Run:
-    return lambda: time.sleep(seconds)
+class Clock:
+    """Time passes in its sleeps alone: what stands in for the module `time`."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+
+    def perf_counter(self) -> float:
+        return self._now
+
+    def sleep(self, seconds: float) -> None:
+        self._now += seconds
+
+    def sleeper(self, *seconds: float) -> pairs.Run:
+        """Takes each of these times in turn."""
+        turns = itertools.cycle(seconds)
+        return lambda: self.sleep(next(turns))
 
 
-def test_ratios_are_those_of_the_times() -> None:
-    found = pairs.paired(sleeper(2e-3), sleeper(1e-3), 9)
-    assert 0.4 < found.ratio.median < 0.7
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(pairs, "time", clock)
+    return clock
+
+
+def test_ratios_are_those_of_the_times(clock: Clock) -> None:
+    found = pairs.paired(clock.sleeper(2e-3), clock.sleeper(1e-3), 9)
+    assert found.ratio.median == pytest.approx(0.5)
     assert found.ratio.n <= 9
-    assert 0.9e-3 < found.seconds < 2e-3
+    assert found.seconds == pytest.approx(1e-3)
 
 
-def test_a_hopeless_rival_is_given_up_soon() -> None:
-    assert pairs.paired(sleeper(1e-3), sleeper(3e-3), 40).ratio.n == 3
+def test_times_that_contradict_each_other_are_asked_again(clock: Clock) -> None:
+    found = pairs.paired(clock.sleeper(1.0), clock.sleeper(*[0.5] * 4, *[1.5] * 4), 9)
+    assert found.ratio.n > 9
+
+
+def test_a_hopeless_rival_is_given_up_soon(clock: Clock) -> None:
+    assert pairs.paired(clock.sleeper(1e-3), clock.sleeper(3e-3), 40).ratio.n == 3
 
 
 # --- the rig ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, numb
 from attnkit.plan.space import Direction, FieldKind
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
+Store = tuple[Any, ...]  # a cache's k or v, as csrc/bind/cache.cc takes it
 _UNSPLIT = 1 << 30  # more keys than there are
 _DTYPES = ("float32", "bfloat16", "float16")
 _ABOUT_TENSORS = ("AK606", "AK607")  # the others are about an instruction
@@ -262,6 +263,22 @@ class CpuKernel:
         if self._skip is None:
             return () if self._encoding is None else (self._encoding, 0.0)
         return self._encoding, number(self._skip, params)
+
+    def _run_stores(
+        self, q: Any, k: Store, v: Store, num_coded: Any | None, o: Any, lse: Any | None, buffers: list[Any],
+        params: list[float], dropout: tuple[int, int, float] | None, threads: int, *carry: Any,
+    ) -> tuple[int, int]:  # fmt: skip
+        """What the engine says of attention to a cache that keeps codes."""
+        lengths = self._kv_layout.lengths
+        assert lengths is not None
+        try:
+            return engine().attend_cache(  # type: ignore[no-any-return]
+                self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
+                buffers[lengths], num_coded, buffers, params, dropout, threads, *self.sizes,
+                None if self._table is None else buffers[self._table], *carry,
+            )  # fmt: skip
+        except ValueError as exc:
+            raise too_large(exc) from exc
 
     def _dropped(self, params: list[float], seed: int | None) -> tuple[int, int, float] | None:
         """Seed, threshold and factor, as csrc/cpu/problem.h has them."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnkit.backends.cpu.backend import CpuKernel, too_large
+from attnkit.backends.cpu.backend import CpuKernel, Store
 from attnkit.backends.cpu.engine import FAULTS, engine
 from attnkit.errors import error
-
-Store = tuple[Any, ...]  # as csrc/bind/cache.cc takes it
 
 
 class CacheKernel(CpuKernel):
@@ -33,16 +31,9 @@ class CacheKernel(CpuKernel):
         Raises:
             AttnkitError: as `CpuKernel`.
         """
-        lengths = self._kv_layout.lengths
-        assert lengths is not None
-        try:
-            fault, about = engine().attend_cache(
-                self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
-                buffers[lengths], num_coded, buffers, params, self._dropped(params, seed), threads, *self.sizes,
-                None if self._table is None else buffers[self._table],
-            )  # fmt: skip
-        except ValueError as exc:
-            raise too_large(exc) from exc
+        fault, about = self._run_stores(
+            q, k, v, num_coded, o, lse, buffers, params, self._dropped(params, seed), threads
+        )
         if fault:
             raise self._fault(fault, about, self.bytecode, rows, buffers)
 

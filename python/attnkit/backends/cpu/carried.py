@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from attnkit.backends.cpu.backend import CpuKernel, too_large
-from attnkit.backends.cpu.cache import Store
+from attnkit.backends.cpu.backend import CpuKernel, Store, too_large
 from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError, error
 from attnkit.plan.bytecode import Bytecode
@@ -86,16 +85,9 @@ class CarriedKernel(CpuKernel):
         Raises:
             AttnkitError: as `CpuKernel`.
         """
-        lengths = self._kv_layout.lengths
-        assert lengths is not None
-        try:
-            fault, about = engine().attend_cache(
-                self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
-                buffers[lengths], num_coded, buffers, params, None, threads, *self.sizes,
-                None if self._table is None else buffers[self._table], self._carry, (*self._what, sums, gone),
-            )  # fmt: skip
-        except ValueError as exc:
-            raise too_large(exc) from exc
+        fault, about = self._run_stores(
+            q, k, v, num_coded, o, lse, buffers, params, None, threads, self._carry, (*self._what, sums, gone)
+        )
         if fault:
             raise self._fault_of(fault, about, self.bytecode, self._selecting, rows, buffers)
 
