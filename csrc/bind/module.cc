@@ -259,6 +259,7 @@ PYBIND11_MODULE(_engine, m) {
   });
   m.def("last_isa", [] { return std::string(last_isa()); });
   m.def("set_poison", &set_poison);
+  m.def("cores", &omp_get_num_procs);
   m.def("fma_gflops", &fma_gflops, py::arg("threads"), py::arg("rounds") = 2'000'000);
   m.def("bf16_gflops", &bf16_gflops, py::arg("threads"), py::arg("rounds") = 2'000'000);
   m.def("read_gbytes_per_s", &read_gbytes_per_s, py::arg("threads"), py::arg("memory"));

@@ -51,11 +51,32 @@ struct BufferPlan {
   int64_t elements = 1;
 };
 
+// The edge of a mask leaves part of the blocks of keys empty that it crosses: none is more than an eighth of n keys, or
+// it is short. They are halved: what ends where the blocks of a mask end goes on to do so.
+constexpr int32_t kShortBlock = 48;
+int32_t masked_block(int64_t n, int32_t most) {
+  while (most >= 2 * kShortBlock && 8 * most > n) most /= 2;
+  return most;
+}
+
 // As many blocks of n keys as blocks of `most` would be, and of about one size: the last would be done before those
 // that add to the same rows of dq before it, and wait. Ranges of keys begin at multiples of kStrip.
 int32_t even_block(int64_t n, int32_t most) {
   const int64_t even = blocks_of(n, std::max<int64_t>(blocks_of(n, most), 1));
   return static_cast<int32_t>(std::min<int64_t>(blocks_of(std::max<int64_t>(even, 1), kStrip) * kStrip, most));
+}
+
+// Tiles no larger than what there is: what they leave empty would be cleared and stored all the same.
+Config fitting(const Config& config, const Problem& p) {
+  int64_t queries = 1, keys = 1;
+  for (int32_t i = 0; i < p.num_sequences; ++i) {
+    queries = std::max(queries, p.sequences[i].q_len);
+    keys = std::max(keys, p.sequences[i].kv_len);
+  }
+  Config fitting = config;
+  fitting.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, queries));
+  fitting.tile_kv = static_cast<int32_t>(std::min<int64_t>(config.tile_kv, keys));
+  return fitting;
 }
 
 class Pass {
@@ -70,13 +91,11 @@ class Pass {
         analysis_(analysis),
         facts_(facts),
         kernel_(current_isa()),
-        planned_{view(program, facts), &p, config.tile_q, config.tile_kv, false, program.mask >= 0},
-        call_{planned_.code,
-              &p,
-              &g,
-              config.tile_q,
-              config.tile_kv,
-              program.score >= 0 || program.slope >= 0 || !program.loads.empty(),
+        tile_kv_(config.tile_kv),
+        fit_(fitting(config, p)),
+        planned_{view(program, facts), &p, fit_.tile_q, fit_.tile_kv, false, program.mask >= 0},
+        call_{planned_.code, &p,           &g,
+              fit_.tile_q,   fit_.tile_kv, program.score >= 0 || program.slope >= 0 || !program.loads.empty(),
               map != nullptr},
         map_(map),
         carries_(carried != nullptr),
@@ -109,10 +128,10 @@ class Pass {
     turn_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
     if (by_pair_ || map != nullptr)
       progress_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(first_task_.back()));
-    statistics_.reset(new float[2 * blocks * static_cast<size_t>(config.tile_q)]);
+    statistics_.reset(new float[2 * blocks * static_cast<size_t>(fit_.tile_q)]);
     for (size_t i = 0; i < blocks; ++i) {
-      rows_[i].lse = statistics_.get() + 2 * i * static_cast<size_t>(config.tile_q);
-      rows_[i].delta = rows_[i].lse + config.tile_q;
+      rows_[i].lse = statistics_.get() + 2 * i * static_cast<size_t>(fit_.tile_q);
+      rows_[i].delta = rows_[i].lse + fit_.tile_q;
     }
   }
 
@@ -141,7 +160,11 @@ class Pass {
 
   // A sequence's own: what is beside it in a batch may not order its sums. Tiles of several sequences that add to one
   // place of a captured tensor are alike.
-  int32_t tile_kv(const Sequence& s) const { return even_ ? even_block(s.kv_len, call_.tile_kv) : call_.tile_kv; }
+  int32_t tile_kv(const Sequence& s) const {
+    if (!even_) return call_.tile_kv;
+    const int32_t most = planned_.has_mask ? masked_block(s.kv_len, tile_kv_) : tile_kv_;
+    return std::min(even_block(s.kv_len, most), call_.tile_kv);
+  }
 
   // The number of the next block of queries, structure or task that nobody has begun.
   static int64_t take(std::atomic<int64_t>& next) { return next.fetch_add(1, std::memory_order_relaxed); }
@@ -501,6 +524,8 @@ class Pass {
   const Analysis& analysis_;
   const Facts& facts_;
   const Kernel& kernel_;
+  const int32_t tile_kv_;  // what was asked for: what depends on it may not depend on the other sequences of a batch
+  const Config fit_;
   const Call planned_;
   const BackwardCall call_;
   const ChosenMap* const map_;
@@ -523,19 +548,6 @@ class Pass {
   std::atomic<bool> no_memory_{false};
 };
 
-// Tiles no larger than what there is: what they leave empty would be cleared and stored all the same.
-Config fitting(const Config& config, const Problem& p) {
-  int64_t queries = 1, keys = 1;
-  for (int32_t i = 0; i < p.num_sequences; ++i) {
-    queries = std::max(queries, p.sequences[i].q_len);
-    keys = std::max(keys, p.sequences[i].kv_len);
-  }
-  Config fitting = config;
-  fitting.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, queries));
-  fitting.tile_kv = static_cast<int32_t>(std::min<int64_t>(config.tile_kv, keys));
-  return fitting;
-}
-
 }  // namespace
 
 Status attend_backward(const Program& program, const Problem& given, const Gradients& gradients, const Config& config) {
@@ -550,16 +562,15 @@ Status attend_backward(const Program& program, const Problem& given, const Gradi
   Analysis analysis(program, p);
   const Facts facts = analysis.prove();
   if (facts.status.fault != Fault::none) return facts.status;
-  const Config fit = fitting(config, p);
   // Rows that are listed are copied as they lie in memory.
   const bool adjacent = p.q.stride[3] == 1 && gradients.d_o.stride[3] == 1;
   if (const auto map = adjacent ? ChosenMap::of(program, p, analysis, facts, config.tile_kv) : std::nullopt) {
     Analysis of_chosen(*program.chosen, p);
     const Facts found = of_chosen.prove();
     if (found.status.fault != Fault::none) return found.status;
-    return Pass(*program.chosen, p, gradients, fit, of_chosen, found, nullptr, &*map).run();
+    return Pass(*program.chosen, p, gradients, config, of_chosen, found, nullptr, &*map).run();
   }
-  return Pass(program, p, gradients, fit, analysis, facts).run();
+  return Pass(program, p, gradients, config, analysis, facts).run();
 }
 
 Status attend_carried_backward(const Program& score, const Program& carry, const Problem& p, const Carry& what,
@@ -579,7 +590,7 @@ Status attend_carried_backward(const Program& score, const Program& carry, const
   call.gone = what.gone;
   call.d_carry = of_carry.d_carry;
   call.d_initial = of_carry.d_initial;
-  return Pass(score, p, gradients, fitting(config, p), analysis, facts, &call).run();
+  return Pass(score, p, gradients, config, analysis, facts, &call).run();
 }
 
 }  // namespace attnkit::cpu

@@ -1,6 +1,5 @@
 """Which config a call runs with, and where it says it comes from."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 import attnkit as ak
 from attnkit import backends, runtime
+from attnkit.backends.cpu.engine import engine
 from attnkit.errors import AttnkitError
 from attnkit.ir.text import parse
 from attnkit.ops import warm
@@ -141,7 +141,7 @@ def test_pinned_numerics(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_another_device_is_a_miss(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     store.put(tuned(tile_q=32))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
+    monkeypatch.setattr(engine(), "cores", lambda: 7)
     assert served().config["tile_q"] == 96
 
 

@@ -52,11 +52,11 @@ def test_the_kernels_take_them() -> None:
         "backward_tile_q": 64,
         "backward_tile_kv": 64,
     }
-    usual = {name: field.default for name, field in cpu.space(spec("kv_idx <= q_idx")).items()}
+    usual = {name: field.default for name, field in cpu.space(spec("kv_idx <= q_idx", "bfloat16")).items()}
     assert usual == {
         "tile_q": 96,
-        "tile_kv": 64,
+        "tile_kv": 96,
         "split_kv": 1024,
         "backward_tile_q": 96,
-        "backward_tile_kv": 96,
+        "backward_tile_kv": 192,
     }

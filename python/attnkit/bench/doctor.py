@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
     # torch before the engine, as in a user's program: both then share one OpenMP runtime
     broken = {name: trouble for name in _IMPORTED if (trouble := _trouble(name))}
     problems = list(broken.values())
-    threads: dict[str, Any] = {"usable cores": usable_cores()}
+    threads: dict[str, Any] = {}
     torch_works = "torch" not in broken and find_spec("torch") is not None
     if torch_works:
         import torch
@@ -52,6 +52,7 @@ def examine() -> dict[str, Any]:
         allowed = f"; allowed: {exc.allowed}" if exc.allowed else ""
         problems.append(f"the CPU engine does not work: {exc.given or exc.what} ({exc.where}{allowed})")
     else:
+        threads["usable cores"] = usable_cores()
         problems += _instruction_set_problems(facts)
         if torch_works:
             problems += _self_test()

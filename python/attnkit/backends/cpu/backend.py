@@ -60,17 +60,21 @@ class CpuBackend:
     def space(self, spec: KernelSpec) -> Space:
         """Tile sizes, and how many keys are summed before they are merged.
 
-        Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have.
-        Backwards, more keys at a time mean that queries are paired and dq is added to less often; a causal mask leaves more
-        of them half empty. (The engine makes a sequence's blocks of keys even, up to this size.) Tiles end where a mask's
-        blocks end: one that lies across two of them would be computed for both.
+        Weights and values are summed tile by tile: a shorter kv tile loses fewer bits, which bfloat16 does not have. Under a
+        mask it has as many keys as queries, so that a diagonal crosses one tile of a row.
+        Backwards, more keys at a time mean that queries are paired and dq is added to less often. (The engine makes a sequence's
+        blocks of keys even, up to this size, and shorter under a mask.) Tiles end where a mask's blocks end: one that lies
+        across two of them would be computed for both.
         """
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         mask = spec.program.attend.mask
-        tile_kv, backward_tile_kv = (
-            (128, 192) if spec.dtype == "bfloat16" else (64, 128 if mask is None else 96)
-        )
+        tile_kv, backward_tile_kv = (64, 96) if mask is not None else (64, 128)
+        backward_tile_q = (
+            96 if engine().current_isa().startswith("avx512") else 48
+        )  # two tiles of float32 in the first cache
+        if spec.dtype == "bfloat16":
+            tile_kv, backward_tile_kv, backward_tile_q = (96 if mask is not None else 128), 192, 96
         q_block, kv_block = block_of(mask, "q_idx"), block_of(mask, "kv_idx")
         tile_kv, backward_tile_kv = (tile_for(kv_block, n, n) for n in (tile_kv, backward_tile_kv))
 
@@ -85,7 +89,9 @@ class CpuBackend:
             "tile_q": field("schedule", tile_for(q_block, 96, 128), {16, 32, 48, 64, 96, 128}),
             "tile_kv": tiles_kv,
             "split_kv": splits,
-            "backward_tile_q": field("numeric", tile_for(q_block, 96, 96), {32, 48, 64, 96}, "backward"),
+            "backward_tile_q": field(
+                "numeric", tile_for(q_block, backward_tile_q, backward_tile_q), {32, 48, 64, 96}, "backward"
+            ),
             "backward_tile_kv": field("numeric", backward_tile_kv, {32, 48, 64, 96, 128, 192}, "backward"),
         }
 

@@ -63,5 +63,9 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may run on, as OpenMP counted them before it bound this thread to one (OMP_PROC_BIND).
+
+    Raises:
+        AttnkitError: as `engine`.
+    """
+    return int(engine().cores())
