@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from attnkit.errors import error
+from attnkit.ir.mods import Mod
 from attnkit.ops.check import autocast, check_number, check_qkv, shape_of
-from attnkit.ops.functional import Mod, attention
+from attnkit.ops.functional import attention
 
 
 def flex_attention(

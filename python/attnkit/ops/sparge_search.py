@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ops.check import check_number, check_qkv
-from attnkit.ops.functional import dense_attention
+from attnkit.ops.dense import dense_attention
 from attnkit.ops.sparge_family import sparge_attention
 from attnkit.tune.key import dumps
 from attnkit.tune.store import write_whole
