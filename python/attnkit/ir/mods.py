@@ -76,7 +76,7 @@ def softmax(sink: Any = None) -> Weighting:
 
 
 def sigmoid(bias: float | None = None) -> Weighting:
-    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse."""
+    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse. AK402 if bias is no number."""
     if bias is not None and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
         raise error("AK402", where="bias", given=type(bias).__name__, allowed="a number or None")
 
@@ -162,7 +162,10 @@ def prefix(n: Any) -> Mask:
 
 
 def softcap(c: float | Param) -> ScoreFunction:
-    """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and what float32 cannot hold leave ``s`` as it is."""
+    """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and what float32 cannot hold leave ``s`` as it is.
+
+    Other numbers that are not positive in float32 are AK401, what is no number AK402.
+    """
     if not isinstance(c, (int, float, Param)):
         raise error("AK402", where="softcap", given=type(c).__name__, allowed="a number or an ak.param")
     if not isinstance(c, Param) and (c == 0 or c > _FLOAT32_MAX):
