@@ -7,6 +7,7 @@ import numpy as np
 from attnkit import _engine
 
 OPCODES = _engine.opcodes()
+FAULTS = range(1, 8)  # csrc/cpu/problem.h
 
 Rng = np.random.Generator
 
@@ -77,6 +78,8 @@ PROGRAMS: list[tuple[Any, list[tuple[int, tuple[int, ...]]]]] = [
         [(2, (8,)), (3, (8,))],
     ),
 ]  # fmt: skip
+# Seed, threshold and factor.
+DROPOUTS = [None, None, (0, 1, 1.0), (2**64 - 1, 2**32 - 1, 0.0), (3, 2**31, 2.0)]
 DTYPES: list[Any] = [0, 0, 0, 4, 5, 4, 5, 1, 6, -1, None]  # of q, k, v and o
 ARENA = np.zeros(1 << 20, np.uint8)  # every address lies in its middle
 MIDDLE = ARENA.ctypes.data + (ARENA.size // 2 & -64)

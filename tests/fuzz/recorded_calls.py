@@ -12,7 +12,7 @@ import attnkit as ak
 from attnkit import _engine
 
 NUMBERS = {
-    torch.float32: 0, torch.int32: 1, torch.int64: 2, torch.bool: 3, torch.bfloat16: 4, torch.float16: 5,
+    torch.float32: 0, torch.int32: 1, torch.int64: 2, torch.bool: 3, torch.uint8: 3, torch.bfloat16: 4, torch.float16: 5,
 }  # fmt: skip
 NAMES = (
     "attend_carried", "attend_carried_backward", "attend_groups", "attend_groups_backward", "look_at_lists",

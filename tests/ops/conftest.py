@@ -1,6 +1,7 @@
 """Shared by the tests of the torch face: random tensors, the float64 oracle in torch, the state torch keeps."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnkit as ak
 
@@ -79,6 +81,47 @@ def oracle() -> Oracle:
         return weights[..., : sizes[3]] @ v, lse
 
     return attend
+
+
+@pytest.fixture
+def three_ways() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """``three_ways(q, k, v, mask, ...)``: torch's attention by our function, which is the override's, by torch, and in float64."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **keywords: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = mask.double() if mask is not None and mask.is_floating_point() else mask
+        expected = sdpa(q.double(), k.double(), v.double(), wide, **keywords)
+        torchs = sdpa(q, k, v, mask, **keywords)
+        with ak.installed():
+            installed = sdpa(q, k, v, mask, **keywords)
+            report = ak.installed_report()
+        assert (report.attnkit, report.kernel_runs, report.torch) == (1, 1, {})
+        ours = ak.scaled_dot_product_attention(q, k, v, mask, **keywords)
+        assert torch.equal(ours, installed)
+        return ours, torchs, expected
+
+    return run
+
+
+@pytest.fixture
+def dispatched() -> Callable[[], AbstractContextManager[list[str]]]:
+    """``with dispatched() as seen``: the names of the ops that a dispatch mode sees inside."""
+    seen: list[str] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watch() -> Iterator[list[str]]:
+        seen.clear()
+        with Mode():
+            yield seen
+
+    return watch
 
 
 @pytest.fixture

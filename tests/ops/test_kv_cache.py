@@ -386,18 +386,9 @@ def test_opcheck(layout: Any, ragged: bool, randn: Randn) -> None:
     torch.library.opcheck(torch.ops.attnkit.kv_append.default, arguments)
 
 
-def test_the_dispatcher_sees_appends(randn: Randn) -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+def test_the_dispatcher_sees_appends(randn: Randn, dispatched: Any) -> None:
     cache = make(None)
-    with Watch():
+    with dispatched() as seen:
         cache.append(*tokens(randn, 1))
     assert "attnkit.kv_append.default" in seen
 

@@ -1,12 +1,11 @@
 """torch.ops.attnkit.recur and the face of ak.linear_attention: opcheck, graphs, autocast, every error."""
 
-import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnkit as ak
 from attnkit.ops import recur
@@ -145,37 +144,30 @@ def test_errors(code: str, name: str, change: Named) -> None:
 # --- the short way of a call that has been met ---------------------------------------------------------------
 
 
-class _Ops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 STEPS: dict[str, tuple[str, ...]] = {
     "plain": ("initial_state",), "normalised": ("initial_state", "norm"), "bonus": ("gates", "bonus", "initial_state"),
     "delta": ("gate", "beta", "initial_state"),
 }  # fmt: skip
 
 
-def both_ways(function: Any, given: Named) -> list[tuple[Tensor, ...]]:
-    """o and states of the op, which a mode sees, and of the short way, which goes past it."""
-    found = []
-    for mode in (_Ops(), contextlib.nullcontext()):
-        with mode:
-            o, state = function(**given, return_state=True)
-        found.append((o, *(state if isinstance(state, tuple) else (state,))))
-        assert not isinstance(mode, _Ops) or "attnkit.recur.default" in mode.seen
-    return found
+@pytest.fixture
+def both_ways(dispatched: Any) -> Callable[[Any, Named], list[tuple[Tensor, ...]]]:
+    """``both_ways(function, given)``: o and states of the op, which a mode sees, and of the short way, which goes past it."""
+
+    def run(function: Any, given: Named) -> list[tuple[Tensor, ...]]:
+        with dispatched() as seen:
+            found = [function(**given, return_state=True)]
+        assert "attnkit.recur.default" in seen
+        found.append(function(**given, return_state=True))
+        return [(o, *(state if isinstance(state, tuple) else (state,))) for o, state in found]
+
+    return run
 
 
 @pytest.mark.parametrize("length", [1, 40])
 @pytest.mark.parametrize("names", STEPS.values(), ids=list(STEPS))
 def test_the_short_way_gives_the_same_bits(
-    names: tuple[str, ...], length: int, monkeypatch: pytest.MonkeyPatch
+    names: tuple[str, ...], length: int, both_ways: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = problem(*names, length=length) | {"normalize": "norm" in names}
     ak.linear_attention(**given)
@@ -187,7 +179,7 @@ def test_the_short_way_gives_the_same_bits(
     assert all(map(torch.equal, on_op, past_it))
 
 
-def test_the_short_way_of_moments() -> None:
+def test_the_short_way_of_moments(both_ways: Any) -> None:
     given: Named = {x: t for x, t in problem(length=1).items() if x in "qkv"} | {"causal": True}
     _, state = ak.factorizable_attention(**given, return_state=True)
     on_op, past_it = both_ways(ak.factorizable_attention, given | {"initial_state": state})

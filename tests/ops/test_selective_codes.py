@@ -10,6 +10,8 @@ from torch import Tensor
 
 import attnkit as ak
 from attnkit.errors import AttnkitError
+from attnkit.ops.carried_cache import attend_carried_cache
+from attnkit.ops.functional import plain_text
 from attnkit.ops.selective import selective_text
 from attnkit.ops.traced import Traceable, bind
 from attnkit.variants import selective
@@ -216,6 +218,8 @@ def test_compiled_steps(codec: str, randn: Randn) -> None:
 
 def test_errors(randn: Randn) -> None:
     cache, q = filled("int8", 64, *tokens(randn, 300)), randn(B, HQ, 1, D)
+    codes = cache.segment.codes
+    assert codes is not None
     wrong: list[tuple[str, Callable[[], Any]]] = [
         ("AK401", lambda: ak.selective_attention(q, cache, head=HQ)),
         ("AK403", lambda: ak.selective_attention(q[..., :8], cache)),
@@ -223,7 +227,9 @@ def test_errors(randn: Randn) -> None:
         ("AK404", lambda: ak.selective_attention(q, cache, carry=torch.zeros(B, MAX, dtype=torch.float64))),
         ("AK404", lambda: ak.selective_attention(q.double(), cache)),
         ("AK407", lambda: ak.selective_attention(q[:, :3], cache)),
+        ("AK405", lambda: ak.selective_attention(q.to("meta"), cache)),
         ("AK408", lambda: ak.selective_attention(q, cache, q)),
+        ("AK502", lambda: attend_carried_cache(q, codes, None, plain_text(), [], [])),
         ("AK503", lambda: ak.selective_attention(q.clone().requires_grad_(), cache)),
         ("AK503", lambda: ak.selective_attention(q, cache, carry=before().requires_grad_())),
         ("AK602", lambda: ak.selective_attention(q[:1], cache)),

@@ -1,6 +1,6 @@
 """The short way of a call: who watches the dispatcher still sees it, and what is kept is kept for what it was found for."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import attnkit as ak
 from attnkit import _engine
@@ -51,16 +50,6 @@ def test_tensors_that_are_not_plain(make: Callable[[], Tensor]) -> None:
     assert not is_plain((torch.zeros(3), make()))
 
 
-class _Ops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 class _Functions(TorchFunctionMode):
     seen = False
 
@@ -69,33 +58,32 @@ class _Functions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _watchers() -> Iterator[tuple[str, Callable[[Callable[[], Tensor]], bool]]]:
-    def dispatch_mode(call: Callable[[], Tensor]) -> bool:
-        with _Ops() as ops:
+@pytest.fixture(params=["dispatch mode", "function mode", "profiler"])
+def sees(request: pytest.FixtureRequest, dispatched: Any) -> Callable[[Callable[[], Any]], bool]:
+    def dispatch_mode(call: Callable[[], Any]) -> bool:
+        with dispatched() as seen:
             call()
-        return "attnkit.attend.default" in ops.seen
+        return "attnkit.attend.default" in seen
 
-    def function_mode(call: Callable[[], Tensor]) -> bool:
+    def function_mode(call: Callable[[], Any]) -> bool:
         with _Functions() as functions:
             call()
         return functions.seen
 
-    def profiler(call: Callable[[], Tensor]) -> bool:
+    def profiler(call: Callable[[], Any]) -> bool:
         with torch.autograd.profiler.profile() as profile:
             call()
         return any(event.name == "attnkit::attend" for event in profile.function_events)
 
-    yield "dispatch mode", dispatch_mode
-    yield "function mode", function_mode
-    yield "profiler", profiler
+    of_name = {"dispatch mode": dispatch_mode, "function mode": function_mode, "profiler": profiler}
+    return of_name[request.param]
 
 
-@pytest.mark.parametrize("sees", [sees for _, sees in _watchers()], ids=[name for name, _ in _watchers()])
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
-def test_watchers_see_the_op(sees: Callable[[Callable[[], Tensor]], bool], grad: bool) -> None:
+def test_watchers_see_the_op(sees: Callable[[Callable[[], Any]], bool], grad: bool) -> None:
     q, k, v = _qkv(grad=grad)
     assert is_unwatched((q, k, v))
-    assert sees(lambda: ak.attention(q, k, v))  # type: ignore[arg-type, return-value]
+    assert sees(lambda: ak.attention(q, k, v))
     assert sees(lambda: ak.scaled_dot_product_attention(q, k, v))
 
 
@@ -204,7 +192,7 @@ def test_one_entry_for_all_calls_alike() -> None:
     assert len(warm._ready) == 3
 
 
-def test_tensors_are_known_at_a_glance() -> None:
+def test_tensors_are_known_at_a_glance(dispatched: Any) -> None:
     """By the engine, as `ready` knows them: by type, dtype, shape and bucket of keys; never tensors that somebody watches."""
     q, k, v = _qkv()
     found = warm.ready(_TEXT, q, k, v)
@@ -223,7 +211,7 @@ def test_tensors_are_known_at_a_glance() -> None:
     torch.func.vmap(lambda x: seen.append(warm.known(_TEXT, x, k, v)) or x)(q[None])
     with torch.autocast("cpu"):
         seen.append(warm.known(_TEXT, q, k, v))
-    with _Ops():
+    with dispatched():
         seen.append(warm.known(_TEXT, q, k, v))
     assert seen == [found, None, None, None]
 

@@ -18,6 +18,7 @@ _FLOAT32_MAX, _FLOAT32_TINY = float.fromhex("0x1.fffffep+127"), 2.0**-149
 
 MaskFunction = Callable[[Any, Any, Any, Any], Any]
 ScoreFunction = Callable[[Any, Any, Any, Any, Any], Any]
+Mod = Callable[..., Any]  # either
 
 
 class Mask:
@@ -75,7 +76,7 @@ def softmax(sink: Any = None) -> Weighting:
 
 
 def sigmoid(bias: float | None = None) -> Weighting:
-    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse."""
+    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse. AK402 if bias is no number."""
     if bias is not None and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
         raise error("AK402", where="bias", given=type(bias).__name__, allowed="a number or None")
 
@@ -161,7 +162,10 @@ def prefix(n: Any) -> Mask:
 
 
 def softcap(c: float | Param) -> ScoreFunction:
-    """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and what float32 cannot hold leave ``s`` as it is."""
+    """``c * tanh(s / c)``; ``c`` is a number or an `ak.param`. 0 and what float32 cannot hold leave ``s`` as it is.
+
+    Other numbers that are not positive in float32 are AK401, what is no number AK402.
+    """
     if not isinstance(c, (int, float, Param)):
         raise error("AK402", where="softcap", given=type(c).__name__, allowed="a number or an ak.param")
     if not isinstance(c, Param) and (c == 0 or c > _FLOAT32_MAX):
@@ -211,6 +215,35 @@ def selective(head: int = 0, score: ScoreFunction | None = None) -> Selective:
     ``score`` changes the logits first, a softcap or a bias: the selection reads what it makes of them.
     """
     return Selective(head, score)
+
+
+def all_of(*masks: MaskFunction | None) -> MaskFunction | None:
+    """The mask that is True where all of them are; None where there are none."""
+    given = [mask for mask in masks if mask is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+
+    def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        visible = given[0](b, h, q_idx, kv_idx)
+        for each in given[1:]:
+            visible = visible & each(b, h, q_idx, kv_idx)
+        return visible
+
+    return visible
+
+
+def in_turn(*scores: ScoreFunction | None) -> ScoreFunction | None:
+    """The score that applies them one after the other; None where there are none."""
+    given = [score for score in scores if score is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+
+    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        for each in given:
+            s = each(s, b, h, q_idx, kv_idx)
+        return s
+
+    return score
 
 
 def position(q_idx: Any) -> Any:

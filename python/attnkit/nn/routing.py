@@ -214,7 +214,7 @@ class RoutingAttention(nn.Module):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """``o [B, H, S, Dv]`` and the commitment loss.
+        """``o [B, H, S, Dv]`` in q's dtype, and the commitment loss, a float32 scalar. q, k and v are ``[B, H, S, D or Dv]``.
 
         Raises:
             AttnkitError: as `attnkit.routing_attention`.

@@ -4,10 +4,11 @@ from attnkit.ops import batching as batching  # the ops' rules under torch.vmap
 from attnkit.ops.block_choice import top_k_blocks
 from attnkit.ops.block_masks import BlockMask, as_block_mask, block_mask
 from attnkit.ops.block_sparse import block_sparse_attention
+from attnkit.ops.dense import dense_attention, quantized_kv_attention
 from attnkit.ops.drop_in import InstalledReport, install, installed, installed_report, uninstall
 from attnkit.ops.factorizable import factorizable_attention
 from attnkit.ops.flex import flex_attention
-from attnkit.ops.functional import attention, dense_attention, quantized_kv_attention, trace
+from attnkit.ops.functional import attention, trace
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.report import Report, explain

@@ -11,7 +11,7 @@ from attnkit.errors import error
 from attnkit.ir.program import Program
 from attnkit.ops.attend_cache import Codes, check_q
 from attnkit.ops.carried import Results, check_initial, keys_of, program_of, start
-from attnkit.ops.check import check_bindings
+from attnkit.ops.check import check_bindings, check_tensor
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_codes import parse_scheme
@@ -33,29 +33,30 @@ def attend_carried_cache(
     Raises:
         AttnkitError: as `check_q`, `check_initial` and the kernel; AK503, q requires gradients.
     """
-    check_q(q, codes.scheme, codes.storage[0].shape[1])
+    check_tensor("q", q, torch.device("cpu"))  # the dispatcher would say it in other words
     return torch.ops.attnkit.attend_carried_cache(  # type: ignore[no-any-return]
         q, codes.storage, codes.scheme.text, initial, program, buffers, params
     )
 
 
-def _begin(
+def _checked(
     q: Tensor, storage: list[Tensor], codec: str, initial: Tensor | None, text: str, buffers: list[Tensor]
-) -> tuple[Codes, Program, Results]:  # fmt: skip
-    """The cache's tensors, the program, and the results before anything is computed."""
+) -> tuple[Codes, Program, Any]:  # fmt: skip
+    """The cache's tensors, the program, and how many keys there is room for."""
     codes, program = Codes.of(storage, parse_scheme(codec)), program_of(text)
     check_q(q, codes.scheme, storage[0].shape[1])
     keys = keys_of(program, codes.tokens, buffers)
     check_initial(program, q, keys, initial)
-    return codes, program, start(program, q, codes.scheme.v_head_dim, keys, initial)
+    return codes, program, keys
 
 
 def _kernel(
     q: Tensor, storage: list[Tensor], codec: str, initial: Tensor | None, text: str, buffers: list[Tensor],
     params: list[float],
 ) -> Results:  # fmt: skip
+    codes, program, keys = _checked(q, storage, codec, initial, text, buffers)
     try:
-        codes, program, results = _begin(q, storage, codec, initial, text, buffers)
+        results = start(program, q, codes.scheme.v_head_dim, keys, initial)
     except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
         raise error("AK603", where="o, lse, carry", given=str(exc).splitlines()[0]) from exc
     o, lse, carry, gone = results
@@ -76,7 +77,8 @@ def _kernel(
 def _fake(
     q: Tensor, storage: list[Tensor], codec: str, initial: Any, text: str, buffers: Any, _: Any
 ) -> Results:
-    return _begin(q, storage, codec, initial, text, buffers)[2]
+    codes, program, keys = _checked(q, storage, codec, initial, text, buffers)
+    return start(program, q, codes.scheme.v_head_dim, keys, initial)
 
 
 def _autograd(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -112,6 +112,25 @@ def check_flag(name: str, value: Any) -> None:
     """AK402 unless ``value`` is True or False."""
     if not isinstance(value, bool):
         raise error("AK402", where=name, given=type(value).__name__, allowed="True or False")
+
+
+def check_function(name: str, function: Any) -> None:
+    """AK402 if it is neither a function nor None."""
+    if function is not None and not callable(function):
+        allowed = "a function; bias tensors are score=ak.bias(tensor)"
+        raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
+
+
+def check_absent(others: Mapping[str, Any], what: str, code: str = "AK408") -> None:
+    """``code`` unless all of these, by name, are None; ``what`` says why they have to be."""
+    for name, value in others.items():
+        if value is not None:
+            raise error(code, what=what, where=name, given=type(value).__name__, allowed="its default")
+
+
+def check_beside_cache(**others: Any) -> None:
+    """AK408 unless all of these are None, as they are beside a cache."""
+    check_absent(others, "k is a KVCache, which has values and lengths of its own")
 
 
 def needs_derivatives(tensors: Sequence[Tensor]) -> bool:
@@ -321,6 +340,36 @@ def check_pages(page_size: int, table: Tensor, lengths: Tensor, batch: int) -> N
     given, most = _values("lengths", lengths), table.shape[1] * page_size
     if any(not 0 <= n <= most for n in given):
         raise error("AK602", where="lengths", given=str(given[:8]), allowed=f"0..{most}, what the table has")
+
+
+def check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
+    """What can be told of lengths without looking at what they hold."""
+    if (cu_seqlens_q is None) != (cu_seqlens_kv is None):
+        raise error(
+            "AK408",
+            where="cu_seqlens_q, cu_seqlens_kv",
+            what="one is given without the other",
+            allowed="both or neither",
+        )
+    if cu_seqlens_q is not None and kv_lens is not None:
+        raise error(
+            "AK408",
+            where="kv_lens",
+            what="packed and padded lengths exclude each other",
+            allowed="one of them",
+        )
+    for name, lengths in (
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_kv", cu_seqlens_kv),
+        ("kv_lens", kv_lens),
+    ):
+        if lengths is None:
+            continue
+        check_tensor(name, lengths)
+        if lengths.dtype != torch.int32:
+            raise error("AK404", where=name, given=str(lengths.dtype), allowed="torch.int32")
+        if lengths.dim() != 1:
+            raise error("AK403", where=name, given=shape_of(lengths), allowed="one dimension")
 
 
 def _values(name: str, lengths: Tensor) -> list[int]:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from attnkit.errors import error
+from attnkit.ir.mods import Mod
 from attnkit.ops.check import autocast, check_number, check_qkv, shape_of
-from attnkit.ops.functional import Mod, attention
+from attnkit.ops.functional import attention
 
 
 def flex_attention(
@@ -31,7 +32,7 @@ def flex_attention(
     ``q_idx`` and ``kv_idx`` count from the first query and the first key: there is no alignment but the function's own.
 
     Args:
-        query: ``[B, Hq, L, E]``, float32 on the CPU.
+        query: ``[B, Hq, L, E]``, of the dtypes and devices of `attnkit.attention`; key and value alike.
         key: ``[B, Hkv, S, E]``; B may be 1 beside a block mask for the query's batch, as in torch.
         value: ``[B, Hkv, S, Ev]``.
         score_mod: ``(score, b, h, q_idx, kv_idx) -> score``; None changes nothing.

@@ -1,9 +1,8 @@
-"""The public functions: attention as programs, checked, traced and run."""
+"""``ak.attention``: the program of the functions it is given, checked, traced and run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,14 +10,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ir.mods import (
-    Selective,
-    Weighting,
-    alibi as alibi_score,
-    causal as causal_mask,
-    softcap as softcap_score,
-    window as window_mask,
-)
+from attnkit.ir.mods import Mod, Selective, Weighting, all_of, in_turn
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops.attend_cache import Codes, attend_cache, check_q
@@ -26,7 +18,10 @@ from attnkit.ops.block_choice import Operands, chosen_by
 from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     autocast,
+    check_beside_cache,
     check_bindings,
+    check_function,
+    check_lengths,
     check_probability,
     check_qkv,
     check_scale,
@@ -41,11 +36,11 @@ from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
 from attnkit.ops.routed import Groups, Routing, within
 from attnkit.ops.seeds import draw
+from attnkit.ops.selective import attend_selectively
 from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, known, ready
 from attnkit.variants.vision import GridPattern
 
-Mod = Callable[..., Any]
 Output = Tensor | tuple[Tensor, Tensor]
 
 
@@ -128,8 +123,7 @@ def attention(
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
         check_beside_cache(
-            {"v": v, "block_mask": block_mask, "kv_lens": kv_lens, "cu_seqlens_q": cu_seqlens_q,
-             "cu_seqlens_kv": cu_seqlens_kv}
+            v=v, block_mask=block_mask, kv_lens=kv_lens, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv
         )  # fmt: skip
         if backend == "reference" and k.segment.codes is not None:
             return _on_decoded(q, k, score, mask, normalizer, scale, dropout_p, return_lse)
@@ -148,16 +142,16 @@ def attention(
         approximation = getattr(select, "approximation", None)
         apart = {"packed": cu_seqlens_q, "in pages": page_table, "codes": codes}
         chosen = chosen_by(select, Operands(q, keys, scale, kv_lens, backend), apart)
-        mask = chosen if mask is None else all_of([chosen, mask])
+        mask = all_of(chosen, mask)
     normalizer = normalizer or Weighting()
     if return_lse and not normalizer.has_lse:
         raise error("AK221", where="return_lse", given=normalizer.kind, allowed="softmax and signed_softmax")
-    if normalizer.score is not None:
-        score = _in_turn([each for each in (score, normalizer.score) if each is not None])
     sink = _check_sink(normalizer.sink, q)
     text, buffers, params = bind(
-        Traceable(score, mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens, page_table,
-                  dropout_p, None if codes is None else codes.scheme.codecs, approximation),
+        Traceable(
+            in_turn(score, normalizer.score), mask, scale, normalizer.kind, sink, cu_seqlens_q, cu_seqlens_kv, kv_lens,
+            page_table, dropout_p, None if codes is None else codes.scheme.codecs, approximation,
+        ),
         q,
     )  # fmt: skip
     _check_captured(buffers, q)
@@ -182,8 +176,6 @@ def _of_its_own(
 ) -> Output:  # fmt: skip
     """What has kernels of its own: selection by a head, and attention within groups. ``apart``: what does not go with them."""
     if isinstance(score, Selective):
-        from attnkit.ops.selective import attend_selectively  # which is built on this module
-
         apart = {"select": select, **apart}
         o, lse = attend_selectively(score, q, k, v, mask, scale, cu_seqlens_q, cu_seqlens_kv, apart)
     else:
@@ -235,125 +227,6 @@ def plain_text(scale: float | None = None) -> str:
     return bind(Traceable(None, None, scale)).text
 
 
-def dense_attention(
-    q: Tensor,
-    k: Tensor | KVCache,
-    v: Tensor | None = None,
-    *,
-    causal: bool = False,
-    window: tuple[int | None, int | None] | None = None,
-    mask: Mod | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    score: Mod | None = None,
-    sink: Tensor | None = None,
-    scale: float | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_kv: Tensor | None = None,
-    kv_lens: Tensor | None = None,
-    dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> Output:
-    """Dense softmax attention with the usual modifiers, applied in this order: softcap, ALiBi, ``score``, masks.
-
-    Args:
-        q: as in `attention`, like k, v, score, mask, scale, the lengths, dropout_p and return_lse.
-        k: see q.
-        v: see q.
-        causal: bottom-right aligned: query i sees keys up to ``i + Skv - Sq``.
-        window: ``(left, right)``, inclusive distances from the query's position; None or -1 is unbounded.
-        mask: one more mask, joined with the others by "and".
-        softcap: c > 0 replaces the logit s by ``c * tanh(s / c)``.
-        alibi_slopes: float32 ``[Hq]`` or ``[B, Hq]``; subtracts ``slope * distance``.
-        score: applied after softcap and ALiBi.
-        sink: float32 ``[Hq]``, one more logit per head in the denominator, without a value.
-        scale: see q.
-        cu_seqlens_q: see q.
-        cu_seqlens_kv: see q.
-        kv_lens: see q.
-        dropout_p: see q.
-        return_lse: see q.
-
-    Returns:
-        As `attention`.
-
-    Raises:
-        AttnkitError: as `attention`; AK406 for a window that is not a pair.
-    """
-    masks: list[Mod] = []
-    if causal:
-        masks.append(causal_mask())
-    if window is not None:
-        masks.append(window_mask(*_pair(window)))
-    check_function("mask", mask)
-    check_function("score", score)
-    if mask is not None:
-        masks.append(mask)
-    scores: list[Mod] = []
-    if softcap is not None:
-        scores.append(softcap_score(softcap))
-    if alibi_slopes is not None:
-        scores.append(alibi_score(alibi_slopes))
-        check_tensor("alibi_slopes", alibi_slopes)
-        check_tensor("q", q)
-        if q.dim() == 4 and alibi_slopes.shape[-1] not in (1, q.shape[1]):
-            raise error(
-                "AK403", where="alibi_slopes", given=shape_of(alibi_slopes), allowed="[Hq] or [B, Hq]"
-            )
-    if score is not None:
-        scores.append(score)
-    return attention(
-        q,
-        k,
-        v,
-        score=_in_turn(scores),
-        mask=all_of(masks),
-        normalizer=None if sink is None else Weighting(sink=sink),
-        scale=scale,
-        dropout_p=dropout_p,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_kv=cu_seqlens_kv,
-        kv_lens=kv_lens,
-        return_lse=return_lse,
-    )
-
-
-def quantized_kv_attention(
-    q: Tensor,
-    cache: KVCache,
-    *,
-    causal: bool = True,
-    window: tuple[int | None, int | None] | None = None,
-    mask: Mod | None = None,
-    score: Mod | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> Output:
-    """Attention of the last tokens of each row of a cache, which have been appended, over what the row holds.
-
-    Args:
-        q: ``[B, Hq, Sq, D]``, as in `attention`.
-        cache: of any codec.
-        causal: as in `dense_attention`, like window, mask and score.
-        window: see causal.
-        mask: see causal.
-        score: see causal.
-        scale: as in `attention`, like return_lse.
-        return_lse: see scale.
-
-    Returns:
-        As `attention`.
-
-    Raises:
-        AttnkitError: as `attention`; AK402, cache is not an `ak.KVCache`.
-    """
-    if not isinstance(cache, KVCache):
-        raise error("AK402", where="cache", given=type(cache).__name__, allowed="an ak.KVCache")
-    return dense_attention(
-        q, cache, causal=causal, window=window, mask=mask, score=score, scale=scale, return_lse=return_lse
-    )
-
-
 def trace(function: Mod) -> Program:
     """The program of one score (five arguments) or mask (four arguments) function, to look at or to keep.
 
@@ -361,46 +234,6 @@ def trace(function: Mod) -> Program:
         AttnkitError: AK3xx, the function cannot be traced; AK402, it takes another number of arguments.
     """
     return parse(bind_function(function).text)
-
-
-def _pair(window: Any) -> tuple[int | None, int | None]:
-    if not (isinstance(window, (tuple, list)) and len(window) == 2):
-        raise error("AK406", where="window", given=repr(window))
-    return window[0], window[1]
-
-
-def _in_turn(scores: list[Mod]) -> Mod | None:
-    if len(scores) < 2:
-        return scores[0] if scores else None
-
-    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        for each in scores:
-            s = each(s, b, h, q_idx, kv_idx)
-        return s
-
-    return score
-
-
-def all_of(masks: list[Mod]) -> Mod | None:
-    """The mask that is True where all of them are."""
-    if len(masks) < 2:
-        return masks[0] if masks else None
-
-    def mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        visible = masks[0](b, h, q_idx, kv_idx)
-        for each in masks[1:]:
-            visible = visible & each(b, h, q_idx, kv_idx)
-        return visible
-
-    return mask
-
-
-def check_beside_cache(others: dict[str, Any]) -> None:
-    """Nothing of these stands beside a cache (AK408)."""
-    for name, value in others.items():
-        if value is not None:
-            what = "k is a KVCache, which has values and lengths of its own"
-            raise error("AK408", what=what, where=name, given=type(value).__name__, allowed="None")
 
 
 def _autocast(
@@ -434,23 +267,14 @@ def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, com
 
     ``common``: all sequences have the lengths of q and k.
     """
-    masks: list[Mod] = [] if mask is None else [mask]
-    if block_mask is not None:
-        masks.append(as_block_mask(block_mask))
-    for each in masks:
+    blocks = None if block_mask is None else as_block_mask(block_mask)
+    for each in (mask, blocks):
         if isinstance(each, BlockMask):
             if not common:
                 raise error("AK408", where="block_mask", what="sequences of their own lengths have no common block mask",
                             hint="pass a mask function")  # fmt: skip
             each.check(q, k)
-    return all_of(masks)
-
-
-def check_function(name: str, function: Any) -> None:
-    """AK402 if it is neither a function nor None."""
-    if function is not None and not callable(function):
-        allowed = "a function; bias tensors are score=ak.bias(tensor)"
-        raise error("AK402", where=name, given=type(function).__name__, allowed=allowed)
+    return all_of(mask, blocks)
 
 
 def _check_captured(buffers: list[Tensor], q: Tensor) -> None:
@@ -469,36 +293,6 @@ def _check_sink(sink: Any, q: Tensor) -> Any:
         if sink.dtype != torch.float32 or sink.dim() != 1:
             raise error("AK403", where="sink", given=f"{sink.dtype} {shape_of(sink)}", allowed="float32 [Hq]")
     return sink
-
-
-def check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
-    """What can be told of lengths without looking at what they hold."""
-    if (cu_seqlens_q is None) != (cu_seqlens_kv is None):
-        raise error(
-            "AK408",
-            where="cu_seqlens_q, cu_seqlens_kv",
-            what="one is given without the other",
-            allowed="both or neither",
-        )
-    if cu_seqlens_q is not None and kv_lens is not None:
-        raise error(
-            "AK408",
-            where="kv_lens",
-            what="packed and padded lengths exclude each other",
-            allowed="one of them",
-        )
-    for name, lengths in (
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("cu_seqlens_kv", cu_seqlens_kv),
-        ("kv_lens", kv_lens),
-    ):
-        if lengths is None:
-            continue
-        check_tensor(name, lengths)
-        if lengths.dtype != torch.int32:
-            raise error("AK404", where=name, given=str(lengths.dtype), allowed="torch.int32")
-        if lengths.dim() != 1:
-            raise error("AK403", where=name, given=shape_of(lengths), allowed="one dimension")
 
 
 def _on_decoded(

@@ -73,6 +73,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     No attention kernel runs: attention calls return zeros, everything else in the function is executed.
 
+    Returns:
+        The calls in their order, ``report.calls``; printed, a text for people.
+
     Raises:
         AttnkitError: whatever the calls themselves would raise.
     """

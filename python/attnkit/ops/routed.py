@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
-from attnkit.ir.mods import causal as causal_mask
+from attnkit.ir.mods import Mod, all_of, causal as causal_mask
 from attnkit.ops.attend_groups import attend_groups
 from attnkit.ops.check import (
     autocast,
+    check_absent,
     check_count,
     check_flag,
     check_qkv,
@@ -35,7 +35,6 @@ _lib.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
-Mod = Callable[..., Any]
 BLOCK = 128  # of positions, with membership="prefix"
 _MEMBERSHIPS = ("whole", "prefix")
 
@@ -231,11 +230,7 @@ def within(
         AttnkitError: as `routing_attention`; AK221, lse is asked for where a result is a mean over groups; AK504, one of the
             others is not None.
     """
-    for name, value in others.items():
-        if value is not None:
-            raise error(
-                "AK504", where=name, what="not built yet beside groups of tokens", allowed="its default"
-            )
+    check_absent(others, "not built yet beside groups of tokens", "AK504")
     q, k, v = autocast(q, k, v)
     check_qkv(q, k, v)
     if q.device.type not in ("cpu", "meta"):
@@ -244,7 +239,7 @@ def within(
         queries, keys = torch.ops.attnkit.route(q, k, *_arguments(select, q, k))
         shared = select.membership == "whole"
         if not shared:
-            mask = _both(causal_mask(), mask)
+            mask = all_of(causal_mask(), mask)
     else:
         is_mask, shared = False, False
         if isinstance(select, GridPattern):
@@ -256,7 +251,7 @@ def within(
         else:
             queries, keys, shared = select.queries, select.keys, select.shared
         if is_mask:
-            mask = _both(select, mask)
+            mask = all_of(select, mask)
     if need_lse and shared:
         raise error(
             "AK221", where="return_lse", given="queries in several groups", allowed="one group for each"
@@ -265,12 +260,6 @@ def within(
     numbers = [p.current() for p in params]
     o, lse, _ = attend_groups(q, k, v, queries, keys, shared, text, buffers, numbers, need_lse)
     return o, lse
-
-
-def _both(one: Mod, other: Mod | None) -> Mod:
-    if other is None:
-        return one
-    return lambda b, h, q_idx, kv_idx: one(b, h, q_idx, kv_idx) & other(b, h, q_idx, kv_idx)
 
 
 def _arguments(select: Routing, q: Tensor, k: Tensor) -> tuple[Any, ...]:

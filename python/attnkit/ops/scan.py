@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ops.check import check_flag, check_scale, check_tensor, shape_of
-from attnkit.ops.functional import dense_attention
+from attnkit.ops.dense import dense_attention
 from attnkit.ops.linear import linear_attention
 
 State = tuple[Tensor, Tensor]

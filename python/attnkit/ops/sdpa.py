@@ -224,7 +224,10 @@ def scaled_dot_product_attention(
     bfloat16 or float16 on the CPU; ``attn_mask`` broadcasts to ``[..., Hq, L, S]``: bool (True = visible), float32 or
     the query's dtype (added to the logits).
     Causal is top-left aligned, as torch's is. A row that sees nothing gives 0. ``dropout_p`` drops weights as torch does,
-    by other random numbers: one is drawn from torch's default generator for each call.
+    by other random numbers: one is drawn from torch's default generator for each call. ``scale`` and ``enable_gqa`` are torch's.
+
+    Returns:
+        ``[..., Hq, L, Ev]`` in the query's dtype.
 
     Raises:
         AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are

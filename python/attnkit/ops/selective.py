@@ -13,21 +13,24 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.expr import const, make, var
-from attnkit.ir.mods import Selective, causal
+from attnkit.ir.mods import Selective, all_of, causal
 from attnkit.ir.program import Layout, Program, Return
 from attnkit.ir.text import parse
 from attnkit.ops.carried import attend_carried
 from attnkit.ops.carried_cache import attend_carried_cache
 from attnkit.ops.check import (
     autocast,
+    check_absent,
+    check_beside_cache,
     check_count,
     check_flag,
+    check_function,
+    check_lengths,
     check_number,
     check_qkv,
     check_scale,
     check_tensor,
 )
-from attnkit.ops.functional import all_of, check_beside_cache, check_function, check_lengths
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.traced import Traceable, bind
@@ -102,10 +105,7 @@ def attend_selectively(
     Raises:
         AttnkitError: as `selective_attention`; AK408, one of ``apart`` is there.
     """
-    for name, given in apart.items():
-        if given is not None:
-            what = f"ak.selective does not go with {name}"
-            raise error("AK408", where=name, what=what, given=type(given).__name__, allowed="None")
+    check_absent(apart, "ak.selective does not go with this")
     check_count("head", score.head, 0)
     check_function("score", score.score)
     check_function("mask", mask)
@@ -122,7 +122,7 @@ def _attend(
     keys: Any
     values: Any
     if isinstance(k, KVCache):
-        check_beside_cache({"v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_kv": cu_seqlens_kv})
+        check_beside_cache(v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
         q = _beside(q, k)
         keys, values, kv_lens, page_table, codes = k.segment
     else:
@@ -200,8 +200,7 @@ def _bound(
     q: Tensor, mask: Any, scale: Any, score: Any = None, **layout: Any
 ) -> tuple[str, list[Tensor], list[float]]:
     """The program of causal attention, and what it reads."""
-    visible = all_of([causal()] if mask is None else [causal(), mask])
-    text, buffers, params = bind(Traceable(score, visible, check_scale(scale), **layout), q)
+    text, buffers, params = bind(Traceable(score, all_of(causal(), mask), check_scale(scale), **layout), q)
     return text, buffers, [p.current() for p in params]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ops.check import check_number, check_qkv
-from attnkit.ops.functional import dense_attention
+from attnkit.ops.dense import dense_attention
 from attnkit.ops.sparge_family import sparge_attention
 from attnkit.tune.key import dumps
 from attnkit.tune.store import write_whole
@@ -32,7 +32,8 @@ DENSE_FROM = 0.9  # a head that keeps more keeps all: predicting would cost more
 class SpargeThresholds:
     """What `tune_sparge` found; each tuple has a number for every query head, and pv_threshold is of all.
 
-    ``error`` is the largest of any sample, ``density`` their mean. ``sparge_attention(q, k, v, **found.arguments)`` uses it.
+    ``sparge_attention(q, k, v, **found.arguments)`` uses it. ``bound`` is the relative error that was allowed, ``error`` the largest
+    of any sample, ``density`` the mean share of tiles that is left. The others are arguments of `sparge_attention`.
     """
 
     bound: float

@@ -43,7 +43,8 @@ T = TypeVar("T")
 def param(name: str, value: float | None = None) -> Param:
     """A run-time scalar for score and mask functions; a new value compiles nothing.
 
-    ``cap = ak.param("cap", 30.0)``, used like a number inside the function; ``cap.value = 50.0`` between calls.
+    ``cap = ak.param("cap", 30.0)``, used like a number inside the function; ``cap.value = 50.0`` between calls. ``name`` is
+    for messages. A call without a value is AK401.
     """
     return TorchParam(name, value)
 
