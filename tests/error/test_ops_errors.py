@@ -32,6 +32,12 @@ program (q: bhsd, k: bhsd, v: bhsd) params(p0: f32) {
   return o, lse
 }
 """
+NO_ATTENTION = """attnkit 1
+program (q: bhsd, k: bhsd) {
+  chosen = select(q, k, scale = 1.0, top_k = 2)
+  return chosen
+}
+"""
 
 
 def rand(*shape: int) -> Tensor:
@@ -114,6 +120,11 @@ def program(body: str, buffers: str = "", **layouts: str) -> str:
 # name -> (code, the argument that the message names, the call)
 Call = Callable[[], Any]
 CALLS: dict[str, tuple[str, str, Call]] = {
+    # programs
+    "no attention": ("AK502", "program", lambda: op(text=NO_ATTENTION)),
+    "no attention, with gradients": ("AK502", "program", lambda: op(q=Q.clone().requires_grad_(), text=NO_ATTENTION)),
+    "no attention, backwards": ("AK502", "program", lambda: backward(program=NO_ATTENTION)),
+    "no attention, on fake tensors": ("AK502", "program", lambda: op(q=Q.to("meta"), k=K.to("meta"), v=V.to("meta"), text=NO_ATTENTION)),
     # values
     "scale nan": ("AK401", "scale", lambda: attention(scale=math.nan)),
     "scale inf": ("AK401", "scale", lambda: attention(scale=math.inf)),

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import attnkit as ak
+from attnkit.nn import Centroids
+from attnkit.ops.block_means import BlockMeans
 
 HEADS = 4
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
@@ -641,3 +643,53 @@ def test_gradients_on_the_reference_pass_gradcheck(qkv: Any) -> None:
         return ak.attention(q, k, v, mask=ak.causal(), score=ak.softcap(2.0), backend="reference")
 
     assert torch.autograd.gradcheck(attention, (q, k, v))
+
+
+# --- torch's default dtype ----------------------------------------------------------------------------------
+
+
+def of_fp8(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    cache = ak.KVCache(2, HEADS, 8, max_len=16, codec="fp8", k_scale=0.3)
+    cache.append(k, v)
+    return ak.attention(q, cache)
+
+
+def of_a_compiled_param(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    factor = ak.param("factor", 0.3)
+    torch.compiler.reset()
+    function = torch.compile(lambda *qkv: ak.attention(*qkv, score=lambda s, *_: s * factor), backend="eager")
+    return function(q, k, v)
+
+
+def of_means(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    means = BlockMeans(2, HEADS, 8, block=4, max_len=16)
+    means.append(k)
+    return means.means()
+
+
+def of_density(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return ak.sparge_attention(q, k, v, return_density=True)[1]
+
+
+def of_centroids(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    torch.manual_seed(0)
+    routes = Centroids(HEADS, 2, 8).train()
+    routes(q, k)
+    routes.update()
+    return routes.centroids
+
+
+@pytest.mark.parametrize("function", [of_fp8, of_a_compiled_param, of_means, of_density, of_centroids])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_is_float32_is_so_beside_any_default(dtype: torch.dtype, function: Any, qkv: Any) -> None:
+    """As models are built: torch's default is then theirs."""
+    tensors = qkv(2, HEADS, 13, 8)
+    expected = function(*tensors)
+    assert expected.dtype == torch.float32
+    torch.set_default_dtype(dtype)
+    try:
+        found = function(*tensors)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -1,6 +1,8 @@
 """Caches that keep codes: which codes, what attention makes of them, and that no step or layout changes a bit."""
 
+import copy
 import itertools
+import pickle  # noqa: TID251 -- what others may do to a cache, to send it to a process
 from collections.abc import Callable
 from typing import Any
 
@@ -426,6 +428,21 @@ def test_keys_less_their_mean(randn: Randn) -> None:
     torch.testing.assert_close(other, o, rtol=1e-5, atol=1e-5)
     moved = D**-0.5 * (q * mean.repeat_interleave(HQ // HKV, 1)).sum(-1)
     torch.testing.assert_close(less + moved, lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("codec", [*WITH_NEWEST, "bf16"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])  # noqa: S301
+def test_a_copy_grows_alone(codec: Any, copied: Callable[[ak.KVCache], ak.KVCache], randn: Randn) -> None:
+    """pickle gives every view memory of its own, also where two are of one tensor."""
+    cache, more, q = filled(codec, randn), tokens(randn, 17), randn(B, HQ, 2, D).bfloat16()
+    before = ak.attention(q, cache)
+    copies = copied(cache), copied(cache)
+    copies[0].append(*more)
+    assert torch.equal(ak.attention(q, cache), before)
+    assert torch.equal(ak.attention(q, copies[1]), before)
+    cache.append(*more)
+    same(copies[0], cache)
+    assert torch.equal(ak.attention(q, copies[0]), ak.attention(q, cache))
 
 
 # --- under torch.compile, and as ops -------------------------------------------------------------------------

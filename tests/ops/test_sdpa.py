@@ -274,6 +274,17 @@ def test_gradients_are_torchs(randn: Any) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_elements_of_an_expanded_mask_have_their_own_gradients(randn: Any) -> None:
+    """They share memory, and no gradient: where the mask itself is differentiated, none may lie at another's place."""
+    tensors = three(randn)
+    mask = randn(9, 9).expand(*tensors[0].shape[:2], 9, 9).requires_grad_()
+    found, expected = (
+        torch.autograd.grad(f(*tensors, mask).square().sum(), mask)[0]
+        for f in (ak.scaled_dot_product_attention, sdpa)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_own_function_with_gradients(randn: Any) -> None:
     tensors = [t.requires_grad_() for t in three(randn)]
     bias = randn(9, 9).requires_grad_()

@@ -16,6 +16,7 @@ from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
+from attnkit.errors import error
 from attnkit.ir.expr import Expr, var
 from attnkit.ir.optable import DType
 
@@ -371,8 +372,11 @@ class Program:
 
     @cached_property
     def attend(self) -> Attend:
-        """The first attention of the program."""
-        return next(op for op in self.ops if isinstance(op, Attend))
+        """The first attention of the program. AK502 if there is none."""
+        found = next((op for op in self.ops if isinstance(op, Attend)), None)
+        if found is None:
+            raise error("AK502", where="program", given="no attention", allowed="a program that attends")
+        return found
 
     @cached_property
     def encoded(self) -> dict[int, Encode]:

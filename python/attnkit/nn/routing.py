@@ -67,11 +67,11 @@ class Centroids(nn.Module):
             commitment,
             process_group,
         )
-        start = _normal(torch.randn(num_heads, num_clusters, head_dim), qk_norm)
+        start = _normal(torch.randn(num_heads, num_clusters, head_dim, dtype=torch.float32), qk_norm)
         self.register_buffer("centroids", start)
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self.register_buffer("_sums", torch.zeros_like(start), persistent=False)
-        self.register_buffer("_counts", torch.zeros(start.shape[:2]), persistent=False)
+        self.register_buffer("_counts", torch.zeros(start.shape[:2], dtype=torch.float32), persistent=False)
 
     def forward(self, *tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The commitment loss of ``tokens``, each ``[B, H, S, D]``: q and k, or what they share.
@@ -88,7 +88,7 @@ class Centroids(nn.Module):
                 raise error("AK403", where="tokens", given=shape_of(t), allowed=f"[B, {heads}, S, {dim}]")
         with torch.autocast(self.centroids.device.type, enabled=False):
             x = torch.cat([t.float().transpose(0, 1).flatten(1, 2) for t in tokens], 1)  # [H, tokens, D]
-            alive = torch.ones(x.shape[1], device=x.device)
+            alive = x.new_ones(x.shape[1])
             if mask is not None:
                 alive = torch.cat([mask.reshape(-1).float()] * len(tokens))
                 x = torch.where(alive[:, None] > 0, x, 0)  # what padding holds may be NaN

@@ -31,7 +31,7 @@ class BlockMeans:
         for name, size in sizes.items():
             check_count(name, size, 1, 2**31 - 1)
         self.block, self.max_len = block, max_len
-        self.sums = torch.zeros(batch, heads, -(-max_len // block), dim)
+        self.sums = torch.zeros(batch, heads, -(-max_len // block), dim, dtype=torch.float32)
         self.lengths = torch.zeros(batch, dtype=torch.int32)
 
     @torch.no_grad()

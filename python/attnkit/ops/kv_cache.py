@@ -170,6 +170,14 @@ class KVCache:
         self._external = external
         self.codec = scheme.k if scheme.k == scheme.v else f"{scheme.k}/{scheme.v}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views of the storage, which pickle would give memory of their own."""
+        return {name: held for name, held in vars(self).items() if name != "_codes"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._codes = None if self._scheme.is_plain else Codes.of(self._storage, self._scheme)
+
     # --- what it is ---------------------------------------------------------------------------------------
 
     @property

@@ -143,7 +143,7 @@ def allocate(
         shape = _shape(codec, keys, dim, tokens)
         storage.append(_empty(outer, heads, shape, _element(codec), table is not None))
         if codec == "fp8":
-            storage.append(torch.ones(heads) if scale is None else scale)
+            storage.append(torch.ones(heads, dtype=torch.float32) if scale is None else scale)
         elif codec not in PLAIN:
             of_scales = _scale_shape(codec, keys, dim, tokens, scheme.group)
             storage.append(_empty(outer, heads, of_scales, torch.bfloat16, table is not None))

@@ -50,7 +50,7 @@ def check_scales(
                 raise error("AK403", where=name, given=shape_of(scale), allowed=f"[] or [{heads}]")
             held = scale.detach().expand(heads).clone()
         else:
-            held = torch.full((heads,), check_number(name, scale))
+            held = torch.full((heads,), check_number(name, scale), dtype=torch.float32)
         if not all(0 < x < math.inf for x in held.tolist()):
             raise error("AK401", where=name, given=str(held.tolist()[:8]), allowed="finite positive numbers")
         found.append(held)

@@ -144,9 +144,10 @@ def _broadcast(
     ):
         return "mask that does not broadcast"
     # A dimension of size 1 or stride 0 is the same everywhere: index it with 0, and a padding mask costs a row.
-    names = _INDEX[4 - mask.dim() :]
+    # A gradient is not: each element has its own.
+    names, repeats = _INDEX[4 - mask.dim() :], not mask.requires_grad
     dims = zip(names, mask.shape, mask.stride(), strict=True)
-    return mask, tuple(["0" if n == 1 or stride == 0 else name for name, n, stride in dims])
+    return mask, tuple(["0" if n == 1 or (repeats and stride == 0) else name for name, n, stride in dims])
 
 
 def _four_dimensional(t: Tensor) -> Tensor:

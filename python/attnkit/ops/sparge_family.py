@@ -273,7 +273,7 @@ def density_of(chosen: Tensor | None, q_shape: Sequence[int], kv_len: int, past:
     number = live.sum().clamp(min=1)
     if chosen is None:
         return (live.sum() / number).float().expand(q_shape[0], q_shape[1]).clone()
-    return (chosen & live).sum(dim=(2, 3)) / number
+    return (chosen & live).sum(dim=(2, 3)).float() / number
 
 
 # --- programs ---------------------------------------------------------------------------------------------
