@@ -129,3 +129,5 @@ def test_what_cannot_be_met_is_said(rng: np.random.Generator) -> None:
     for wrong in ((([sample(rng)]), 0.0), ([], 0.1)):
         with pytest.raises(AttnkitError, match="AK401"):
             ak.tune_sparge(*wrong)
+    with pytest.raises(AttnkitError, match=r"(?s)AK402.*samples"):
+        ak.tune_sparge([sample(rng)[:2]], 0.1)  # type: ignore[list-item]

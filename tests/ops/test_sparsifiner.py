@@ -97,6 +97,8 @@ def test_it_composes(rng: np.random.Generator) -> None:
         ("AK401", lambda q, k, v, low, up: sparsifiner(low, up, top_k=0)),
         ("AK401", lambda q, k, v, low, up: sparsifiner(low, up, threshold=float("nan"))),
         ("AK402", lambda q, k, v, low, up: sparsifiner(low, None, top_k=1)),  # type: ignore[arg-type]
+        ("AK404", lambda q, k, v, low, up: sparsifiner(low, up.half(), top_k=1)),
+        ("AK404", lambda q, k, v, low, up: sparsifiner(low.int(), up.int(), top_k=1)),
         ("AK402", lambda q, k, v, low, up: sparsifiner(low, up, top_k=1, causal=1)),  # type: ignore[arg-type]
         ("AK403", lambda q, k, v, low, up: ak.attention(q, k, v, select=sparsifiner(low[:, :2], up, top_k=1))),
         ("AK403", lambda q, k, v, low, up: ak.attention(q, k, v, select=sparsifiner(low, up[..., :2], top_k=1))),

@@ -115,8 +115,8 @@ def tune_sparge(
         The thresholds; `SpargeThresholds.save` keeps them.
 
     Raises:
-        AttnkitError: AK401, int8 by itself exceeds the bound in some head, the bound is not above 0 or pv_bound below it; as
-            `sparge_attention`.
+        AttnkitError: AK401, int8 by itself exceeds the bound in some head, the bound is not above 0 or pv_bound below it; AK402, a
+            sample is no (q, k, v); as `sparge_attention`.
         OSError: ``path`` cannot be written.
     """
     if not check_number("bound", bound) > 0:
@@ -125,8 +125,10 @@ def tune_sparge(
         raise error("AK401", where="pv_bound", given=str(pv_bound), allowed=f"at least the bound, {bound:g}")
     if not samples:
         raise error("AK401", where="samples", given="none", allowed="at least one (q, k, v)")
-    for q, k, v in samples:
-        check_qkv(q, k, v)
+    for sample in samples:
+        if not isinstance(sample, (tuple, list)) or len(sample) != 3:
+            raise error("AK402", where="samples", given=type(sample).__name__, allowed="tuples (q, k, v)")
+        check_qkv(*sample)
     settings = {"causal": causal, "int8": int8, "smooth_k": smooth_k, "scale": scale}
     search = _Search(samples, bound, settings)
     notes = _Notes(None if path is None else Path(path), search.identity)

@@ -69,10 +69,13 @@ def sparsifiner(
         causal: only keys up to the query's own place, bottom-right aligned.
 
     Raises:
-        AttnkitError: AK401 or AK402, a number or a tensor is none of what is allowed; AK408, both rules or none.
+        AttnkitError: AK401, AK402 or AK404, a number, a tensor or its dtype is none of what is allowed; AK408, both rules or none.
     """
     for name, t in (("low", low), ("up", up)):
         check_tensor(name, t)
+        if t.dtype != low.dtype or not t.is_floating_point():
+            allowed = "float32, bfloat16 or float16, the same for low and up"
+            raise error("AK404", where=name, given=str(t.dtype), allowed=allowed)
     if (top_k is None) == (threshold is None):
         given = "neither" if top_k is None else "both"
         raise error("AK408", where="top_k, threshold", given=given, allowed="one of them")
