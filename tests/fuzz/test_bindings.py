@@ -133,8 +133,11 @@ def read_gbytes_per_s(rng: Rng) -> str:
     return "measured"
 
 
+NO_ARGUMENTS = ("opcodes", "isa_levels", "current_isa", "last_isa", "cores")
+
+
 def no_arguments(rng: Rng) -> str:
-    function = getattr(_engine, of(rng, ["opcodes", "isa_levels", "current_isa", "last_isa"]))
+    function = getattr(_engine, of(rng, NO_ARGUMENTS))
     return type(function(*(integer(rng) for _ in range(rng.integers(0, 2))))).__name__
 
 
@@ -147,7 +150,7 @@ FUZZERS: dict[str, Callable[[Rng], str]] = {
     "set_isa": set_isa, "set_poison": set_poison, "most_tokens": most_tokens, "read_gbytes_per_s": read_gbytes_per_s,
     "fma_gflops": partial(gflops, _engine.fma_gflops), "bf16_gflops": partial(gflops, _engine.bf16_gflops),
     **{name: partial(wrong_calls.recorded, name) for name in recorded_calls.NAMES},
-    **dict.fromkeys(("opcodes", "isa_levels", "current_isa", "last_isa"), no_arguments),
+    **dict.fromkeys(NO_ARGUMENTS, no_arguments),
 }  # fmt: skip
 
 

@@ -125,7 +125,8 @@ def tune_sparge(
         raise error("AK401", where="pv_bound", given=str(pv_bound), allowed=f"at least the bound, {bound:g}")
     if not samples:
         raise error("AK401", where="samples", given="none", allowed="at least one (q, k, v)")
-    for sample in samples:
+    unknown: Sequence[Any] = samples
+    for sample in unknown:
         if not isinstance(sample, (tuple, list)) or len(sample) != 3:
             raise error("AK402", where="samples", given=type(sample).__name__, allowed="tuples (q, k, v)")
         check_qkv(*sample)

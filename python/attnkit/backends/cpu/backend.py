@@ -69,14 +69,17 @@ class CpuBackend:
         if _recurs(spec.program) or _only_selects(spec.program):
             return {}  # how many tokens are computed together is the call's to say
         mask = spec.program.attend.mask
-        tile_kv, backward_tile_kv = (64, 96) if mask is not None else (64, 128)
-        backward_tile_q = (
-            96 if engine().current_isa().startswith("avx512") else 48
-        )  # two tiles of float32 in the first cache
-        if spec.dtype == "bfloat16":
-            tile_kv, backward_tile_kv, backward_tile_q = (96 if mask is not None else 128), 192, 96
         q_block, kv_block = block_of(mask, "q_idx"), block_of(mask, "kv_idx")
-        tile_kv, backward_tile_kv = (tile_for(kv_block, n, n) for n in (tile_kv, backward_tile_kv))
+        if spec.dtype == "bfloat16":
+            tile_kv = tile_for(kv_block, 128 if mask is None else 96, 128)
+            backward_tile_q, backward_tile_kv = 96, 192
+        else:
+            tile_kv = tile_for(kv_block, 64, 64)
+            # Without AVX-512 the first cache is 32 KB: of float32, two tiles should not be much more.
+            backward_tile_q = 96 if engine().current_isa().startswith("avx512") else 48
+            backward_tile_kv = 128 if mask is None else 96
+        backward_tile_q = tile_for(q_block, backward_tile_q, 96)
+        backward_tile_kv = tile_for(kv_block, backward_tile_kv, backward_tile_kv)
 
         def field(kind: FieldKind, default: int, values: set[int], direction: Direction = "forward") -> Field:
             return Field(kind, default, tuple(sorted(values | {default})), direction)
@@ -89,9 +92,7 @@ class CpuBackend:
             "tile_q": field("schedule", tile_for(q_block, 96, 128), {16, 32, 48, 64, 96, 128}),
             "tile_kv": tiles_kv,
             "split_kv": splits,
-            "backward_tile_q": field(
-                "numeric", tile_for(q_block, backward_tile_q, backward_tile_q), {32, 48, 64, 96}, "backward"
-            ),
+            "backward_tile_q": field("numeric", backward_tile_q, {32, 48, 64, 96}, "backward"),
             "backward_tile_kv": field("numeric", backward_tile_kv, {32, 48, 64, 96, 128, 192}, "backward"),
         }
 
