@@ -11,6 +11,8 @@ from pathlib import Path
 import pybind11
 import pytest
 
+from attnkit import _engine
+
 ROOT = Path(__file__).parents[2]
 SANITIZE = "ATTNKIT_SANITIZE=address,undefined,float-cast-overflow"
 BIN = Path(sys.executable).parent
@@ -20,13 +22,13 @@ BIN = Path(sys.executable).parent
 ASAN_OPTIONS = "detect_leaks=0:handle_segv=0:detect_stack_use_after_return=1:allocator_may_return_null=1"
 
 
-def build(target: str, kind: str, option: str) -> Path:
+def build(target: str, kind: str, *options: str) -> Path:
     """Bring a target of another build up to date; returns its folder."""
     folder = ROOT / "build" / kind
     folder.mkdir(parents=True, exist_ok=True)
     cmake = str(BIN / "cmake")
     configure = [
-        cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-D{option}",
+        cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{option}" for option in options),
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DCMAKE_MAKE_PROGRAM={BIN / 'ninja'}",
     ]  # fmt: skip
@@ -36,6 +38,11 @@ def build(target: str, kind: str, option: str) -> Path:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
+
+
+def build_sanitized(target: str) -> Path:
+    """For the instruction sets of this machine: others would take as long to compile, and never run."""
+    return build(target, "sanitize", SANITIZE, f"ATTNKIT_LEVELS={';'.join(_engine.isa_levels())}")
 
 
 def with_engine(folder: Path) -> dict[str, str]:
@@ -71,13 +78,13 @@ def emulated() -> Callable[..., dict[str, str]]:
 @pytest.fixture(scope="session")
 def engine_fuzz() -> Path:
     """The native fuzzer, csrc/fuzz/engine_fuzz.cc."""
-    return build("engine_fuzz", "sanitize", SANITIZE) / "engine_fuzz"
+    return build_sanitized("engine_fuzz") / "engine_fuzz"
 
 
 @pytest.fixture(scope="session")
 def sanitized() -> Callable[..., dict[str, str]]:
     """``sanitized(**asan_options)``: the environment in which Python runs on the sanitized engine."""
-    folder = build("_engine", "sanitize", SANITIZE)
+    folder = build_sanitized("_engine")
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}.so"], capture_output=True, text=True, check=True)
         for name in ("libasan", "libstdc++")  # the latter too: its exceptions must be seen from the start
