@@ -7,6 +7,7 @@ What makes that affordable is knowing which bits may be set. That is an int of i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from attnkit.errors import error
@@ -19,22 +20,20 @@ NOT_NEGATIVE = 2**31 - 1
 _WIDTH = 31  # bits of an int that is not negative
 
 
-def possible(op: str, operands: tuple[int, ...], literals: tuple[int | None, ...]) -> int:
-    """The bits that ``op`` of ints may set, from those of its operands; ``literals`` are the values known already."""
-    some = 0
-    for operand in operands:
-        some |= operand
-    longest = some.bit_length()
-    divisor = literals[-1]
+def possible(op: str, operands: Sequence[int], divisor: int | None) -> int:
+    """The bits that ``op`` of ints may set, from those of its operands; ``divisor`` is the last one, if that is known."""
     if op == "where":
         return operands[1] | operands[2]
-    if op == "mod" and divisor is not None and divisor > 0:
-        return (1 << (divisor - 1).bit_length()) - 1
+    if divisor is not None and divisor > 0:
+        if op == "mod":
+            return (1 << (divisor - 1).bit_length()) - 1
+        if op == "floordiv":
+            exact = divisor & (divisor - 1) == 0
+            return operands[0] >> (divisor.bit_length() - 1) if exact else _ones(operands[0])
+    some = operands[0] | operands[-1]
+    longest = some.bit_length()
     if op == "max" and (operands[0] >= 0 or operands[1] >= 0):
         return some if some >= 0 else NOT_NEGATIVE
-    if op == "floordiv" and divisor is not None and divisor > 0:
-        exact = divisor & (divisor - 1) == 0
-        return operands[0] >> (divisor.bit_length() - 1) if exact else _ones(operands[0])
     if some < 0:
         return NOT_NEGATIVE if op == "abs" else ANY
     if op == "add":

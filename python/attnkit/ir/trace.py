@@ -148,8 +148,11 @@ class Context:
         info = OPS[op]
         if len(operands) != info.arity:
             raise error("AK302", where=self.location(), given=f"{op} of {len(operands)} operands")
-        names, kinds = [], []
-        for operand in operands:
+        names: list[str] = []
+        kinds: list[DType] = []
+        for (
+            operand
+        ) in operands:  # no comprehensions here, nor calls that can be spared: dynamo takes all steps itself
             name, kind = self.operand(operand)
             names.append(name)
             kinds.append(kind)
@@ -157,19 +160,25 @@ class Context:
         if typed is None:
             given = f"{op} of {', '.join(kinds)}"
             raise error("AK201", where=self.location(), given=given, hint="compare first: x != 0")
-        neutral = _NEUTRAL.get(op)
-        if neutral in names:
-            return self.proxy(names[1] if names[0] == neutral else names[0], "bool")
+        if op in _NEUTRAL and _NEUTRAL[op] in names:
+            return self.proxy(names[1] if names[0] == _NEUTRAL[op] else names[0], "bool")
         if info.precedence == 0:
             text = f"{info.symbol}({', '.join(names)})"
         else:
             text = info.symbol + names[0] if info.arity == 1 else f" {info.symbol} ".join(names)
-        line = self._line(text, typed[1])
+        result = f"t{len(self.lines)}"
+        self.lines.append(f"{result} = {text}")
         if typed[1] == "int":
-            known = [1 if kind == "bool" else self.bits(x) for x, kind in zip(operands, kinds, strict=True)]
-            literals = [x if isinstance(x, int) else None for x in operands]
-            self._bits[line.text] = bits.possible(op, tuple(known), tuple(literals))
-        return line
+            known: list[int] = []
+            literal = None  # the last operand, where it is one
+            for operand, name, kind in zip(operands, names, kinds, strict=True):
+                literal = operand if isinstance(operand, int) else None
+                if literal is not None:
+                    known.append(literal)
+                else:
+                    known.append(1 if kind == "bool" else self._bits.get(name, bits.ANY))
+            self._bits[result] = bits.possible(op, known, literal)
+        return self.proxy(result, typed[1])
 
     def operand(self, value: Any) -> tuple[str, DType]:
         """How to write ``value`` in a line, and what kind of number it is."""

@@ -252,7 +252,10 @@ class TorchContext(Context):
 
     def operand(self, value: Any) -> tuple[str, DType]:
         """As in `Context`; under dynamo, what may vary without compiling anew is read from tensors."""
-        if torch.compiler.is_dynamo_compiling() and not isinstance(value, TorchProxy):
+        if isinstance(value, TorchProxy):
+            if value.context is self:
+                return value.text, value.kind
+        elif torch.compiler.is_dynamo_compiling():
             value = value.tensor if isinstance(value, TorchParam) else self.settled(value)
         if isinstance(value, TorchRow):
             given, hint = (
