@@ -124,7 +124,7 @@ def test_ten_million_values_and_no_violation() -> None:
     assert samples >= 10**7
 
 
-@settings(max_examples=60)
+@settings(max_examples=settings().max_examples // 5)
 @pytest.mark.parametrize("op", OPS)
 @given(st.data(), boxes())
 def test_each_rule_holds_every_value(op: str, data: st.DataObject, box: Any) -> None:
