@@ -286,10 +286,11 @@ def test_laws_of_the_program(rng: np.random.Generator) -> None:
         testing.agree(got, want)
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (5, 3)], ids=str)
-def test_gradients(rng: np.random.Generator, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("batch", "shape"), [(2, (3, 4)), (1, (5, 3))], ids=str)
+def test_gradients(rng: np.random.Generator, batch: int, shape: tuple[int, int]) -> None:
     """Of q, k, v and every float buffer: slopes, biases, sinks; with a cotangent on lse."""
-    q, k, v = (rng.standard_normal((2, h, n, 2)) for h, n in ((4, shape[0]), (2, shape[1]), (2, shape[1])))
+    heads = ((4, shape[0]), (2, shape[1]), (2, shape[1]))
+    q, k, v = (rng.standard_normal((batch, h, n, 2)) for h, n in heads)
     for name, parameters in members(rng, *shape).items():
         text, buffers = dense.program(**parameters)
         floats = [key for key in ("alibi_slopes", "bias", "sink") if key in parameters]
@@ -298,7 +299,7 @@ def test_gradients(rng: np.random.Generator, shape: tuple[int, int]) -> None:
             return dense.naive(q, k, v, seed=SEED, **(fixed | dict(zip(names, rest, strict=True))))
 
         extra = [parameters[key].astype(np.float64) for key in floats]
-        cotangents = [rng.standard_normal((2, 4, shape[0], 2)), rng.standard_normal((2, 4, shape[0]))]
+        cotangents = [rng.standard_normal((batch, 4, shape[0], 2)), rng.standard_normal((batch, 4, shape[0]))]
         want = testing.differences(naive, [q, k, v, *extra], cotangents)
         got = gradients(parse(text), [q, k, v], cotangents, buffers, seed=SEED)
         for what, a, b in zip("qkv", got.inputs, want, strict=False):

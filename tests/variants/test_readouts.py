@@ -106,9 +106,17 @@ def test_gradients(rng: np.random.Generator, name: str) -> None:
     text, buffers = readouts.program(**readouts.CASES[name])
     shapes = [x.shape for x in readouts.naive(*inputs, **readouts.CASES[name])]
     everything = [rng.standard_normal(shape) for shape in shapes]
+    known: dict[bytes, Any] = {}
+
+    def naive(*x: Any) -> Any:  # each cotangent wants the same ones
+        key = b"".join(t.tobytes() for t in x)
+        if key not in known:
+            known[key] = readouts.naive(*x, **readouts.CASES[name])
+        return known[key]
+
     for only in (None, *range(len(shapes))):
         cotangents = [x if only in (None, i) else np.zeros_like(x) for i, x in enumerate(everything)]
-        want = testing.differences(lambda *x: readouts.naive(*x, **readouts.CASES[name]), inputs, cotangents)
+        want = testing.differences(naive, inputs, cotangents)
         got = gradients(parse(text), inputs, cotangents, buffers)
         for what, a, b in zip("qkv", got.inputs, want, strict=True):
             testing.agree(a, b, 1e-6, f"{what} of {'all' if only is None else readouts.OUTPUTS[only]}")
