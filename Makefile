@@ -5,6 +5,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints-dev.txt
 CSRC := $(shell find csrc -type f)
 .DEFAULT_GOAL := help
+# Where containers set it, each of a hundred processes that the tests start would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help dev demo test check sanitize emulate fuzz lint compile-check gpu docs peers wheel clean
 
 help: ## Say what each target does
