@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+# Spinning threads of several test processes would wait for each other's time slices. Read once, when OpenMP and numpy's
+# BLAS load, whose threads spin on for a while after every product: half the time of a comparison with the oracle.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import hypothesis
 import numpy as np
 import pytest
 
-# Spinning threads of several test processes would wait for each other's time slices. Read once, when OpenMP loads.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What somebody has tuned on this machine decides no test.
 os.environ.setdefault("ATTNKIT_TUNE", "off")
 
