@@ -20,8 +20,7 @@ _DEVICES = (
     "/dev/nvidiactl",
     "/dev/dxg",
 )  # asked of the file system: a driver that was started would not survive a fork
-_INT8 = Codec("int8", "token", 0)
-_CODECS = ((None, None, None), (None, _INT8, _INT8))  # of q, k, v
+_CODECS = (Codec("int8", "token", 0), Codec("fp8", "head", 0))
 _LAYOUTS = ("bhsd", "packed", "padded", "paged")
 _FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
     "tile_q": ("schedule", (16, 32, 64, 128)), "tile_kv": ("numeric", (16, 32, 64, 128)), "warps": ("schedule", (1, 2, 4, 8)),
@@ -49,8 +48,11 @@ class TritonBackend:
         inputs = spec.program.inputs
         if any(layout.kind not in _LAYOUTS for layout in inputs):
             reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}",)
-        if tuple(layout.codec for layout in inputs) not in _CODECS:
-            reasons += ("an input is quantised otherwise than k and v both, as int8(token, 0)",)
+        q, *kv = (layout.codec for layout in inputs)
+        if q is not None or not (kv == [None, None] or all(codec in _CODECS for codec in kv)):
+            reasons += (
+                "an input is quantised otherwise than k and v both, as int8(token, 0) or fp8(head, 0)",
+            )
         return reasons
 
     def space(self, spec: KernelSpec) -> Space:
