@@ -70,11 +70,11 @@ def space(spec: KernelSpec, arch: int) -> Space:
     fields: Space = {}
     attend = spec.program.attend
     dropout, lists = attend.dropout is not None, stretch(attend.mask, "kv_idx") is None
-    codes = width > 128 and spec.program.inputs[attend.k].codec is not None
+    codecs = {codec.name for layout in spec.program.inputs if width > 128 and (codec := layout.codec)}
     for kind, table in SCHEDULES.items():
         rows = schedule(table, arch, size, width)
         direction: Direction = "forward" if kind in ("", "decode_") else "backward"
-        found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=codes)
+        found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=min(codecs, default=""))
         for name, default in found._asdict().items():
             fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1], direction)
     fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))
