@@ -20,7 +20,7 @@ from attnkit.errors import error
 _ALIGNED = 16  # bytes, and elements of strides: what vector loads and asynchronous copies need
 _TYPES = {
     "float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int64": "i64", "bool": "i1",
-    "uint8": "u8", "int8": "i8",
+    "uint8": "u8", "int8": "i8", "int16": "i16",
 }  # fmt: skip
 _compiling = threading.Lock()  # Triton's settings are the process's
 
