@@ -56,8 +56,8 @@ class KVCache:
         residual: the newest tokens that int4 and int2 keep in bfloat16, and how many can be taken back.
         page_size: None, or the tokens of a page, a power of two of at least 16 and of whole groups: each row then is a list of
             pages.
-        device: ``"cpu"``, or an NVIDIA GPU (compiled, not run on one yet): k and v both plain there, or both int8 or fp8. No host
-            waits for a GPU: what a row has no room for is not written, and its length stays at ``max_len``.
+        device: ``"cpu"``, or an NVIDIA GPU (compiled, not run on one yet): k and v both plain there, or both int8 or fp8. What
+            a graph that is replayed has no room for is not written, and lengths stay at ``max_len``.
         k_scale: of fp8, a number or float32 ``[Hkv]``: what is kept is ``k / k_scale``. None is 1.
         v_scale: likewise.
 
@@ -169,6 +169,7 @@ class KVCache:
         self._scheme = scheme
         self._codes = None if scheme.is_plain else Codes.of(storage, scheme)
         self._external = external
+        self._most = 0  # tokens of any row, as far as the host has counted along; see `_count_along`
         self.codec = scheme.k if scheme.k == scheme.v else f"{scheme.k}/{scheme.v}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,8 +247,34 @@ class KVCache:
             all(isinstance(t, Tensor) for t in given)
             and not is_unwatched((*given, self.lengths, *self._storage))
         )
+        if (
+            self.lengths.is_cuda
+            and isinstance(k, Tensor)
+            and k.dim() == 4
+            and not torch.compiler.is_compiling()
+        ):
+            self._count_along(k.shape[2], lens)
         do = torch.ops.attnkit.kv_append if watched else append
         do(self._storage, self.lengths, k, v, self._scheme.text, lens)
+
+    def _count_along(self, count: int, lens: Tensor | None) -> None:
+        """Raise AK602 of a row on a GPU: the host counts how long one can be, and looks only where that is too long.
+
+        What it does not see (graphs that are replayed, lengths that others change) the device leaves unwritten.
+        """
+        self._most += count
+        if self._most <= self.max_len or (self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self._most = int((self.lengths + (count if lens is None else lens)).max()) if self.batch else 0
+        if self._most > self.max_len:
+            given, self._most = f"{self._most} tokens", self.max_len
+            raise error(
+                "AK602",
+                what="the cache is full",
+                where="append",
+                given=given,
+                allowed=f"{self.max_len} in all",
+            )
 
     def truncate(self, n: int | Tensor, lossy: bool = False) -> None:
         """Forget what comes after the first n tokens (an int, or int ``[B]``); shorter rows stay as they are.
@@ -276,6 +303,8 @@ class KVCache:
         if n < 0:
             raise error("AK401", where="n", given=str(n), allowed="0 and more")
         self.lengths.clamp_(max=n)
+        if type(n) is int:
+            self._most = min(self._most, n)
 
     def reorder(self, batch_index: Tensor) -> None:
         """Row b becomes what row ``batch_index[b]`` was, as beam search needs it: int ``[B]``, any may repeat.
