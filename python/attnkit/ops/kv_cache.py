@@ -247,12 +247,8 @@ class KVCache:
             all(isinstance(t, Tensor) for t in given)
             and not is_unwatched((*given, self.lengths, *self._storage))
         )
-        if (
-            self.lengths.is_cuda
-            and isinstance(k, Tensor)
-            and k.dim() == 4
-            and not torch.compiler.is_compiling()
-        ):
+        countable = getattr(k, "ndim", 0) == 4 and not torch.compiler.is_compiling()
+        if self.lengths.is_cuda and countable:
             self._count_along(k.shape[2], lens)
         do = torch.ops.attnkit.kv_append if watched else append
         do(self._storage, self.lengths, k, v, self._scheme.text, lens)
