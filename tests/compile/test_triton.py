@@ -192,7 +192,7 @@ def test_cpu_tensors_are_refused_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("codec", ["bf16", "int8", "fp8", ("fp8", "int8")], ids=str)
+@pytest.mark.parametrize("codec", ["bf16", "int8", ("fp8", "int8"), ("int8", "bf16")], ids=str)
 def test_a_cache_down_to_the_launch(launched: list[Any], codec: Any, page_size: int | None) -> None:
     """Appending and a step of decoding, with the storage that a GPU has: what is compiled takes such strides and types."""
     import attnkit as ak

@@ -61,13 +61,12 @@ class Codes(NamedTuple):
 
     @property
     def in_rows(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Codes of keys and of values as a GPU keeps them, and a scale for each row: fp8 has one for all of a head."""
+        """Codes of keys and of values as a GPU keeps them, and a scale for each row: fp8 has one for all of a head, elements 1."""
         k, v, _, _ = parts_of(self.scheme, self.storage)
         scales = []
         for part in (k, v):
-            assert part.scales is not None
-            of_head = part.scales.dim() == 1
-            scales.append(part.scales[:, None].expand(part.codes.shape[:3]) if of_head else part.scales)
+            found = part.codes.new_ones((1,), dtype=torch.float32) if part.scales is None else part.scales
+            scales.append(found[:, None].expand(part.codes.shape[:3]) if found.dim() == 1 else found)
         return k.codes, v.codes, (scales[0], scales[1])
 
     @property
@@ -179,6 +178,14 @@ def _run(
         )
     else:
         k, v, scales = codes.in_rows
+        for name, t in (("k", k), ("v", v)):
+            if t.is_floating_point() and t.dtype != q.dtype:
+                raise error(
+                    "AK404",
+                    where=f"q, {name} of the cache",
+                    given=f"{q.dtype} and {t.dtype}",
+                    allowed="one dtype",
+                )
         kernel(q, k, v, o, lse, buffers, list(params), threads, seed_of(seed), scales)
     counts.run()
     return o, lse

@@ -56,7 +56,7 @@ class KVCache:
         residual: the newest tokens that int4 and int2 keep in bfloat16, and how many can be taken back.
         page_size: None, or the tokens of a page, a power of two of at least 16 and of whole groups: each row then is a list of
             pages.
-        device: ``"cpu"``, or an NVIDIA GPU (compiled, not run on one yet): k and v both plain there, or both int8 or fp8. What
+        device: ``"cpu"``, or an NVIDIA GPU (compiled, not run on one yet): all but int4 and int2 there. What
             a graph that is replayed has no room for is not written, and lengths stay at ``max_len``.
         k_scale: of fp8, a number or float32 ``[Hkv]``: what is kept is ``k / k_scale``. None is 1.
         v_scale: likewise.
@@ -247,8 +247,7 @@ class KVCache:
             all(isinstance(t, Tensor) for t in given)
             and not is_unwatched((*given, self.lengths, *self._storage))
         )
-        countable = getattr(k, "ndim", 0) == 4 and not torch.compiler.is_compiling()
-        if self.lengths.is_cuda and countable:
+        if self.lengths.is_cuda and getattr(k, "ndim", 0) == 4 and not torch.compiler.is_compiling():
             self._count_along(k.shape[2], lens)
         do = torch.ops.attnkit.kv_append if watched else append
         do(self._storage, self.lengths, k, v, self._scheme.text, lens)
@@ -387,8 +386,8 @@ def _device(device: str | torch.device, codecs: set[str]) -> torch.device:
         missing = backends.get("triton").available()
         if missing is not None:
             raise error("AK501", where="device", given=f"{device}: {missing}")
-        if not (codecs <= PLAIN.keys() or codecs <= {"int8", "fp8"}):
-            allowed = "k and v both plain, or both int8 or fp8"
+        if not codecs <= {*PLAIN, "int8", "fp8"}:
+            allowed = ", ".join((*PLAIN, "int8", "fp8"))
             raise error(
                 "AK504",
                 where="codec",

@@ -16,7 +16,7 @@ from attnkit.plan.spec import KernelSpec
 from attnkit.testing import Dims, qkv
 from attnkit.tune import default_config
 
-CODECS: list[Any] = ["int8", "fp8", ("int8", "fp8"), "f32", "f16"]
+CODECS: list[Any] = ["int8", "fp8", ("int8", "fp8"), ("int8", "f32"), ("f32", "int8"), "f32", "f16"]
 ROWS, HEADS, DIMS, LONGEST = 3, 2, (24, 40), 80
 
 
@@ -123,7 +123,7 @@ CAUSAL = "kv_idx <= q_idx + (kv_len - q_len)"
 
 @pytest.mark.parametrize("q_len", [1, 40])
 @pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("codec", CODECS[:3], ids=str)
+@pytest.mark.parametrize("codec", CODECS[:5], ids=str)
 def test_attention_to_codes(codec: Any, page_size: int | None, q_len: int, rng: np.random.Generator) -> None:
     """Prefill and decoding; rows of other lengths, and no numbers behind their ends and in tokens that nobody sees."""
     _, mine = caches(codec, page_size)

@@ -196,8 +196,11 @@ def _problem(program: Program, spec: KernelSpec, like: Any, q_len: int, kv_len: 
         k[1, :, lengths[1] :], v[1, :, lengths[1] :] = np.nan, np.nan
         buffers = [lengths]
     scales, means, held = [], [], []
-    for x, layout in zip((k, v), program.inputs[1:], strict=True):
-        stored, of_x, meant = _stored(x, layout.codec, like)
+    codecs = [layout.codec for layout in program.inputs[1:]]
+    for x, codec in zip((k, v), codecs, strict=True):
+        stored, of_x, meant = _stored(x, codec, like)
+        if codec is None and any(codecs):
+            of_x = [like.new_ones((1, 1, 1), dtype=launch.dtype_of(like, "float")).expand(x.shape[:3])]
         held.append(stored)
         scales += of_x
         means.append(meant)

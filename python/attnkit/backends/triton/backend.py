@@ -49,10 +49,8 @@ class TritonBackend:
         if any(layout.kind not in _LAYOUTS for layout in inputs):
             reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}",)
         q, *kv = (layout.codec for layout in inputs)
-        if q is not None or not (kv == [None, None] or all(codec in _CODECS for codec in kv)):
-            reasons += (
-                "an input is quantised otherwise than k and v both, as int8(token, 0) or fp8(head, 0)",
-            )
+        if q is not None or any(codec not in (None, *_CODECS) for codec in kv):
+            reasons += ("an input is quantised otherwise than k or v, as int8(token, 0) or fp8(head, 0)",)
         return reasons
 
     def space(self, spec: KernelSpec) -> Space:

@@ -222,14 +222,15 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     """The text of the forward kernel ``attend`` and its arguments."""
     attend = pairs.attend
     kv: Layout = pairs.program.inputs[attend.k]
-    fp8 = has_fp8(pairs.program)
+    codecs = codecs_of(pairs.program)
+    fp8 = "fp8" in codecs
     roots = [root for root in (attend.score, attend.mask) if root is not None]
     captured = pairs.captured(roots)
     flags = {
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
         "score": pairs.has_score, "raw": pairs.raw(scale), "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
-        "encoded": kv.codec is not None, "fp8": fp8, "numbers": kv.codec is not None and not fp8, "lengths": kv.kind in ("padded", "paged"),
+        "encoded": any(codecs), "fp8": fp8, "numbers": are_numbers(codecs), "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip
     flags["sink"] &= not shape.split
     flags["ragged"] = flags["packed"]
@@ -270,10 +271,15 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     return whole(TILES + NUMBER * fp8 + render(FORWARD, on, holes)), arguments
 
 
-def has_fp8(program: Program) -> bool:
-    """Whether keys or values are codes that may stand for no number."""
-    codecs = [program.inputs[i].codec for i in (program.attend.k, program.attend.v)]
-    return any(codec is not None and codec.name == "fp8" for codec in codecs)
+def codecs_of(program: Program) -> tuple[str, str]:
+    """The names of the codecs of keys and of values; empty of those that are no codes."""
+    k, v = (program.inputs[i].codec for i in (program.attend.k, program.attend.v))
+    return "" if k is None else k.name, "" if v is None else v.name
+
+
+def are_numbers(codecs: tuple[str, str]) -> bool:
+    """Whether keys and values are numbers whatever is in memory."""
+    return codecs == ("int8", "int8")
 
 
 def _arguments(on: set[str], captured: Arguments) -> Arguments:

@@ -39,10 +39,9 @@ class Gradients:
         (q, k, v, o, lse), (dq, dk, dv) = saved, results
         if o.numel() == 0:
             return
-        layout = self._kernel.kv_layout
-        if layout.table is not None or layout.codec is not None:
-            codec = layout.codec
-            given = "keys in pages" if codec is None else f"keys as {codec.name} codes"
+        codecs = self._kernel.codecs
+        if self._kernel.kv_layout.table is not None or any(codecs):
+            given = f"keys and values as codes ({', '.join(codecs)})" if any(codecs) else "keys in pages"
             raise error(
                 "AK503", where="backend triton", given=given, allowed="keys that lie in order, as numbers"
             )

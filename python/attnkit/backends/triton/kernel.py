@@ -10,7 +10,7 @@ from typing import Any, Literal
 from attnkit.analysis.canonical import canonical
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.blocks import blocks, varies
-from attnkit.backends.triton.forward import Shape, forward, has_fp8
+from attnkit.backends.triton.forward import Shape, are_numbers, codecs_of, forward
 from attnkit.backends.triton.gradients import Gradients
 from attnkit.backends.triton.merge import merge
 from attnkit.backends.triton.pairs import Pairs
@@ -58,6 +58,7 @@ class TritonKernel:
         self.attend = attend = self.program.attend
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self.q_layout, self.kv_layout = self.program.inputs[attend.q], self.program.inputs[attend.k]
+        self.codecs = codecs_of(self.program)
         # Where a number that kernels take comes of what a call brings, its launches are its own.
         param = attend.dropout is not None and attend.dropout.op == "param"
         self._changes = param
@@ -90,13 +91,13 @@ class TritonKernel:
         """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
 
         ``scales`` of codes in ``k`` and ``v`` are a factor for each row of theirs: ``[B, Hkv, Skv]``, ``[pages, Hkv, page_size]``.
-        Codes are int8, or uint8 that are e4m3.
+        Codes are int8, or uint8 that are e4m3; beside codes elements have scales too, of 1.
 
         Raises:
             AttnkitTypeError: AK404, the program's keys are codes and no scales came with them, or the other way round.
         """
-        if (len(scales) == 2) != (self.kv_layout.codec is not None):
-            allowed = "codes and their scales" if self.kv_layout.codec else "tensors of q's dtype"
+        if (len(scales) == 2) != any(self.codecs):
+            allowed = "codes and their scales" if any(self.codecs) else "tensors of q's dtype"
             raise error(
                 "AK404", where="k and v", given=f"{k.dtype} and {len(scales)} scales", allowed=allowed
             )
@@ -136,7 +137,7 @@ class TritonKernel:
         decode = sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]
         self.admit("decode" if decode else "forward", q)
         values = self.values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
-        if self.kv_layout.codec is not None:
+        if any(self.codecs):
             dims = "phs" if self.kv_layout.table is not None else "bhs"
             for name in ("k_scales", "v_scales"):
                 values |= {name: inputs[name]} | {
@@ -176,8 +177,7 @@ class TritonKernel:
     @property
     def care(self) -> tuple[Literal["", "flag", "mend"], ...]:
         """The launches of a forward, by `Shape.care`; int8 codes are numbers, and nothing made of them is made again."""
-        numbers = self.kv_layout.codec is not None and not has_fp8(self.program)
-        return ("flag", "mend") if self.wide and not numbers else ("",)
+        return ("flag", "mend") if self.wide and not are_numbers(self.codecs) else ("",)
 
     def _decode(
         self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]
