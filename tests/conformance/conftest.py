@@ -33,10 +33,7 @@ def compare(dtype: str) -> Compare:
         o, lse = function(*(torch.from_numpy(x).to(stored) for x in arrays), return_lse=True, **call)
         assert o.dtype == stored
         assert lse.dtype == torch.float32
-        for orders in (
-            8,
-            32,
-        ):  # what exceeds the largest error of few naive orders is held against more of them
+        for orders in (1, 8, 32):  # one that few naive orders let through, more of them do
             expected = testing.attention(*arrays, dtype=dtype, orders=orders, **(oracle or {}))
             try:
                 return testing.check(
@@ -55,7 +52,7 @@ def compare_reference() -> Callable[..., None]:
     """The same for the reference backend, which computes in float64: it must agree to float64 rounding."""
 
     def run(q: Any, k: Any, v: Any, *, oracle: dict[str, Any] | None = None, **call: Any) -> None:
-        expected = testing.attention(*(x.astype(np.float64) for x in (q, k, v)), **(oracle or {}))
+        expected = testing.attention(*(x.astype(np.float64) for x in (q, k, v)), orders=1, **(oracle or {}))
         tensors = (torch.from_numpy(x).double() for x in (q, k, v))
         o, lse = ak.attention(*tensors, return_lse=True, backend="reference", **call)
         assert o.dtype == torch.float64

@@ -5,12 +5,15 @@ files so, each in a process of its own.
 """
 
 import importlib.util
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -35,14 +38,50 @@ CONFIG = {"tile_q": 128, "tile_kv": 64, "decode_tile_q": 16, "decode_tile_kv": 6
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What Triton's interpreter says of itself under numpy, and what takes a third of its time."""
+    """What Triton's interpreter says of itself under numpy, and what takes most of its time."""
     for said in ("Conversion of an array with ndim:DeprecationWarning", "All-NaN slice:RuntimeWarning"):
         config.addinivalue_line("filterwarnings", f"ignore:{said}")
     if INTERPRETED:
-        from triton.runtime.interpreter import interpreter_builder as builder
+        _remember()
 
-        # Every sum of int32 a second time, in int64: shapes here are too small for one that overflows.
-        builder.options = replace(builder.options, sanitize_overflow=False)
+
+def _remember() -> None:
+    """Once what Triton's interpreter does at every step: types, shapes and the functions of its language stay the same."""
+    from triton import language
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    # Every sum of int32 a second time, in int64: shapes here are too small for one that overflows.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+
+    # The language, for each call of a function: nothing in these processes needs the other one back.
+    anything = FunctionType(_remember.__code__, {"tl": language, "core": core})
+    interpreter._patch_lang(anything)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
+
+    dtype_of = cache(interpreter._get_np_dtype)
+    pointers = np.dtype(np.uint64)
+    interpreter._get_np_dtype = lambda type: pointers if type.scalar.is_ptr() else dtype_of(type.scalar)
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes(*(type.shape if type.is_block() else ()))
+
+    @cache
+    def shapes(*sizes: int) -> tuple[Any, Any]:
+        return core.tuple([core.constexpr(n) for n in sizes]), core.constexpr(math.prod(sizes))
+
+    def block(self: Any, element: Any, shape: Any) -> None:
+        key = (id(element), *(getattr(n, "value", n) for n in shape))
+        if key not in blocks:
+            make_block(self, element, shape)
+            blocks[key] = self.__dict__.copy()  # holds the element: its id stays its own
+        self.__dict__.update(blocks[key])
+
+    blocks: dict[Any, dict[str, Any]] = {}
+    make_block = core.block_type.__init__
+    core.tensor.__init__, core.block_type.__init__ = tensor, block
 
 
 def _gallery() -> Any:
