@@ -135,8 +135,7 @@ def attend_cache(
     Raises:
         AttnkitError: AK502, another backend than that of its device is asked for; as `check_q` and the kernel.
     """
-    own = BACKENDS.get(codes.storage[0].device.type, "cpu")
-    if backend not in ("auto", own):
+    if backend != "auto" and backend != (own := BACKENDS[codes.storage[0].device.type]):
         raise error(
             "AK502", where=f"backend {backend!r}", given="a cache of codes", allowed=f"{own}, reference"
         )
