@@ -247,7 +247,7 @@ def resources_table() -> str:
         kind: max(row["resources"]["stack"] for row in result["rows"] if row["case"]["kernel"] in kinds)
         for kind, kinds in (
             ("forward and decode", ("forward", "decode", "forward mend")),
-            ("backward", ("dq", "dkv", "pairs", "delta", "dq mend", "dkv mend")),
+            ("backward", ("dq", "dkv", "pairs", "scatter", "delta", "dq mend", "dkv mend")),
         )
     }
     said = {

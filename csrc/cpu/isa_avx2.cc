@@ -38,6 +38,11 @@ ATTNKIT_INLINE vf look_up(const float (&table)[32], vi i) {
   return (vf)_mm256_blendv_ps((__m256)look_up_16(table, i), (__m256)look_up_16(table + 16, i), (__m256)(i << 27));
 }
 ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+ATTNKIT_INLINE vi dot_halves(vi sum, vi a, vi b) {
+  sum += (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  asm("" : "+x"(sum));  // at once: the compiler would keep all products first, and add them in another order
+  return sum;
+}
 
 #include "level-inl.h"
 }  // namespace

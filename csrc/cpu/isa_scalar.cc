@@ -51,6 +51,9 @@ ATTNKIT_INLINE vf look_up(const float (&table)[kSize], vi i) {
   return lanes_of([&](int lane) { return table[i[lane] & (kSize - 1)]; });
 }
 ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+ATTNKIT_INLINE vi dot_halves(vi sum, vi a, vi b) {
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
 
 #include "level-inl.h"
 }  // namespace

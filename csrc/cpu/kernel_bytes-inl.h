@@ -47,12 +47,21 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
     if (p.codes != nullptr)
       return pairs ? run<EncodedForward<PairForward, ByteProduct>> : run<EncodedForward<FloatForward, ByteProduct>>;
     if (pairs) return few ? run<PairDecode> : run<PairForward>;
-    const bool codes = p.stores != nullptr && p.dtype == DType::bf16 && few && CodeDecode::takes(p);
-    return codes ? run<CodeDecode> : run<FloatForward>;
+    if (p.stores != nullptr && p.dtype == DType::bf16 && few && ByteCodes::takes(p)) return run<ByteCodes>;
+    return HalfCodes::takes(p, t) ? run<HalfCodes> : run<FloatForward>;
   }();
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }
 
 int32_t gather_by_dtype(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
   return (c.problem->dtype == DType::bf16 ? gather<PairForward> : gather<FloatForward>)(c, t, pieces, workspace);
+}
+
+// What heads select, as `run_by_dtype` has it.
+int32_t select_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
+                        float* workspace) {
+  const Problem& p = *c.problem;
+  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
+  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr && !few;
+  return (pairs ? select_keys<PairForward> : select_keys<FloatForward>)(c, t, ranges, num_ranges, sums, workspace);
 }

@@ -13,6 +13,7 @@
 //   gather(base, offset)           base[offset] of each lane
 //   load_halves(low, high)         half a vector from each of two places
 //   multiply_low(a, b)             the products of the low halves of 64-bit lanes
+//   dot_halves(sum, a, b)          sum + the products of both signed 16-bit halves of each lane
 
 inline constexpr int kBytes = 4 * kLanes;
 typedef float vf __attribute__((vector_size(kBytes), may_alias));

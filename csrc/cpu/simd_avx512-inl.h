@@ -32,3 +32,10 @@ ATTNKIT_INLINE vf look_up(const float (&table)[32], vi i) {
   return (vf)_mm512_permutex2var_ps((__m512)load(table), (__m512i)i, (__m512)load(table + 16));
 }
 ATTNKIT_INLINE vl multiply_low(vl a, vl b) { return (vl)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+ATTNKIT_INLINE vi dot_halves(vi sum, vi a, vi b) {
+  sum += (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#ifndef ATTNKIT_EMULATE
+  asm("" : "+v"(sum));  // at once: the compiler would keep all products first, and add them in another order
+#endif
+  return sum;
+}

@@ -163,6 +163,9 @@ ATTNKIT_EMULATED int32_t sum_of_ints(__m512i x) {
 ATTNKIT_EMULATED __m512i pack_unsigned(__m512i a, __m512i b) {
   return by_halves<__m256i>([](__m256i x, __m256i y) { return _mm256_packus_epi16(x, y); }, a, b);
 }
+ATTNKIT_EMULATED __m512i dot_shorts(__m512i a, __m512i b) {
+  return by_halves<__m256i>([](__m256i x, __m256i y) { return _mm256_madd_epi16(x, y); }, a, b);
+}
 ATTNKIT_EMULATED __m512i load_whole(const void* p) {
   __m512i x;
   __builtin_memcpy(&x, p, 64);
@@ -215,5 +218,6 @@ ATTNKIT_EMULATED void store_whole(void* p, __m512i x) { __builtin_memcpy(p, &x, 
 #define _mm512_cvtepu16_epi32 widen_shorts
 #define _mm512_reduce_add_epi32 sum_of_ints
 #define _mm512_packus_epi16 pack_unsigned
+#define _mm512_madd_epi16 dot_shorts
 #define _mm512_load_si512 load_whole
 #define _mm512_storeu_si512 store_whole

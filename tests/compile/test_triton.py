@@ -126,6 +126,27 @@ def test_a_call_down_to_the_launch(launched: list[Any]) -> None:
     assert launched[before][2] is launched[0][2]  # found again, not compiled again
 
 
+def test_a_table_of_distances_down_to_the_launch(launched: list[Any]) -> None:
+    from attnkit import backends
+    from attnkit.ir.text import parse
+    from attnkit.plan.spec import KernelSpec
+    from attnkit.tune import default_config
+
+    q = torch.randn(1, 2, 256, 64).bfloat16()
+    table, d_table = torch.rand(2, 7), torch.zeros(2, 7)
+    score = lambda s, b, h, i, j: s + table[h, torch.clamp(i - j, -3, 3) + 3]  # noqa: E731
+    text, buffers, _ = bind(Traceable(score, None), q)
+    spec = KernelSpec(parse(text), "bfloat16", 64, 64, "cuda")
+    backend = backends.get("triton")
+    kernel: Any = backend.build(spec, default_config(backend.space(spec)))
+    grads, lse = [torch.empty_like(q) for _ in range(3)], torch.empty(1, 2, 256)
+    kernel.backward(q, q, q, q, lse, list(buffers), [], q, None, *grads, [d_table])
+    assert [name for name, _, _, _ in launched][3:] == ["attend_scatter", "attend_dkv", "attend_dkv"]
+    ptx = launched[3][2].asm["ptx"]
+    assert "atom.global.gpu.relaxed.add.u64" in ptx or "red.relaxed.gpu.global.add.u64" in ptx
+    assert "add.f32" not in "".join(line for line in ptx.splitlines() if "atom." in line or "red." in line)
+
+
 def test_offsets_beyond_32_bits_take_64() -> None:
     """A tensor of the size of no memory: only its shape is looked at."""
     near = torch.empty(1, 4, 64, 64, device="meta")
@@ -168,3 +189,38 @@ def test_cpu_tensors_are_refused_with_a_reason() -> None:
     report = ak.explain(lambda: ak.attention(q, q, q))
     assert report.calls[0].backend == "cpu"
     assert "triton" in report.calls[0].rejected
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("codec", ["bf16", "int8", ("fp8", "int8"), ("int8", "bf16")], ids=str)
+def test_a_cache_down_to_the_launch(launched: list[Any], codec: Any, page_size: int | None) -> None:
+    """Appending and a step of decoding, with the storage that a GPU has: what is compiled takes such strides and types."""
+    import attnkit as ak
+    from attnkit import backends
+    from attnkit.ir.text import parse
+    from attnkit.ops.kv_append import append_on_device
+    from attnkit.ops.kv_codes import allocate, parts_of
+    from attnkit.plan.spec import KernelSpec
+    from attnkit.tune import default_config
+
+    cache = ak.KVCache(2, 2, 64, max_len=2048, codec=codec, page_size=page_size)
+    outer, inner = (2, 2048) if page_size is None else (256, 16)
+    table = cache._storage[-1] if page_size is not None else None
+    scheme, cpu = cache._scheme, torch.device("cpu")
+    cache._keep(allocate(scheme, 2, 2, outer, inner, table, (None, None), cpu, True), cache.lengths, scheme)
+    new = torch.randn(2, 2, 3, 64).bfloat16()
+    for _ in range(2):
+        append_on_device(scheme, parts_of(scheme, cache._storage), cache.lengths, new, new, None)
+    q = torch.randn(2, 8, 1, 64).bfloat16()
+    k, v, lengths, pages, codes = cache.segment
+    codecs = None if codes is None else scheme.codecs
+    text, buffers, _ = bind(Traceable(None, ak.causal(), kv_lens=lengths, page_table=pages, codecs=codecs), q)
+    spec = KernelSpec(parse(text), "bfloat16", 64, 64, "cuda")
+    backend = backends.get("triton")
+    assert backend.supports(spec) == ()
+    kernel: Any = backend.build(spec, default_config(backend.space(spec)))
+    k, v, scales = (k, v, ()) if codes is None else codes.in_rows
+    for _ in range(2):
+        kernel(q, k, v, torch.empty_like(q), None, list(buffers), [], 1, None, scales)
+    assert [name for name, _, _, _ in launched] == ["append", "append", "attend", "merge", "attend", "merge"]
+    assert launched[2][2] is launched[4][2]

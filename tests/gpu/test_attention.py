@@ -113,6 +113,60 @@ def test_backward(name: str, shape: str, dtype: str, rng: np.random.Generator) -
         assert (mine - other).abs().max() <= tolerance * max(1.0, float(other.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_table_of_distances(dtype: str, rng: np.random.Generator) -> None:
+    """Close to float64, and the same bits every time: programs add to it as they come."""
+    dims = SHAPES["square"]
+    arrays = qkv("gaussian", rng, dims, dtype)
+    learned = rng.standard_normal((dims.q_heads, 41)).astype(np.float32)
+    d_o = torch.from_numpy(rng.standard_normal((*arrays[0].shape[:3], dims.v_head_dim)))
+
+    def gradient(device: str, kind: torch.dtype, backend: str) -> Any:
+        q, k, v = (torch.from_numpy(x).to(kind).to(device) for x in arrays)
+        table = torch.from_numpy(learned).to(device).requires_grad_()
+        score = lambda s, b, h, i, j: s + table[h, torch.clamp(i - j, -20, 20) + 20]  # noqa: E731
+        o = ak.attention(q, k, v, score=score, mask=ak.causal(), backend=backend)
+        return torch.autograd.grad(o, table, d_o.to(kind).to(device))[0].cpu()
+
+    got = [gradient("cuda", getattr(torch, dtype), "auto") for _ in range(3)]
+    assert all(torch.equal(got[0], other) for other in got[1:])
+    want = gradient("cpu", torch.float64, "reference")
+    tolerance = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
+    assert (got[0] - want).abs().max() <= tolerance * max(1.0, float(want.abs().max()))
+
+
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize("codec", ["bf16", "f16", "f32", "int8", "fp8"])
+def test_caches(codec: str, page_size: int | None, rng: np.random.Generator) -> None:
+    """What is appended are the codes of the CPU; attention to them is that to what they mean."""
+    dims = SHAPES["decode"]
+    dtype = {"f16": "float16", "f32": "float32"}.get(codec, "bfloat16")
+    q, k, v = (torch.from_numpy(rounded(x, dtype)) for x in qkv("gaussian", rng, dims, dtype))
+    made = [
+        ak.KVCache(2, 2, 128, max_len=4096, codec=codec, page_size=page_size, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    lens = torch.tensor([2990, 2000], dtype=torch.int32)
+    for cache in made:
+        device = cache.lengths.device
+        for part in (slice(0, 2990), slice(2990, 2991)):
+            new = [x[:, :, part].to(getattr(torch, dtype)).to(device) for x in (k, v)]
+            cache.append(*new, lens=lens.to(device) if part.start == 0 else None)
+    means = [x.float().cpu() for x in made[1].dequantize()]
+    for mine, other in zip(means, made[0].dequantize(), strict=True):
+        assert torch.equal(mine, other.float())
+    for q_len in (1, 40):
+        queries = q.expand(2, 8, q_len, 128)
+        o, lse = ak.attention(
+            queries.to(getattr(torch, dtype)).cuda(), made[1], mask=ak.causal(), return_lse=True
+        )
+        expected = testing.attention(
+            queries.numpy(), *(x.numpy() for x in means), dtype=dtype, kv_lens=(lens + 1).numpy(),
+            mask=lambda p: p.kv_idx <= p.position,
+        )  # fmt: skip
+        testing.check(o.float().cpu().numpy(), lse.cpu().numpy(), expected, kernel="triton")
+
+
 CLASSES = [(name, 128) for name in check.PROGRAMS if name not in ("window", "bias")]  # as causal, as alibi
 CLASSES += [("causal", 64), ("causal", 256)]
 

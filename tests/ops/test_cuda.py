@@ -82,18 +82,48 @@ def test_without_a_gpu_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "triton: not available: there is no NVIDIA GPU here" in raised.value.given
 
 
-def test_gradients_of_other_indices_are_refused() -> None:
-    from attnkit.backends.triton.gradients import check_index
-    from attnkit.ir.expr import load, make, var
+@pytest.mark.parametrize("codec", ["bf16", "int8", "fp8", ("int8", "fp8"), ("fp8", "bf16")])
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_cache(a_gpu: None, codec: Any, page_size: int | None) -> None:
+    with FakeTensorMode():
+        q, k, v = tensors()
+        cache = ak.KVCache(2, 2, 32, max_len=96, codec=codec, page_size=page_size, device="cuda")
+        assert all(t.device.type == "cuda" for t in (*cache._storage, cache.lengths))
+        cache.append(k, v)
+        one = torch.empty(2, 2, 1, 32, device="cuda")
+        cache.append(one, one, lens=torch.empty(2, dtype=torch.int32, device="cuda"))
+        o, lse = ak.attention(q, cache, mask=ak.causal(), return_lse=True)
+        with torch.autocast("cpu", torch.float16):  # which is another device's
+            assert ak.attention(q, cache).dtype == torch.bfloat16
+    assert (o.shape, o.dtype, o.device.type) == ((2, 4, 64, 32), torch.bfloat16, "cuda")
+    assert (lse.shape, lse.device.type) == ((2, 4, 64), "cuda")
 
-    table = load(0, var("h"), make("sub", var("kv_idx"), var("q_idx")))
-    for index, packed in (
-        (table, False),
-        (load(0, var("h"), var("h")), False),
-        (load(0, var("q_idx")), True),
-    ):
-        with pytest.raises(AttnkitError) as raised:
-            check_index(index, packed)
-        assert raised.value.code == "AK503"
-    check_index(load(0, var("h"), var("kv_idx")), packed=False)
-    check_index(load(0, var("h")), packed=True)
+
+def test_a_cache_over_pages_of_others(a_gpu: None) -> None:
+    with FakeTensorMode():
+        q = tensors()[0]
+        pages = torch.empty(9, 16, 2, 32, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        table, lengths = (torch.empty(*n, device="cuda", dtype=torch.int32) for n in ((2, 4), (2,)))
+        cache = ak.KVCache.from_pages(pages, pages, table, lengths)
+        assert ak.attention(q, cache).device.type == "cuda"
+
+
+def test_caches_that_are_refused(a_gpu: None) -> None:
+    def code(make: Any) -> str:
+        with FakeTensorMode(), pytest.raises(AttnkitError) as raised:
+            make()
+        return raised.value.code
+
+    assert code(lambda: ak.KVCache(2, 2, 32, max_len=96, codec="int4", device="cuda")) == "AK504"
+    assert code(lambda: ak.KVCache(2, 2, 32, max_len=96, codec=("int8", "int2"), device="cuda")) == "AK504"
+    assert code(lambda: ak.KVCache(2, 2, 32, max_len=96, device="meta")) == "AK504"
+    made = ak.KVCache(2, 2, 32, max_len=96, codec="int8")
+    assert code(lambda: ak.attention(tensors()[0], made)) == "AK405"
+
+
+def test_a_cache_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonBackend, "available", lambda self: "there is no NVIDIA GPU here")
+    with pytest.raises(AttnkitError) as raised:
+        ak.KVCache(2, 2, 32, max_len=96, device="cuda")
+    assert raised.value.code == "AK501"
+    assert "no NVIDIA GPU" in raised.value.given

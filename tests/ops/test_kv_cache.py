@@ -504,3 +504,21 @@ def test_gradients_are_refused_of_a_contiguous_cache_too(randn: Randn) -> None:
         ak.attention(q.detach(), cache, score=lambda s, b, h, i, j: s + bias[h])
     with torch.no_grad():
         assert torch.isfinite(ak.attention(q, cache)).all()  # type: ignore[arg-type]
+
+
+def test_a_host_that_counts_along() -> None:
+    """Of a cache on a GPU it looks at lengths only where a row may be full, and raises what the CPU would have."""
+    cache = ak.KVCache(2, 1, 16, max_len=32, codec="f32")
+    cache.lengths = torch.tensor([0, 0], dtype=torch.int32)
+    cache._count_along(20, None)
+    cache._count_along(12, None)
+    cache.lengths.copy_(torch.tensor([20, 5], dtype=torch.int32))
+    cache._count_along(20, torch.tensor([2, 20], dtype=torch.int32))  # looks: 25 at most
+    assert cache._most == 25
+    cache.lengths.copy_(torch.tensor([22, 25], dtype=torch.int32))
+    with pytest.raises(AttnkitError) as raised:
+        cache._count_along(8, None)
+    assert raised.value.code == "AK602"
+    cache.truncate(10)
+    cache._count_along(22, None)
+    assert cache._most == 32

@@ -17,7 +17,7 @@ OBJECTS = sorted(
     if "sanitize" not in path.parts
 )
 # A loop of a matrix product holds many of these, each adding to a register that stays what it is.
-ACCUMULATES = re.compile(r"vfmadd231ps|vdpbf16ps|vpdpbusd")
+ACCUMULATES = re.compile(r"vfmadd231ps|vdpbf16ps|vpdpbusd|vpmaddwd")
 HOT = 12
 # Not so an exponential: a polynomial, a power of two.
 EXPONENTIAL = re.compile("213ps|vscalefps|vcvttps2dq")

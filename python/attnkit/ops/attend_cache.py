@@ -18,7 +18,7 @@ from attnkit.ops.check import check_bindings, check_tensor, shape_of
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_codes import Scheme, parse_scheme, parts_of, store, tokens_of
-from attnkit.ops.warm import is_unwatched, layout_of_output
+from attnkit.ops.warm import is_unwatched, layout_of_output, precision, seed_of
 from attnkit.runtime import Prepared, prepare
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -27,6 +27,9 @@ _lib.define(
     " bool need_lse) -> (Tensor o, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # that read codes, by device
 
 
 class Rows(NamedTuple):
@@ -57,6 +60,16 @@ class Codes(NamedTuple):
         )  # fmt: skip
 
     @property
+    def in_rows(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Codes of keys and of values as a GPU keeps them, and a scale for each row: fp8 has one for all of a head, elements 1."""
+        k, v, _, _ = parts_of(self.scheme, self.storage)
+        scales = []
+        for part in (k, v):
+            found = part.codes.new_ones((1,), dtype=torch.float32) if part.scales is None else part.scales
+            scales.append(found[:, None].expand(part.codes.shape[:3]) if found.dim() == 1 else found)
+        return k.codes, v.codes, (scales[0], scales[1])
+
+    @property
     def rows(self) -> Rows:
         """The keys as if they were elements."""
         outer, heads = self.storage[0].shape[:2]
@@ -83,25 +96,27 @@ def _make_ready(program: str, q: Tensor, codes: Codes) -> _Ready:
         AttnkitError: as `check_q` and `attnkit.runtime.prepare`.
     """
     scheme, heads = codes.scheme, codes.storage[0].shape[1]
-    key = program, scheme, heads, q.shape, q.dtype, q.device
+    exact = precision(q)
+    key = program, scheme, heads, q.shape, q.dtype, q.device, exact
     found = _ready.get(key)
     if found is None:
-        check_q(q, scheme, heads)
-        dtype = str(q.dtype).removeprefix("torch.")
-        prepared = prepare(program, dtype, scheme.head_dim, scheme.v_head_dim, "cpu", "cpu")
+        check_q(q, scheme, heads, codes.storage[0].device)
+        dtype, name = str(q.dtype).removeprefix("torch."), BACKENDS[q.device.type]
+        dims = scheme.head_dim, scheme.v_head_dim
+        prepared = prepare(program, dtype, *dims, q.device.type, name, exact)
         if len(_ready) >= _MAX_ENTRIES:
             _ready.clear()
         found = _ready[key] = _Ready(prepared, *layout_of_output(q, scheme.v_head_dim))
     return found
 
 
-def check_q(q: Any, scheme: Scheme, heads: int) -> None:
-    """Check that queries go with a cache of so many heads.
+def check_q(q: Any, scheme: Scheme, heads: int, device: torch.device) -> None:
+    """Check that queries go with a cache of so many heads on a device.
 
     Raises:
         AttnkitError: AK402 not a tensor, AK403 shape, AK404 dtype, AK405 device, AK407 heads.
     """
-    check_tensor("q", q, torch.device("cpu"))
+    check_tensor("q", q, device)
     if q.dim() != 4 or q.shape[3] != scheme.head_dim:
         allowed = f"[batch, heads, length, {scheme.head_dim}]"
         raise error("AK403", where="q", given=shape_of(q), allowed=allowed)
@@ -118,10 +133,12 @@ def attend_cache(
     """The op, and no trip through the dispatcher where nobody could tell.
 
     Raises:
-        AttnkitError: AK502, another backend than the CPU's is asked for; as `check_q` and the kernel.
+        AttnkitError: AK502, another backend than that of its device is asked for; as `check_q` and the kernel.
     """
-    if backend not in ("auto", "cpu"):
-        raise error("AK502", where=f"backend {backend!r}", given="a cache of codes", allowed="cpu, reference")
+    if backend != "auto" and backend != (own := BACKENDS[codes.storage[0].device.type]):
+        raise error(
+            "AK502", where=f"backend {backend!r}", given="a cache of codes", allowed=f"{own}, reference"
+        )
     if not torch.compiler.is_compiling() and is_unwatched((q, *codes.storage, *buffers)):
         return _run(q, codes, program, buffers, params, seed, need_lse)
     o, lse = torch.ops.attnkit.attend_cache(
@@ -134,6 +151,9 @@ def _run(
     q: Tensor, codes: Codes, program: str, buffers: list[Tensor], params: Sequence[float], seed: Tensor | None, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     check_tensor("q", q)
+    if q.is_cuda and q.device.index != torch.cuda.current_device():  # kernels run where the current stream is
+        with torch.cuda.device(q.device):
+            return _run(q, codes, program, buffers, params, seed, need_lse)
     ready = _make_ready(program, q, codes)
     refuse_gradients("q", (q, *buffers))
     prepared, rows = ready.prepared, codes.rows
@@ -149,12 +169,23 @@ def _run(
         k, v = codes.k[3], codes.v[3]
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
         return o.zero_(), None if lse is None else lse.zero_()
-    kernel = prepared.kernel
-    assert isinstance(kernel, CacheKernel)
-    kernel.attend_stores(
-        q, codes.k, codes.v, codes.state, rows, o, lse, buffers, list(params), torch.get_num_threads(),
-        None if seed is None else int(seed),
-    )  # fmt: skip
+    kernel, threads = prepared.kernel, torch.get_num_threads()
+    if isinstance(kernel, CacheKernel):
+        number = None if seed is None else int(seed)
+        kernel.attend_stores(
+            q, codes.k, codes.v, codes.state, rows, o, lse, buffers, list(params), threads, number
+        )
+    else:
+        k, v, scales = codes.in_rows
+        for name, t in (("k", k), ("v", v)):
+            if t.is_floating_point() and t.dtype != q.dtype:
+                raise error(
+                    "AK404",
+                    where=f"q, {name} of the cache",
+                    given=f"{q.dtype} and {t.dtype}",
+                    allowed="one dtype",
+                )
+        kernel(q, k, v, o, lse, buffers, list(params), threads, seed_of(seed), scales)
     counts.run()
     return o, lse
 
@@ -172,7 +203,7 @@ def _fake(
     seed: Tensor | None, need_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     scheme = parse_scheme(codec)
-    check_q(q, scheme, storage[0].shape[1])
+    check_q(q, scheme, storage[0].shape[1], storage[0].device)
     parse(program)
     shape, stride = layout_of_output(q, scheme.v_head_dim)
     lse = q.new_empty(shape[:3] if need_lse else (0,), dtype=torch.float32)
@@ -187,6 +218,7 @@ def _autograd(
         return torch.ops.attnkit.attend_cache.default(q, storage, codec, program, buffers, *others)
 
 
-_lib.impl("attend_cache", _kernel, "CPU")
-_lib.impl("attend_cache", _autograd, "AutogradCPU")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("attend_cache", _kernel, _device)
+    _lib.impl("attend_cache", _autograd, f"Autograd{_device}")
 torch.library.register_fake("attnkit::attend_cache", _fake, lib=_lib)

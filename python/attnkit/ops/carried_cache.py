@@ -44,7 +44,7 @@ def _checked(
 ) -> tuple[Codes, Program, Any]:  # fmt: skip
     """The cache's tensors, the program, and how many keys there is room for."""
     codes, program = Codes.of(storage, parse_scheme(codec)), program_of(text)
-    check_q(q, codes.scheme, storage[0].shape[1])
+    check_q(q, codes.scheme, storage[0].shape[1], storage[0].device)
     keys = keys_of(program, codes.tokens, buffers)
     check_initial(program, q, keys, initial)
     return codes, program, keys

@@ -243,9 +243,10 @@ def _autocast(
     where that has one."""
     if isinstance(k, KVCache):
         held = k.segment
-        if torch.is_autocast_enabled("cpu"):
-            check_tensor("q", q)
-            q = q.to(torch.get_autocast_dtype("cpu") if held.k is None else held.k.dtype)
+        check_tensor("q", q)
+        kind = "cuda" if q.is_cuda else "cpu"
+        if torch.is_autocast_enabled(kind):
+            q = q.to(torch.get_autocast_dtype(kind) if held.k is None else held.k.dtype)
         return q, *held
     if v is None:
         hint = "only a KVCache has values of its own"
@@ -259,7 +260,7 @@ def _check_operands(
     if codes is None:
         check_qkv(q, k, v, paged=page_table is not None)
     else:
-        check_q(q, codes.scheme, codes.storage[0].shape[1])
+        check_q(q, codes.scheme, codes.storage[0].shape[1], codes.storage[0].device)
 
 
 def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, common: bool) -> Mod | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnkit.backends.cpu import cache as engine
 from attnkit.backends.cpu.backend import missing_page
+from attnkit.backends.triton import append as device
 from attnkit.errors import error
 from attnkit.ops.check import check_tensor, needs_derivatives, shape_of
 from attnkit.ops.kv_codes import PLAIN, Parts, Scheme, capacity, parts_of, scheme_of, slots, store, tokens_of
@@ -32,11 +33,16 @@ def append(
     """What the op does.
 
     Raises:
-        AttnkitError: as `check_append`; AK503, gradients; AK602, a row would outgrow the cache, or has no page there.
+        AttnkitError: as `check_append`; AK503, gradients; AK602, a row would outgrow the cache, or has no page there (on a GPU
+            nobody waits to know).
     """
     scheme = check_append(storage, lengths, k, v, codec, lens)
     refuse_gradients("append", (k, v, *storage))
     parts = parts_of(scheme, storage)
+    if lengths.is_cuda:
+        with torch.cuda.device(lengths.device):  # kernels run where the current stream is
+            append_on_device(scheme, parts, lengths, k, v, lens)
+        return
     held, new = lengths.tolist(), [k.shape[2]] * k.shape[0] if lens is None else lens.tolist()
     _check_room(held, new, k.shape[2], capacity(scheme, parts))
     if scheme.is_plain:
@@ -44,6 +50,20 @@ def append(
         lengths.add_(k.shape[2] if lens is None else lens)
     else:
         _append_codes(scheme, parts, lengths, k, v, held, new, lens)
+
+
+def append_on_device(
+    scheme: Scheme, parts: Parts, lengths: Tensor, k: Tensor, v: Tensor, lens: Tensor | None
+) -> None:
+    """What there is no room for is not written, and no row grows longer than it can."""
+    room, count = capacity(scheme, parts), k.shape[2]
+    k, v = (t if t.dtype in PLAIN.values() else t.float() for t in (k, v))
+    held = (
+        device.Held(scheme.k, parts.k.codes, parts.k.scales),
+        device.Held(scheme.v, parts.v.codes, parts.v.scales),
+    )
+    device.append((k, v), held, lengths, lens, parts.table, room)
+    lengths.add_(count if lens is None else lens.clamp(0, count)).clamp_(max=room)
 
 
 def _append_elements(
@@ -155,6 +175,7 @@ def _autograd(*args: Any) -> None:
         torch.ops.attnkit.kv_append.default(*args)
 
 
-_lib.impl("kv_append", append, "CPU")
-_lib.impl("kv_append", _autograd, "AutogradCPU")
+for _device in ("CPU", "CUDA"):
+    _lib.impl("kv_append", append, _device)
+    _lib.impl("kv_append", _autograd, f"Autograd{_device}")
 torch.library.register_fake("attnkit::kv_append", _fake, lib=_lib)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnkit import backends
 from attnkit.errors import error
 from attnkit.ops import kv_storage
 from attnkit.ops.attend_cache import Codes
@@ -55,7 +56,8 @@ class KVCache:
         residual: the newest tokens that int4 and int2 keep in bfloat16, and how many can be taken back.
         page_size: None, or the tokens of a page, a power of two of at least 16 and of whole groups: each row then is a list of
             pages.
-        device: ``"cpu"``.
+        device: ``"cpu"``, or an NVIDIA GPU (compiled, not run on one yet): all but int4 and int2 there. What
+            a graph that is replayed has no room for is not written, and lengths stay at ``max_len``.
         k_scale: of fp8, a number or float32 ``[Hkv]``: what is kept is ``k / k_scale``. None is 1.
         v_scale: likewise.
 
@@ -92,9 +94,8 @@ class KVCache:
                 raise error("AK401", where=name, given=str(n), allowed="a positive number")
         if page_size is not None and (type(page_size) is not int or not is_page_size(page_size)):
             raise error("AK401", where="page_size", given=repr(page_size), allowed=PAGE_SIZES)
-        if torch.device(device).type != "cpu":
-            raise error("AK504", where="device", given=str(device), allowed="cpu")
         k_codec, v_codec = _codecs(codec)
+        device = _device(device, {k_codec, v_codec})
         scheme = Scheme(k_codec, v_codec, head_dim, v_head_dim, group_size, residual)
         scales = kv_storage.check_scales(scheme, num_kv_heads, k_scale, v_scale)
         if scheme.has_newest and group_size % SCALE_RUN:
@@ -111,9 +112,10 @@ class KVCache:
         else:
             columns = -(-max_len // page_size)
             outer, inner = batch * columns, page_size
-            table = torch.arange(outer, dtype=torch.int32).view(batch, columns)
-        storage = allocate(scheme, batch, num_kv_heads, outer, inner, table, scales)
-        self._keep(storage, torch.zeros(batch, dtype=torch.int32), scheme)
+            table = torch.arange(outer, dtype=torch.int32, device=device).view(batch, columns)
+        rows = device.type == "cuda"
+        storage = allocate(scheme, batch, num_kv_heads, outer, inner, table, scales, device, rows)
+        self._keep(storage, torch.zeros(batch, dtype=torch.int32, device=device), scheme)
 
     @classmethod
     def from_pages(cls, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor) -> KVCache:
@@ -153,11 +155,10 @@ class KVCache:
                 raise error(
                     "AK403", where=name, given=shape_of(t), allowed="[batch, n]" if rank == 2 else "[batch]"
                 )
-        if k_pages.device.type != "cpu":
-            raise error("AK504", where="device", given=str(k_pages.device), allowed="cpu")
+        codec = next(name for name, dtype in PLAIN.items() if dtype is k_pages.dtype)
+        _device(k_pages.device, {codec})
         check_pages(k_pages.shape[2], page_table, lengths, lengths.shape[0])
         cache = cls.__new__(cls)
-        codec = next(name for name, dtype in PLAIN.items() if dtype is k_pages.dtype)
         storage = [k_pages, v_pages, page_table]
         cache._keep(storage, lengths, plain_scheme(codec, storage), external=True)
         return cache
@@ -168,6 +169,7 @@ class KVCache:
         self._scheme = scheme
         self._codes = None if scheme.is_plain else Codes.of(storage, scheme)
         self._external = external
+        self._most = 0  # tokens of any row, as far as the host has counted along; see `_count_along`
         self.codec = scheme.k if scheme.k == scheme.v else f"{scheme.k}/{scheme.v}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -245,8 +247,29 @@ class KVCache:
             all(isinstance(t, Tensor) for t in given)
             and not is_unwatched((*given, self.lengths, *self._storage))
         )
+        if self.lengths.is_cuda and getattr(k, "ndim", 0) == 4 and not torch.compiler.is_compiling():
+            self._count_along(k.shape[2], lens)
         do = torch.ops.attnkit.kv_append if watched else append
         do(self._storage, self.lengths, k, v, self._scheme.text, lens)
+
+    def _count_along(self, count: int, lens: Tensor | None) -> None:
+        """Raise AK602 of a row on a GPU: the host counts how long one can be, and looks only where that is too long.
+
+        What it does not see (graphs that are replayed, lengths that others change) the device leaves unwritten.
+        """
+        self._most += count
+        if self._most <= self.max_len or (self.lengths.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        self._most = int((self.lengths + (count if lens is None else lens)).max()) if self.batch else 0
+        if self._most > self.max_len:
+            given, self._most = f"{self._most} tokens", self.max_len
+            raise error(
+                "AK602",
+                what="the cache is full",
+                where="append",
+                given=given,
+                allowed=f"{self.max_len} in all",
+            )
 
     def truncate(self, n: int | Tensor, lossy: bool = False) -> None:
         """Forget what comes after the first n tokens (an int, or int ``[B]``); shorter rows stay as they are.
@@ -266,15 +289,17 @@ class KVCache:
             return
         if isinstance(n, Tensor):
             self._check_integers("n", n, (self.batch,))
-            if not torch.compiler.is_compiling() and bool((n < 0).any()):
+            if not (n.is_cuda or torch.compiler.is_compiling()) and bool((n < 0).any()):
                 raise error("AK401", where="n", given=str(n.tolist()[:8]), allowed="0 and more")
-            self.lengths.copy_(torch.minimum(self.lengths, n.to(torch.int32)))
+            self.lengths.copy_(torch.minimum(self.lengths, n.to(torch.int32)).clamp_(min=0))
             return
         if type(n) is bool or not isinstance(n, (int, torch.SymInt)):
             raise error("AK402", where="n", given=type(n).__name__, allowed="an int or a tensor of ints")
         if n < 0:
             raise error("AK401", where="n", given=str(n), allowed="0 and more")
         self.lengths.clamp_(max=n)
+        if type(n) is int:
+            self._most = min(self._most, n)
 
     def reorder(self, batch_index: Tensor) -> None:
         """Row b becomes what row ``batch_index[b]`` was, as beam search needs it: int ``[B]``, any may repeat.
@@ -316,7 +341,7 @@ class KVCache:
             )
         exist = wanted >= 0
         counts = exist.sum(1, dtype=torch.int32)
-        in_front = exist == (torch.arange(wanted.shape[1]) < counts[:, None])
+        in_front = exist == (torch.arange(wanted.shape[1], device=wanted.device) < counts[:, None])
         if not bool((in_front & (wanted >= -1) & (wanted < self.lengths[:, None])).all()):
             allowed = f"tokens of rows of {self.lengths.tolist()[:8]}, then -1"
             raise error("AK401", where="positions", given=str(positions.tolist())[:80], allowed=allowed)
@@ -331,7 +356,8 @@ class KVCache:
         """
         lengths = self.lengths.long()
         longest = int(lengths.max()) if self.batch else 0
-        rows, columns = (torch.arange(longest) < lengths[:, None]).nonzero(as_tuple=True)
+        exist = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        rows, columns = exist.nonzero(as_tuple=True)
         found = []
         for tokens in kv_storage.read(self._scheme, self._storage, rows, columns):
             out = tokens.new_zeros(self.batch, longest, *tokens.shape[1:])
@@ -345,6 +371,31 @@ class KVCache:
             raise error("AK404", where=name, given=str(t.dtype), allowed="torch.int32 or torch.int64")
         if shape is not None and t.shape != shape:
             raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
+
+
+def _device(device: str | torch.device, codecs: set[str]) -> torch.device:
+    """The device of a cache.
+
+    Raises:
+        AttnkitError: AK501, there is nothing that runs there; AK504, no cache lies there, or none of these codecs.
+    """
+    found = torch.device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise error("AK504", where="device", given=str(device), allowed="cpu or cuda")
+    if found.type == "cuda":
+        missing = backends.get("triton").available()
+        if missing is not None:
+            raise error("AK501", where="device", given=f"{device}: {missing}")
+        if not codecs <= {*PLAIN, "int8", "fp8"}:
+            allowed = ", ".join((*PLAIN, "int8", "fp8"))
+            raise error(
+                "AK504",
+                where="codec",
+                what="not built for a GPU yet",
+                given=", ".join(sorted(codecs)),
+                allowed=allowed,
+            )
+    return found
 
 
 def _codecs(codec: Any) -> tuple[str, str]:

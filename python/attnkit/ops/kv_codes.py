@@ -2,7 +2,7 @@
 
 Codes are words of 32 bits. Of keys a word holds channels of one token, ``[outer, H, tokens / 16, words, 16]``; of values it
 holds tokens of one channel, ``[outer, H, tokens / per word, channels]``; outer are batch entries or pages. fp8 is bytes,
-``[outer, H, tokens, D]``.
+``[outer, H, tokens, D]``, and on a GPU int8 is too.
 """
 
 from __future__ import annotations
@@ -135,18 +135,24 @@ def parts_of(scheme: Scheme, storage: Sequence[Tensor]) -> Parts:
 
 def allocate(
     scheme: Scheme, batch: int, heads: int, outer: int, tokens: int, table: Tensor | None,
-    head_scales: Sequence[Tensor | None],
+    head_scales: Sequence[Tensor | None], device: torch.device, rows: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """Storage for ``outer`` batch entries or pages of so many tokens, a multiple of ``scheme.block``."""
+    """Storage for ``outer`` batch entries or pages of so many tokens, a multiple of ``scheme.block``.
+
+    ``rows``: int8 codes are bytes, as a GPU has them.
+    """
     storage = []
     for keys, codec, dim, scale in zip((True, False), scheme[:2], scheme[2:4], head_scales, strict=True):
-        shape = _shape(codec, keys, dim, tokens)
-        storage.append(_empty(outer, heads, shape, _element(codec), table is not None))
+        in_rows = rows and codec == "int8"
+        shape = (tokens, dim) if in_rows else _shape(codec, keys, dim, tokens)
+        element = torch.int8 if in_rows else _element(codec)
+        storage.append(_empty(outer, heads, shape, element, table is not None, device))
         if codec == "fp8":
-            storage.append(torch.ones(heads, dtype=torch.float32) if scale is None else scale)
+            ones = torch.ones(heads, dtype=torch.float32, device=device)
+            storage.append(ones if scale is None else scale.to(device))
         elif codec not in PLAIN:
             of_scales = _scale_shape(codec, keys, dim, tokens, scheme.group)
-            storage.append(_empty(outer, heads, of_scales, torch.bfloat16, table is not None))
+            storage.append(_empty(outer, heads, of_scales, torch.bfloat16, table is not None, device))
         if _has_zero(codec):
             storage.append(torch.empty(batch, heads, scheme.slots, dim, dtype=torch.bfloat16))
     if scheme.has_newest:
@@ -157,7 +163,7 @@ def allocate(
 def tokens_of(scheme: Scheme, parts: Parts) -> int:
     """Tokens of a batch entry, or of a page."""
     codes = parts.k.codes
-    return codes.shape[2] * (1 if scheme.k in PLAIN or scheme.k == "fp8" else RUN)
+    return codes.shape[2] * (RUN if codes.dtype == torch.int32 else 1)
 
 
 def capacity(scheme: Scheme, parts: Parts) -> int:
@@ -195,7 +201,8 @@ def decode(part: Part, codec: str, dim: int, group: int, keys: bool) -> Tensor:
     if codec == "fp8":
         assert part.scales is not None
         return part.codes.view(torch.float8_e4m3fn).float() * part.scales[:, None, None]
-    codes = _unpacked(part.codes, BITS[codec], keys)[..., :dim].float()
+    words = part.codes.dtype == torch.int32
+    codes = (_unpacked(part.codes, BITS[codec], keys)[..., :dim] if words else part.codes).float()
     assert part.scales is not None
     scales = part.scales.float()
     if codec == "int8":
@@ -224,17 +231,17 @@ def _field(keys: bool, bits: int, e: int) -> int:
     return bits * (e // 4) + e % 4 * 8 if keys or bits == 8 else bits * (e // 2) + e % 2 * 16
 
 
-def bytes_of_tokens(part: Part, codec: str, keys: bool) -> Tensor:
+def bytes_of_tokens(part: Part) -> Tensor:
     """A view of the codes of int8, fp8 or plain elements by tokens: index it by ``(outer, :, *place(...))``."""
-    if codec != "int8":
+    if part.codes.dtype != torch.int32:
         return part.codes
     codes = part.codes.view(torch.int8)
     return codes.view(*codes.shape[:-1], -1, 4)
 
 
-def place(codec: str, keys: bool, token: Tensor) -> tuple[Any, ...]:
+def place(part: Part, keys: bool, token: Tensor) -> tuple[Any, ...]:
     """Where a token stands in `bytes_of_tokens` behind its head."""
-    if codec != "int8":
+    if part.codes.dtype != torch.int32:
         return (token,)
     return (token // RUN, slice(None), token % RUN) if keys else (token // 4, slice(None), token % 4)
 
@@ -274,8 +281,10 @@ def _scale_shape(codec: str, keys: bool, dim: int, tokens: int, group: int) -> t
     return tokens // SCALE_RUN, -(-dim // group), 2, SCALE_RUN
 
 
-def _empty(outer: int, heads: int, shape: tuple[int, ...], dtype: torch.dtype, paged: bool) -> Tensor:
+def _empty(
+    outer: int, heads: int, shape: tuple[int, ...], dtype: torch.dtype, paged: bool, device: torch.device
+) -> Tensor:
     """``[outer, heads, *shape]``, unset; of pages, those of a head follow each other, as do the tokens of a row."""
     if paged:
-        return torch.empty(heads, outer, *shape, dtype=dtype).transpose(0, 1)
-    return torch.empty(outer, heads, *shape, dtype=dtype)
+        return torch.empty(heads, outer, *shape, dtype=dtype, device=device).transpose(0, 1)
+    return torch.empty(outer, heads, *shape, dtype=dtype, device=device)

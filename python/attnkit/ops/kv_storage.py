@@ -190,8 +190,8 @@ def _newest(part: Part, codec: str, scheme: Scheme, rows: Tensor, positions: Ten
 def _copy(scheme: Scheme, parts: Parts, rows: Tensor, source: Tensor, to: Tensor) -> None:
     at, put = slots(scheme, parts, rows, source), slots(scheme, parts, rows, to)
     for keys, part, codec in zip((True, False), (parts.k, parts.v), scheme[:2], strict=True):
-        held = bytes_of_tokens(part, codec, keys)
-        held[put[0], :, *place(codec, keys, put[1])] = held[at[0], :, *place(codec, keys, at[1])]
+        held = bytes_of_tokens(part)
+        held[put[0], :, *place(part, keys, put[1])] = held[at[0], :, *place(part, keys, at[1])]
         if codec == "int8":
             assert part.scales is not None
             part.scales[put[0], :, put[1]] = part.scales[at[0], :, at[1]]

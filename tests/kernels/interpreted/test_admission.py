@@ -11,6 +11,7 @@ from attnkit.backends.triton import admission, check, launch
 from attnkit.backends.triton.backend import space
 from attnkit.backends.triton.kernel import PHASES, Phase, TritonKernel
 from attnkit.errors import AttnkitError
+from attnkit.ir.text import parse
 from attnkit.plan.spec import Config, KernelSpec
 
 LIKE = torch.empty(0)
@@ -75,6 +76,15 @@ def test_every_class_is_right_here(name: str) -> None:
     for phase in PHASES:
         if phase != "backward" or name not in check.FORWARD:
             assert admission.admitted(spec, config, phase, LIKE) == config
+
+
+@pytest.mark.parametrize("codecs", [("int8(token, 0)", ""), ("", "fp8(head, 0)")])
+def test_elements_beside_codes(codecs: tuple[str, str]) -> None:
+    text = "attnkit 1\nprogram (q: bhsd, k: bhsd {}, v: bhsd {}) {{\no, lse = attend(q, k, v) {{\n}}\nreturn o, lse\n}}\n"
+    spec = KernelSpec(parse(text.format(*codecs)), "float32", 16, 24, "cuda")
+    config = {n: field.default for n, field in space(spec, 90).items()} | CONFIG
+    for phase in PHASES[:2]:
+        assert admission.admitted(spec, config, phase, LIKE) == config
 
 
 @pytest.mark.parametrize("phase", PHASES)

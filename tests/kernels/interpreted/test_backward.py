@@ -109,8 +109,7 @@ SMALL = Dims(1, 2, 1, 70, 90, 16, 24)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_gallery(variant: str, dtype: str, gallery: Any, agree: Callable[..., None]) -> None:
     _, fields = gallery(variant, SMALL)
-    # A table of distances is read at a computed index: it has no gradient on this backend (AK503).
-    agree(SMALL, dtype=dtype, of_buffers=variant != "relative_bias", **fields)
+    agree(SMALL, dtype=dtype, **fields)
 
 
 def test_plain(agree: Callable[..., None]) -> None:
@@ -177,6 +176,103 @@ def test_a_tensor_smaller_than_the_pairs(agree: Callable[..., None], rng: np.ran
         score=lambda s, b, h, q_idx, kv_idx: s + tensor[q_idx, kv_idx],
         mask=lambda b, h, q_idx, kv_idx: kv_idx < 60,
     )
+
+
+def t5_bucket(distance: Any) -> Any:
+    """T5's, of 16: one for each distance up to 7, from there on one for each half power of two."""
+    far = 8 + (torch.log(torch.clamp(distance, min=1) / 8.0) * 2.885390081777927).to(torch.int64)
+    return torch.where(distance < 8, torch.clamp(distance, min=0), torch.clamp(far, max=15))
+
+
+def tables(rng: np.random.Generator) -> dict[str, Callable[..., Any]]:
+    """Scores that read learned tables at indices that are computed."""
+
+    def made(*shape: int) -> Any:
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    of_bucket, of_distance, of_document, of_block, of_half = (
+        made(*n) for n in ((2, 16), (2, 41), (2, 5), (9, 12), (1,))
+    )
+    documents = torch.from_numpy(np.sort(rng.integers(0, 5, 200)).astype(np.int32))
+    return {
+        "T5": lambda s, b, h, i, j: s + of_bucket[h, t5_bucket(i + 20 - j)],
+        "distance": lambda s, b, h, i, j: s * torch.sigmoid(of_distance[h, torch.clamp(i - j, -20, 20) + 20]),
+        "documents of rows": lambda s, b, h, i, j: s + of_document[h, documents[i]],
+        "documents of columns": lambda s, b, h, i, j: s + of_document[h, documents[j]] * torch.tanh(s),
+        "blocks": lambda s, b, h, i, j: s + of_block[i // 8 % 9, j // 8 % 12],
+        "two loads": lambda s, b, h, i, j: (
+            s + of_document[h, i % 5] + of_document[1 - h, j % 5] * of_half[h // 2]
+        ),
+    }
+
+
+TABLES = ["T5", "distance", "documents of rows", "documents of columns", "blocks", "two loads"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_computed_indices(name: str, agree: Callable[..., None], rng: np.random.Generator) -> None:
+    """With tails, rows that see nothing, two heads of one kv head, and two sequences."""
+    score = tables(rng)[name]
+    agree(SMALL, score=score, mask=ak.window(20, 9))
+    agree(
+        Dims(2, 2, 1, 70, 130, 16, 16), score=score, mask=lambda b, h, i, j: (i // 16 + j // 16 + h) % 2 == 0
+    )
+
+
+@pytest.mark.parametrize("name", ["T5", "documents of rows", "two loads"])
+def test_computed_indices_of_packed_sequences(
+    name: str, agree: Callable[..., None], rng: np.random.Generator
+) -> None:
+    cu_q, cu_kv = torch.tensor([0, 0, 5, 70, 71]).int(), torch.tensor([0, 9, 40, 40, 200]).int()
+    agree(Dims(1, 2, 1, 71, 200, 16, 16), cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv, score=tables(rng)[name],
+          mask=ak.causal())  # fmt: skip
+
+
+def test_indices_of_packed_sequences(agree: Callable[..., None], rng: np.random.Generator) -> None:
+    """The number of a sequence, and places in it."""
+    cu = torch.tensor([0, 30, 71]).int()
+    of_row, of_pair = (
+        torch.from_numpy(rng.standard_normal(n).astype(np.float32)) for n in ((2, 71), (71, 71))
+    )
+    agree(
+        Dims(1, 2, 1, 71, 71, 16, 16), cu_seqlens_q=cu, cu_seqlens_kv=cu,
+        score=lambda s, b, h, i, j: s + of_row[b, i] * torch.sigmoid(s) + of_pair[i, j],
+    )  # fmt: skip
+
+
+def test_the_order_of_programs_changes_no_bit(build: Any, rng: np.random.Generator, monkeypatch: Any) -> None:
+    """On a GPU programs add to a table as they come."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    tensors = [torch.from_numpy(x) for x in qkv("gaussian", rng, SMALL)]
+    d_o = torch.from_numpy(rng.standard_normal((1, 2, 70, 24)).astype(np.float32))
+    tiles = TILES | {"pairs_tile_q": 16, "pairs_tile_kv": 32}
+    traced = Traceable(tables(rng)["T5"], ak.causal())
+    kernel, buffers, params = build(traced, tensors[0], tensors[2], tiles)
+    first = gradients(kernel, tensors, buffers, params, d_o, None, None)[3]
+    forwards = type(builder).set_grid_idx
+
+    def backwards(self: Any, x: int, y: int, z: int) -> None:
+        forwards(self, *(n - 1 - at for n, at in zip(self.grid_dim, (x, y, z), strict=True)))
+
+    monkeypatch.setattr(type(builder), "set_grid_idx", backwards)
+    assert torch.equal(gradients(kernel, tensors, buffers, params, d_o, None, None)[3], first)
+
+
+def test_what_is_not_a_number_reaches_what_its_pairs_read(build: Any, rng: np.random.Generator) -> None:
+    """Of a table of rows modulo 7 the places of rows that see it; others are as without it."""
+    q, k, v = (torch.from_numpy(x) for x in qkv("gaussian", rng, Dims(1, 2, 1, 20, 18, 16, 24)))
+    d_o = torch.from_numpy(rng.standard_normal((1, 2, 20, 24)).astype(np.float32))
+    table = torch.from_numpy(rng.standard_normal((2, 7, 3)).astype(np.float32))
+    score = lambda s, b, h, i, j: s + table[h, i % 7, (i + j) % 3]  # noqa: E731
+    kernel, buffers, params = build(Traceable(score, None), q, v, TILES)
+    want = gradients(kernel, [q, k, v], buffers, params, d_o, None, None)[3]
+    planted = d_o.clone()
+    planted[0, 1, 12, 5] = np.nan
+    got = gradients(kernel, [q, k, v], buffers, params, planted, None, None)[3]
+    lost = torch.isnan(got)
+    assert lost.nonzero().tolist() == [[1, 5, 0], [1, 5, 1], [1, 5, 2]]
+    assert (got - want)[~lost].abs().max() < 1e-6
 
 
 def test_padded(agree: Callable[..., None]) -> None:

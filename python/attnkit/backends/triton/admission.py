@@ -22,9 +22,10 @@ from attnkit import backends
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.kernel import PRECISIONS, Phase, TritonKernel
 from attnkit.backends.triton.schedule import Schedule
+from attnkit.backends.triton.slopes import is_plain
 from attnkit.errors import error
 from attnkit.ir.expr import topological
-from attnkit.ir.program import Program
+from attnkit.ir.program import Codec, Program
 from attnkit.ir.text import parse
 from attnkit.plan.ranges import stretch
 from attnkit.plan.spec import Config, KernelSpec
@@ -36,6 +37,8 @@ _FIELDS: dict[Phase, tuple[str, ...]] = {
 # How far results may be from float64, of the larger of 1 and their largest element: o and lse, gradients.
 _TOLERANCES = {"ieee": (2e-5, 1e-4), "tf32": (2e-2, 5e-2), "float16": (5e-3, 2e-2), "bfloat16": (3e-2, 8e-2)}
 _BATCH, _HEADS, _KV_HEADS, _PAGE, _SEED = 2, 2, 1, 16, 123456789
+# What the bytes from 0 to 126 mean in e4m3.
+_E4M3 = np.array([2.0 ** max((n >> 3) - 7, -6) * ((n & 7) / 8 + (n > 7)) for n in range(127)])
 _known: dict[str, str] = {}  # what is wrong, if anything, by key
 
 
@@ -133,8 +136,12 @@ def representative(program: Program, stored: bool = True) -> Program:
         kv.kind, []
     )
     body = []
-    if any(node.op == "load" for node in topological([attend.score])):
-        body.append(f"score = s - b{len(buffers)}[h] * abs(q_idx - kv_idx)")
+    loads = [node for node in topological([attend.score]) if node.op == "load"]
+    if loads:
+        plain = all(is_plain(node, kv.kind == "packed") for node in loads if node.dtype == "float")
+        body.append(
+            f"score = s - b{len(buffers)}[{'h' if plain else '(q_idx + kv_idx) % 2'}] * abs(q_idx - kv_idx)"
+        )
         buffers.append("f32[1]")
     elif attend.score.op != "var":
         body.append("score = 8 * tanh(s / 8)")
@@ -148,13 +155,13 @@ def representative(program: Program, stored: bool = True) -> Program:
     buffers += ["f32[1]"] * sink
     if not stored:
         k = k.replace("paged[b0, b1]", "padded[b1]")
-    elif kv.codec is not None:
-        k += f" {kv.codec.name}({kv.codec.axis}, {kv.codec.group})"
+    codecs = [program.inputs[i].codec if stored else None for i in (attend.k, attend.v)]
+    k, v = (k if c is None else f"{k} {c.name}({c.axis}, {c.group})" for c in codecs)
     declared = ", ".join(f"b{i}: {kind}" for i, kind in enumerate(buffers))
     dropout = ", dropout = 0.25" if attend.dropout is not None else ""
     lines = "\n".join(body)
     return parse(
-        f"attnkit 1\nprogram (q: {q}, k: {k}, v: {k}){f' buffers({declared})' if declared else ''} {{\n"
+        f"attnkit 1\nprogram (q: {q}, k: {k}, v: {v}){f' buffers({declared})' if declared else ''} {{\n"
         f"o, lse = attend(q, k, v, scale = default{dropout}) {{\n{lines}\n}}\nreturn o, lse\n}}\n"
     )
 
@@ -189,8 +196,11 @@ def _problem(program: Program, spec: KernelSpec, like: Any, q_len: int, kv_len: 
         k[1, :, lengths[1] :], v[1, :, lengths[1] :] = np.nan, np.nan
         buffers = [lengths]
     scales, means, held = [], [], []
-    for x in (k, v):
-        stored, of_x, meant = _stored(x, kv.codec is not None, like)
+    codecs = [layout.codec for layout in program.inputs[1:]]
+    for x, codec in zip((k, v), codecs, strict=True):
+        stored, of_x, meant = _stored(x, codec, like)
+        if codec is None and any(codecs):
+            of_x = [like.new_ones((1, 1, 1), dtype=launch.dtype_of(like, "float")).expand(x.shape[:3])]
         held.append(stored)
         scales += of_x
         means.append(meant)
@@ -207,11 +217,20 @@ def _problem(program: Program, spec: KernelSpec, like: Any, q_len: int, kv_len: 
     return _Problem(like.new_tensor(q), held[0], held[1], tuple(scales), buffers, (means[0], means[1]))
 
 
-def _stored(x: Any, encoded: bool, like: Any) -> tuple[Any, list[Any], Any]:
-    """Keys or values as a kernel gets them, their scales, and what they mean."""
-    if not encoded:
+def _stored(x: Any, codec: Codec | None, like: Any) -> tuple[Any, list[Any], Any]:
+    """Keys or values as a kernel gets them, their scales, and what they mean. Rows that are none hold what comes out of them."""
+    if codec is None:
         held = like.new_tensor(x)
         return held, [], held.double().cpu()
+    if codec.name == "fp8":
+        scales = like.new_full((1, x.shape[1], 1), 0.03, dtype=launch.dtype_of(like, "float")).expand(
+            x.shape[:3]
+        )
+        factor = scales.double().cpu()[..., None]
+        codes = np.searchsorted((_E4M3[1:] + _E4M3[:-1]) / 2, np.abs(x / factor.numpy())) + 128 * (x < 0)
+        codes = np.where(np.isnan(x), 127, codes)
+        means = factor.new_tensor(np.concatenate([[*_E4M3, np.nan], [*-_E4M3, np.nan]])[codes])
+        return like.new_tensor(codes, dtype=launch.dtype_of(like, "byte")), [scales], means * factor
     scales = like.new_tensor(np.abs(x).max(-1) / 127, dtype=launch.dtype_of(like, "bfloat16"))
     factor = scales.double().cpu()[..., None]
     codes = np.nan_to_num(np.clip(np.rint(x / factor.numpy()), -127, 127), nan=99)
@@ -223,7 +242,7 @@ def _paged(x: Any, table: Any) -> Any:
     """Rows ``[B, H, S, ...]`` in pages ``[pages, H, page, ...]``; the rest of the last ones is no number, or anything."""
     batch, columns = table.shape
     whole = x.new_full(
-        (*x.shape[:2], columns * _PAGE, *x.shape[3:]), 99 if not x.is_floating_point() else float("nan")
+        (*x.shape[:2], columns * _PAGE, *x.shape[3:]), 127 if not x.is_floating_point() else float("nan")
     )
     whole[:, :, : x.shape[2]] = x
     parts = whole.unflatten(2, (columns, _PAGE)).transpose(1, 2)

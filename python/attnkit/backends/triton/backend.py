@@ -20,8 +20,7 @@ _DEVICES = (
     "/dev/nvidiactl",
     "/dev/dxg",
 )  # asked of the file system: a driver that was started would not survive a fork
-_INT8 = Codec("int8", "token", 0)
-_CODECS = ((None, None, None), (None, _INT8, _INT8))  # of q, k, v
+_CODECS = (Codec("int8", "token", 0), Codec("fp8", "head", 0))
 _LAYOUTS = ("bhsd", "packed", "padded", "paged")
 _FIELDS: dict[str, tuple[FieldKind, tuple[int, ...]]] = {
     "tile_q": ("schedule", (16, 32, 64, 128)), "tile_kv": ("numeric", (16, 32, 64, 128)), "warps": ("schedule", (1, 2, 4, 8)),
@@ -49,8 +48,9 @@ class TritonBackend:
         inputs = spec.program.inputs
         if any(layout.kind not in _LAYOUTS for layout in inputs):
             reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}",)
-        if tuple(layout.codec for layout in inputs) not in _CODECS:
-            reasons += ("an input is quantised otherwise than k and v both, as int8(token, 0)",)
+        q, *kv = (layout.codec for layout in inputs)
+        if q is not None or any(codec not in (None, *_CODECS) for codec in kv):
+            reasons += ("an input is quantised otherwise than k or v, as int8(token, 0) or fp8(head, 0)",)
         return reasons
 
     def space(self, spec: KernelSpec) -> Space:
@@ -68,11 +68,11 @@ def space(spec: KernelSpec, arch: int) -> Space:
     fields: Space = {}
     attend = spec.program.attend
     dropout, lists = attend.dropout is not None, stretch(attend.mask, "kv_idx") is None
-    codes = width > 128 and spec.program.inputs[attend.k].codec is not None
+    codecs = {codec.name for layout in spec.program.inputs if width > 128 and (codec := layout.codec)}
     for kind, table in SCHEDULES.items():
         rows = schedule(table, arch, size, width)
         direction: Direction = "forward" if kind in ("", "decode_") else "backward"
-        found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=codes)
+        found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=min(codecs, default=""))
         for name, default in found._asdict().items():
             fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1], direction)
     fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from attnkit.backends.triton import launch
+from attnkit.backends.triton.append import source as append_source
 from attnkit.backends.triton.backend import space
 from attnkit.backends.triton.blocks import blocks
 from attnkit.backends.triton.delta import delta
+from attnkit.backends.triton.dq import scatter
 from attnkit.backends.triton.forward import Shape, forward
 from attnkit.backends.triton.gradients import SWEEPS
 from attnkit.backends.triton.kernel import TritonKernel
@@ -43,6 +45,10 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "body": f"score = s - b0[h] * abs(q_idx + (kv_len - q_len) - kv_idx)\n{CAUSAL}",
     },
     "bias": {"buffers": "b0: f32[4]", "body": "score = s + b0[b, h, q_idx, kv_idx]"},
+    "distance": {
+        "buffers": "b0: f32[2]",
+        "body": f"score = s + b0[h, min(abs(q_idx - kv_idx), 127)]\n{CAUSAL}",
+    },
     "document": {"buffers": "b0: i32[2]", "body": "mask = b0[b, q_idx] == b0[b, kv_idx]"},
     "sink": {"buffers": "b0: f32[1]", "body": CAUSAL, "normalizer": "softmax(sink = b0)"},
     "dropout": {"body": CAUSAL, "attributes": ", dropout = 0.1"},
@@ -63,12 +69,15 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "buffers": "b0: i32[2], b1: i32[1]",
         "body": CAUSAL,
     },
+    "fp8": {"layouts": "bhsd | bhsd fp8(head, 0) | bhsd fp8(head, 0)", "body": CAUSAL},
 }
+# Types of codes and of scales, to be read and to be written.
+_CODES = {"int8": ("*i8", "*bf16", "*i16"), "fp8": ("*u8", "*fp32", "*fp32")}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-FORWARD = ("paged", "int8", "paged int8")  # programs without a backward
-_ALIKE = ("window", "sink", "padded")  # programs that other kernels have no more lines for
+FORWARD = ("paged", "int8", "paged int8", "fp8")  # programs without a backward
+_ALIKE = ("window", "sink", "padded", "distance")  # programs that other kernels have no more lines for
 # Bytes a thread that a kernel may spill; they are recorded.
-_STACK = {"dq": 64, "dkv": 64, "pairs": 64, "dq mend": 64, "dkv mend": 64}
+_STACK = {"dq": 64, "dkv": 64, "pairs": 64, "scatter": 64, "dq mend": 64, "dkv mend": 64}
 _GROUP = 4  # query heads of a kv head
 
 
@@ -173,9 +182,21 @@ def _backward(kind: str, mend: bool = False) -> Callable[[TritonKernel, Pairs], 
 
 
 def _pairs(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    found = sums(pairs, frozenset([0]))
     numbers = kernel.numbers(_GROUP) | {"PRECISION": kernel.precision}
     numbers |= {"TILE_Q": kernel.config["pairs_tile_q"], "TILE_KV": kernel.config["pairs_tile_kv"]}
-    return "attend_pairs", *of_pairs(pairs, kernel.scale, sums(pairs, frozenset([0])), 0), numbers, "pairs_"
+    if found.scattered:
+        return "attend_scatter", *scatter(pairs, kernel.scale, found, False), numbers, "pairs_"
+    return "attend_pairs", *of_pairs(pairs, kernel.scale, found, 0), numbers, "pairs_"
+
+
+def _append(kernel: TritonKernel, pairs: Pairs) -> Printed:
+    codecs = [kernel.program.inputs[i].codec for i in (kernel.attend.k, kernel.attend.v)]
+    k, v = ("bf16" if codec is None else codec.name for codec in codecs)
+    own = kernel.numbers(_GROUP)
+    widths = {"K_WIDTH": own["HEAD_DIM"], "K_PADDED": own["PADDED"], "V_WIDTH": own["V_HEAD_DIM"]}
+    numbers = {"TOKENS": 16, "PAGE": 16, **widths, "V_PADDED": own["V_PADDED"]}
+    return "append", *append_source((k, v), kernel.kv_layout.table is not None, True), numbers, "append_"
 
 
 def _delta(kernel: TritonKernel, pairs: Pairs) -> Printed:
@@ -187,7 +208,7 @@ KERNELS: dict[str, Callable[[TritonKernel, Pairs], Printed]] = {
     "forward": _forward, "forward mend": lambda kernel, pairs: _forward(kernel, pairs, mend=True),
     "decode": _decode, "merge": _merge, "blocks": _blocks,
     "dq": _backward("dq"), "dkv": _backward("dkv"), "dq mend": _backward("dq", True), "dkv mend": _backward("dkv", True),
-    "pairs": _pairs, "delta": _delta,
+    "pairs": _pairs, "scatter": _pairs, "delta": _delta, "append": _append,
 }  # fmt: skip
 
 
@@ -207,7 +228,8 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
                 if name != "causal" and (kernel == "forward" or name not in _ALIKE):
                     yield Case(kernel, name, "bfloat16", 128, 128, arch)
         for kernel in ("forward", "decode"):
-            yield Case(kernel, "int8", "bfloat16", 256, 256, arch)
+            for name in ("int8", "fp8"):
+                yield Case(kernel, name, "bfloat16", 256, 256, arch)
         yield Case("forward mend", "causal", "bfloat16", 256, 256, arch)
         for width in (128, 256):
             yield Case("dq mend", "causal", "bfloat16", width, width, arch)
@@ -215,6 +237,10 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
         yield Case("merge", "sink", "bfloat16", 128, 128, arch)
         yield Case("delta", "sink", "bfloat16", 128, 128, arch)
         yield Case("pairs", "bias", "bfloat16", 128, 128, arch)
+        for kernel in ("dq", "scatter"):
+            yield Case(kernel, "distance", "bfloat16", 128, 128, arch)
+        for name in ("paged", "paged int8", "fp8"):
+            yield Case("append", name, "bfloat16", 128, 128, arch)
         yield Case("blocks", "document", "bfloat16", 128, 128, arch)
 
 
@@ -229,12 +255,17 @@ def compiled(case: Case) -> tuple[Any, TritonKernel, str]:
     entry, text, arguments, numbers, prefix = KERNELS[case.kernel](kernel, pairs)
     short = "*" + _SHORT[case.dtype]
     types = dict.fromkeys(("q", "k", "v", "o", "d_o", "dk", "dv"), short)
-    types |= dict.fromkeys(("k", "v"), "*i8") if kernel.kv_layout.codec is not None else {}
-    types |= dict.fromkeys(("k_scales", "v_scales"), "*bf16")
+    types |= dict.fromkeys(("k_codes", "v_codes"), short)
+    if kernel.kv_layout.codec is not None:
+        of_codes, of_scales, bits = _CODES[kernel.kv_layout.codec.name]
+        appends = case.kernel == "append"
+        types |= {f"{x}_codes" if appends else x: of_codes for x in "kv"}
+        types |= {f"{x}_scales": bits if appends else of_scales for x in "kv"}
     types |= {
         f"b{i}": "*" + {"f32": "fp32", "bool": "i1"}.get(b.dtype, b.dtype)
         for i, b in enumerate(kernel.program.buffers)
     }
+    types |= {"totals0": "*i64", "per_one0": "*fp64"}
     types |= dict.fromkeys(("lists", "counts", "cu_q", "cu_kv", "lengths", "table"), "*i32") | {
         "seed_at": "*i64"
     }

@@ -8,7 +8,7 @@ from typing import Literal
 from attnkit.backends.triton.pairs import LOG2E, Pairs, number
 from attnkit.backends.triton.parts import LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
 from attnkit.backends.triton.source import Arguments, part, render, whole
-from attnkit.ir.program import Layout
+from attnkit.ir.program import Layout, Program
 
 FORWARD = '''
 @triton.jit
@@ -23,7 +23,7 @@ def fold(
     for i in tl.range(0, count * PARTS, num_stages=STAGES):
         $tile
         #if paged
-        page = tl.load(table + (start + lanes) // PAGE, mask=present, other=0).to(tl.int64)
+        page = tl.load(table + (start + lanes) // PAGE * table_ss, mask=present, other=0).to(tl.int64)
         slots = (start + lanes) % PAGE
         key = load_tile(k, page * k_sp + slots * k_ss, 1, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
         value = load_tile(v, page * v_sp + slots * v_ss, 1, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
@@ -32,7 +32,11 @@ def fold(
         value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         #end
         #if encoded
+        #if fp8
+        key, value = number(key, query.dtype), number(value, query.dtype)
+        #else
         key, value = key.to(query.dtype), value.to(query.dtype)  # small integers: exact
+        #end
         #if paged
         of_keys = k_scales + page * k_scales_sp + slots * k_scales_ss
         of_values = v_scales + page * v_scales_sp + slots * v_scales_ss
@@ -137,7 +141,7 @@ def attend(
     #if flag
     tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + heads, has_nan(acc).to(tl.int32))
     #else
-    #if not encoded
+    #if not numbers
     if has_nan(acc):  # rare: again, in narrow tiles, with care where there are pairs that do not exist
         PARTS: tl.constexpr = TILE_KV // 16
         acc = tl.zeros([ROWS, V_PADDED], tl.float32)
@@ -182,6 +186,20 @@ def attend(
     tl.store(totals + row_at + (q_start + places), total, mask=q_live)
     #end
 '''
+# Codes as numbers, but for their scale; bytes are e4m3.
+NUMBER = '''
+@triton.jit
+def number(codes, dtype: tl.constexpr):
+    """What codes mean: exact in 16 bits."""
+    if codes.dtype == tl.uint8:
+        bits = codes.to(tl.uint16)
+        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)  # the bias of exponents is 8 more in float16
+        found = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float16, bitcast=True) * 256.0).to(dtype)
+    else:
+        found = codes.to(dtype)
+    return found
+
+'''
 
 
 @dataclass(frozen=True)
@@ -204,13 +222,15 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     """The text of the forward kernel ``attend`` and its arguments."""
     attend = pairs.attend
     kv: Layout = pairs.program.inputs[attend.k]
+    codecs = codecs_of(pairs.program)
+    fp8 = "fp8" in codecs
     roots = [root for root in (attend.score, attend.mask) if root is not None]
     captured = pairs.captured(roots)
     flags = {
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
         "score": pairs.has_score, "raw": pairs.raw(scale), "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
-        "encoded": kv.codec is not None, "lengths": kv.kind in ("padded", "paged"),
+        "encoded": any(codecs), "fp8": fp8, "numbers": are_numbers(codecs), "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip
     flags["sink"] &= not shape.split
     flags["ragged"] = flags["packed"]
@@ -221,7 +241,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     score, score_name = pairs.score(inner)
     mask, exists, poison = pairs.mask(inner)
     paged, encoded = "paged" in on, "encoded" in on
-    storage = ["table", "k_sp", "v_sp"] * paged
+    storage = ["table", "table_ss", "k_sp", "v_sp"] * paged
     storage += ["k_scales", "v_scales", "k_scales_ss", "v_scales_ss"] * encoded
     storage += ["k_scales_sp", "v_scales_sp"] * (paged and encoded) + ["PAGE"] * paged
     dropout = "seed, dropped_below, " if "dropout" in on else ""
@@ -248,7 +268,18 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     }  # fmt: skip
     pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS))
     holes |= {name: part(template, on, holes) for name, template in pieces}
-    return whole(TILES + render(FORWARD, on, holes)), arguments
+    return whole(TILES + NUMBER * fp8 + render(FORWARD, on, holes)), arguments
+
+
+def codecs_of(program: Program) -> tuple[str, str]:
+    """The names of the codecs of keys and of values; empty of those that are no codes."""
+    k, v = (program.inputs[i].codec for i in (program.attend.k, program.attend.v))
+    return "" if k is None else k.name, "" if v is None else v.name
+
+
+def are_numbers(codecs: tuple[str, str]) -> bool:
+    """Whether keys and values are numbers whatever is in memory."""
+    return codecs == ("int8", "int8")
 
 
 def _arguments(on: set[str], captured: Arguments) -> Arguments:
@@ -272,7 +303,8 @@ def _arguments(on: set[str], captured: Arguments) -> Arguments:
     sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "row_split", "row_sb", "row_sh"] * (
         "split" in on
     )
-    sizes += ["table_sb"] * ("paged" in on) + ["list_length", "list_sb", "list_sh"] * ("lists" in on)
+    strides += ["table_sb", "table_ss"] * ("paged" in on)
+    sizes += ["list_length", "list_sb", "list_sh"] * ("lists" in on)
     sizes += ["sequences"] if "packed" in on else ["q_tiles", "q_len"]
     sizes += [] if on & {"packed", "lengths"} else ["kv_len"]
     sizes += ["dropped_below"] * ("dropout" in on)

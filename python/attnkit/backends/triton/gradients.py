@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.delta import delta
 from attnkit.backends.triton.dkv import dkv
-from attnkit.backends.triton.dq import dq
+from attnkit.backends.triton.dq import dq, scatter
 from attnkit.backends.triton.pair_sums import of_pairs
 from attnkit.backends.triton.parts import MENDED, padded
-from attnkit.backends.triton.slopes import Sums, sums
+from attnkit.backends.triton.slopes import AXES, Sums, sums
 from attnkit.errors import error
 from attnkit.ir.expr import Expr
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SWEEPS = {"dq": dq, "dkv": dkv}
 _DELTA_TILE = 64  # rows of a program that only adds
+_BITS = 61  # of a sum of integers, and one more that rounding may take
 
 
 class Gradients:
@@ -38,9 +39,9 @@ class Gradients:
         (q, k, v, o, lse), (dq, dk, dv) = saved, results
         if o.numel() == 0:
             return
-        layout = self._kernel.kv_layout
-        if layout.table is not None or layout.codec is not None:
-            given = "keys in pages" if layout.table is not None else "keys as int8 codes"
+        codecs = self._kernel.codecs
+        if self._kernel.kv_layout.table is not None or any(codecs):
+            given = f"keys and values as codes ({', '.join(codecs)})" if any(codecs) else "keys in pages"
             raise error(
                 "AK503", where="backend triton", given=given, allowed="keys that lie in order, as numbers"
             )
@@ -64,10 +65,7 @@ class Gradients:
         wanted = frozenset(i for i, d in enumerate(d_buffers) if d is not None)
         found = self._sums.get(wanted)
         if found is None:
-            found = sums(self._kernel.pairs(sizes, buffers), wanted)
-            for load, _ in (*found.of_rows, *found.of_columns, *found.of_pairs):
-                check_index(load, self._kernel.q_layout.kind == "packed")
-            self._sums[wanted] = found
+            found = self._sums[wanted] = sums(self._kernel.pairs(sizes, buffers), wanted)
         strided = {name: t for name, t in tensors.items() if name != "lse"}
         values = self._kernel.values(sizes, buffers, params, seed, **strided)
         values |= {
@@ -117,7 +115,7 @@ class Gradients:
             return
         if lists:
             values |= self._kernel.lists(pairs, sizes, values, values["q"], prefix)
-        of_loads = found.of_rows if kind == "dq" else found.of_columns
+        of_loads = (*found.of_rows, *found.scattered) if kind == "dq" else found.of_columns
         length = values["q" if kind == "dq" else "k"].shape[2]
         partial = [values["lse"].new_zeros((sizes.entries, sizes.heads, length)) for _ in of_loads]
         values |= {f"sums{i}": each for i, each in enumerate(partial)}
@@ -140,8 +138,43 @@ class Gradients:
                 )
                 shares = (tile // MENDED,) if mend else ()
                 self._kernel.run(f"attend_{kind}", printed, numbers | only, (*grid, *shares), values, prefix)
-        for (load, _), each in zip(of_loads, partial, strict=True):
+        summed = found.of_rows if kind == "dq" else found.of_columns
+        for (load, _), each in zip(summed, partial, strict=False):
             add_sums(d_buffers[int(load.attr or 0)], each, load, "bh" + ("q" if kind == "dq" else "k"))
+        if kind == "dq" and found.scattered:
+            self._scatter(found, sizes, values, partial[len(summed) :], buffers, d_buffers)
+
+    def _scatter(
+        self, found: Sums, sizes: Sizes, values: dict[str, Any], of_loads: Sequence[Any], buffers: Sequence[Any],
+        d_buffers: Sequence[Any | None],
+    ) -> None:  # fmt: skip
+        """What captured tensors get that are read at computed indices; ``of_loads`` are the sizes of it, by rows."""
+        pairs, kernel = self._kernel.pairs(sizes, buffers), self._kernel
+        lists = kernel.attend.mask is not None and pairs.stretch is None
+        tiles = {f"TILE_{x}": kernel.config[f"pairs_tile_{x.lower()}"] for x in ("Q", "KV")}
+        size: dict[int, Any] = {}  # of all that a tensor gets
+        for (load, _), each in zip(found.scattered, of_loads, strict=True):
+            slot = int(load.attr or 0)
+            size[slot] = size.get(slot, 0) + each.double().sum()
+        values = values | {"q_tiles": -(-sizes.q_len // tiles["TILE_Q"])}
+        if lists:
+            values |= kernel.lists(pairs, sizes, values, values["q"], "pairs_")
+        for slot, each in size.items():
+            d_buffer: Any = d_buffers[slot]
+            totals = d_buffer.new_zeros(d_buffer.shape, dtype=launch.dtype_of(d_buffer, "long"))
+            per_one = (_BITS - each.frexp().exponent).double().exp2()  # no place overflows, if it gets all
+            values |= {f"d_b{slot}": d_buffer, f"totals{slot}": totals, f"per_one{slot}": per_one.reshape(1)}
+            values |= {f"d_b{slot}_s{d}": n for d, n in enumerate(totals.stride())}
+        printed = kernel.printed(
+            ("scatter", pairs, found), lambda: scatter(pairs, kernel.scale, found, lists)
+        )
+        numbers = kernel.numbers(sizes.group) | tiles | {"PRECISION": kernel.precision}
+        grid = kernel.rows(sizes, tiles["TILE_Q"], "q"), sizes.heads
+        kernel.run("attend_scatter", printed, numbers, grid, values, "pairs_")
+        for slot, each in size.items():
+            d_buffer = d_buffers[slot]
+            d_buffer += values[f"totals{slot}"].double() / values[f"per_one{slot}"]
+            d_buffer += each - each  # nothing is known if they are beyond float32
 
     def _of_pairs(
         self, which: int, load: Expr, found: Sums, sizes: Sizes, values: dict[str, Any], buffers: Sequence[Any],
@@ -169,31 +202,9 @@ class Gradients:
         self._kernel.run("attend_pairs", printed, numbers, grid, values, "pairs_")
 
 
-_AXES = {"b": "b", "h": "h", "q_idx": "q", "kv_idx": "k"}
-
-
-def check_index(load: Expr, packed: bool) -> None:
-    """Whether a captured tensor's gradient is a sum over rows, columns or pairs.
-
-    Raises:
-        AttnkitNotImplementedError: AK503, it is not.
-    """
-    read = [str(arg.attr) for arg in load.args if arg.op == "var"]
-    plain = all(arg.op == "const" or (arg.op == "var" and arg.attr in _AXES) for arg in load.args)
-    if not plain or len(set(read)) < len(read) or (packed and set(read) - {"h"}):
-        allowed = "indices that are b, h, q_idx, kv_idx themselves, each once, or constants; of packed sequences h alone"
-        raise error(
-            "AK503",
-            where="backend triton",
-            what="no gradient of a tensor that is indexed so",
-            given=repr(load),
-            allowed=allowed,
-        )
-
-
 def add_sums(to: Any, sums: Any, load: Expr, axes: str) -> None:
     """Add ``sums``, of these axes (``bhq`` or ``bhk``), where a load has read: summed over the axes that it has not."""
-    kept = [_AXES[str(arg.attr)] for arg in load.args if arg.op == "var"]
+    kept = [AXES[str(arg.attr)] for arg in load.args if arg.op == "var"]
     absent = [i for i, axis in enumerate(axes) if axis not in kept]
     found = sums.sum(absent) if absent else sums
     left = [axis for axis in axes if axis in kept]

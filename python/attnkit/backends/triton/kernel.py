@@ -10,7 +10,7 @@ from typing import Any, Literal
 from attnkit.analysis.canonical import canonical
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.blocks import blocks, varies
-from attnkit.backends.triton.forward import Shape, forward
+from attnkit.backends.triton.forward import Shape, are_numbers, codecs_of, forward
 from attnkit.backends.triton.gradients import Gradients
 from attnkit.backends.triton.merge import merge
 from attnkit.backends.triton.pairs import Pairs
@@ -58,14 +58,16 @@ class TritonKernel:
         self.attend = attend = self.program.attend
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self.q_layout, self.kv_layout = self.program.inputs[attend.q], self.program.inputs[attend.k]
-        # Where a number that kernels take, or a copy, comes of what a call brings, its launches are its own.
+        self.codecs = codecs_of(self.program)
+        # Where a number that kernels take comes of what a call brings, its launches are its own.
         param = attend.dropout is not None and attend.dropout.op == "param"
-        self._changes = param or self.kv_layout.table is not None
+        self._changes = param
         self._recorded: dict[Any, launch.Recording] = {}
         slots = {
             "sinks": attend.normalizer.sink,
             "lengths": self.kv_layout.lengths,
             "cu_q": self.q_layout.lengths,
+            "table": self.kv_layout.table,
         }
         slots["cu_kv"] = self.kv_layout.lengths
         self._aliases = {name: f"b{slot}" for name, slot in slots.items() if slot is not None}
@@ -88,13 +90,14 @@ class TritonKernel:
     ) -> None:
         """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
 
-        ``scales`` of int8 ``k`` and ``v`` are a factor for each row of theirs: ``[B, Hkv, Skv]``, ``[pages, Hkv, page_size]``.
+        ``scales`` of codes in ``k`` and ``v`` are a factor for each row of theirs: ``[B, Hkv, Skv]``, ``[pages, Hkv, page_size]``.
+        Codes are int8, or uint8 that are e4m3; beside codes elements have scales too, of 1.
 
         Raises:
-            AttnkitTypeError: AK404, the program's keys are int8 codes and no scales came with them, or the other way round.
+            AttnkitTypeError: AK404, the program's keys are codes and no scales came with them, or the other way round.
         """
-        if (len(scales) == 2) != (self.kv_layout.codec is not None):
-            allowed = "int8 codes and their scales" if self.kv_layout.codec else "tensors of q's dtype"
+        if (len(scales) == 2) != any(self.codecs):
+            allowed = "codes and their scales" if any(self.codecs) else "tensors of q's dtype"
             raise error(
                 "AK404", where="k and v", given=f"{k.dtype} and {len(scales)} scales", allowed=allowed
             )
@@ -134,7 +137,7 @@ class TritonKernel:
         decode = sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]
         self.admit("decode" if decode else "forward", q)
         values = self.values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
-        if self.kv_layout.codec is not None:
+        if any(self.codecs):
             dims = "phs" if self.kv_layout.table is not None else "bhs"
             for name in ("k_scales", "v_scales"):
                 values |= {name: inputs[name]} | {
@@ -173,8 +176,8 @@ class TritonKernel:
 
     @property
     def care(self) -> tuple[Literal["", "flag", "mend"], ...]:
-        """The launches of a forward, by `Shape.care`; codes are numbers, and nothing made of them is made again."""
-        return ("flag", "mend") if self.wide and self.kv_layout.codec is None else ("",)
+        """The launches of a forward, by `Shape.care`; int8 codes are numbers, and nothing made of them is made again."""
+        return ("flag", "mend") if self.wide and not are_numbers(self.codecs) else ("",)
 
     def _decode(
         self, sizes: Sizes, values: dict[str, Any], o: Any, lse: Any | None, buffers: Sequence[Any]
@@ -235,11 +238,11 @@ class TritonKernel:
     ) -> None:
         """Compute the gradients in place, on the current stream, from a call's inputs, outputs and their cotangents.
 
-        ``d_buffers`` (None where no gradient is needed) are zero before; so are rows of ``dq``, ``dk`` and ``dv`` that belong
-        to no sequence.
+        ``d_buffers`` (None where no gradient is needed) are contiguous and zero before; so are rows of ``dq``, ``dk`` and ``dv``
+        that belong to no sequence.
 
         Raises:
-            AttnkitNotImplementedError: AK503, a captured tensor's gradient is not a sum over rows, columns or pairs.
+            AttnkitNotImplementedError: AK503, keys lie in pages, or are codes.
         """
         self._gradients.run((q, k, v, o, lse), buffers, params, d_o, d_lse, (dq, dk, dv), d_buffers, seed)
 
@@ -367,8 +370,9 @@ class TritonKernel:
         elif self.kv_layout.lengths is not None:
             values["lengths"] = buffers[self.kv_layout.lengths]
         if self.kv_layout.table is not None:
-            table = buffers[self.kv_layout.table].contiguous()
-            values |= {"table": table, "table_sb": table.stride(0), "PAGE": tensors["k"].shape[2]}
+            table = buffers[self.kv_layout.table]
+            values |= {"table": table, "table_sb": table.stride(0), "table_ss": table.stride(1)}
+            values["PAGE"] = tensors["k"].shape[2]
         if self.attend.normalizer.sink is not None:
             values["sinks"] = buffers[self.attend.normalizer.sink]
         dropout = self.attend.dropout

@@ -19,8 +19,8 @@ from attnkit.errors import error
 
 _ALIGNED = 16  # bytes, and elements of strides: what vector loads and asynchronous copies need
 _TYPES = {
-    "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int64": "i64", "bool": "i1",
-    "uint8": "u8", "int8": "i8",
+    "float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16", "int32": "i32", "int64": "i64", "bool": "i1",
+    "uint8": "u8", "int8": "i8", "int16": "i16",
 }  # fmt: skip
 _compiling = threading.Lock()  # Triton's settings are the process's
 
@@ -129,7 +129,7 @@ class Recording:
 
     def run(self, values: dict[str, Any]) -> None:
         """All launches, with the inputs and params of another call."""
-        like = values["q"]
+        like = next(iter(values.values()))
         for name, shape, dtype in self._memory:
             values[name] = like.new_empty(shape, dtype=dtype)
         for launch, fixed, slots in self._steps:
@@ -245,7 +245,7 @@ def described_well(arguments: Arguments, types: Mapping[str, str]) -> tuple[Desc
         if kind == "stride":
             found.append(
                 Described("i32", one=True)
-                if name.endswith(("_sd", "_scales_ss"))
+                if name.endswith(("_sd", "_scales_ss", "table_ss"))
                 else Described("i32", divisible=True)
             )
         elif kind == "pointer":

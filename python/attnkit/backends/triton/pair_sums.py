@@ -71,7 +71,9 @@ def of_pairs(pairs: Pairs, scale: float, found: Sums, which: int) -> tuple[str, 
     """The text of the kernel ``attend_pairs`` for one load of ``found.of_pairs``, and its arguments."""
     load, slope = found.of_pairs[which]
     inner = pairs.printer()
-    flags, holes = recomputed(pairs, inner, scale, found, ((load, slope),))
+    flags, holes = recomputed(
+        pairs, inner, scale, found, ((load, slope),), lambda inner, i, value: f"found += {value}"
+    )
     captured = pairs.captured(
         [root for root in (pairs.attend.score, pairs.attend.mask, slope) if root is not None]
     )
@@ -98,8 +100,5 @@ def of_pairs(pairs: Pairs, scale: float, found: Sums, which: int) -> tuple[str, 
         "within": " & ".join(f"({i} < d_buffer_n{d})" for d, i in enumerate(index)),
         "where": " + ".join(f"{i} * d_buffer_s{d}" for d, i in enumerate(index)),
     }  # fmt: skip
-    holes["sums"] = [
-        line.replace("tl.sum(", "(").replace(", 1)", ")").replace("sum0", "found") for line in holes["sums"]
-    ]
     holes["logits"] = part(LOGITS, flags, holes)
     return whole(TILES + render(PAIRS, flags, holes)), arguments

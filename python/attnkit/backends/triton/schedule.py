@@ -54,17 +54,20 @@ PAIRS: Table = {
 }
 # By what stands before the names of their fields.
 SCHEDULES = {"": FORWARD, "decode_": DECODE, "dq_": DQ, "dkv_": DKV, "pairs_": PAIRS}
-WARPS = {"blocks_": 8, "delta_": 8, "merge_": 4}  # of kernels that have nothing to choose
+WARPS = {"blocks_": 8, "delta_": 8, "merge_": 4, "append_": 4}  # of kernels that have nothing to choose
 ARCHITECTURES = (80, 90, 100)
 
 
 def with_room(
-    found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool, wide_codes: bool
+    found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool, wide_codes: str = ""
 ) -> Schedule:
-    """A schedule with narrower tiles where a program needs more registers: for random numbers, masks of any shape, codes."""
+    """A schedule with narrower tiles where a program needs more registers: for random numbers, masks of any shape, codes.
+
+    ``wide_codes``: the codec of keys wider than 128 channels; of both codecs that which needs more.
+    """
     if wide_codes and kind == "" and family(arch) == 90:
         return found._replace(tile_kv=found.tile_kv // 2)
-    if wide_codes and kind == "decode_" and family(arch) == 100:
+    if kind == "decode_" and (wide_codes, family(arch)) in (("int8", 100), ("fp8", 100), ("fp8", 90)):
         return found._replace(warps=8)
     if kind == "" and (dropout or (lists and family(arch) != 90)):
         if found.tile_kv > 32:

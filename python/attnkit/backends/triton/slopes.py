@@ -1,12 +1,13 @@
 """What kernels share that recompute weights from lse: derivatives of the score, and the lines that come of them.
 
-What scores add to captured tensors comes as sums over rows (dq's kernel), over columns (dk's), or pair by pair. Every sum has
-a fixed order.
+What scores add to captured tensors comes as sums over rows (dq's kernel), over columns (dk's), pair by pair, or at indices that are
+computed (`scattered`). Every sum has a fixed order, or is one of integers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from attnkit.analysis.canonical import fold
 from attnkit.analysis.derivative import gradient
@@ -17,6 +18,9 @@ from attnkit.ir.expr import Expr, const, topological, var
 from attnkit.plan.triton import Printer
 
 Holes = dict[str, list[str] | str]
+OfLoads = tuple[tuple[Expr, Expr], ...]  # loads, with the derivative of the score by each
+
+AXES = {"b": "b", "h": "h", "q_idx": "q", "kv_idx": "k"}  # of sums, by the index that goes along them
 
 # In the loop of a fold: what a pair's logit gets, from its weight.
 SLOPES = """
@@ -32,15 +36,23 @@ SLOPES = """
 
 @dataclass(frozen=True)
 class Sums:
-    """The derivative of the score by the logit, and by loads that are summed over rows, over columns, or pair by pair.
+    """The derivative of the score by the logit, and by loads that are summed over rows, over columns, pair by pair, or anyhow.
 
-    ``of_rows``, ``of_columns`` and ``of_pairs`` hold the loads with the derivative by each.
+    ``of_rows``, ``of_columns``, ``of_pairs`` and ``scattered`` hold the loads with the derivative by each.
     """
 
     slope: Expr
-    of_rows: tuple[tuple[Expr, Expr], ...] = ()
-    of_columns: tuple[tuple[Expr, Expr], ...] = ()
-    of_pairs: tuple[tuple[Expr, Expr], ...] = field(default=())
+    of_rows: OfLoads = ()
+    of_columns: OfLoads = ()
+    of_pairs: OfLoads = ()
+    scattered: OfLoads = ()
+
+
+def is_plain(load: Expr, packed: bool) -> bool:
+    """Whether a load's indices are b, h, q_idx, kv_idx themselves, each once, or constants; of packed sequences h alone."""
+    read = [str(arg.attr) for arg in load.args if arg.op == "var"]
+    plain = all(arg.op == "const" or (arg.op == "var" and arg.attr in AXES) for arg in load.args)
+    return plain and len(set(read)) == len(read) and not (packed and set(read) - {"h"})
 
 
 def sums(pairs: Pairs, wanted: frozenset[int]) -> Sums:
@@ -48,18 +60,28 @@ def sums(pairs: Pairs, wanted: frozenset[int]) -> Sums:
     score = pairs.attend.score
     loads = [n for n in topological([score]) if n.op == "load" and n.dtype == "float" and n.attr in wanted]
     slope, *of_loads = (fold(root) for root in gradient(score, [var("s"), *loads]))
-    kinds: dict[str, list[tuple[Expr, Expr]]] = {"rows": [], "columns": [], "pairs": []}
+    packed = pairs.program.inputs[pairs.attend.k].kind == "packed"
+    kinds: dict[str, list[tuple[Expr, Expr]]] = {"rows": [], "columns": [], "pairs": [], "scattered": []}
     for load, slope_of_load in zip(loads, of_loads, strict=True):
         read = {str(arg.attr) for arg in load.args if arg.op == "var"}
         kind = "rows" if "kv_idx" not in read else "pairs" if "q_idx" in read else "columns"
-        kinds[kind].append((load, slope_of_load))
+        kinds[kind if is_plain(load, packed) else "scattered"].append((load, slope_of_load))
     return Sums(slope, *(tuple(found) for found in kinds.values()))
 
 
+# (printer of the kernel, number of a load, what a pair adds to it) -> the line that adds it
+Add = Callable[[Printer, int, str], str]
+
+
+def over_rows(inner: Printer, i: int, value: str) -> str:
+    """What a load gets from a tile, summed over its rows."""
+    return f"sum{i} += tl.sum({value}, 1)"
+
+
 def recomputed(
-    pairs: Pairs, inner: Printer, scale: float, found: Sums, of_loads: tuple[tuple[Expr, Expr], ...]
+    pairs: Pairs, inner: Printer, scale: float, found: Sums, of_loads: OfLoads, add: Add
 ) -> tuple[set[str], Holes]:
-    """The flags and holes of everything that recomputes weights."""
+    """The flags and holes of everything that recomputes weights, and adds what ``of_loads`` get."""
     kv = pairs.program.inputs[pairs.attend.k]
     score, score_name = pairs.score(inner)
     score += inner.lines([found.slope, *(root for _, root in of_loads)])
@@ -70,7 +92,7 @@ def recomputed(
             if root is const(1.0)
             else f"tl.where(d_logit == 0.0, 0.0, d_logit * {inner.name(root)})"
         )
-        lines.append(f"sum{i} += tl.sum({value}, 1)")
+        lines.append(add(inner, i, value))
     has_slope = found.slope is not const(1.0)
     mask, exists, poison = pairs.mask(inner)
     raw = pairs.raw(scale)
@@ -114,30 +136,36 @@ def swept(
     pairs: Pairs,
     scale: float,
     found: Sums,
-    of_loads: tuple[tuple[Expr, Expr], ...],
+    of_loads: OfLoads,
     lists: bool,
     mend: bool,
+    add: Add = over_rows,
+    targets: Arguments = (),
 ) -> tuple[set[str], Holes, Arguments]:
-    """The flags, holes and arguments of a kernel that sweeps over tiles, but for the parts `filled` makes of them."""
+    """The flags, holes and arguments of a kernel that sweeps over tiles, but for the parts `filled` makes of them.
+
+    What ``of_loads`` get is carried from tile to tile and stored by rows, unless there are ``targets`` to add it to.
+    """
     inner, outer = pairs.printer(), pairs.printer()
-    on, holes = recomputed(pairs, inner, scale, found, of_loads)
+    on, holes = recomputed(pairs, inner, scale, found, of_loads, add)
+    carried = 0 if targets else len(of_loads)
     held = {
         "lists": lists,
         "mend": mend,
-        "sums": bool(of_loads),
+        "sums": carried > 0,
         "unknown": not lists and pairs.stretch is None,
     }
     on |= {name for name, is_held in held.items() if is_held}
     roots = [pairs.attend.score, pairs.attend.mask, found.slope, *(root for _, root in of_loads)]
-    captured = pairs.captured([root for root in roots if root is not None])
+    captured = (*pairs.captured([root for root in roots if root is not None]), *targets)
     names = "".join(f"{name}, " for name, _ in captured)
     dropout = "seed, dropped_below, kept_times, " if "dropout" in on else ""
     full = "tiles + list_length - 1, -1, full" if lists else "full, whole_first, full, 0"
     partial = "tiles, 1, partial" if lists else "partial, first, whole_first - first, full"
     widths = ", HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, PRECISION"
-    arguments = _arguments(sweep, on, captured, len(of_loads))
+    arguments = _arguments(sweep, on, captured, carried)
     sums_at = "entry.to(tl.int64) * sums_sb + heads.to(tl.int64) * sums_sh"
-    count = range(len(of_loads))
+    count = range(carried)
     holes |= {
         **sweep.own, "head": "heads", "times": "", "captured": names, "dropout": dropout, "deltas": sweep.deltas,
         "tiles": "tiles, step, count" if lists else "count, first, before, between",
@@ -145,7 +173,7 @@ def swept(
         "numbers": sweep.numbers + widths, "careful": sweep.careful + widths,
         "arguments": "".join(f"{name}, " for name, _ in arguments).rstrip(),
         "sums_in": "".join(f"sum{i}, " for i in count), "sums_out": "".join(f", sum{i}" for i in count),
-        "sums_start": "no_sum, " * len(of_loads), "sums_lost": ", _" * len(of_loads),
+        "sums_start": "no_sum, " * carried, "sums_lost": ", _" * carried,
         "store_sums": [f"tl.store(sums{i} + {sums_at} + {sweep.row}, sum{i}, mask={sweep.live})" for i in count],
         "bounds": [] if lists else pairs.bounds(outer),
     }  # fmt: skip
@@ -176,7 +204,7 @@ def _arguments(sweep: Sweep, on: set[str], captured: Arguments, sums: int) -> Ar
         "d_o",
         "lse",
         "deltas",
-        "flags",
+        *["flags"] * bool(sweep.results),
         *sweep.results,
         *(f"sums{i}" for i in range(sums)),
     ]

@@ -1,9 +1,187 @@
-// Few queries of bfloat16 over a cache that keeps codes. What expressions change, and pairs that do not exist, take
-// values as a tile of floats; so do values of codecs that have no product here.
+// Few queries over codes, which no tile of floats is made of: keys on the byte dot product, values on the byte or the
+// bfloat16 one. Sums of bytes are integers, so they are exact; scales join them once a run of keys (of values: once a
+// tile).
+//
+// A query, or of int4 and int2 its product with the scales of a group of keys, is rounded to 16 bits, in two bytes: q =
+// 256 high + low. Weights of int8 values, times their scales, are 16 bits of the largest of their tile; those of int4
+// and int2 are bfloat16, and codes become bfloat16 by setting the bits of 128 in front of them.
 
-class CodeDecode : public PairDecode {
+// The compiler's own widening takes five instructions.
+ATTNKIT_INLINE vf widen_scales(const uint16_t* p) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+}
+
+// ---- queries as bytes ----
+
+inline constexpr float kMostQuery = 32512;  // 127 * 256
+
+// A float whose low bits are the whole number next to a product; of 64 of them, up to kMostQuery, the two bytes each.
+ATTNKIT_INLINE vf rounded(vf x, vf factor) { return fma(x, factor, set1(12582912.0f)); }  // 1.5 * 2^23
+ATTNKIT_INLINE void put_bytes(const vf* x, char* high, char* low) {
+  alignas(64) static constexpr int16_t kHalves[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                      32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), halves = _mm512_load_si512(kHalves);
+  __m512i top[2], rest[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i both = _mm512_permutex2var_epi16((__m512i)x[2 * i], halves, (__m512i)x[2 * i + 1]);
+    top[i] = _mm512_srli_epi16(_mm512_add_epi16(both, _mm512_set1_epi16(128)), 8);
+    rest[i] = _mm512_and_si512(both, _mm512_set1_epi16(255));
+  }
+  _mm512_storeu_si512(high, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(top[0], top[1])));
+  _mm512_storeu_si512(low, _mm512_permutexvar_epi64(order, _mm512_packus_epi16(rest[0], rest[1])));
+}
+
+// Rounds `count` numbers times `inverse`, at most kMostQuery; `count` is a multiple of 2 kLanes.
+ATTNKIT_INLINE void round_to_bytes(const float* x, int32_t count, float inverse, char* high, char* low) {
+  for (int32_t c = 0; c < count; c += 4 * kLanes) {
+    vf whole[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      whole[i] = rounded(c + i * kLanes < count ? load(x + c + i * kLanes) : vf{}, set1(inverse));
+    put_bytes(whole, high + c, low + c);
+  }
+}
+// The first four lanes.
+ATTNKIT_INLINE void store_four(float* p, vf x) { _mm_storeu_ps(p, _mm512_castps512_ps128((__m512)x)); }
+ATTNKIT_INLINE vf larger_magnitude(vf a, vf b) {
+  return (vf)_mm512_range_ps((__m512)a, (__m512)b, 0xb);
+}  // b if a is NaN
+
+// ---- keys ----
+
+// Sums of kRows queries with the codes of kRuns runs of keys, which are kBits wide and read as unsigned. The planes of
+// bytes of a query lie kPlane apart.
+inline constexpr int32_t kPlane = kMostCodeChannels;
+template <int kBits, int kRows, int kRuns>
+ATTNKIT_INLINE void dot_runs(const char* const* codes, int32_t channels, const char* q, vi (&sum)[kRuns][kRows],
+                             const CodeFetch* fetch) {
+  constexpr int kFields = 8 / kBits;
+  vi high[kRuns][kRows] = {}, low[kRuns][kRows] = {};
+  for (int32_t d = 0; d < channels / 4; d += kFields) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kRuns; ++r) fetch[r].step(d / kFields);
+    vi words[kRuns];
+#pragma GCC unroll 2
+    for (int r = 0; r < kRuns; ++r) words[r] = load_words(codes[r] + d / kFields * kLanes * 4);
+#pragma GCC unroll 4
+    for (int f = 0; f < kFields; ++f) {
+      vi u[kRuns];
+#pragma GCC unroll 2
+      for (int r = 0; r < kRuns; ++r) {
+        if constexpr (kBits == 8)
+          u[r] = words[r] ^ static_cast<int32_t>(0x80808080);  // 128 more
+        else
+          u[r] = (words[r] >> kBits * f) & 0x01010101 * ((1 << kBits) - 1);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const vi top = word_at(q + 2 * m * kPlane + (d + f) * 4),
+                 rest = word_at(q + (2 * m + 1) * kPlane + (d + f) * 4);
+#pragma GCC unroll 2
+        for (int r = 0; r < kRuns; ++r) {
+          dot_bytes(high[r][m], u[r], top);
+          dot_bytes(low[r][m], u[r], rest);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRuns; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) sum[r][m] = (high[r][m] << 8) + low[r][m];
+}
+
+// ---- values ----
+
+// Sums of kRows queries and kVecs vectors of channels over int8 values, four tokens at a time. `weights`:
+// [run][query][high, low][kRun].
+template <int kRows, int kVecs>
+__attribute__((noinline)) void byte_values(const CodeTile& tile, int32_t stored, int32_t channel, const char* weights,
+                                           int32_t lanes, const float* steps, const float* alpha, float* o,
+                                           int32_t o_stride, const CodeTile& next, int32_t part, int32_t parts) {
+  vi high[kRows][kVecs] = {}, low[kRows][kVecs] = {};
+  for (int32_t r = 0; r < tile.count; ++r) {
+    const char* codes = tile.runs[r] + channel * 4;
+    const CodeFetch fetch = fetch_of(next, part < parts ? r : next.count, 4 * parts, codes);
+    const char* w = weights + static_cast<int64_t>(r) * lanes * 2 * kRun;
+#pragma GCC unroll 4
+    for (int t = 0; t < kRun / 4; ++t) {
+      fetch.step(4 * part + t);
+      vi v[kVecs];
+#pragma GCC unroll 4
+      for (int c = 0; c < kVecs; ++c) v[c] = load_words(codes + (t * stored + c * kLanes) * 4);
+#pragma GCC unroll 4
+      for (int m = 0; m < kRows; ++m) {
+        const vi top = word_at(w + 2 * m * kRun + t * 4), rest = word_at(w + (2 * m + 1) * kRun + t * 4);
+#pragma GCC unroll 4
+        for (int c = 0; c < kVecs; ++c) {
+          dot_bytes(high[m][c], top, v[c]);
+          dot_bytes(low[m][c], rest, v[c]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int c = 0; c < kVecs; ++c) {
+      float* x = o + static_cast<int64_t>(m) * o_stride + c * kLanes;
+      store(x, fma(load(x), set1(alpha[m]), to_float((high[m][c] << 8) + low[m][c]) * set1(steps[m])));
+    }
+}
+
+// The same over int4 or int2 values of kGroups groups of 32 channels. `weights`: bfloat16 [two runs][query][group][2
+// kRun]; `rest`: what is added to each group of channels, [query][group].
+template <int kBits, int kRows, int kGroups>
+__attribute__((noinline)) void pair_values(const CodeTile& tile, int32_t stored, int32_t channel, const char* weights,
+                                           int32_t lanes, int32_t groups, const float* rest, const float* alpha,
+                                           float* o, int32_t o_stride, const CodeTile& next, int32_t part,
+                                           int32_t parts) {
+  constexpr int kPairs = 16 / kBits;  // of tokens in a word
+  constexpr int32_t kMask = 0x00010001 * ((1 << kBits) - 1);
+  vf acc[kRows][2 * kGroups] = {};
+  for (int32_t r = 0; r < tile.count; ++r) {
+    const char* codes = tile.runs[r] + channel * 4;
+    const CodeFetch fetch = fetch_of(next, part < parts ? r : next.count, 4 * parts, codes);
+    const char* w = weights + (static_cast<int64_t>(r / 2) * lanes * groups * 2 + r % 2) * 2 * kRun;
+#pragma GCC unroll 2
+    for (int t = 0; t < 8; t += kPairs) {
+      for (int i = 0; i < kPairs / 2; ++i) fetch.step(4 * part + t / 2 + i);
+      vi words[2 * kGroups];
+#pragma GCC unroll 4
+      for (int c = 0; c < 2 * kGroups; ++c) words[c] = load_words(codes + (t / kPairs * stored + c * kLanes) * 4);
+#pragma GCC unroll 8
+      for (int i = 0; i < kPairs; ++i) {
+        vf v[2 * kGroups];
+#pragma GCC unroll 4
+        for (int c = 0; c < 2 * kGroups; ++c)
+          v[c] = as_float(((words[c] >> kBits * i) & kMask) | 0x43004300);  // 128 + code, twice
+#pragma GCC unroll 4
+        for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 2
+          for (int g = 0; g < kGroups; ++g) {
+            const vf weight = set1_bits(w + (m * groups + g) * 4 * kRun + (t + i) * 4);
+            acc[m][2 * g] = PairDot::run(weight, v[2 * g], acc[m][2 * g]);
+            acc[m][2 * g + 1] = PairDot::run(weight, v[2 * g + 1], acc[m][2 * g + 1]);
+          }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < kRows; ++m)
+#pragma GCC unroll 4
+    for (int c = 0; c < 2 * kGroups; ++c) {
+      float* x = o + static_cast<int64_t>(m) * o_stride + c * kLanes;
+      store(x, fma(load(x), set1(alpha[m]), acc[m][c] + set1(rest[m * groups + c / 2])));
+    }
+}
+
+// ---- queries of bfloat16 ----
+
+class ByteCodes : public CodeDecode<PairDecode> {
  public:
-  using PairDecode::PairDecode;
+  using CodeDecode::CodeDecode;
 
   static bool takes(const Problem& p) {
     const Store& k = p.stores[0];
@@ -20,47 +198,45 @@ class CodeDecode : public PairDecode {
     }
   }
 
-  void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    const int32_t k_codes = codes_of(keys_, first, count), v_codes = codes_of(values_, first, count);
-    const bool direct = full && !thinned() && takes_values(first, v_codes);
-    CodeTile k = ahead_k_, v = ahead_v_;
-    if (first != ahead_) {
-      k = codes_from(keys_, first);
-      v = codes_from(values_, first);
-    }
-    k.count = blocks_of_runs(k_codes);
-    v.count = direct ? blocks_of_runs(v_codes) : 0;
-    ahead_ = next;
-    ahead_k_ = codes_from(keys_, next);
-    ahead_v_ = codes_from(values_, next);
-    const CodeTile& then = ahead_k_;
-    open_pages(then);
-    ld_ = round_up(count, kBlockVecs * kLanes);
-    tile_.narrow(0, ld_);
-    if (!full) find_live_by_key(first, count);
-    scores(k, first, v);
-    if (k_codes < count) scores_of(newest(keys_, p_.head_dim, first + k_codes, count - k_codes), kNothing, k_codes);
-    modify_by_key(first, count, full);
-    hide_tail(count);
-    if (!direct) {
-      few_softmax(0, count);
-      thin_weights(first, count, full);
-      const Lines values = values_of(first, count);
-      return few_sum(values, 0, count, full, {values, kNoLines});
-    }
-    weights(count);
-    open_pages(ahead_v_);
-    const bool bytes = values_.codec == Codec::int8;
-    if (v.count > 0 && bytes) byte_sums(v, v_codes, then);
-    if (v.count > 0 && !bytes) pair_sums(v, then);
-    if (v_codes < count) newest_sums(first, v_codes, count);
+ protected:
+  void code_scores(const CodeTile& k, int64_t first, const CodeTile& next) override {
+    int32_t groups[CodeTile::kMost] = {};
+    const bool grouped = keys_.codec != Codec::int8;
+    if (grouped) groups_of_runs(k, first, groups);
+    // Of all groups first one, then the other: a step takes long to be known.
+    const auto each_group = [&](auto f) {
+      for (int32_t r = 0; grouped && r < k.count; ++r)
+        if (r == 0 || groups[r] != groups[r - 1]) f(k.scales[r], groups[r]);
+    };
+    each_group([&](const uint16_t* scales, int32_t group) {
+      by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { measure_queries<kRows>(scales, group, m); });
+    });
+    each_group([&](const uint16_t* scales, int32_t group) {
+      by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { scale_queries<kRows>(scales, group, m); });
+    });
+    by_bits(keys_.codec, [&]<int kBits>() {
+      for (int32_t r = 0; r < k.count;) {
+        const int32_t group = groups[r], runs = r + 1 < k.count && groups[r + 1] == group ? 2 : 1;
+        runs == 2 ? scores_of_runs<kBits, 2>(k, r, group, next) : scores_of_runs<kBits, 1>(k, r, group, next);
+        r += runs;
+      }
+    });
+  }
+
+  void newest_scores(const Lines& keys, int32_t at) override { scores_of(keys, kNothing, at); }
+
+  // Values of int4 and int2 are weighed a stretch of scales at a time.
+  bool takes_values(int64_t first, int32_t count) const override {
+    const bool whole = values_.codec == Codec::int8 || (first % kScaleRun == 0 && count % kScaleRun == 0);
+    return is_words(values_.codec) && p_.v_head_dim % 32 == 0 && whole;
+  }
+
+  void code_sums(const CodeTile& v, int32_t count, const CodeTile& next) override {
+    if (values_.codec == Codec::int8) return byte_sums(v, count, next);
+    pair_sums(v, next);
   }
 
  private:
-  const Store& keys_ = p_.stores[0];
-  const Store& values_ = p_.stores[1];
-  int64_t ahead_ = -1;  // the first token of the tile that comes next, and where it lies
-  CodeTile ahead_k_, ahead_v_;
   // Of a query: the scale; and what the sum of bytes of int8 is too large.
   float factor_[2 * kFewLanes];
   int32_t offset_[kFewLanes];
@@ -73,31 +249,6 @@ class CodeDecode : public PairDecode {
     return reinterpret_cast<char*>(ws_ + at_.code_bytes) + (group * kFewLanes + m) * 2 * kPlane;
   }
   char* codes_of_weights() const { return reinterpret_cast<char*>(ws_ + at_.code_weights); }
-  float* by_query(int32_t m) const { return ws_ + at_.st + m * ld_; }
-
-  static int32_t blocks_of_runs(int32_t tokens) { return (tokens + kRun - 1) / kRun; }
-
-  // How many of the tokens from `first` on are codes.
-  int32_t codes_of(const Store& s, int64_t first, int32_t count) const {
-    if (s.newest == nullptr || first + count <= seq_.num_coded) return count;
-    return first < seq_.num_coded ? static_cast<int32_t>(seq_.num_coded - first) : 0;
-  }
-
-  // Of as many tokens from `first` on as a tile has: they need not all be seen. Nothing if there is none (-1).
-  CodeTile codes_from(const Store& s, int64_t first) const {
-    if (first < 0 || !is_words(s.codec)) return {};
-    const int64_t left = seq_.kv_len - first;
-    const int32_t count = left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv;
-    return {s, p_.pages, seq_, kv_head_, first, codes_of(s, first, count)};
-  }
-
-  // Tokens that are kept as they are, `first` at the beginning of a run.
-  Lines newest(const Store& s, int32_t channels, int64_t first, int32_t count) const {
-    Lines lines(newest_at(s, seq_.batch, kv_head_, first), 2 * channels, 2 * channels, count);
-    for (int32_t n = 0; n < count; n += kRun)
-      lines.run[n / kRun] = reinterpret_cast<const char*>(newest_at(s, seq_.batch, kv_head_, first + n));
-    return lines;
-  }
 
   // ---- scores ----
 
@@ -171,62 +322,22 @@ class CodeDecode : public PairDecode {
     }
   }
 
-  // Fetches `next` meanwhile.
-  void scores(const CodeTile& k, int64_t first, const CodeTile& next) {
-    const bool grouped = keys_.codec != Codec::int8;
-    int32_t groups[CodeTile::kMost] = {};  // of each run
-    if (grouped) {
-      int32_t left = keys_.group - static_cast<int32_t>(first % keys_.group), group = 0;
-      for (int32_t r = 0; r < k.count; ++r, left -= kRun) {
-        if (left == 0) {
-          left = keys_.group;
-          ++group;
-        }
-        groups[r] = group;
-      }
-    }
-    // Of all groups first one, then the other: a step takes long to be known.
-    const auto each_group = [&](auto f) {
-      for (int32_t r = 0; grouped && r < k.count; ++r)
-        if (r == 0 || groups[r] != groups[r - 1]) f(k.scales[r], groups[r]);
-    };
-    each_group([&](const uint16_t* scales, int32_t group) {
-      by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { measure_queries<kRows>(scales, group, m); });
-    });
-    each_group([&](const uint16_t* scales, int32_t group) {
-      by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { scale_queries<kRows>(scales, group, m); });
-    });
-    for (int32_t r = 0; r < k.count;) {
-      const int32_t group = groups[r], runs = r + 1 < k.count && groups[r + 1] == group ? 2 : 1;
-      const auto with_runs = [&]<int kRuns>() {
-        if (keys_.codec == Codec::int8) return scores_of_runs<8, kRuns>(k, r, group, next);
-        if (keys_.codec == Codec::int4) return scores_of_runs<4, kRuns>(k, r, group, next);
-        scores_of_runs<2, kRuns>(k, r, group, next);
-      };
-      if (runs == 2)
-        with_runs.template operator()<2>();
-      else
-        with_runs.template operator()<1>();
-      r += runs;
-    }
-  }
-
   template <int kBits, int kRuns>
   void scores_of_runs(const CodeTile& k, int32_t r, int32_t group, const CodeTile& next) {
     CodeFetch fetch[kRuns];
     by_rows(t_.lanes(), [&]<int kRows>(int32_t m) {
       for (int i = 0; i < kRuns; ++i)
         fetch[i] = fetch_of(next, m == 0 ? r + i : next.count, p_.head_dim * kBits / 32, k.runs[r]);
-      code_scores<kBits, kRows, kRuns>(k.runs + r, k.scales + r, p_.head_dim, bytes(group, m), step_[group] + m,
-                                       zero_[group] + m, offset_ + m, by_query(m) + r * kRun, ld_, fetch);
+      scores_of_rows<kBits, kRows, kRuns>(k.runs + r, k.scales + r, p_.head_dim, bytes(group, m), step_[group] + m,
+                                          zero_[group] + m, offset_ + m, by_query(m) + r * kRun, ld_, fetch);
     });
   }
 
   template <int kBits, int kRows, int kRuns>
-  static __attribute__((noinline)) void code_scores(const char* const* codes, const uint16_t* const* scales,
-                                                    int32_t channels, const char* q, const float* step,
-                                                    const float* zero, const int32_t* offset, float* st, int32_t ld,
-                                                    const CodeFetch* fetch) {
+  static __attribute__((noinline)) void scores_of_rows(const char* const* codes, const uint16_t* const* scales,
+                                                       int32_t channels, const char* q, const float* step,
+                                                       const float* zero, const int32_t* offset, float* st, int32_t ld,
+                                                       const CodeFetch* fetch) {
     vi sum[kRuns][kRows];
     dot_runs<kBits, kRows, kRuns>(codes, channels, q, sum, fetch);
 #pragma GCC unroll 2
@@ -243,28 +354,7 @@ class CodeDecode : public PairDecode {
     }
   }
 
-  // ---- weights ----
-
-  // Behind the last token of a run anything may be.
-  void hide_tail(int32_t count) {
-    for (int32_t m = 0; m < t_.lanes(); ++m)
-      for (int32_t n = count; n < round_up(count, kLanes); ++n) by_query(m)[n] = -kInfinity;
-  }
-
-  void weights(int32_t count) {
-    alignas(kBytes) float sums[kFewLanes + kLanes];
-    few_weights(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha, sums);
-    float* total = ws_ + at_.sum;
-    store(total, fma(load(total), load(ws_ + at_.alpha), load(sums)));
-  }
-
   // ---- values ----
-
-  // Values of int4 and int2 are weighed a stretch of scales at a time.
-  bool takes_values(int64_t first, int32_t count) const {
-    const bool whole = values_.codec == Codec::int8 || (first % kScaleRun == 0 && count % kScaleRun == 0);
-    return is_words(values_.codec) && p_.v_head_dim % 32 == 0 && whole;
-  }
 
   void byte_sums(const CodeTile& v, int32_t count, const CodeTile& next) {
     const int32_t lanes = t_.lanes();
@@ -365,23 +455,4 @@ class CodeDecode : public PairDecode {
     const vf sum = sums_of_four(zeros);
     for (int m = 0; m < kRows; ++m) rest[m * groups] = sum[m];
   }
-
-  // The newest tokens, as they are.
-  void newest_sums(int64_t first, int32_t codes, int32_t count) {
-    const Lines lines = newest(values_, p_.v_head_dim, first + codes, count - codes);
-    few_by_key(ws_ + at_.st + codes, ld_, count - codes, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
-    alignas(kBytes) float kept[kFewLanes];
-    for (int32_t m = 0; m < kFewLanes; ++m) kept[m] = codes > 0 ? 1 : ws_[at_.alpha + m];
-    few_values<Bf16>(ws_ + at_.s, at_.bm, lines, 0, lines.count, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv,
-                     t_.lanes(), kNothing);
-  }
 };
-
-// What heads select, as `run_by_dtype` has it.
-int32_t select_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
-                        float* workspace) {
-  const Problem& p = *c.problem;
-  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
-  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr && !few;
-  return (pairs ? select_keys<PairForward> : select_keys<FloatForward>)(c, t, ranges, num_ranges, sums, workspace);
-}

@@ -1,0 +1,132 @@
+// Few queries over a cache that keeps codes, which no tile of floats is made of. `Products` attend few queries to keys
+// that are numbers; what multiplies codes is a class derived from this. What expressions change, and pairs that do not
+// exist, take values as a tile of floats; so do values of codecs that have no product.
+
+template <class Products>
+class CodeDecode : public Products {
+ protected:
+  using Products::at_;
+  using Products::c_;
+  using Products::kv_head_;
+  using Products::ld_;
+  using Products::p_;
+  using Products::seq_;
+  using Products::t_;
+  using Products::ws_;
+
+ public:
+  template <class... Few>
+  CodeDecode(const Call& c, const Task& t, float* workspace, Few... few) : Products(c, t, workspace, few...) {}
+
+  void keys(int64_t first, int32_t count, bool full, int64_t next) {
+    const int32_t k_codes = codes_of(keys_, first, count), v_codes = codes_of(values_, first, count);
+    const bool direct = full && !this->thinned() && takes_values(first, v_codes);
+    CodeTile k = ahead_k_, v = ahead_v_;
+    if (first != ahead_) {
+      k = codes_from(keys_, first);
+      v = codes_from(values_, first);
+    }
+    k.count = blocks_of_runs(k_codes);
+    v.count = direct ? blocks_of_runs(v_codes) : 0;
+    ahead_ = next;
+    ahead_k_ = codes_from(keys_, next);
+    ahead_v_ = codes_from(values_, next);
+    const CodeTile& then = ahead_k_;
+    open_pages(then);
+    ld_ = round_up(round_up(count, kRun), kBlockVecs * kLanes);
+    this->tile_.narrow(0, ld_);
+    if (!full) this->find_live_by_key(first, count);
+    code_scores(k, first, v);
+    if (k_codes < count) newest_scores(newest(keys_, p_.head_dim, first + k_codes, count - k_codes), k_codes);
+    this->modify_by_key(first, count, full);
+    hide_tail(count);
+    if (!direct) {
+      this->few_softmax(0, count);
+      this->thin_weights(first, count, full);
+      const Lines values = this->values_of(first, count);
+      return this->few_sum(values, 0, count, full, {values, kNoLines});
+    }
+    weights(count);
+    open_pages(ahead_v_);
+    if (v.count > 0) code_sums(v, v_codes, then);
+    if (v_codes < count) newest_sums(first, v_codes, count);
+  }
+
+ protected:
+  // S^T of the codes of a tile, whose first key is `first`. Fetches `next` meanwhile.
+  virtual void code_scores(const CodeTile& k, int64_t first, const CodeTile& next) = 0;
+  // S^T of keys that are bfloat16, from column `at` on.
+  virtual void newest_scores(const Lines& keys, int32_t at) = 0;
+  // Whether so many values from `first` on are multiplied as codes.
+  virtual bool takes_values(int64_t first, int32_t count) const = 0;
+  // Adds the first `count` values, which are codes, with the weights that S^T has become.
+  virtual void code_sums(const CodeTile& v, int32_t count, const CodeTile& next) = 0;
+
+  float* by_query(int32_t m) const { return ws_ + at_.st + m * ld_; }
+
+  // The groups of keys of which some share scales, counted from the tile's first: of each run.
+  void groups_of_runs(const CodeTile& k, int64_t first, int32_t* groups) const {
+    int32_t left = keys_.group - static_cast<int32_t>(first % keys_.group), group = 0;
+    for (int32_t r = 0; r < k.count; ++r, left -= kRun) {
+      if (left == 0) {
+        left = keys_.group;
+        ++group;
+      }
+      groups[r] = group;
+    }
+  }
+
+  const Store& keys_ = p_.stores[0];
+  const Store& values_ = p_.stores[1];
+
+ private:
+  int64_t ahead_ = -1;  // the first token of the tile that comes next, and where it lies
+  CodeTile ahead_k_, ahead_v_;
+
+  static int32_t blocks_of_runs(int32_t tokens) { return (tokens + kRun - 1) / kRun; }
+
+  // How many of the tokens from `first` on are codes.
+  int32_t codes_of(const Store& s, int64_t first, int32_t count) const {
+    if (s.newest == nullptr || first + count <= seq_.num_coded) return count;
+    return first < seq_.num_coded ? static_cast<int32_t>(seq_.num_coded - first) : 0;
+  }
+
+  // Of as many tokens from `first` on as a tile has: they need not all be seen. Nothing if there is none (-1).
+  CodeTile codes_from(const Store& s, int64_t first) const {
+    if (first < 0 || !is_words(s.codec)) return {};
+    const int64_t left = seq_.kv_len - first;
+    const int32_t count = left < c_.tile_kv ? static_cast<int32_t>(left) : c_.tile_kv;
+    return {s, p_.pages, seq_, kv_head_, first, codes_of(s, first, count)};
+  }
+
+  // Tokens that are kept as they are, `first` at the beginning of a run.
+  Lines newest(const Store& s, int32_t channels, int64_t first, int32_t count) const {
+    Lines lines(newest_at(s, seq_.batch, kv_head_, first), 2 * channels, 2 * channels, count);
+    for (int32_t n = 0; n < count; n += kRun)
+      lines.run[n / kRun] = reinterpret_cast<const char*>(newest_at(s, seq_.batch, kv_head_, first + n));
+    return lines;
+  }
+
+  // Behind the last token of a run anything may be.
+  void hide_tail(int32_t count) {
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      for (int32_t n = count; n < round_up(count, kLanes); ++n) by_query(m)[n] = -kInfinity;
+  }
+
+  void weights(int32_t count) {
+    alignas(kBytes) float sums[kFewLanes + kLanes];
+    few_weights(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha, sums);
+    float* total = ws_ + at_.sum;
+    store(total, fma(load(total), load(ws_ + at_.alpha), load(sums)));
+  }
+
+  // The newest tokens, as they are.
+  void newest_sums(int64_t first, int32_t codes, int32_t count) {
+    const Lines lines = newest(values_, p_.v_head_dim, first + codes, count - codes);
+    few_by_key(ws_ + at_.st + codes, ld_, count - codes, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
+    alignas(kBytes) float kept[kFewLanes];
+    for (int32_t m = 0; m < kFewLanes; ++m) kept[m] = codes > 0 ? 1 : ws_[at_.alpha + m];
+    few_values<Bf16>(ws_ + at_.s, at_.bm, lines, 0, lines.count, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv,
+                     t_.lanes(), kNothing);
+  }
+};
