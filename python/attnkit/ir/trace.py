@@ -150,9 +150,8 @@ class Context:
             raise error("AK302", where=self.location(), given=f"{op} of {len(operands)} operands")
         names: list[str] = []
         kinds: list[DType] = []
-        for (
-            operand
-        ) in operands:  # no comprehensions here, nor calls that can be spared: dynamo takes all steps itself
+        # No comprehensions here, nor calls that can be spared: dynamo takes all steps itself.
+        for operand in operands:
             name, kind = self.operand(operand)
             names.append(name)
             kinds.append(kind)

@@ -153,9 +153,7 @@ class AskedFirst(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if (
-            func is torch.empty or func is Tensor.as_subclass
-        ):  # `make_proxy`: dynamo takes each step of ours itself
+        if func is torch.empty or func is Tensor.as_subclass:  # `make_proxy`: dynamo takes all steps itself
             return func(*args, **kwargs)
         dynamo = torch.compiler.is_dynamo_compiling()
         if _concerns_us(args, dynamo) or _concerns_us(tuple(kwargs.values()), dynamo):
