@@ -1,7 +1,8 @@
 // Few queries over codes on the product of halves: 16-bit integers, two to a lane, whose products are added to sums of
 // 32 bits. A query, or of int4 and int2 its product with the scales of a group of keys, is rounded to 16 bits, and so
 // are weights times the scales of values; sums of codes with them are exact, and what a unit is worth joins them once a
-// run of keys, of values once a tile.
+// run of keys, of values once a tile. Of float32 what is left is rounded to 15 bits more, a second plane beside the
+// first.
 //
 // The halves of a word are the elements that a shift and a mask leave there (store-inl.h): channels 0 and 2, 1 and 3 of
 // four adjacent ones, or tokens of int8 values; tokens 0 and 1, 2 and 3 of the others.
@@ -27,19 +28,37 @@ template <int... kLane>
 ATTNKIT_INLINE vi even_then_odd(vi x, std::integer_sequence<int, kLane...>) {
   return __builtin_shuffle(x, vi{(kLane & ~3) + kLane % 2 * 2 + kLane % 4 / 2 ...});
 }
-// Rounds x times factor, at most kMostHalf, to halves; of each four the first and third come first, if so wanted.
-template <bool kEvenFirst>
-ATTNKIT_INLINE void put_halves(vf x, vf factor, int16_t* to) {
-  vi whole = as_int(fma(x, factor, set1(12582912.0f)));  // 1.5 * 2^23: the low bits are the number
-  if constexpr (kEvenFirst) whole = even_then_odd(whole, std::make_integer_sequence<int, kLanes>{});
-  *reinterpret_cast<vsh*>(to) = __builtin_convertvector(whole, vsh);
+inline constexpr float kSecondPlane = 0x1p-15f;  // what it is worth beside the first
+// Rounds x / unit, at most kMostHalf, to halves, and what that leaves to a second plane `plane` behind; of each four
+// the first and third come first, if so wanted.
+template <int kPlanes, bool kEvenFirst>
+ATTNKIT_INLINE void put_halves(vf x, vf unit, vf inverse, int16_t* to, int32_t plane) {
+  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: the low bits of a sum with it are the number
+#pragma GCC unroll 2
+  for (int i = 0; i < kPlanes; ++i, to += plane) {
+    const vf sum = fma(x, inverse, magic);
+    vi whole = as_int(sum);
+    if constexpr (kEvenFirst) whole = even_then_odd(whole, std::make_integer_sequence<int, kLanes>{});
+    *reinterpret_cast<vsh*>(to) = __builtin_convertvector(whole, vsh);
+    x = fma(magic - sum, unit, x);
+    inverse = inverse * set1(1 / kSecondPlane);
+  }
+}
+// A sum of products with every plane.
+template <int kPlanes, int kVecs>
+ATTNKIT_INLINE vf sum_of_planes(const vi (*sum)[kVecs], int v) {
+  const vf first = to_float(sum[0][v]);
+  return kPlanes == 1 ? first : fma(to_float(sum[kPlanes - 1][v]), set1(kSecondPlane), first);
 }
 
 ATTNKIT_INLINE vf larger_magnitude_or_second(vf a, vf b) { return max_or_second(magnitude(a), b); }
 // The first four lanes.
 ATTNKIT_INLINE void put_four(float* to, vf x) { __builtin_memcpy(to, &x, 16); }
 
+// `kPlanes`: 1 of 16-bit queries, 2 of float32. A row is a plane of a query.
+template <int kPlanes>
 class HalfCodes : public CodeDecode<FloatForward> {
+  static constexpr int32_t kRow = kMostCodeChannels / kPlanes;
   static constexpr int kVecs = kRun / kLanes;  // of the tokens of a run
   static constexpr int kOutCodes = 2;  // vectors of value channels at once
 
@@ -48,10 +67,10 @@ class HalfCodes : public CodeDecode<FloatForward> {
 
   // How many lanes a task has does not decide: that changes with the threads.
   static bool takes(const Problem& p, const Task& t) {
-    if (p.stores == nullptr || p.dtype == DType::f32 || p.skip != 0) return false;
+    if (p.stores == nullptr || (p.dtype == DType::f32) != (kPlanes == 2) || p.skip != 0) return false;
     const Store& k = p.stores[0];
     // Beyond, sums of codes of int8 would not fit 32 bits.
-    const int32_t most = k.codec == Codec::int8 ? kMostCodeChannels / 2 : kMostCodeChannels;
+    const int32_t most = k.codec == Codec::int8 ? kMostCodeChannels / 2 : kRow;
     return is_words(k.codec) && p.head_dim % 32 == 0 && p.head_dim <= most &&
            p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
   }
@@ -71,11 +90,11 @@ class HalfCodes : public CodeDecode<FloatForward> {
         by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { scale_queries<kRows>(k.scales[r], groups[r], m); });
     const auto runs = [&]<int kBits>() {
       for (int32_t r = 0; r < k.count; ++r)
-        by_rows(t_.lanes(), [&]<int kRows>(int32_t m) {
-          const int32_t steps = p_.head_dim * kBits / 32;
-          scores_of_run<kBits, kRows>(k.runs[r], k.scales[r], p_.head_dim, halves(groups[r], m), step_[groups[r]] + m,
+        by_rows(t_.lanes() * kPlanes, [&]<int kRows>(int32_t row) {
+          const int32_t m = row / kPlanes, steps = p_.head_dim * kBits / 32;
+          scores_of_run<kBits, kRows>(k.runs[r], k.scales[r], p_.head_dim, halves(groups[r], row), step_[groups[r]] + m,
                                       zero_[groups[r]] + m, by_query(m) + r * kRun, ld_,
-                                      fetch_of(next, m == 0 ? r : next.count, steps, k.runs[r]));
+                                      fetch_of(next, row == 0 ? r : next.count, steps, k.runs[r]));
         });
     };
     by_bits(keys_.codec, runs);
@@ -97,8 +116,8 @@ class HalfCodes : public CodeDecode<FloatForward> {
   float broken_[kFewLanes + kFewRows] = {};  // NaN for a query whose numbers are not all finite, else 0
 
   const float* query(int32_t m) const { return ws_ + at_.q + static_cast<int64_t>(m) * at_.dq; }
-  int16_t* halves(int32_t group, int32_t m) const {
-    return reinterpret_cast<int16_t*>(ws_ + at_.code_bytes) + (group * kFewLanes + m) * kMostCodeChannels;
+  int16_t* halves(int32_t group, int32_t row) const {
+    return reinterpret_cast<int16_t*>(ws_ + at_.code_bytes) + group * kFewLanes * kMostCodeChannels + row * kRow;
   }
 
   // ---- scores ----
@@ -113,7 +132,8 @@ class HalfCodes : public CodeDecode<FloatForward> {
     broken_[m] = sum_of_lanes(zero);
     if (keys_.codec != Codec::int8) return;
     const float step = largest_lane(most) / kMostHalf, inverse = step < 0x1p-126f ? 0 : 1 / step;
-    for (int32_t d = 0; d < p_.head_dim; d += kLanes) put_halves<true>(load(x + d), set1(inverse), halves(0, m) + d);
+    for (int32_t d = 0; d < p_.head_dim; d += kLanes)
+      put_halves<kPlanes, true>(load(x + d), set1(step), set1(inverse), halves(0, m * kPlanes) + d, kRow);
     step_[0][m] = step + broken_[m];
   }
 
@@ -134,7 +154,8 @@ class HalfCodes : public CodeDecode<FloatForward> {
     }
     const vf step = largest_of_four(most) * set1(1 / kMostHalf);
     const vi none = step < set1(0x1p-126f);
-    alignas(kBytes) float inverse[kLanes];
+    alignas(kBytes) float unit[kLanes], inverse[kLanes];
+    store(unit, step);
     store(inverse, select(none, vf{}, set1(1) / step));
     put_four(step_[group] + first, select(none, vf{}, step));
     put_four(zero_[group] + first, sums_of_four(sum));
@@ -143,11 +164,12 @@ class HalfCodes : public CodeDecode<FloatForward> {
       const vf scale = widen(scale_at + d);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m)
-        put_halves<true>(load(q + m * at_.dq + d) * scale, set1(inverse[m]), halves(group, first + m) + d);
+        put_halves<kPlanes, true>(load(q + m * at_.dq + d) * scale, set1(unit[m]), set1(inverse[m]),
+                                  halves(group, (first + m) * kPlanes) + d, kRow);
     }
   }
 
-  // S^T of kRows queries and a run of keys.
+  // S^T of kRows rows and a run of keys.
   template <int kBits, int kRows>
   static __attribute__((noinline)) void scores_of_run(const char* codes, const uint16_t* scales, int32_t channels,
                                                       const int16_t* q, const float* step, const float* zero, float* st,
@@ -166,7 +188,7 @@ class HalfCodes : public CodeDecode<FloatForward> {
         for (int v = 0; v < kVecs; ++v) u[v] = pair_of_words<kBits, true>(words[v], i);
 #pragma GCC unroll 4
         for (int m = 0; m < kRows; ++m) {
-          const vi x = as_int(set1_bits(q + m * kMostCodeChannels + (word * kPairs + i) * 2));
+          const vi x = as_int(set1_bits(q + m * kRow + (word * kPairs + i) * 2));
 #pragma GCC unroll 4
           for (int v = 0; v < kVecs; ++v) sum[m][v] = dot_halves(sum[m][v], u[v], x);
         }
@@ -176,8 +198,9 @@ class HalfCodes : public CodeDecode<FloatForward> {
     for (int v = 0; v < kVecs; ++v) {
       const vf scale = kBits == 8 ? widen(reinterpret_cast<const Bf16*>(scales) + v * kLanes) : set1(1);
 #pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m)
-        store(st + m * ld + v * kLanes, fma(to_float(sum[m][v]), set1(step[m]) * scale, set1(zero[m])));
+      for (int m = 0; m < kRows / kPlanes; ++m)
+        store(st + m * ld + v * kLanes,
+              fma(sum_of_planes<kPlanes>(sum + m * kPlanes, v), set1(step[m]) * scale, set1(zero[m])));
     }
   }
 
@@ -193,15 +216,16 @@ class HalfCodes : public CodeDecode<FloatForward> {
     for (int32_t g = 0; g < groups; ++g) {
       const float step = weigh<kBits>(v, count, g, weights, rest);
       for (int32_t c = g * width; c < at_.dv && c < (g + 1) * width; c += wide)
-        by_rows(t_.lanes(), [&]<int kRows>(int32_t m) {
-          values_of_codes<kBits, kRows, kOutCodes>(v, at_.dv, c, weights + m * kRun, t_.lanes(), step, rest + m,
+        by_rows(t_.lanes() * kPlanes, [&]<int kRows>(int32_t row) {
+          const int32_t m = row / kPlanes;
+          values_of_codes<kBits, kRows, kOutCodes>(v, at_.dv, c, weights + row * kRun, t_.lanes(), step, rest + m,
                                                    ws_ + at_.alpha + m, ws_ + at_.o + m * int64_t{at_.dv} + c, at_.dv,
-                                                   next, m == 0 ? c / wide * kWords : -1, parts * kWords);
+                                                   next, row == 0 ? c / wide * kWords : -1, parts * kWords);
         });
     }
   }
 
-  // Weights times the scales of a group of channels, as halves, [run][query][kRun]; returns what these are worth, for
+  // Weights times the scales of a group of channels, as halves, [run][row][kRun]; returns what these are worth, for
   // no weight is more than 1. `rest`: of each query the sum with the zeros, and NaN if something is not finite.
   template <int kBits>
   float weigh(const CodeTile& v, int32_t count, int32_t g, int16_t* to, float* rest) {
@@ -226,7 +250,8 @@ class HalfCodes : public CodeDecode<FloatForward> {
 #pragma GCC unroll 4
           for (int j = 0; j < kRows; ++j) {
             const vf w = select(exists, load(by_query(m + j) + r * kRun + i), vf{}), x = w * scale;
-            put_halves<kBits == 8>(x, set1(inverse), to + (r * lanes + m + j) * kRun + i);
+            put_halves<kPlanes, kBits == 8>(x, set1(step), set1(inverse), to + (r * lanes + m + j) * kPlanes * kRun + i,
+                                            kRun);
             sum[j] = kBits == 8 ? fma(x, vf{}, sum[j]) : fma(w, zero, sum[j]);
           }
         }
@@ -239,7 +264,7 @@ class HalfCodes : public CodeDecode<FloatForward> {
   // Of the lanes of a vector, the first so many.
   static vi there(int32_t left) { return lane_mask(left >= kLanes ? ~0u : left <= 0 ? 0 : (1u << left) - 1); }
 
-  // Sums of kRows queries and kWide vectors of channels, from the channel-th on. Fetches `next` meanwhile, the part-th
+  // Sums of kRows rows and kWide vectors of channels, from the channel-th on. Fetches `next` meanwhile, the part-th
   // of `parts` parts of each run and those after it, if it is one.
   template <int kBits, int kRows, int kWide>
   static __attribute__((noinline)) void values_of_codes(const CodeTile& tile, int32_t stored, int32_t channel,
@@ -249,7 +274,7 @@ class HalfCodes : public CodeDecode<FloatForward> {
                                                         int32_t parts) {
     constexpr int kPairs = kPairsOfWord<kBits>;
     vi acc[kRows][kWide] = {};
-    for (int32_t r = 0; r < tile.count; ++r, weights += lanes * kRun) {
+    for (int32_t r = 0; r < tile.count; ++r, weights += lanes * kPlanes * kRun) {
       const char* codes = tile.runs[r] + channel * 4;
       const CodeFetch fetch = fetch_of(next, part >= 0 ? r : next.count, parts, codes);
 #pragma GCC unroll 4
@@ -273,11 +298,17 @@ class HalfCodes : public CodeDecode<FloatForward> {
       }
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m)
+    for (int m = 0; m < kRows / kPlanes; ++m)
 #pragma GCC unroll 4
       for (int c = 0; c < kWide; ++c) {
         float* x = o + static_cast<int64_t>(m) * o_stride + c * kLanes;
-        store(x, fma(load(x), set1(alpha[m]), fma(to_float(acc[m][c]), set1(step), set1(rest[m]))));
+        const vf sum = sum_of_planes<kPlanes>(acc + m * kPlanes, c);
+        store(x, fma(load(x), set1(alpha[m]), fma(sum, set1(step), set1(rest[m]))));
       }
   }
 };
+
+// What attends the queries of a task to codes as they are; null where nothing here does.
+inline auto run_of_codes(const Problem& p, const Task& t) -> decltype(&run<HalfCodes<1>>) {
+  return HalfCodes<1>::takes(p, t) ? run<HalfCodes<1>> : HalfCodes<2>::takes(p, t) ? run<HalfCodes<2>> : nullptr;
+}

@@ -48,7 +48,8 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
       return pairs ? run<EncodedForward<PairForward, ByteProduct>> : run<EncodedForward<FloatForward, ByteProduct>>;
     if (pairs) return few ? run<PairDecode> : run<PairForward>;
     if (p.stores != nullptr && p.dtype == DType::bf16 && few && ByteCodes::takes(p)) return run<ByteCodes>;
-    return HalfCodes::takes(p, t) ? run<HalfCodes> : run<FloatForward>;
+    auto* found = run_of_codes(p, t);
+    return found == nullptr ? run<FloatForward> : found;
   }();
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }

@@ -102,8 +102,8 @@ class EncodedForward : public Products {
 template <class Products>
 int32_t run_floats(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                    float* workspace) {
-  const auto run_it = c.problem->codes != nullptr       ? run<EncodedForward<Products, FloatProduct>>
-                      : HalfCodes::takes(*c.problem, t) ? run<HalfCodes>
-                                                        : run<Products>;
+  auto* run_it = run_of_codes(*c.problem, t);
+  if (c.problem->codes != nullptr) run_it = run<EncodedForward<Products, FloatProduct>>;
+  if (run_it == nullptr) run_it = run<Products>;
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }
