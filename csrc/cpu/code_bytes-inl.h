@@ -15,8 +15,7 @@ ATTNKIT_INLINE vf widen_scales(const uint16_t* p) {
 
 inline constexpr float kMostQuery = 32512;  // 127 * 256
 
-// A float whose low bits are the whole number next to a product; of 64 of them, up to kMostQuery, the two bytes each.
-ATTNKIT_INLINE vf rounded(vf x, vf factor) { return fma(x, factor, set1(12582912.0f)); }  // 1.5 * 2^23
+// Of 64 numbers that are `rounded`, up to kMostQuery, the two bytes each.
 ATTNKIT_INLINE void put_bytes(const vf* x, char* high, char* low) {
   alignas(64) static constexpr int16_t kHalves[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
                                                       32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
@@ -42,8 +41,6 @@ ATTNKIT_INLINE void round_to_bytes(const float* x, int32_t count, float inverse,
     put_bytes(whole, high + c, low + c);
   }
 }
-// The first four lanes.
-ATTNKIT_INLINE void store_four(float* p, vf x) { _mm_storeu_ps(p, _mm512_castps512_ps128((__m512)x)); }
 ATTNKIT_INLINE vf larger_magnitude(vf a, vf b) {
   return (vf)_mm512_range_ps((__m512)a, (__m512)b, 0xb);
 }  // b if a is NaN
@@ -183,12 +180,7 @@ class ByteCodes : public CodeDecode<PairDecode> {
  public:
   using CodeDecode::CodeDecode;
 
-  static bool takes(const Problem& p) {
-    const Store& k = p.stores[0];
-    // Beyond, sums of bytes of int8 would not fit 32 bits.
-    const int32_t most = k.codec == Codec::int8 ? kMostCodeChannels / 2 : kMostCodeChannels;
-    return is_words(k.codec) && p.head_dim % 32 == 0 && p.head_dim <= most;
-  }
+  static bool takes(const Problem& p) { return are_codes(p.stores[0], p.head_dim, kMostCodeChannels); }
 
   void pack_queries() {
     PairDecode::pack_queries();

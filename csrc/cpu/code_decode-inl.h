@@ -2,6 +2,12 @@
 // that are numbers; what multiplies codes is a class derived from this. What expressions change, and pairs that do not
 // exist, take values as a tile of floats; so do values of codecs that have no product.
 
+// Whether keys are codes whose products with a query are summed in 32 bits: of int8 that takes half of the channels.
+inline bool are_codes(const Store& keys, int32_t channels, int32_t most) {
+  if (keys.codec == Codec::int8 && most > kMostCodeChannels / 2) most = kMostCodeChannels / 2;
+  return is_words(keys.codec) && channels % 32 == 0 && channels <= most;
+}
+
 template <class Products>
 class CodeDecode : public Products {
  protected:

@@ -33,14 +33,13 @@ inline constexpr float kSecondPlane = 0x1p-15f;  // what it is worth beside the 
 // the first and third come first, if so wanted.
 template <int kPlanes, bool kEvenFirst>
 ATTNKIT_INLINE void put_halves(vf x, vf unit, vf inverse, int16_t* to, int32_t plane) {
-  const vf magic = set1(12582912.0f);  // 1.5 * 2^23: the low bits of a sum with it are the number
 #pragma GCC unroll 2
   for (int i = 0; i < kPlanes; ++i, to += plane) {
-    const vf sum = fma(x, inverse, magic);
+    const vf sum = rounded(x, inverse);
     vi whole = as_int(sum);
     if constexpr (kEvenFirst) whole = even_then_odd(whole, std::make_integer_sequence<int, kLanes>{});
     *reinterpret_cast<vsh*>(to) = __builtin_convertvector(whole, vsh);
-    x = fma(magic - sum, unit, x);
+    x = fma(set1(kWhole) - sum, unit, x);
     inverse = inverse * set1(1 / kSecondPlane);
   }
 }
@@ -52,8 +51,24 @@ ATTNKIT_INLINE vf sum_of_planes(const vi (*sum)[kVecs], int v) {
 }
 
 ATTNKIT_INLINE vf larger_magnitude_or_second(vf a, vf b) { return max_or_second(magnitude(a), b); }
-// The first four lanes.
-ATTNKIT_INLINE void put_four(float* to, vf x) { __builtin_memcpy(to, &x, 16); }
+
+// Adds the products of words with halves, of kRows rows `stride` apart.
+template <int kBits, bool kIsKeys, int kRows, int kVecs>
+ATTNKIT_INLINE void add_words(const vi (&words)[kVecs], const int16_t* halves, int32_t stride,
+                              vi (&sum)[kRows][kVecs]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kPairsOfWord<kBits>; ++i) {
+    vi u[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) u[v] = pair_of_words<kBits, kIsKeys>(words[v], i);
+#pragma GCC unroll 4
+    for (int m = 0; m < kRows; ++m) {
+      const vi x = as_int(set1_bits(halves + m * stride + 2 * i));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) sum[m][v] = dot_halves(sum[m][v], u[v], x);
+    }
+  }
+}
 
 // `kPlanes`: 1 of 16-bit queries, 2 of float32. A row is a plane of a query.
 template <int kPlanes>
@@ -68,10 +83,7 @@ class HalfCodes : public CodeDecode<FloatForward> {
   // How many lanes a task has does not decide: that changes with the threads.
   static bool takes(const Problem& p, const Task& t) {
     if (p.stores == nullptr || (p.dtype == DType::f32) != (kPlanes == 2) || p.skip != 0) return false;
-    const Store& k = p.stores[0];
-    // Beyond, sums of codes of int8 would not fit 32 bits.
-    const int32_t most = k.codec == Codec::int8 ? kMostCodeChannels / 2 : kRow;
-    return is_words(k.codec) && p.head_dim % 32 == 0 && p.head_dim <= most &&
+    return are_codes(p.stores[0], p.head_dim, kRow) &&
            p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
   }
 
@@ -157,8 +169,8 @@ class HalfCodes : public CodeDecode<FloatForward> {
     alignas(kBytes) float unit[kLanes], inverse[kLanes];
     store(unit, step);
     store(inverse, select(none, vf{}, set1(1) / step));
-    put_four(step_[group] + first, select(none, vf{}, step));
-    put_four(zero_[group] + first, sums_of_four(sum));
+    store_four(step_[group] + first, select(none, vf{}, step));
+    store_four(zero_[group] + first, sums_of_four(sum));
     for (int m = 0; m < kRows; ++m) zero_[group][first + m] += broken_[first + m];
     for (int32_t d = 0; d < p_.head_dim; d += kLanes) {
       const vf scale = widen(scale_at + d);
@@ -181,18 +193,7 @@ class HalfCodes : public CodeDecode<FloatForward> {
       vi words[kVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) words[v] = load_words(codes + (word * kRun + v * kLanes) * 4);
-#pragma GCC unroll 8
-      for (int i = 0; i < kPairs; ++i) {
-        vi u[kVecs];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVecs; ++v) u[v] = pair_of_words<kBits, true>(words[v], i);
-#pragma GCC unroll 4
-        for (int m = 0; m < kRows; ++m) {
-          const vi x = as_int(set1_bits(q + m * kRow + (word * kPairs + i) * 2));
-#pragma GCC unroll 4
-          for (int v = 0; v < kVecs; ++v) sum[m][v] = dot_halves(sum[m][v], u[v], x);
-        }
-      }
+      add_words<kBits, true>(words, q + word * kPairs * 2, kRow, sum);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
@@ -283,18 +284,7 @@ class HalfCodes : public CodeDecode<FloatForward> {
         vi words[kWide];
 #pragma GCC unroll 4
         for (int c = 0; c < kWide; ++c) words[c] = load_words(codes + (t * stored + c * kLanes) * 4);
-#pragma GCC unroll 8
-        for (int i = 0; i < kPairs; ++i) {
-          vi u[kWide];
-#pragma GCC unroll 4
-          for (int c = 0; c < kWide; ++c) u[c] = pair_of_words<kBits, false>(words[c], i);
-#pragma GCC unroll 4
-          for (int m = 0; m < kRows; ++m) {
-            const vi x = as_int(set1_bits(weights + m * kRun + (t * kPairs + i) * 2));
-#pragma GCC unroll 4
-            for (int c = 0; c < kWide; ++c) acc[m][c] = dot_halves(acc[m][c], u[c], x);
-          }
-        }
+        add_words<kBits, false>(words, weights + t * kPairs * 2, kRun, acc);
       }
     }
 #pragma GCC unroll 4

@@ -72,6 +72,12 @@ inline CodeFetch fetch_of(const CodeTile& next, int32_t r, int32_t steps, const 
   return {next.runs[r], (next.lines[1] + steps - 1) / steps};
 }
 
+// A float whose low bits are the whole number next to a product.
+inline constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23
+ATTNKIT_INLINE vf rounded(vf x, vf factor) { return fma(x, factor, set1(kWhole)); }
+// The first four lanes.
+ATTNKIT_INLINE void store_four(float* p, vf x) { __builtin_memcpy(p, &x, 16); }
+
 // Calls f<bits of a code>().
 template <class F>
 void by_bits(Codec codec, F f) {
