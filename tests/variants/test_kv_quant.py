@@ -78,7 +78,7 @@ def test_e4m3_is_torchs(rng: np.random.Generator) -> None:
     """Every byte means what torch means by it; rounding agrees, ties too; torch does not saturate, we do."""
     bytes_ = torch.arange(256, dtype=torch.uint8)
     means = bytes_.view(torch.float8_e4m3fn).double().numpy()
-    np.testing.assert_array_equal(kv_quant._E4M3, means)
+    np.testing.assert_array_equal(kv_quant.E4M3, means)
     values = np.sort(means[:127])
     x = np.concatenate(
         [rng.standard_normal(2000) * 100, rng.standard_normal(2000) / 100, (values[1:] + values[:-1]) / 2]
@@ -88,7 +88,7 @@ def test_e4m3_is_torchs(rng: np.random.Generator) -> None:
     expected = torch.from_numpy(x).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
     np.testing.assert_array_equal(kv_quant.e4m3_bytes(x), expected)
     far = kv_quant.e4m3_bytes(np.array([449.0, 1e30, np.inf, -464.0, -np.inf]))
-    np.testing.assert_array_equal(kv_quant._E4M3[far], [448, 448, 448, -448, -448])
+    np.testing.assert_array_equal(kv_quant.E4M3[far], [448, 448, 448, -448, -448])
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -302,7 +302,7 @@ def test_smoothing_keys_moves_lse_alone(rng: np.random.Generator) -> None:
 def stored(encoded: Any, codec: Codec) -> reference.Encoded:
     """What a cache holds, as the reference takes it: numbers and scales for every element."""
     scale, zero = per_element(encoded, codec)
-    codes = kv_quant._E4M3[encoded.codes] if codec.name == "fp8" else encoded.codes.astype(np.float64)
+    codes = kv_quant.E4M3[encoded.codes] if codec.name == "fp8" else encoded.codes.astype(np.float64)
     return reference.Encoded(codec, codes, scale, zero, np.zeros(1))
 
 
@@ -349,7 +349,7 @@ def test_reference_e4m3_is_the_table(rng: np.random.Generator) -> None:
     """fp8 with a scale per token: e4m3 of x over its scale, by the table of all bytes."""
     x = tokens(rng, 40, 40)
     got = reference.encode(x, Codec("fp8", "token", 0))
-    np.testing.assert_array_equal(got.codes, kv_quant._E4M3[kv_quant.e4m3_bytes(x / got.scale)])
+    np.testing.assert_array_equal(got.codes, kv_quant.E4M3[kv_quant.e4m3_bytes(x / got.scale)])
     assert abs(got.codes).max() == 448
 
 

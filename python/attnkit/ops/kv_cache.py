@@ -386,15 +386,11 @@ def _device(device: str | torch.device, codecs: set[str]) -> torch.device:
         missing = backends.get("triton").available()
         if missing is not None:
             raise error("AK501", where="device", given=f"{device}: {missing}")
-        if not codecs <= {*PLAIN, "int8", "fp8"}:
-            allowed = ", ".join((*PLAIN, "int8", "fp8"))
+        built = (*PLAIN, "int8", "fp8")
+        if not codecs <= {*built}:
             raise error(
-                "AK504",
-                where="codec",
-                what="not built for a GPU yet",
-                given=", ".join(sorted(codecs)),
-                allowed=allowed,
-            )
+                "AK504", where="codec", what="not built for a GPU yet", given=", ".join(sorted(codecs)), allowed=", ".join(built)
+            )  # fmt: skip
     return found
 
 

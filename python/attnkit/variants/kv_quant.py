@@ -136,7 +136,7 @@ def decode(encoded: Encoded, codec: Codec) -> Float64:
     def spread(per_block: Array) -> Array:
         return per_block.repeat(rows, axis=2).repeat(columns, axis=3)[:, :, :tokens, :channels]
 
-    values = _E4M3[encoded.codes] if codec.name == "fp8" else encoded.codes.astype(np.float64)
+    values = E4M3[encoded.codes] if codec.name == "fp8" else encoded.codes.astype(np.float64)
     with np.errstate(invalid="ignore"):
         values = values * spread(encoded.scale)
     return values if encoded.zero is None else values + spread(encoded.zero)
@@ -197,14 +197,14 @@ def _e4m3_values() -> Float64:
     return np.where(byte & 127 == 127, np.nan, np.where(byte >> 7, -size, size))
 
 
-_E4M3 = _e4m3_values()
+E4M3 = _e4m3_values()  # by byte
 
 
 def e4m3_bytes(x: Array) -> Array:
     """The bytes of the nearest e4m3 numbers, ties to even; what is beyond 448, infinity too, becomes 448."""
     units, unit = _on_grid(np.clip(np.where(np.isnan(x), 0, x), -448, 448), 3, -6)
     size = np.abs(np.rint(units) * unit)
-    byte = np.searchsorted(_E4M3[:127], size).astype(np.uint8)  # bytes 0 to 126 rise from 0 to 448
+    byte = np.searchsorted(E4M3[:127], size).astype(np.uint8)  # bytes 0 to 126 rise from 0 to 448
     return np.where(np.isnan(x), 127, byte | np.where(np.signbit(x), 128, 0)).astype(np.uint8)
 
 

@@ -29,6 +29,7 @@ from attnkit.ir.program import Codec, Program
 from attnkit.ir.text import parse
 from attnkit.plan.ranges import stretch
 from attnkit.plan.spec import Config, KernelSpec
+from attnkit.variants.kv_quant import E4M3, e4m3_bytes
 
 # The fields of a phase, by what stands before their names.
 _FIELDS: dict[Phase, tuple[str, ...]] = {
@@ -37,8 +38,6 @@ _FIELDS: dict[Phase, tuple[str, ...]] = {
 # How far results may be from float64, of the larger of 1 and their largest element: o and lse, gradients.
 _TOLERANCES = {"ieee": (2e-5, 1e-4), "tf32": (2e-2, 5e-2), "float16": (5e-3, 2e-2), "bfloat16": (3e-2, 8e-2)}
 _BATCH, _HEADS, _KV_HEADS, _PAGE, _SEED = 2, 2, 1, 16, 123456789
-# What the bytes from 0 to 126 mean in e4m3.
-_E4M3 = np.array([2.0 ** max((n >> 3) - 7, -6) * ((n & 7) / 8 + (n > 7)) for n in range(127)])
 _known: dict[str, str] = {}  # what is wrong, if anything, by key
 
 
@@ -227,9 +226,8 @@ def _stored(x: Any, codec: Codec | None, like: Any) -> tuple[Any, list[Any], Any
             x.shape[:3]
         )
         factor = scales.double().cpu()[..., None]
-        codes = np.searchsorted((_E4M3[1:] + _E4M3[:-1]) / 2, np.abs(x / factor.numpy())) + 128 * (x < 0)
-        codes = np.where(np.isnan(x), 127, codes)
-        means = factor.new_tensor(np.concatenate([[*_E4M3, np.nan], [*-_E4M3, np.nan]])[codes])
+        codes = e4m3_bytes(x / factor.numpy())
+        means = factor.new_tensor(E4M3[codes])
         return like.new_tensor(codes, dtype=launch.dtype_of(like, "byte")), [scales], means * factor
     scales = like.new_tensor(np.abs(x).max(-1) / 127, dtype=launch.dtype_of(like, "bfloat16"))
     factor = scales.double().cpu()[..., None]
