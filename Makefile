@@ -2,7 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet -c constraints-dev.txt
+# No byte code: compiling every module of torch takes twice as long as installing it, importing some of them seconds.
+INSTALL := $(PIP) install --quiet --no-compile -c constraints-dev.txt
 CSRC := $(shell find csrc -type f)
 .DEFAULT_GOAL := help
 # Where containers set it, each of a hundred processes that the tests start would compile the package again.

@@ -62,6 +62,6 @@ def both(call: Callable[[], Tensor], leaves: Sequence[Tensor], cotangent: Tensor
 def distance(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """The largest relative distance of any of them, in the Frobenius norm."""
     return max(
-        float((a.detach().double() - b.double()).norm() / b.double().norm())
-        for a, b in zip(found, exact, strict=True)
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(map(Tensor.detach, found), map(Tensor.detach, exact), strict=True)
     )
