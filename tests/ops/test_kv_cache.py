@@ -522,3 +522,24 @@ def test_a_host_that_counts_along() -> None:
     cache.truncate(10)
     cache._count_along(22, None)
     assert cache._most == 32
+
+
+@pytest.mark.parametrize("codec", ["f32", "int8", "int4"])
+@pytest.mark.parametrize("length", [-1, 65, 2**31 - 1])
+def test_lengths_that_cannot_be(codec: str, length: int, randn: Any) -> None:
+    """Others may write to them: nothing is read beyond the cache, and nothing is lost."""
+    cache = ak.KVCache(2, 1, 16, max_len=64, codec=codec)
+    cache.append(randn(2, 1, 40, 16), randn(2, 1, 40, 16))
+    before = [x.clone() for x in cache.dequantize()]
+    cache.lengths[1] = length
+    for call in (
+        cache.dequantize,
+        lambda: cache.reorder(torch.tensor([1, 1])),
+        lambda: cache.select(torch.tensor([0])),
+        lambda: ak.attention(torch.ones(2, 1, 1, 16), cache),
+    ):
+        with pytest.raises(AttnkitError, match=r"AK602(.|\n)*len(gth)?s\n(.|\n)*0\.\.64"):
+            call()
+    cache.lengths[1] = 40
+    for found, kept in zip(cache.dequantize(), before, strict=True):
+        assert torch.equal(found, kept)

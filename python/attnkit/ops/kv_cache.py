@@ -308,7 +308,7 @@ class KVCache:
 
         Raises:
             AttnkitError: AK401, there is no such row; AK402 to AK405, not such a tensor; AK504, the pages are somebody
-                else's: reorder the page table.
+                else's: reorder the page table; AK602, lengths that the cache cannot hold.
         """
         if self._external:
             what = "pages of somebody else's are not reordered"
@@ -319,7 +319,7 @@ class KVCache:
         index = batch_index.tolist()
         if any(not 0 <= b < self.batch for b in index):
             raise error("AK401", where="batch_index", given=str(index[:8]), allowed=f"0..{self.batch - 1}")
-        kv_storage.reorder(self._scheme, self._storage, index, self.lengths.tolist())
+        kv_storage.reorder(self._scheme, self._storage, index, self._held())
         self.lengths.copy_(self.lengths[batch_index.long()])
 
     def select(self, positions: Tensor) -> None:
@@ -329,9 +329,11 @@ class KVCache:
             positions: int ``[n]`` for all rows, or ``[B, n]``; -1 at the end of a row stands for nothing.
 
         Raises:
-            AttnkitError: AK401, there is no such token; AK402 to AK405, not such a tensor.
+            AttnkitError: AK401, there is no such token; AK402 to AK405, not such a tensor; AK602, lengths that the cache
+                cannot hold.
         """
         self._check_integers("positions", positions, None)
+        held = self._held()
         wanted = positions.long()
         if wanted.dim() == 1:
             wanted = wanted.expand(self.batch, -1)
@@ -343,7 +345,7 @@ class KVCache:
         counts = exist.sum(1, dtype=torch.int32)
         in_front = exist == (torch.arange(wanted.shape[1], device=wanted.device) < counts[:, None])
         if not bool((in_front & (wanted >= -1) & (wanted < self.lengths[:, None])).all()):
-            allowed = f"tokens of rows of {self.lengths.tolist()[:8]}, then -1"
+            allowed = f"tokens of rows of {held[:8]}, then -1"
             raise error("AK401", where="positions", given=str(positions.tolist())[:80], allowed=allowed)
         kv_storage.select(self._scheme, self._storage, self.lengths, wanted, counts, self.append)
 
@@ -353,9 +355,12 @@ class KVCache:
         """The tokens, ``k [B, Hkv, n, D]`` and ``v [B, Hkv, n, Dv]``, n being the longest row; zero beyond a row's end.
 
         Codes are float32 then.
+
+        Raises:
+            AttnkitError: AK602, lengths that the cache cannot hold.
         """
+        longest = max(self._held(), default=0)
         lengths = self.lengths.long()
-        longest = int(lengths.max()) if self.batch else 0
         exist = torch.arange(longest, device=lengths.device) < lengths[:, None]
         rows, columns = exist.nonzero(as_tuple=True)
         found = []
@@ -364,6 +369,13 @@ class KVCache:
             out[rows, columns] = tokens
             found.append(out.transpose(1, 2))
         return found[0], found[1]
+
+    def _held(self) -> list[int]:
+        """How many tokens each row holds: `lengths`, which others may have written to."""
+        held: list[int] = self.lengths.tolist()
+        if any(not 0 <= n <= self.max_len for n in held):
+            raise error("AK602", where="lengths", given=str(held[:8]), allowed=f"0..{self.max_len}")
+        return held
 
     def _check_integers(self, name: str, t: Any, shape: tuple[int, ...] | None) -> None:
         check_tensor(name, t, self.lengths.device)
