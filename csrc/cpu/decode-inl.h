@@ -9,7 +9,7 @@
 
 inline constexpr int kFewLanes = kLanes;            // beyond, lanes are full enough
 inline constexpr int kFewRows = 4;                  // queries at once,
-inline constexpr int kBlockVecs = kAccumulators / 16 + 1;  // with so many vectors of keys beside a square of them,
+inline constexpr int kBlockVecs = 2;  // with so many vectors of keys: sums enough to hide how long a product takes,
 inline constexpr int kBlockKeys = 32;  // keys that are in use, and as many are being fetched: they share the cache
 inline constexpr int kFewVecs = kAccumulators / 6;  // or with so many vectors of value channels
 
@@ -81,27 +81,20 @@ struct Ahead {
   const char* at(int32_t n) const { return n < now.count ? now.at(n) : next.at(n - now.count); }
 };
 
-// While rows are used, one after the other, fetches those that are used a block later, or the part-th of `parts` parts
-// of each. A fetch does not wait for the address of a page of memory to be found, and so may come to nothing where its
-// page is new: a line of each page is fetched a block earlier still. Not a line of each row: lines out of turn cost
-// half the speed of memory. Rows that begin elsewhere are a new stream to the machine: it is given their first lines
-// early.
+// While rows are used, one after the other, fetches those that are used a block later. A fetch does not wait for the
+// address of a page of memory to be found, and so may come to nothing where its page is new: a line of each page is
+// fetched a block earlier still. Not a line of each row: lines out of turn cost half the speed of memory. Rows that
+// begin elsewhere are a new stream to the machine: it is given their first lines early.
 class Fetches {
  public:
-  ATTNKIT_INLINE Fetches(const Ahead& ahead, int32_t first, int32_t part = 0, int32_t parts = 1)
-      : ahead_(ahead),
-        n_(first),
-        first_part_(part == 0),
-        share_((ahead.now.bytes / kLine + parts - 1) / parts * kLine),
-        part_(part * share_),
-        near_(ahead.at(first + kRows)),
-        far_(ahead.at(first + kPageRows)) {}
+  ATTNKIT_INLINE Fetches(const Ahead& ahead, int32_t first)
+      : ahead_(ahead), n_(first), near_(ahead.at(first + kRows)), far_(ahead.at(first + kPageRows)) {}
 
   ATTNKIT_INLINE void row() {
-    for (int32_t b = 0; b < share_; b += kLine) __builtin_prefetch(near_ + part_ + b);
+    for (int32_t b = 0; b < ahead_.now.bytes; b += kLine) __builtin_prefetch(near_ + b);
     const char* last = far_ + ahead_.now.bytes - 1;
     const bool opens = static_cast<int64_t>(reinterpret_cast<uintptr_t>(last) % kPage) < ahead_.now.stride;
-    if (first_part_ && opens) __builtin_prefetch(last);
+    if (opens) __builtin_prefetch(last);
     near_ += ahead_.now.stride;
     far_ += ahead_.now.stride;
     if (++n_ % Lines::kRun == 0) aim();
@@ -113,15 +106,13 @@ class Fetches {
   ATTNKIT_INLINE void aim() {
     near_ = ahead_.at(n_ + kRows);
     const char* far = ahead_.at(n_ + kPageRows);
-    if (first_part_ && far != far_)
+    if (far != far_)
       for (int32_t b = 0; b < kFirstLines * kLine; b += kLine) __builtin_prefetch(far + b);
     far_ = far;
   }
 
   const Ahead& ahead_;
   int32_t n_;
-  const bool first_part_;
-  const int32_t share_, part_;
   const char *near_, *far_;
 };
 
@@ -310,9 +301,13 @@ __attribute__((noinline)) void few_values_tile(const float* p, int32_t bm, const
           f(r, acc[r][c][u], static_cast<int64_t>(r) * o_stride + (c * kUnit + u) * kLanes);
   };
   if (first > 0) each([&](int, vf& x, int64_t at) __attribute__((always_inline)) { x = load(sums + at); });
-  Fetches fetches(ahead, number, part, parts);
-  for (int32_t n = first; n < end; ++n) {
-    fetches.row();
+  const int32_t rows = end - first, fetched = rows * part / parts, share = rows * (part + 1) / parts - fetched;
+  Fetches fetches(ahead, number + fetched);
+  for (int32_t n = first, due = 0; n < end; ++n) {
+    if ((due += share) >= rows) {
+      due -= rows;
+      fetches.row();
+    }
     vf value[kVecs][kUnit];
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {

@@ -85,6 +85,8 @@ def test_no_vector_is_spilled_in_a_hot_loop(path: Path) -> None:
 def test_no_vector_is_spilled_where_queries_are_few(path: Path) -> None:
     whole = r"vmov\w+ .*%zmm" if "avx512" in path.name else r"vmov\w+ .*%ymm"
     few = [(name, body) for name, body in functions(path) if FEW.search(name)]
+    if "avx2" in path.name:  # 16 registers: see docs/design/decode.md
+        few = [(name, body) for name, body in few if "few_tile" not in name]
     assert len(few) >= 4  # scores and values, of two types
     assert [
         f"{name}: {i.text}"

@@ -26,9 +26,10 @@ def index(context: TorchContext, table: Tensor, at: Any) -> Any:
     at = list(at) if isinstance(at, tuple) else [at]
     while at and (at[-1] is Ellipsis or _is_whole(at[-1])):  # [h, :] is [h]
         at.pop()
-    if any(i is None or isinstance(i, (slice, list, tuple)) or i is Ellipsis for i in at):
-        given, hint = "an index with slices or new dimensions", "slice or transpose it outside the function"
-        raise error("AK304", where=context.location(), given=given, hint=hint)
+    for i in at:
+        if i is None or isinstance(i, (slice, list, tuple)) or i is Ellipsis:
+            given, hint = "an index with slices or new dimensions", "slice or transpose it outside the function"
+            raise error("AK304", where=context.location(), given=given, hint=hint)
     if isinstance(table, TorchRow):
         if table.buffer is None:
             return _element(context, table, at)

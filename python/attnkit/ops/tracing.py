@@ -159,16 +159,14 @@ def _torch_functions() -> dict[Any, Function]:
 
 
 _TABLE = _torch_functions()
-# Functions written in Python, such as Tensor.__rsub__ and F.silu: dynamo finds those in no table.
-_IN_PYTHON = [(f, function) for f, function in _TABLE.items() if isinstance(f, FunctionType)]
+# Functions written in Python, such as Tensor.__rsub__ and F.silu: dynamo finds those by their names alone.
+_IN_PYTHON = {f.__name__: (f, function) for f, function in _TABLE.items() if isinstance(f, FunctionType)}
 
 
 def _lookup(func: Any) -> Function | None:
     if isinstance(func, FunctionType):
-        for known, function in _IN_PYTHON:
-            if func is known:
-                return function
-        return None
+        known, function = _IN_PYTHON.get(func.__name__, (None, None))
+        return function if known is func else None
     return _TABLE.get(func)
 
 
@@ -212,15 +210,20 @@ class TorchContext(Context):
             AttnkitError: AK302, it means nothing here; and what its meaning raises.
         """
         if torch.compiler.is_dynamo_compiling():
-            args = [self.settled(x) for x in args]
-            kwargs = {name: self.settled(x) for name, x in kwargs.items()}
+            args = list(args)
+            for i, x in enumerate(args):  # as in `emit`: dynamo takes all steps itself
+                if not isinstance(x, TorchProxy):
+                    args[i] = self.settled(x)
+            if kwargs:
+                kwargs = {name: self.settled(x) for name, x in kwargs.items()}
         function = _lookup(func)
-        if any(isinstance(x, TorchRow) for x in args) and function is not rows.index:
-            of_rows = rows.ROW_FUNCTIONS.get(func)
-            if of_rows is not None:
-                return of_rows(self, *args, **kwargs)
-            if function is not None:
-                return rows.elementwise(self, function, args, kwargs)
+        for x in args:
+            if isinstance(x, TorchRow) and function is not rows.index:
+                of_rows = rows.ROW_FUNCTIONS.get(func)
+                if of_rows is not None:
+                    return of_rows(self, *args, **kwargs)
+                if function is not None:
+                    return rows.elementwise(self, function, args, kwargs)
         name = getattr(func, "__name__", func)
         if function is None:
             raise error("AK302", where=self.location(), given=f"torch function {name}")
