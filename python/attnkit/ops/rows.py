@@ -28,7 +28,10 @@ def index(context: TorchContext, table: Tensor, at: Any) -> Any:
         at.pop()
     for i in at:
         if i is None or isinstance(i, (slice, list, tuple)) or i is Ellipsis:
-            given, hint = "an index with slices or new dimensions", "slice or transpose it outside the function"
+            given, hint = (
+                "an index with slices or new dimensions",
+                "slice or transpose it outside the function",
+            )
             raise error("AK304", where=context.location(), given=given, hint=hint)
     if isinstance(table, TorchRow):
         if table.buffer is None:
