@@ -138,12 +138,22 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     engine = _engine()
     name: str = request.param
     before = engine.current_isa()
-    engine.set_isa(name)
+    _set_isa(engine, name)
     try:
         yield name
         assert engine.last_isa() == name, f"asked for {name}, ran {engine.last_isa() or 'nothing'}"
     finally:
-        engine.set_isa(before)
+        _set_isa(engine, before)
+
+
+def _set_isa(engine: Any, name: str) -> None:
+    """Another level's default tiles are others: no kernel that was prepared for one is met at another."""
+    if name == engine.current_isa():
+        return
+    from attnkit import runtime
+
+    engine.set_isa(name)
+    runtime.clear()
 
 
 def _engine() -> Any:

@@ -10,8 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 import attnkit as ak
-from attnkit import _engine
-from attnkit.ops import warm
+from attnkit import _engine, runtime
+from attnkit.ops import attend_cache, warm
 from attnkit.ops.warm import is_plain, is_unwatched
 from attnkit.runtime import prepare
 from attnkit.tune.key import bucket
@@ -176,9 +176,31 @@ _TEXT = (
 )
 
 
+def test_what_is_cleared_is_prepared_anew() -> None:
+    """Whatever knows a kernel by a key of its own forgets it too."""
+    q, k, v = _qkv()
+    cache = ak.KVCache(2, k.shape[1], 16, max_len=64, codec="int8")
+    cache.append(k, v)
+
+    def call() -> None:
+        ak.attention(q, k, v)
+        ak.attention(q, cache)
+
+    call()
+    before, of_cache = warm.ready(_TEXT, q, k, v), dict(attend_cache._ready)
+    call()
+    assert warm.ready(_TEXT, q, k, v) is before
+    assert attend_cache._ready == of_cache
+    runtime.clear()
+    assert attend_cache._ready == {}
+    call()
+    assert warm.ready(_TEXT, q, k, v).prepared is not before.prepared
+    assert len(attend_cache._ready) == 1
+
+
 def test_one_entry_for_all_calls_alike() -> None:
     q, k, v = _qkv()
-    warm._ready.clear()
+    warm.forget()
     first = warm.ready(_TEXT, q, k, v)
     assert warm.ready(_TEXT, q + 1, k.mT.contiguous().mT, v) is first
     assert warm.ready(_TEXT, q.bfloat16(), k.bfloat16(), v.bfloat16()) is not first

@@ -19,7 +19,7 @@ from attnkit.ops.counts import counts, recorder
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_codes import Scheme, parse_scheme, parts_of, store, tokens_of
 from attnkit.ops.warm import is_unwatched, layout_of_output, precision, seed_of
-from attnkit.runtime import Prepared, prepare
+from attnkit.runtime import Prepared, prepare, when_cleared
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -87,6 +87,7 @@ class _Ready(NamedTuple):
 # A model has a handful; the bound only stops a leak.
 _MAX_ENTRIES = 4096
 _ready: dict[Any, _Ready] = {}
+when_cleared(_ready.clear)
 
 
 def _make_ready(program: str, q: Tensor, codes: Codes) -> _Ready:

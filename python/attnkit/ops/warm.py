@@ -14,7 +14,7 @@ from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import check_bindings, check_qkv, is_paged
 from attnkit.ops.counts import counts, recorder
-from attnkit.runtime import Prepared, prepare
+from attnkit.runtime import Prepared, prepare, when_cleared
 from attnkit.tune.key import bucket
 
 _C: Any = torch._C
@@ -125,6 +125,9 @@ def forget() -> None:
     """Every kernel is looked up again: the configs that are known may be others now."""
     _ready.clear()
     _met.seen = None
+
+
+when_cleared(forget)
 
 
 def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Ready:

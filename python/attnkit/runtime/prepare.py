@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from attnkit import backends
@@ -36,6 +37,7 @@ class Prepared:
 _Key = tuple[str, str, int, int, str, str, str]
 _cache: dict[tuple[_Key, Lengths], Prepared] = {}
 _kernels: dict[tuple[_Key, tuple[int, ...]], Kernel] = {}  # by config: most buckets have the same
+_elsewhere: list[Callable[[], object]] = []
 _lock = threading.RLock()  # a signal handler, or a finalizer, may come back here
 
 
@@ -107,7 +109,14 @@ def prepare(
 
 
 def clear() -> None:
-    """Forget every prepared kernel."""
+    """Forget every prepared kernel, wherever it is kept."""
     with _lock:
         _cache.clear()
         _kernels.clear()
+        for forget in _elsewhere:
+            forget()
+
+
+def when_cleared(forget: Callable[[], object]) -> None:
+    """``forget`` is called by `clear`: by who keeps prepared kernels under keys of its own."""
+    _elsewhere.append(forget)
