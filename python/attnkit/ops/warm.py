@@ -52,7 +52,8 @@ def is_plain(tensors: Sequence[Tensor]) -> bool:
     """
     if _raw(_included()) & _NOT_OF_THREADS:
         return False
-    if _met.seen is not None and _met.seen.plain(tuple(tensors)):
+    seen = _met.seen  # another thread may forget it meanwhile
+    if seen is not None and seen.plain(tuple(tensors)):
         return True
     for t in tensors:
         if type(t) is not Tensor and type(t) is not Parameter:
@@ -72,21 +73,22 @@ def known(text: str, q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor] =
 
     Of attention that is a `Ready`. None where that is not known at a glance. To be asked outside dynamo.
     """
+    seen = _met.seen
     if (
-        _met.seen is None
+        seen is None
         or _function_modes()
         or _is_profiling()
         or _autocasts()
         or _raw(_included()) & _NOT_OF_THREADS
     ):
         return None
-    return _met.seen.find(text, q, k, v, *others)
+    return seen.find(text, q, k, v, *others)
 
 
 def keep(text: str, q: Tensor, k: Tensor, v: Tensor, what: Any) -> None:
     """Let ``what`` be known of such tensors of the CPU."""
-    _met.seen = _met.seen or engine().Seen(Tensor, Parameter, _MAX_ENTRIES)
-    _met.seen.keep(text, q, k, v, what)
+    seen = _met.seen = _met.seen or engine().Seen(Tensor, Parameter, _MAX_ENTRIES)
+    seen.keep(text, q, k, v, what)
 
 
 def is_below_autograd() -> bool:
@@ -136,7 +138,8 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     Raises:
         AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
     """
-    found = _met.seen.find(text, q, k, v) if _met.seen is not None and backend == "auto" else None
+    seen = _met.seen
+    found = seen.find(text, q, k, v) if seen is not None and backend == "auto" else None
     if found is not None:
         return found  # type: ignore[no-any-return]
     exact = precision(q) if q.is_cuda else "highest"
