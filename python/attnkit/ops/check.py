@@ -287,9 +287,7 @@ def _check_lengths(program: Program, q: Tensor, k: Tensor, buffers: Sequence[Ten
             raise error(
                 "AK602", where="kv_lens", given=shape_of(lens), allowed=f"[{q.shape[0]}], one a batch entry"
             )
-        given = _values("kv_lens", lens)
-        if any(not 0 <= n <= k.shape[2] for n in given):
-            raise error("AK602", where="kv_lens", given=str(given[:8]), allowed=f"0..{k.shape[2]}")
+        read_lengths("kv_lens", lens, k.shape[2])
     elif kv_layout.kind == "paged":
         assert kv_layout.lengths is not None
         assert kv_layout.table is not None
@@ -339,9 +337,7 @@ def check_pages(page_size: int, table: Tensor, lengths: Tensor, batch: int) -> N
             )
     if lengths.is_cuda:  # to look at them there would be to wait for them
         return
-    given, most = _values("lengths", lengths), table.shape[1] * page_size
-    if any(not 0 <= n <= most for n in given):
-        raise error("AK602", where="lengths", given=str(given[:8]), allowed=f"0..{most}, what the table has")
+    read_lengths("lengths", lengths, table.shape[1] * page_size, ", what the table has")
 
 
 def check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
@@ -372,6 +368,18 @@ def check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
             raise error("AK404", where=name, given=str(lengths.dtype), allowed="torch.int32")
         if lengths.dim() != 1:
             raise error("AK403", where=name, given=shape_of(lengths), allowed="one dimension")
+
+
+def read_lengths(name: str, lengths: Tensor, most: int, what: str = "") -> list[int]:
+    """The lengths that a tensor holds, each from 0 to ``most``; ``what`` says what sets that limit.
+
+    Raises:
+        AttnkitError: AK602, one is not; AK606, they cannot be read.
+    """
+    given = _values(name, lengths)
+    if any(not 0 <= n <= most for n in given):
+        raise error("AK602", where=name, given=str(given[:8]), allowed=f"0..{most}{what}")
+    return given
 
 
 def _values(name: str, lengths: Tensor) -> list[int]:

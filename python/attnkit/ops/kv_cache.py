@@ -11,7 +11,14 @@ from attnkit import backends
 from attnkit.errors import error
 from attnkit.ops import kv_storage
 from attnkit.ops.attend_cache import Codes
-from attnkit.ops.check import PAGE_SIZES, check_pages, check_tensor, is_page_size, shape_of
+from attnkit.ops.check import (
+    PAGE_SIZES,
+    check_pages,
+    check_tensor,
+    is_page_size,
+    read_lengths,
+    shape_of,
+)
 from attnkit.ops.kv_append import append
 from attnkit.ops.kv_codes import (
     BITS,
@@ -372,10 +379,7 @@ class KVCache:
 
     def _held(self) -> list[int]:
         """How many tokens each row holds: `lengths`, which others may have written to."""
-        held: list[int] = self.lengths.tolist()
-        if any(not 0 <= n <= self.max_len for n in held):
-            raise error("AK602", where="lengths", given=str(held[:8]), allowed=f"0..{self.max_len}")
-        return held
+        return read_lengths("lengths", self.lengths, self.max_len)
 
     def _check_integers(self, name: str, t: Any, shape: tuple[int, ...] | None) -> None:
         check_tensor(name, t, self.lengths.device)
