@@ -210,20 +210,15 @@ class TorchContext(Context):
             AttnkitError: AK302, it means nothing here; and what its meaning raises.
         """
         if torch.compiler.is_dynamo_compiling():
-            args = list(args)
-            for i, x in enumerate(args):  # as in `emit`: dynamo takes all steps itself
-                if not isinstance(x, TorchProxy):
-                    args[i] = self.settled(x)
-            if kwargs:
-                kwargs = {name: self.settled(x) for name, x in kwargs.items()}
+            args = [self.settled(x) for x in args]
+            kwargs = {name: self.settled(x) for name, x in kwargs.items()}
         function = _lookup(func)
-        for x in args:
-            if isinstance(x, TorchRow) and function is not rows.index:
-                of_rows = rows.ROW_FUNCTIONS.get(func)
-                if of_rows is not None:
-                    return of_rows(self, *args, **kwargs)
-                if function is not None:
-                    return rows.elementwise(self, function, args, kwargs)
+        if any(isinstance(x, TorchRow) for x in args) and function is not rows.index:
+            of_rows = rows.ROW_FUNCTIONS.get(func)
+            if of_rows is not None:
+                return of_rows(self, *args, **kwargs)
+            if function is not None:
+                return rows.elementwise(self, function, args, kwargs)
         name = getattr(func, "__name__", func)
         if function is None:
             raise error("AK302", where=self.location(), given=f"torch function {name}")
