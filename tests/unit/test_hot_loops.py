@@ -85,15 +85,12 @@ def test_no_vector_is_spilled_in_a_hot_loop(path: Path) -> None:
 def test_no_vector_is_spilled_where_queries_are_few(path: Path) -> None:
     whole = r"vmov\w+ .*%zmm" if "avx512" in path.name else r"vmov\w+ .*%ymm"
     few = [(name, body) for name, body in functions(path) if FEW.search(name)]
-    if "avx2" in path.name:  # 16 registers: see docs/design/decode.md
-        few = [(name, body) for name, body in few if "few_tile" not in name]
     assert len(few) >= 4  # scores and values, of two types
-    assert [
-        f"{name}: {i.text}"
-        for name, body in few
-        for i in body
-        if re.match(whole, i.text) and re.search(r"\(%r[sb]p", i.text)
-    ] == []
+    for name, body in few:
+        spilled = [i.text for i in body if re.match(whole, i.text) and re.search(r"\(%r[sb]p", i.text)]
+        # With 16 registers both squares of keys, 8 vectors, may be stored once and loaded twice: docs/design/decode.md.
+        most = 24 if "avx2" in path.name and "few_tile" in name else 0
+        assert len(spilled) <= most, (name, spilled)
 
 
 def test_there_is_something_to_look_at() -> None:
