@@ -151,12 +151,12 @@ def families_table() -> str:
     """What was promised of the families beside what was measured, on machines with AVX-512 and with AVX2."""
     wide = ("variants", "families", "lengths", "moba-linear")  # some rows each; what was measured last counts
     machines = [[f"zen5-2core-{name}.json" for name in wide], ["zen3-2core-variants.json"]]
+    results = {name: _load(name) for names in machines for name in names}
     measured: list[dict[tuple[str, str], Any]] = [
-        {(bar["workload"], bar["against"]): bar for name in names for bar in _load(name)["bars"]}
+        {(bar["workload"], bar["against"]): bar for name in names for bar in results[name]["bars"]}
         for names in machines
     ]
-    whole = _load("zen3-2core-variants.json")
-    errors = {r["workload"]: r["error"].get("attnkit") for r in whole["runs"]}
+    errors = {r["workload"]: r["error"].get("attnkit") for r in results[machines[-1][0]]["runs"]}
     lines = ["| row | beside | asked | AVX-512 | AVX2 | relative error |", "|---|---|---|---|---|---|"]
     for (workload, against), bar in measured[-1].items():
         asked = f"≥ {bar['least']:g}" if bar["least"] is not None else f"ours over its ≤ {bar['most']:g}"
@@ -165,10 +165,8 @@ def families_table() -> str:
         lines.append(
             f"| {workload} | {against} | {asked} | {told} | {'' if error is None else f'{error:.1e}'} |"
         )
-    return "\n".join(
-        [*lines, ""]
-        + [line for names in machines for name in names for line in (*_source(_load(name), name), "")]
-    )
+    sources = [line for name, result in results.items() for line in (*_source(result, name), "")]
+    return "\n".join([*lines, "", *sources])
 
 
 def _told(bar: Any) -> str:
