@@ -171,7 +171,7 @@ std::pair<int, int> call_recur(const Tensor& q, const Tensor& k, const Tensor& v
                                int threads) try {
   need(threads > 0, "threads are at least 1");
   const Described d(q, k, v, o, others, state, norm, sequences, form);
-  in_large_pages(o);
+  for (const Tensor* t : {&o, &state}) in_large_pages(*t);
   return run(d, [&] { return recur(d.p, std::min(threads, kMaxThreads)); });
 } catch (const std::bad_alloc&) {
   return {static_cast<int>(Fault::no_memory), -1};

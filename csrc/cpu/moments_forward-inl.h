@@ -47,7 +47,8 @@ class MomentForward {
 
   // Tokens, of which each reads and writes the state as it lies: that takes less than packing and unpacking it.
   static constexpr int64_t kFew = 4;
-  static constexpr int64_t kLater = 2048;  // floats from what is computed to what is fetched
+  static constexpr int64_t kLater = 2048;           // floats from what is computed to what is fetched
+  static constexpr int kLineVecs = 16 / kLanes;     // vectors of a line
 
   void steps(const Stretch& of, int32_t head, const float* initial, const float* initial_norm, float* state,
              float* norm) {
@@ -93,6 +94,7 @@ class MomentForward {
   template <bool kWrite>
   void step(const float* from, float* to) const {
     int32_t column = 0;
+    for (; column + 8 * kLanes <= p.v_head_dim; column += 8 * kLanes) step_columns<kWrite, 8>(from, to, column);
     for (; column + 4 * kLanes <= p.v_head_dim; column += 4 * kLanes) step_columns<kWrite, 4>(from, to, column);
     for (; column + 2 * kLanes <= p.v_head_dim; column += 2 * kLanes) step_columns<kWrite, 2>(from, to, column);
     for (; column < p.v_head_dim; column += kLanes) step_columns<kWrite, 1>(from, to, column);
@@ -101,19 +103,19 @@ class MomentForward {
   void step_columns(const float* from, float* to, int32_t column) const {
     const int64_t rows = p.features(), width = p.v_head_dim;
     vf value[kVecs], sum[kVecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) {
       value[v] = load(chunk_.v.data + column + v * kLanes);
       sum[v] = vf{};
     }
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t later = i * width + column + kLater;
-      for (int v = 0; v < kVecs; ++v) {
+      for (int v = 0; v < kVecs; v += kLineVecs) {
         __builtin_prefetch(from + later + v * kLanes);
         if constexpr (kWrite) __builtin_prefetch(to + later + v * kLanes, 1);
       }
       const vf written = set1(written_[i]), read = set1(read_[i]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVecs; ++v) {
         const int64_t at = i * width + column + v * kLanes;
         vf x = from == nullptr ? vf{} : load(from + at);
@@ -121,7 +123,7 @@ class MomentForward {
         sum[v] = fma(read, x, sum[v]);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVecs; ++v) store(out_ + column + v * kLanes, sum[v]);
   }
 

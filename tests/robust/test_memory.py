@@ -395,6 +395,9 @@ def test_large_results_lie_in_large_pages() -> None:
     (dq,) = torch.autograd.grad(o, q, torch.ones_like(q))
     assert asked_for_large_pages(o)
     assert asked_for_large_pages(dq)
+    token = torch.ones(4, 8, 1, 64)
+    _, (moments, _) = ak.factorizable_attention(token, token, token, causal=True, return_state=True)  # type: ignore[misc]
+    assert asked_for_large_pages(moments)
 
 
 def test_results_in_large_pages_are_those_in_small_ones() -> None:
