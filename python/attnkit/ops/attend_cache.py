@@ -14,7 +14,7 @@ from torch import Tensor
 from attnkit.backends.cpu.cache import CacheKernel
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_bindings, check_tensor, shape_of
+from attnkit.ops.check import NO_ROOM, check_bindings, check_tensor, no_room, shape_of
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_codes import Scheme, parse_scheme, parts_of, store, tokens_of
@@ -162,9 +162,8 @@ def _run(
     try:
         o = q.new_empty_strided(ready.shape, ready.stride)
         lse = q.new_empty(ready.shape[:3], dtype=torch.float32) if need_lse else None
-    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
-        given = str(exc).splitlines()[0]
-        raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc
+    except NO_ROOM as exc:
+        raise no_room("o, lse", exc) from exc
     record = recorder()
     if record is not None:
         k, v = codes.k[3], codes.v[3]

@@ -11,12 +11,14 @@ from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import (
+    NO_ROOM,
     autocasting,
     check_bindings,
     check_qkv,
     check_tensor,
     has_tangent,
     needs_derivatives,
+    no_room,
     shape_of,
 )
 from attnkit.ops.counts import counts, recorder
@@ -108,8 +110,8 @@ def _outputs(call: Call) -> Results:
         lse = q.new_empty((*shape[:2], rows) if call.need_lse else (0,), dtype=torch.float32)
         kept = call.need_lse and call.shared
         return o, lse, q.new_empty((*lse.shape, v.shape[3]) if kept else (0,), dtype=torch.float32)
-    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
-        raise error("AK603", where="o, lse, rows", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("o, lse, rows", exc) from exc
 
 
 def adjacent(t: Tensor) -> Tensor:
@@ -188,8 +190,8 @@ def _kernel(*args: Any) -> Results:
 def _new(*shape: int, zero: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
     try:
         return (torch.zeros if zero else torch.empty)(shape, dtype=dtype)
-    except RuntimeError as exc:
-        raise error("AK603", where=f"rows {list(shape)}", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room(f"rows {list(shape)}", exc) from exc
 
 
 def _fake(*args: Any) -> Results:

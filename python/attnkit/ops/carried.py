@@ -11,6 +11,7 @@ from attnkit.errors import error
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.ops.check import (
+    NO_ROOM,
     autocasting,
     check_bindings,
     check_qkv,
@@ -18,6 +19,7 @@ from attnkit.ops.check import (
     has_tangent,
     is_paged,
     needs_derivatives,
+    no_room,
     shape_of,
 )
 from attnkit.ops.counts import counts, recorder
@@ -141,8 +143,8 @@ def _kernel(*args: Any) -> Results:
     kernel = _kernel_of(call)
     try:
         results = o, lse, carry, gone = _outputs(call, program)
-    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
-        raise error("AK603", where="o, lse, carry", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("o, lse, carry", exc) from exc
     if recorder() is not None:  # which describes attention alone
         return o.zero_(), lse.zero_(), carry, gone
     kernel.attend(
@@ -183,8 +185,8 @@ def _backward_kernel(*args: Any) -> Results:
         d_initial = (
             q.new_zeros((0,)) if initial is None else d_carry.clone()
         )  # what is of no sequence stays as it was
-    except RuntimeError as exc:
-        raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("gradients of q, k, v", exc) from exc
     if recorder() is None:
         _kernel_of(call).backward_of(
             q, k, v, o, lse, sums, None if program.attend.budget is None else gone, call.buffers, call.params, d_o, d_lse,

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit.errors import error
 from attnkit.ir.program import Program
 from attnkit.ops.attend_cache import Codes, check_q
 from attnkit.ops.carried import Results, check_initial, keys_of, program_of, start
-from attnkit.ops.check import check_bindings, check_tensor
+from attnkit.ops.check import NO_ROOM, check_bindings, check_tensor, no_room
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_codes import parse_scheme
@@ -57,8 +56,8 @@ def _kernel(
     codes, program, keys = _checked(q, storage, codec, initial, text, buffers)
     try:
         results = start(program, q, codes.scheme.v_head_dim, keys, initial)
-    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
-        raise error("AK603", where="o, lse, carry", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("o, lse, carry", exc) from exc
     o, lse, carry, gone = results
     scheme, rows = codes.scheme, codes.rows
     check_bindings(program, q, rows, buffers, params)  # type: ignore[arg-type]

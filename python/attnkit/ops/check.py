@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
 from attnkit.ir.program import Program
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
+NO_ROOM = (
+    RuntimeError,
+    OverflowError,
+)  # what torch raises where memory is out; on the CPU it has no narrower one
 PAGE_SIZES = "a power of two of tokens, at least 16"
 _BUFFER_DTYPES = {
     "f32": (torch.float32, torch.bfloat16, torch.float16),
@@ -23,6 +27,11 @@ _BUFFER_DTYPES = {
     "i64": (torch.int64,),
     "bool": (torch.bool,),
 }
+
+
+def no_room(where: str, exc: Exception) -> AttnkitError:
+    """AK603, of one of ``NO_ROOM``: there is no memory for the results ``where``."""
+    return error("AK603", where=where, given=str(exc).splitlines()[0], allowed="what fits the memory")
 
 
 def check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_bindings, needs_derivatives, shape_of
+from attnkit.ops.check import NO_ROOM, check_bindings, needs_derivatives, no_room, shape_of
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.warm import Ready, is_unwatched, ready, run, seed_of
 
@@ -92,8 +92,8 @@ def run_backward(
         dq = new(q) if dtype == accumulated else new(q, dtype=accumulated)
         dk, dv = new(k), new(v)
         sums = [_zeros(b) if w else None for b, w in zip(buffers, wanted, strict=True)] if buffers else []
-    except RuntimeError as exc:  # torch has no narrower one on the CPU
-        raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("gradients of q, k, v", exc) from exc
     if recorder() is None:
         kernel: Any = ready.prepared.kernel
         kernel.backward(

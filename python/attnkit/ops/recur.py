@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.text import parse
-from attnkit.ops.check import autocasting, check_tensor, has_tangent, needs_derivatives
+from attnkit.ops.check import NO_ROOM, autocasting, check_tensor, has_tangent, needs_derivatives, no_room
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
 from attnkit.ops.recur_checks import CHUNKS, Call, check_call, states_of
@@ -95,8 +95,8 @@ def _outputs(q: Tensor, sizes: _Sizes) -> Results:
         o = q.new_empty_strided(sizes.o, sizes.stride)
         state = q.new_empty(sizes.state, dtype=torch.float32)
         return o, state, q.new_empty(sizes.norm, dtype=torch.float32)
-    except RuntimeError as exc:  # torch has no narrower one on the CPU
-        raise error("AK603", where="o, state", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("o, state", exc) from exc
 
 
 def _sequences(call: Call, found: Recurrence) -> list[tuple[int, int, int]] | None:
@@ -223,8 +223,8 @@ def _backward_kernel(*args: Any) -> Gradients:
     try:
         dq, dk, dv = _gradients(call)
         d_others = _of_others(call, found)
-    except RuntimeError as exc:
-        raise error("AK603", where="gradients of q, k, v", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("gradients of q, k, v", exc) from exc
     normal = found.op.normalize
     kernel.backward(
         call.q, call.k, call.v, o, _beside(call, found), state, norm if normal else None, sequences, call.chunk,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import autocasting, check_qkv, check_tensor, check_values
+from attnkit.ops.check import NO_ROOM, autocasting, check_qkv, check_tensor, check_values, no_room
 from attnkit.ops.counts import counts, recorder
 from attnkit.plan.selection import Selection, selection
 from attnkit.runtime import prepare
@@ -78,8 +78,8 @@ def _chosen(found: Selection, q: Tensor, k: Tensor) -> Tensor:
     batch, heads, rows, columns = found.shape(q.shape, k.shape)
     try:  # attention reads the rows of a column one after the other
         return torch.empty((batch, heads, columns, rows), dtype=torch.bool, device=q.device).mT
-    except RuntimeError as exc:  # torch has no narrower one on the CPU
-        raise error("AK603", where="chosen", given=str(exc).splitlines()[0]) from exc
+    except NO_ROOM as exc:
+        raise no_room("chosen", exc) from exc
 
 
 def _fake(q: Tensor, k: Tensor, program: str, buffers: list[Tensor], params: list[float]) -> Tensor:

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from attnkit.backends.cpu.engine import engine
-from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_bindings, check_qkv, is_paged
+from attnkit.ops.check import NO_ROOM, check_bindings, check_qkv, is_paged, no_room
 from attnkit.ops.counts import counts, recorder
 from attnkit.runtime import Prepared, prepare, when_cleared
 from attnkit.tune.key import bucket
@@ -231,9 +230,8 @@ def run(
             if need_lse
             else None
         )
-    except (RuntimeError, OverflowError) as exc:  # torch has no narrower one on the CPU
-        given = f"o {list(ready.shape)}: {str(exc).splitlines()[0]}"
-        raise error("AK603", where="o, lse", given=given, allowed="what fits the memory") from exc
+    except NO_ROOM as exc:
+        raise no_room("o, lse", exc) from exc
     record = recorder()
     if record is not None:
         record(prepared=prepared, q=q, k=k, v=v, buffers=buffers, params=params, reason=None)
