@@ -62,6 +62,9 @@ namespace attnkit::cpu {
   X(mod_i, 'i', "ii")      \
   X(min_i, 'i', "ii")      \
   X(max_i, 'i', "ii")      \
+  X(and_i, 'i', "ii")      \
+  X(or_i, 'i', "ii")       \
+  X(xor_i, 'i', "ii")      \
   X(lt_f, 'b', "ff")       \
   X(le_f, 'b', "ff")       \
   X(gt_f, 'b', "ff")       \

@@ -103,6 +103,41 @@ Interval int_mod(const Interval& a, const Interval& b) {
   return range_of(std::min(b.lo + 1, 0.0), std::max(b.hi - 1, 0.0));
 }
 
+Interval complement(const Interval& a) { return {-1 - a.hi, -1 - a.lo, a.nan}; }
+
+// The least 2^n of which all values lie in [-2^n, 2^n - 1], which bitwise operators do not leave.
+double whole_bits(const Interval& a, const Interval& b) {
+  int exponent = 0;
+  std::frexp(std::max({a.hi, b.hi, -1 - a.lo, -1 - b.lo}), &exponent);
+  return std::ldexp(1.0, exponent);
+}
+
+bool fits_int(const Interval& a) { return a.lo >= INT32_MIN && a.hi <= INT32_MAX; }
+bool known_bits(const Interval& a, const Interval& b) { return is_point(a) && is_point(b); }
+int64_t bits(const Interval& a) { return static_cast<int64_t>(a.lo); }
+Interval point_of(int64_t x) { return range_of(static_cast<double>(x), static_cast<double>(x)); }
+
+// Never more than an operand that is not negative, nor than the lesser of two that are.
+Interval int_and(const Interval& a, const Interval& b) {
+  if (!fits_int(a) || !fits_int(b)) return kAnyFloat;
+  if (known_bits(a, b)) return point_of(bits(a) & bits(b));
+  const bool negative = a.lo < 0 && b.lo < 0;
+  double most = std::max(a.hi, b.hi);
+  if (a.lo >= 0) most = a.hi;
+  if (b.lo >= 0) most = std::min(most, b.hi);
+  if (a.hi < 0 && b.hi < 0) most = std::min(a.hi, b.hi);
+  return range_of(negative ? -whole_bits(a, b) : 0, most);
+}
+Interval int_or(const Interval& a, const Interval& b) { return complement(int_and(complement(a), complement(b))); }
+Interval int_xor(const Interval& a, const Interval& b) {
+  if (!fits_int(a) || !fits_int(b)) return kAnyFloat;
+  if (known_bits(a, b)) return point_of(bits(a) ^ bits(b));
+  const double end = whole_bits(a, b);
+  const bool alike = (a.lo >= 0 && b.lo >= 0) || (a.hi < 0 && b.hi < 0);
+  const bool unlike = (a.lo >= 0 && b.hi < 0) || (a.hi < 0 && b.lo >= 0);
+  return range_of(alike ? 0 : -end, unlike ? -1 : end - 1);
+}
+
 // Comparisons with NaN are false, so NaN spoils only the answer "always true".
 Interval less(const Interval& a, const Interval& b) { return decided(a.hi < b.lo && !a.nan && !b.nan, a.lo < b.hi); }
 Interval less_equal(const Interval& a, const Interval& b) {
@@ -163,6 +198,9 @@ Interval apply(Op op, const Interval* const* args) {
     case Op::ne_i:
     case Op::ne_b:
     case Op::xor_b: return negated(equal(a, b));
+    case Op::and_i: return int_and(a, b);
+    case Op::or_i: return int_or(a, b);
+    case Op::xor_i: return int_xor(a, b);
     case Op::and_b: return least(a, b);
     case Op::or_b: return greatest(a, b);
     case Op::not_b: return negated(a);

@@ -92,22 +92,18 @@ vf each_lane2(vf a, vf b, F f) {
   return r;
 }
 
-// Python's integer division. The analysis has excluded a zero divisor and a quotient beyond 32 bits.
-inline int32_t floordiv_int(int32_t a, int32_t b) {
-  if (b == 0) return 0;
-  const int64_t q = static_cast<int64_t>(a) / b;
-  return static_cast<int32_t>(q - (static_cast<int64_t>(a) % b != 0 && ((a < 0) != (b < 0))));
-}
-inline int32_t mod_int(int32_t a, int32_t b) {
-  return static_cast<int32_t>(a - static_cast<int64_t>(floordiv_int(a, b)) * b);
-}
-
-template <class F>
-ATTNKIT_INLINE vf int_lanes(vf a, vf b, F f) {
-  const vi x = as_int(a), y = as_int(b);
-  vi r{};
-  for (int i = 0; i < kLanes; ++i) r[i] = f(x[i], y[i]);
-  return as_float(r);
+// Python's integer division. The quotient of two 32-bit integers as a double is never rounded up to an integer. The
+// analysis has excluded a zero divisor, here one, and a quotient beyond 32 bits.
+typedef double vd __attribute__((vector_size(2 * kBytes)));
+struct Divided {
+  vi floor, rest;
+};
+ATTNKIT_INLINE Divided divide(vi x, vi y) {
+  y = y == 0 ? set1_int(1) : y;
+  const vi whole = __builtin_convertvector(__builtin_convertvector(x, vd) / __builtin_convertvector(y, vd), vi);
+  const vi rest = vi(vu(x) - vu(whole) * vu(y));
+  const vi below = (rest != 0) & ((rest ^ y) < 0);
+  return {whole + below, vi(vu(rest) + vu(y & below))};
 }
 
 // NaN in either argument gives NaN, as torch.minimum and numpy have it.
@@ -279,6 +275,13 @@ void from_gap(float* dst, Shape s, const Operand* a, F f) {
   map<4>(dst, s, a, [=](vf x, vf y, vf i, vf j) { return f(x, y, to_float(vi(vu(as_int(i)) - vu(as_int(j))))); });
 }
 
+// Of a divisor that is one power of two for all its logarithm, else -1.
+inline int shift_of(const Operand& divisor) {
+  const int32_t y = int_at(divisor.p);
+  return !divisor.vec && divisor.step == 0 && y > 0 && (y & (y - 1)) == 0 ? __builtin_ctz(static_cast<uint32_t>(y))
+                                                                          : -1;
+}
+
 // One instruction other than a leaf or a load. Integers wrap: the analysis has excluded it where a pair exists, and
 // signed arithmetic may not.
 inline void compute(Op op, float* dst, Shape s, const Operand* a) {
@@ -319,8 +322,12 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
     case Op::add_i: return bin_i([](vi x, vi y) { return vi(vu(x) + vu(y)); });
     case Op::sub_i: return bin_i([](vi x, vi y) { return vi(vu(x) - vu(y)); });
     case Op::mul_i: return bin_i([](vi x, vi y) { return vi(vu(x) * vu(y)); });
-    case Op::floordiv_i: return bin([](vf x, vf y) { return int_lanes(x, y, floordiv_int); });
-    case Op::mod_i: return bin([](vf x, vf y) { return int_lanes(x, y, mod_int); });
+    case Op::floordiv_i:
+      if (const int by = shift_of(a[1]); by >= 0) return un_i([by](vi x) { return x >> by; });
+      return bin_i([](vi x, vi y) { return divide(x, y).floor; });
+    case Op::mod_i:
+      if (const int by = shift_of(a[1]); by >= 0) return un_i([ones = (1 << by) - 1](vi x) { return x & ones; });
+      return bin_i([](vi x, vi y) { return divide(x, y).rest; });
     case Op::min_i: return bin_i([](vi x, vi y) { return x < y ? x : y; });
     case Op::max_i: return bin_i([](vi x, vi y) { return x > y ? x : y; });
     case Op::lt_f: return cmp_f([](vf x, vf y) { return x < y; });
@@ -338,7 +345,10 @@ inline void compute(Op op, float* dst, Shape s, const Operand* a) {
     case Op::ne_i:
     case Op::ne_b:
     case Op::xor_b: return bin_i([](vi x, vi y) { return x != y; });
+    case Op::xor_i: return bin_i([](vi x, vi y) { return x ^ y; });
+    case Op::and_i:
     case Op::and_b: return bin_i([](vi x, vi y) { return x & y; });
+    case Op::or_i:
     case Op::or_b: return bin_i([](vi x, vi y) { return x | y; });
     case Op::not_b: return un_i([](vi x) { return ~x; });
     case Op::where_f:

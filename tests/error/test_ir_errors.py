@@ -115,7 +115,7 @@ TEXTS = {
     "normalizer twice": ("AK109", program_text("normalizer = softmax normalizer = softmax")),
     "input twice": ("AK109", program_text(head="(q: bhsd, q: bhsd, v: bhsd)")),
     "chain": ("AK110", program_text("mask = 0 <= kv_idx < q_idx")),
-    "operand": ("AK201", program_text("mask = kv_idx & q_idx")),
+    "operand": ("AK201", program_text("score = s & q_idx")),
     "arity": ("AK202", program_text("score = exp(s, s)")),
 }
 

@@ -58,7 +58,6 @@ SCORES: dict[str, tuple[str, str, Any]] = {
     "decimals": ("AK302", "round", lambda s, b, h, q, kv: torch.round(s, decimals=1)),
     "new dimensions": ("AK302", "outside", lambda s, b, h, q, kv: s + s.new_ones(3)[0]),
     "an operator of theirs": ("AK302", "double", lambda s, b, h, q, kv: double(s)),
-    "ints of either sign": ("AK302", "0xffff", lambda s, b, h, q, kv: s * ((q - kv) & (kv - q))),
     "float64": ("AK303", "x.float()", lambda s, b, h, q, kv, t=VECTOR.double(): s + t[h]),
     "int8": ("AK303", "x.int()", lambda s, b, h, q, kv, t=NUMBERS.to(torch.int8): s + t[h]),
     "complex": ("AK303", "", lambda s, b, h, q, kv, t=VECTOR.to(torch.complex64): s + t[h].real),

@@ -16,6 +16,7 @@ from attnkit.testing.strategies import PAIR_VARIABLES, programs
 TYPED = {
     "fi": "neg abs add sub mul floordiv mod min max lt le gt ge eq ne where",
     "f": "div pow exp exp2 log log2 sqrt rsqrt tanh sigmoid erf sin cos floor",
+    "i": "and or xor",
     "b": "and or xor not eq ne where",
 }
 NAMES = [

@@ -21,7 +21,7 @@ ROWS = {
     ("f", "f", "f"): "neg abs exp exp2 log log2 sqrt rsqrt tanh sigmoid erf sin cos floor",
     ("ff", "f", "f"): "add sub mul div floordiv mod min max pow",
     ("i", "i", "i"): "neg abs",
-    ("ii", "i", "i"): "add sub mul floordiv mod min max",
+    ("ii", "i", "i"): "add sub mul floordiv mod min max and or xor",
     ("ff", "b", "f"): "lt le gt ge eq ne",
     ("ii", "b", "i"): "lt le gt ge eq ne",
     ("bb", "b", "b"): "eq ne and or xor",

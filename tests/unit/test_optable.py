@@ -53,7 +53,9 @@ def test_joins() -> None:
     assert OPS["lt"].rule(("bool", "bool")) == (("int", "int"), "bool")
     assert OPS["where"].rule(("bool", "int", "float")) == (("bool", "float", "float"), "float")
     assert OPS["where"].rule(("int", "int", "float")) is None
-    assert OPS["and"].rule(("bool", "int")) is None
+    assert OPS["and"].rule(("bool", "int")) == (("int", "int"), "int")
+    assert OPS["and"].rule(("bool", "float")) is None
+    assert OPS["not"].rule(("int",)) is None
     assert OPS["not"].rule(("float",)) is None
 
 

@@ -114,7 +114,8 @@ def test_key_is_the_hash_of_the_text() -> None:
         ("s + nan", "s + nan"),
         ("1 / s / s", "1.0 / s / s"),
         ("float(h) % 2", "float(h) % 2.0"),
-        ("where(h < 2 & 3, s, 0)", None),
+        ("where(h < 2 & 3, s, 0)", "where(h < 2 & 3, s, 0.0)"),
+        ("where(h < 2.0 & 3, s, 0)", None),
         ("where((h < 2) == (b < 3), s, 0)", "where((h < 2) == (b < 3), s, 0.0)"),
         ("where(h < 2, s, 0) ^ true", None),
         (

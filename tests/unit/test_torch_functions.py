@@ -69,7 +69,7 @@ _OPERANDS: dict[str, list[Callable[[Any, Any, Any], tuple[Any, ...]]]] = {
     "bitwise_and bitwise_or bitwise_xor": [
             lambda s, q, kv: (s > 0, q > 3), lambda s, q, kv: (q, 5), lambda s, q, kv: (q, -8), lambda s, q, kv: (q - kv, 0x1B),
             lambda s, q, kv: (q - kv, -3), lambda s, q, kv: (q, kv), lambda s, q, kv: (q & 12, kv & 3), lambda s, q, kv: (q & 6, kv - q),
-            lambda s, q, kv: (q, 0), lambda s, q, kv: (q, -1), lambda s, q, kv: (q, kv > 3), lambda s, q, kv: (q % 8, kv // 4),
+            lambda s, q, kv: (q, 0), lambda s, q, kv: (q, -1), lambda s, q, kv: (q, kv > 3), lambda s, q, kv: (q % 8, kv // 4), lambda s, q, kv: (q - kv, kv - 5),
         ],
     "bitwise_not": [lambda s, q, kv: (q > kv,), lambda s, q, kv: (q,), lambda s, q, kv: (q - kv,)],
     "bitwise_left_shift": [lambda s, q, kv: (q, 3), lambda s, q, kv: (q - kv, 0), lambda s, q, kv: (q - 3, kv % 9)],

@@ -211,7 +211,7 @@ def _logical(op: str) -> Function:
 
 
 def _bitwise(op: str, of_ints: Function) -> Function:
-    """Bools have a row; ints are arithmetic (`ir.bits`)."""
+    """Bools have a row; ints may be arithmetic (`ir.bits`)."""
 
     def function(context: Context, *operands: Any) -> Any:
         kinds = [_kind(context, x) for x in operands]
@@ -378,8 +378,6 @@ FUNCTIONS: dict[str, Function] = {
     "logical_xor": _logical("xor"),
     "logical_not": _logical("not"),
     **dict.fromkeys(("bitwise_and", "__and__", "__rand__"), _bitwise("and", bits.conjunction)),
-    **dict.fromkeys(("bitwise_or", "__or__", "__ror__"), _bitwise("or", bits.disjunction)),
-    **dict.fromkeys(("bitwise_xor", "__xor__", "__rxor__"), _bitwise("xor", bits.exclusive)),
     **dict.fromkeys(("bitwise_not", "__invert__"), _bitwise("not", bits.complement)),
     **dict.fromkeys(("bitwise_left_shift", "__lshift__"), bits.left_shift),
     **dict.fromkeys(("bitwise_right_shift", "__rshift__"), bits.right_shift),

@@ -194,8 +194,35 @@ def logical_not(x: Interval) -> Interval:
     return Interval(1 - x.hi, 1 - x.lo)
 
 
-def logical_xor(x: Interval, y: Interval) -> Interval:
-    return UNKNOWN if x.lo != x.hi or y.lo != y.hi else point(int(x.lo != y.lo))
+def bitwise_and(x: Interval, y: Interval) -> Interval:
+    """Of ints, bools among them: never more than an operand that is not negative, nor than the lesser of two that are."""
+    if x.lo == x.hi and y.lo == y.hi:
+        return point(int(x.lo) & int(y.lo))
+    tops = [z.hi for z in (x, y) if z.lo >= 0]
+    most = min(tops) if tops else min(x.hi, y.hi) if x.hi < 0 and y.hi < 0 else max(x.hi, y.hi)
+    return Interval(0 if tops else -_whole_bits(x, y), most)
+
+
+def bitwise_or(x: Interval, y: Interval) -> Interval:
+    return _complement(bitwise_and(_complement(x), _complement(y)))
+
+
+def bitwise_xor(x: Interval, y: Interval) -> Interval:
+    if x.lo == x.hi and y.lo == y.hi:
+        return point(int(x.lo) ^ int(y.lo))
+    end = _whole_bits(x, y)
+    signs = {-1 if z.hi < 0 else 1 if z.lo >= 0 else 0 for z in (x, y)}
+    alike, unlike = signs in ({1}, {-1}), signs == {1, -1}
+    return Interval(0 if alike else -end, -1 if unlike else end - 1)
+
+
+def _complement(x: Interval) -> Interval:
+    return Interval(-1 - x.hi, -1 - x.lo)
+
+
+def _whole_bits(x: Interval, y: Interval) -> int:
+    """The least 2^n of which all values lie in [-2^n, 2^n - 1], which bitwise operators do not leave."""
+    return 1 << int(max(x.hi, y.hi, -1 - x.lo, -1 - y.lo)).bit_length()
 
 
 def where(condition: Interval, x: Interval, y: Interval) -> Interval:

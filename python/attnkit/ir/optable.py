@@ -4,7 +4,7 @@ Arithmetic follows Python: integer ``//`` and ``%`` floor, ``/`` is always float
 float meets them, bools become ints in arithmetic. Float ``a // b`` is ``floor(a / b)`` and ``a % b`` is
 ``a - floor(a / b) * b``. ``min`` and ``max`` propagate NaN. Integer division by zero gives 0 in the reference,
 and so does the remainder; a backend may refuse a program where it cannot rule that out. ``int(x)`` truncates;
-what it makes of NaN or of values beyond 32 bits is unspecified.
+what it makes of NaN or of values beyond 32 bits is unspecified. ``& | ^`` of ints are those of two's complement.
 """
 
 from __future__ import annotations
@@ -94,6 +94,11 @@ def _order(dtypes: tuple[DType, ...]) -> tuple[tuple[DType, ...], DType]:
 
 def _equality(dtypes: tuple[DType, ...]) -> tuple[tuple[DType, ...], DType]:
     return (_join(dtypes),) * 2, "bool"
+
+
+def _bitwise(dtypes: tuple[DType, ...]) -> tuple[tuple[DType, ...], DType] | None:
+    joined = _join(dtypes)
+    return None if joined == "float" else ((joined,) * len(dtypes), joined)
 
 
 def _logic(dtypes: tuple[DType, ...]) -> tuple[tuple[DType, ...], DType] | None:
@@ -234,10 +239,10 @@ _ROWS = (
     _row("le", 2, _order, "<=", COMPARISON, np.less_equal, iv.le, 0, "le less_equal __le__"),
     _row("gt", 2, _order, ">", COMPARISON, np.greater, iv.gt, 0, "gt greater __gt__"),
     _row("ge", 2, _order, ">=", COMPARISON, np.greater_equal, iv.ge, 0, "ge greater_equal __ge__"),
-    _row("and", 2, _logic, "&", 4, np.logical_and, iv.minimum, 0,
+    _row("and", 2, _bitwise, "&", 4, np.bitwise_and, iv.bitwise_and, 0,
          "logical_and bitwise_and __and__ __rand__"),
-    _row("or", 2, _logic, "|", 2, np.logical_or, iv.maximum, 0, "logical_or bitwise_or __or__ __ror__"),
-    _row("xor", 2, _logic, "^", 3, np.logical_xor, iv.logical_xor, 0,
+    _row("or", 2, _bitwise, "|", 2, np.bitwise_or, iv.bitwise_or, 0, "logical_or bitwise_or __or__ __ror__"),
+    _row("xor", 2, _bitwise, "^", 3, np.bitwise_xor, iv.bitwise_xor, 0,
          "logical_xor bitwise_xor __xor__ __rxor__"),
     _row("not", 1, _logic, "~", PREFIX, np.logical_not, iv.logical_not, 0,
          "logical_not bitwise_not __invert__"),

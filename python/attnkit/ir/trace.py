@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 import numpy as np
 
 from attnkit.errors import error
-from attnkit.ir import bits
 from attnkit.ir.functions import METHODS
 from attnkit.ir.optable import OPS, VARIABLES, DType
 from attnkit.ir.program import ELEMENT, NORMALIZERS, BufferDType
@@ -114,7 +113,6 @@ class Context:
         self.buffers: list[Any] = []
         self.buffer_types: list[str] = []
         self.params: list[Param] = []
-        self._bits = {name: bits.NOT_NEGATIVE for name, kind in VARIABLES.items() if kind == "int"}
 
     def variable(self, name: str) -> Any:
         """One of the variables of the IR, such as ``kv_len``."""
@@ -132,17 +130,6 @@ class Context:
         """A number as a traced number."""
         return self.proxy(*self.operand(value))
 
-    def bits(self, value: Any) -> int:
-        """The bits that an int may have set (`ir.bits`)."""
-        if isinstance(value, int):
-            return value
-        return self._bits.get(value.text, bits.ANY) if self.is_traced(value) else bits.ANY
-
-    def learn(self, x: Any, possible: int) -> Any:
-        """``x``, an int of which it is known better than from its operands what bits it may have set."""
-        self._bits[x.text] = possible
-        return x
-
     def emit(self, op: str, *operands: Any) -> Any:
         """Apply an operator of the op table to traced numbers, numbers, params and rank-0 tensors."""
         info = OPS[op]
@@ -159,7 +146,7 @@ class Context:
         if typed is None:
             given = f"{op} of {', '.join(kinds)}"
             raise error("AK201", where=self.location(), given=given, hint="compare first: x != 0")
-        if op in _NEUTRAL and _NEUTRAL[op] in names:
+        if typed[1] == "bool" and op in _NEUTRAL and _NEUTRAL[op] in names:
             return self.proxy(names[1] if names[0] == _NEUTRAL[op] else names[0], "bool")
         if info.precedence == 0:
             text = f"{info.symbol}({', '.join(names)})"
@@ -167,16 +154,6 @@ class Context:
             text = info.symbol + names[0] if info.arity == 1 else f" {info.symbol} ".join(names)
         result = f"t{len(self.lines)}"
         self.lines.append(f"{result} = {text}")
-        if typed[1] == "int":
-            known: list[int] = []
-            literal = None  # the last operand, where it is one
-            for operand, name, kind in zip(operands, names, kinds, strict=True):
-                literal = operand if isinstance(operand, int) else None
-                if literal is not None:
-                    known.append(literal)
-                else:
-                    known.append(1 if kind == "bool" else self._bits.get(name, bits.ANY))
-            self._bits[result] = bits.possible(op, known, literal)
         return self.proxy(result, typed[1])
 
     def operand(self, value: Any) -> tuple[str, DType]:

@@ -32,6 +32,7 @@ _RULES = {
     "not": ("~{X}", "~{x}"),
 }
 _COMPARE_NUMBERS = ("eq", "ne")
+_OF_BOOLS = ("and", "or")  # of ints they are of bits
 _UNKNOWN = ("tl.full((), 0, tl.int1)", "tl.full((), 1, tl.int1)")
 _MOST = {False: 2**31 - 1, True: 2**62}  # beyond what an integer is, by whether they have 64 bits
 
@@ -80,8 +81,8 @@ def _combined(
     """Of a node that varies with both indices."""
     unknown = _UNKNOWN if node.dtype == "bool" else None
     operands = [bounds[arg] for arg in node.args]
-    numbers = node.op not in _COMPARE_NUMBERS or node.args[0].dtype == "int"
-    if node.op not in _RULES or None in operands or not numbers:
+    wanted = "int" if node.op in _COMPARE_NUMBERS else "bool" if node.op in _OF_BOOLS else None
+    if node.op not in _RULES or None in operands or wanted not in (None, node.args[0].dtype):
         return unknown
     names = {
         name: text
