@@ -75,35 +75,32 @@ def selective_table() -> str:
 
 
 def bars_table(suite: str) -> str:
-    """What was promised beside what was measured, of a suite that has bars."""
-    name = f"zen5-2core-{suite}.json"
-    if not (RESULTS / name).is_file():
-        return f"Not measured yet: `attnkit bench --suite {suite} --json bench/results/{name}`."
-    result = _load(name)
-    lines = ["| row | against | measured, 95 % interval | bar | stretch |", "|---|---|---|---|---|"]
+    """What was promised beside what was measured, of a suite that has bars, on machines with AVX-512 and with AVX2."""
+    names = [f"{machine}-2core-{suite}.json" for machine in ("zen5", "zen3")]
+    results = {name: _load(name) for name in names if (RESULTS / name).is_file()}
+    measured = [{(bar["workload"], bar["against"]): bar for bar in r["bars"]} for r in results.values()]
+    where = [r["machine"]["isa"].upper() for r in results.values()]
+    lines = [f"| row | against | bar | {' | '.join(where)} |", "|---|---|---" + "|---" * len(where) + "|"]
     last = None
-    for bar in result["bars"]:
-        m, sign = bar["measured"], "≤" if bar["least"] is None else "≥"
-        named = bar["against"] in ("best", "ceiling") and m and bar["note"]
-        against = f"{bar['against']}: {bar['note']}" if named else bar["against"]
-        measured = f"**{m['median']:.2f}** [{m['lo']:.2f}, {m['hi']:.2f}]" if m else bar["note"]
-        asked = (
-            f"{sign} {bar['most'] if bar['least'] is None else bar['least']:g} {'✓' if bar['met'] else '✗'}"
+    for (workload, against), bar in measured[0].items():
+        sign, asked = ("≤", bar["most"]) if bar["least"] is None else ("≥", bar["least"])
+        wish = "" if bar["stretch"] is None else f", stretch {bar['stretch']:g}"
+        told = " | ".join(_told(bars.get((workload, against))) for bars in measured)
+        lines.append(
+            f"| {'' if workload == last else workload} | {against} | {sign} {asked:g}{wish} | {told} |"
         )
-        wish = "" if bar["stretch"] is None else f"{bar['stretch']:g} {'✓' if bar['stretch_met'] else '✗'}"
-        row = "" if bar["workload"] == last else bar["workload"]
-        lines.append(f"| {row} | {against} | {measured} | {asked} | {wish} |")
-        last = bar["workload"]
-    m, c = result["machine"], result["ceilings"]
-    versions = dict.fromkeys(
-        f"{r['backend']} {r['backend_version']}" for r in result["records"] if r["backend"] != "cpu"
-    )
-    met = sum(bar["met"] for bar in result["bars"])
-    lines += [
-        "",
-        f"{met} of {len(result['bars'])} bars met. {m['cpu']}, {m['isa']}, {c['threads']} threads, attnkit {m['attnkit']}",
-        f"at {result['records'][0]['commit']}{''.join(f', {v}' for v in versions)}; medians of interleaved rounds in one run (`bench/results/{name}`).",
-    ]
+        last = workload
+    for name, result in results.items():
+        m, c = result["machine"], result["ceilings"]
+        versions = dict.fromkeys(
+            f"{r['backend']} {r['backend_version']}" for r in result["records"] if r["backend"] != "cpu"
+        )
+        met = sum(bar["met"] for bar in result["bars"])
+        lines += [
+            "",
+            f"{m['isa'].upper()}: {met} of {len(result['bars'])} bars met. {m['cpu']}, {c['threads']} threads, attnkit {m['attnkit']}",
+            f"at {result['records'][0]['commit']}{''.join(f', {v}' for v in versions)}; medians of interleaved rounds in one run (`bench/results/{name}`).",
+        ]
     return "\n".join(lines)
 
 
@@ -175,7 +172,9 @@ def _told(bar: Any) -> str:
     m = bar["measured"]
     if m is None:
         return str(bar["note"])
-    return f"**{m['median']:.2f}** [{m['lo']:.2f}, {m['hi']:.2f}] {'✓' if bar['met'] else '✗'}"
+    peer = f" {bar['note']}" if bar["against"] == "best" and bar["note"] else ""
+    signs = "".join("✓" if met else "✗" for met in (bar["met"], bar.get("stretch_met")) if met is not None)
+    return f"**{m['median']:.2f}**{peer} [{m['lo']:.2f}, {m['hi']:.2f}] {signs}"
 
 
 def generation_table() -> str:
