@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -84,6 +85,7 @@ class Printer:
         self._program, self._streamed, self._unproven = program, streamed, frozenset(unproven)
         self._int = "tl.int64" if wide else "tl.int32"
         self._names: dict[Expr, str] = {}
+        self._known: dict[Expr, Any] = {}  # values of constants, and of what is made of nothing else
         self._outside: dict[Expr, str] = {}
 
     def lines(self, roots: Sequence[Expr]) -> list[str]:
@@ -94,9 +96,8 @@ class Printer:
         printed: list[str] = []
         for node in order:
             text = self._text(node, printed)
-            named = node.op not in ("const", "var", "param") and (
-                uses[node] > 1 or len(text) > _WIDE or node.op == "load"
-            )
+            leaf = node.op in ("var", "param") or node in self._known
+            named = not leaf and (uses[node] > 1 or len(text) > _WIDE or node.op == "load")
             if named:
                 name = f"t{sum(n.startswith('t') for n in self._names.values())}"
                 printed.append(f"{name} = {_bare(text)}")
@@ -113,16 +114,16 @@ class Printer:
         return " | ".join(self._outside[node] for node in topological(roots) if node in self._outside)
 
     def _text(self, node: Expr, printed: list[str]) -> str:
-        if node.op == "const":
-            return _literal(node)
+        if node.op == "const" or (node.op in OPS and all(arg in self._known for arg in node.args)):
+            known = [self._known[arg] for arg in node.args]
+            self._known[node] = OPS[node.op].numpy(*known) if known else node.attr
+            return _literal(node, self._known[node])
         if node.op == "var":
             return str(node.attr)
         if node.op == "param":
             return f"p{node.attr}"
         if node.op == "load":
             return self._load(node, printed)
-        if all(arg.op == "const" for arg in node.args):
-            return _literal_of(node, OPS[node.op].numpy(*(arg.attr for arg in node.args)))
         spelling, names = OPS[node.op].triton, [self._names[arg] for arg in node.args]
         if spelling.partition("(")[0] in HELPERS:  # functions ask for the type of what they are given
             names = [self._tensor(arg) for arg in node.args]
@@ -130,7 +131,7 @@ class Printer:
 
     def _tensor(self, node: Expr) -> str:
         name = self._names[node]
-        if node.op != "const" or name.startswith("tl."):
+        if node not in self._known or name.startswith("tl."):
             return name
         return f"tl.full((), {_bare(name)}, {'tl.float32' if node.dtype == 'float' else self._int})"
 
@@ -207,17 +208,13 @@ def _depends(root: Expr, variable: str) -> bool:
     return any(node.op == "var" and node.attr == variable for node in topological([root]))
 
 
-def _literal(node: Expr) -> str:
-    return _literal_of(node, node.attr)
-
-
-def _literal_of(node: Expr, value: object) -> str:
+def _literal(node: Expr, value: Any) -> str:
     if node.dtype == "bool":
         return f"tl.full((), {int(bool(value))}, tl.int1)"
     if node.dtype == "int":
-        return str(int(value)) if int(value) >= 0 else f"({int(value)})"  # type: ignore[call-overload]
+        return str(int(value)) if int(value) >= 0 else f"({int(value)})"
     with np.errstate(over="ignore"):
-        rounded = float(np.float32(value))  # type: ignore[arg-type]
+        rounded = float(np.float32(value))
     if not math.isfinite(rounded):
         return f'float("{rounded}")'
     if 0 < abs(rounded) < 2.0**-126:  # Triton would take a double

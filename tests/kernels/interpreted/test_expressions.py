@@ -10,7 +10,7 @@ import torch
 
 from attnkit.backends.reference.evaluate import evaluate
 from attnkit.backends.triton.source import load, whole
-from attnkit.ir.expr import Expr, make, topological, var
+from attnkit.ir.expr import Expr, const, make, topological, var
 from attnkit.ir.optable import OPS, VARIABLES
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
@@ -96,6 +96,13 @@ def test_logic(rng: np.random.Generator) -> None:
         np.testing.assert_array_equal(run(root, values), evaluate([root], values)[0])
     root = make("where", a, make("float", b), var("s"))
     np.testing.assert_array_equal(run(root, values), evaluate([root], values)[0].astype(np.float32))
+
+
+def test_what_is_made_of_constants(rng: np.random.Generator) -> None:
+    values = values_of(rng)
+    known = make("tanh", make("float", make("max", const(1), make("and", const(6), const(3)))))
+    root = make("where", make("lt", var("h"), const(2)), make("tanh", known), make("mul", known, known))
+    np.testing.assert_allclose(run(root, values), evaluate([root], values)[0], rtol=1e-6)
 
 
 def test_random_expressions(rng: np.random.Generator, seed: int, effort: int) -> None:
