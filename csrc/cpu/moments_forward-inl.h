@@ -47,8 +47,8 @@ class MomentForward {
 
   // Tokens, of which each reads and writes the state as it lies: that takes less than packing and unpacking it.
   static constexpr int64_t kFew = 4;
-  static constexpr int64_t kLater = 2048;           // floats from what is computed to what is fetched
-  static constexpr int kLineVecs = 16 / kLanes;     // vectors of a line
+  static constexpr int64_t kLater = 2048;  // floats from what is computed to what is fetched
+  static constexpr int kLineVecs = 16 / kLanes;  // vectors of a line
 
   void steps(const Stretch& of, int32_t head, const float* initial, const float* initial_norm, float* state,
              float* norm) {

@@ -16,10 +16,13 @@ def conjunction(context: Context, x: Any, y: Any) -> Any:
     """``x & y``. With ones at the end of a literal that is a remainder, with zeros a multiple."""
     if _is_literal(x):
         x, y = y, x
-    if _is_literal(y) and 0 < y < _MOST and y & (y + 1) == 0:
-        return context.emit("mod", x, y + 1)
-    if _is_literal(y) and -_MOST <= y < 0 and -y & (-y - 1) == 0:
-        return context.emit("mul", context.emit("floordiv", x, -y), -y)
+    if _is_literal(y):
+        # A power of two, if y is ones at the end alone, or zeros at the end alone.
+        size = y + 1 if y >= 0 else -y
+        if size <= _MOST and size & (size - 1) == 0:
+            if y >= 0:
+                return context.emit("mod", x, size)
+            return context.emit("mul", context.emit("floordiv", x, size), size)
     return context.emit("and", x, y)
 
 
@@ -71,4 +74,4 @@ def _is_literal(x: Any) -> bool:
 
 
 def _digit(context: Context, x: Any, at: int) -> Any:
-    return context.emit("mod", context.emit("floordiv", x, 1 << at) if at else x, 2)
+    return context.emit("mod", right_shift(context, x, at), 2)
