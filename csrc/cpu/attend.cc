@@ -166,14 +166,22 @@ void evaluate(Op op, float* dst, const float* const* args, const bool* same, int
   g_last_isa = &kernel;
 }
 
+#ifdef ATTNKIT_HAS_AVX512BF16
+const Kernel& dot_products() {  // to be called where the machine has them
+  static const Kernel kernel = with_dot_products(kAvx512Kernel);
+  return kernel;
+}
+#endif
+
 std::vector<const Kernel*> isa_levels() {
   // The compiler's run-time support also asks the operating system whether it saves the registers.
   std::vector<const Kernel*> levels{&kScalarKernel};
 #ifdef ATTNKIT_EMULATE
-  levels.insert(levels.end(), {&kAvx2Kernel, &kAvx512Kernel, &kAvx512bf16Kernel});
+  levels.insert(levels.end(), {&kAvx2Kernel, &kAvx512Kernel, &dot_products()});
 #else
 #ifdef ATTNKIT_HAS_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&kAvx2Kernel);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    levels.push_back(&kAvx2Kernel);
 #endif
 #ifdef ATTNKIT_HAS_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
@@ -182,7 +190,7 @@ std::vector<const Kernel*> isa_levels() {
 #endif
 #ifdef ATTNKIT_HAS_AVX512BF16
   if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
-    levels.push_back(&kAvx512bf16Kernel);
+    levels.push_back(&dot_products());
 #endif
 #endif
   return levels;

@@ -247,9 +247,9 @@ class PairBackward : public Backward {
 };
 
 int32_t backward_by_dtype(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
-  return (c.problem->dtype == DType::bf16 ? backward_as<PairBackward> : backward)(c, t, tiles, workspace);
+  return (c.problem->dtype == DType::bf16 ? backward_as<PairBackward> : kAvx512Kernel.backward)(c, t, tiles, workspace);
 }
 
 size_t backward_bytes_by_dtype(const BackwardCall& c) {
-  return c.problem->dtype == DType::bf16 ? PairLayout(c).places.next * sizeof(float) : backward_bytes(c);
+  return c.problem->dtype == DType::bf16 ? PairLayout(c).places.next * sizeof(float) : kAvx512Kernel.backward_bytes(c);
 }

@@ -237,7 +237,7 @@ extern const Kernel kAvx2Kernel;
 extern const Kernel kAvx512Kernel;
 #endif
 #ifdef ATTNKIT_HAS_AVX512BF16
-extern const Kernel kAvx512bf16Kernel;
+Kernel with_dot_products(const Kernel& avx512);
 #endif
 
 }  // namespace attnkit::cpu

@@ -44,21 +44,28 @@ void transpose_rows(const T* const* rows, int32_t count, int32_t width, F f, flo
 
 // ---- elements ----
 
-// 4 bytes of a row, a unit: one channel or two. Loaded and transposed as they are, then widened.
+// 4 bytes, a unit: one channel, or two of bfloat16, which are transposed as they lie in memory and then widened.
 template <class T>
-inline constexpr int kPerUnit = 4 / static_cast<int>(sizeof(T));
-template <class T>
-ATTNKIT_INLINE vf load_units(const T* p) {
-  return load(reinterpret_cast<const float*>(p));
+inline constexpr int kPerUnit = 1;
+template <>
+inline constexpr int kPerUnit<Bf16> = 2;
+ATTNKIT_INLINE vf load_units(const float* p) { return load(p); }
+ATTNKIT_INLINE vf load_units(const F16* p) { return widen(p); }
+ATTNKIT_INLINE vf load_units(const Bf16* p) { return load(reinterpret_cast<const float*>(p)); }
+ATTNKIT_INLINE vf load_units(const float* low, const float* high) { return load_halves(low, high); }
+ATTNKIT_INLINE vf load_units(const F16* low, const F16* high) {
+  return widen_halves(load_halves(&low->bits, &high->bits));
 }
-ATTNKIT_INLINE vf widen_unit(const float*, vf unit, int) { return unit; }
+ATTNKIT_INLINE vf load_units(const Bf16* low, const Bf16* high) {
+  return load_halves(reinterpret_cast<const float*>(low), reinterpret_cast<const float*>(high));
+}
+template <class T>
+ATTNKIT_INLINE vf widen_unit(const T*, vf unit, int) {
+  return unit;
+}
 ATTNKIT_INLINE vf widen_unit(const Bf16*, vf unit, int channel) {
   const vi x = as_int(unit);
   return as_float(channel == 0 ? x << 16 : x & static_cast<int32_t>(0xffff0000));
-}
-ATTNKIT_INLINE vf widen_unit(const F16*, vf unit, int channel) {
-  const vu x = vu(as_int(unit));
-  return widen_half(channel == 0 ? x & 0xffff : x >> 16);
 }
 
 // Even and odd channels become neighbours.
@@ -133,14 +140,13 @@ inline constexpr int kStripUnits = kLanes > 8 ? kLanes / 2 : 4;
 // r[u]: unit u of kLanes rows.
 template <class T>
 ATTNKIT_INLINE void transpose_strip(const T* const* rows, int64_t at, vf* r) {
-  const auto row = [&](int n) { return reinterpret_cast<const float*>(rows[n] + at); };
 #pragma GCC unroll 8
   for (int i = 0; i < kStripUnits; ++i) {
     if constexpr (kStripUnits == kLanes) {
-      r[i] = load(row(i));
+      r[i] = load_units(rows[i] + at);
     } else {
       const int n = i / 4 * 8 + i % 4;
-      r[i] = load_halves(row(n), row(n + 4));
+      r[i] = load_units(rows[n] + at, rows[n + 4] + at);
     }
   }
 #pragma GCC unroll 2

@@ -10,9 +10,11 @@ struct F16 {
 inline float widen_one(float x) { return x; }
 inline float widen_one(Bf16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 inline float widen_one(F16 x) {
-  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
-  uint32_t bits = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
-  if (magnitude >= 0x7c00u << 13) bits |= 0x7f800000u;
+  const int32_t magnitude = x.bits & 0x7fff;
+  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+  uint32_t bits = static_cast<uint32_t>(magnitude + (112 << 10)) << 13;
+  if (magnitude < 0x400) bits = __builtin_bit_cast(uint32_t, subnormal);
+  if (magnitude >= 0x7c00) bits |= 0x7f800000;
   return __builtin_bit_cast(float, bits | (x.bits & 0x8000u) << 16);
 }
 

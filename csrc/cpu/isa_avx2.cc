@@ -28,6 +28,10 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm256_i32ga
 ATTNKIT_INLINE vf load_halves(const float* low, const float* high) {
   return (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
 }
+ATTNKIT_INLINE vh load_halves(const uint16_t* low, const uint16_t* high) {
+  return (vh)_mm_unpacklo_epi64(_mm_loadu_si64(low), _mm_loadu_si64(high));
+}
+ATTNKIT_INLINE vf widen_halves(vh x) { return (vf)_mm256_cvtph_ps((__m128i)x); }
 ATTNKIT_INLINE vf look_up_16(const float* table, vi i) {
   const __m256 low = _mm256_permutevar8x32_ps((__m256)load(table), (__m256i)i);
   const __m256 high = _mm256_permutevar8x32_ps((__m256)load(table + 8), (__m256i)i);

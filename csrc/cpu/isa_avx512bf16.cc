@@ -1,5 +1,5 @@
-// The kernels for AVX-512 with dot products of bfloat16 and of bytes. Everything lies in an anonymous namespace: no
-// symbol of this file may be shared with code compiled for a lesser machine.
+// What AVX-512 with dot products of bfloat16 and of bytes has beyond isa_avx512.cc. Everything lies in an anonymous
+// namespace: no symbol of this file may be shared with code compiled for a lesser machine.
 #include <immintrin.h>
 
 #include "call.h"
@@ -44,8 +44,9 @@ double dot_burst(int64_t rounds) {
 }
 }  // namespace
 
-constexpr Kernel kAvx512bf16Kernel = [] {
-  Kernel found = level("avx512bf16");
+Kernel with_dot_products(const Kernel& avx512) {
+  Kernel found = avx512;
+  found.name = "avx512bf16";
   found.run = run_by_dtype;
   found.gather = gather_by_dtype;
   found.backward_bytes = backward_bytes_by_dtype;
@@ -53,6 +54,6 @@ constexpr Kernel kAvx512bf16Kernel = [] {
   found.carry.select = select_by_dtype;
   found.dot_burst = dot_burst;
   return found;
-}();
+}
 
 }  // namespace attnkit::cpu

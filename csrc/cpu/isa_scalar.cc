@@ -46,6 +46,15 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) {
   return lanes_of([&](int i) { return base[offset[i]]; });
 }
 ATTNKIT_INLINE vf load_halves(const float* low, const float* high) { return vf{low[0], low[1], high[0], high[1]}; }
+ATTNKIT_INLINE vh load_halves(const uint16_t* low, const uint16_t* high) {
+  return vh{low[0], low[1], high[0], high[1]};
+}
+ATTNKIT_INLINE vf widen_halves(vh x) {
+  const vi h = __builtin_convertvector(x, vi), magnitude = h & 0x7fff;
+  const vi subnormal = as_int(to_float(magnitude) * set1(0x1p-24f)), normal = (magnitude + (112 << 10)) << 13;
+  const vi special = (magnitude >= 0x7c00) & 0x7f800000;
+  return as_float((magnitude < 0x400 ? subnormal : normal) | special | (h & 0x8000) << 16);
+}
 template <int kSize>
 ATTNKIT_INLINE vf look_up(const float (&table)[kSize], vi i) {
   return lanes_of([&](int lane) { return table[i[lane] & (kSize - 1)]; });

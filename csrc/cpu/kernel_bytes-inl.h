@@ -48,14 +48,13 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
       return pairs ? run<EncodedForward<PairForward, ByteProduct>> : run<EncodedForward<FloatForward, ByteProduct>>;
     if (pairs) return few ? run<PairDecode> : run<PairForward>;
     if (p.stores != nullptr && p.dtype == DType::bf16 && few && ByteCodes::takes(p)) return run<ByteCodes>;
-    auto* found = run_of_codes(p, t);
-    return found == nullptr ? run<FloatForward> : found;
+    return kAvx512Kernel.run;
   }();
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }
 
 int32_t gather_by_dtype(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
-  return (c.problem->dtype == DType::bf16 ? gather<PairForward> : gather<FloatForward>)(c, t, pieces, workspace);
+  return (c.problem->dtype == DType::bf16 ? gather<PairForward> : kAvx512Kernel.gather)(c, t, pieces, workspace);
 }
 
 // What heads select, as `run_by_dtype` has it.
@@ -64,5 +63,5 @@ int32_t select_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, si
   const Problem& p = *c.problem;
   const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
   const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr && !few;
-  return (pairs ? select_keys<PairForward> : select_keys<FloatForward>)(c, t, ranges, num_ranges, sums, workspace);
+  return (pairs ? select_keys<PairForward> : kAvx512Kernel.carry.select)(c, t, ranges, num_ranges, sums, workspace);
 }

@@ -11,7 +11,8 @@
 //   any(mask)                      whether a bit of any lane is set
 //   lane_bits(mask)                a bit for each lane, from its sign
 //   gather(base, offset)           base[offset] of each lane
-//   load_halves(low, high)         half a vector from each of two places
+//   load_halves(low, high)         half a vector from each of two places, of floats or of 16-bit elements
+//   widen_halves(x)                float16 as float32, NaN quiet
 //   multiply_low(a, b)             the products of the low halves of 64-bit lanes
 //   dot_halves(sum, a, b)          sum + the products of both signed 16-bit halves of each lane
 
@@ -19,6 +20,7 @@ inline constexpr int kBytes = 4 * kLanes;
 typedef float vf __attribute__((vector_size(kBytes), may_alias));
 typedef int32_t vi __attribute__((vector_size(kBytes), may_alias));
 typedef uint32_t vu __attribute__((vector_size(kBytes), may_alias));  // wraps
+typedef uint16_t vh __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
 typedef uint64_t vl __attribute__((vector_size(kBytes), may_alias));
 typedef float vf_u __attribute__((vector_size(kBytes), may_alias, aligned(2)));  // pairs of 16-bit elements too
 typedef int32_t vi_u __attribute__((vector_size(kBytes), may_alias, aligned(4)));

@@ -25,6 +25,12 @@ ATTNKIT_INLINE vf gather(const float* base, vi offset) { return (vf)_mm512_i32ga
 ATTNKIT_INLINE vf load_halves(const float* low, const float* high) {
   return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), _mm256_loadu_ps(high), 1);
 }
+ATTNKIT_INLINE vh load_halves(const uint16_t* low, const uint16_t* high) {
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+  const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+  return (vh)_mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+}
+ATTNKIT_INLINE vf widen_halves(vh x) { return (vf)_mm512_cvtph_ps((__m256i)x); }
 ATTNKIT_INLINE vf look_up(const float (&table)[16], vi i) {
   return (vf)_mm512_permutexvar_ps((__m512i)i, (__m512)load(table));
 }

@@ -2,20 +2,12 @@
 // back.
 
 #include "half-inl.h"
-typedef uint16_t vh __attribute__((vector_size(2 * kLanes), may_alias, aligned(2)));
 
 ATTNKIT_INLINE vu widen_bits(const void* p) { return __builtin_convertvector(*static_cast<const vh*>(p), vu); }
 
 ATTNKIT_INLINE vf widen(const float* p) { return load(p); }
 ATTNKIT_INLINE vf widen(const Bf16* p) { return as_float(vi(widen_bits(p) << 16)); }
-// The exponent is rebiased by a multiplication, which also makes subnormals normal; infinities and NaN keep theirs.
-ATTNKIT_INLINE vf widen_half(vu h) {
-  const vu magnitude = (h & 0x7fff) << 13;
-  const vu x = vu(as_int(as_float(vi(magnitude)) * set1(0x1p112f)));
-  const vu special = vu(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
-  return as_float(vi(x | special | ((h & 0x8000) << 16)));
-}
-ATTNKIT_INLINE vf widen(const F16* p) { return widen_half(widen_bits(p)); }
+ATTNKIT_INLINE vf widen(const F16* p) { return widen_halves(*reinterpret_cast<const vh*>(p)); }
 
 // Calls f with a null pointer of the element type.
 template <class F>

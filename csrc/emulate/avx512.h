@@ -166,6 +166,14 @@ ATTNKIT_EMULATED __m512i pack_unsigned(__m512i a, __m512i b) {
 ATTNKIT_EMULATED __m512i dot_shorts(__m512i a, __m512i b) {
   return by_halves<__m256i>([](__m256i x, __m256i y) { return _mm256_madd_epi16(x, y); }, a, b);
 }
+ATTNKIT_EMULATED __m512 widen_halves_of(__m256i x) {
+  __m512 to;
+  for (int i = 0; i < 2; ++i) {
+    const __m256 half = _mm256_cvtph_ps(part<__m128i>(x, i));
+    __builtin_memcpy(reinterpret_cast<char*>(&to) + 32 * i, &half, 32);
+  }
+  return to;
+}
 ATTNKIT_EMULATED __m512i load_whole(const void* p) {
   __m512i x;
   __builtin_memcpy(&x, p, 64);
@@ -182,6 +190,7 @@ ATTNKIT_EMULATED void store_whole(void* p, __m512i x) { __builtin_memcpy(p, &x, 
 #undef _mm512_srli_epi16
 #undef _mm512_extracti64x4_epi64
 #define _mm512_fmadd_ps fmadd
+#define _mm512_cvtph_ps widen_halves_of
 #define _mm512_max_ps larger
 #define _mm512_min_ps smaller
 #define _mm512_roundscale_ps roundscale

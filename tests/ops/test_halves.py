@@ -254,3 +254,19 @@ def test_a_layer_under_autocast(randn: Any) -> None:
             report = ak.installed_report()
     assert (report.attnkit, report.torch) == (1, {})
     assert (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max()
+
+
+@pytest.mark.parametrize("dim", [7, 16, 24])
+@pytest.mark.parametrize("flush", [False, True], ids=["", "flush"])
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_token_alone_is_its_value(isa: str, length: int, flush: bool, dim: int) -> None:
+    """Every float16, also those that are subnormal where the processor flushes what is."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    v = torch.cat([every, every[: -(2**16) % dim]]).view(-1, 1, 1, dim)
+    before = torch.tensor([1e-40]).add(0).item() == 0
+    torch.set_flush_denormal(flush)
+    try:
+        o = ak.attention(torch.zeros(len(v), 1, length, dim, dtype=v.dtype), torch.zeros_like(v), v)
+    finally:
+        torch.set_flush_denormal(before)
+    torch.testing.assert_close(o, v.expand_as(o), rtol=0, atol=0, equal_nan=True)
