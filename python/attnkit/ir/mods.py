@@ -1,13 +1,15 @@
 """Ready-made masks and scores, with FlexAttention's signatures.
 
 Masks compose with ``&``, ``|`` and ``~``, also with plain functions. The lengths that some need come from the
-trace, so these run on proxies only.
+trace, so these run on proxies only. All are partial applications of functions of this file and no closures: they can be
+pickled, and the copy of a model holds masks and scores of its own tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from attnkit.errors import error
@@ -31,23 +33,35 @@ class Mask:
         return self.function(b, h, q_idx, kv_idx)
 
     def __and__(self, other: MaskFunction) -> Mask:
-        return Mask(lambda *index: self(*index) & other(*index))
+        return Mask(partial(_both, self, other))
 
     def __or__(self, other: MaskFunction) -> Mask:
-        return Mask(lambda *index: self(*index) | other(*index))
+        return Mask(partial(_either, self, other))
 
     def __rand__(self, other: MaskFunction) -> Mask:
-        return Mask(lambda *index: other(*index) & self(*index))
+        return Mask(partial(_both, other, self))
 
     def __ror__(self, other: MaskFunction) -> Mask:
-        return Mask(lambda *index: other(*index) | self(*index))
+        return Mask(partial(_either, other, self))
 
     def __invert__(self) -> Mask:
         return self.logical_not()
 
     def logical_not(self) -> Mask:
         """``~mask``, also where a mask is made under torch.compile: dynamo knows ``~`` of tensors alone."""
-        return Mask(lambda *index: self(*index).logical_not())
+        return Mask(partial(_not, self))
+
+
+def _both(first: MaskFunction, second: MaskFunction, *index: Any) -> Any:
+    return first(*index) & second(*index)
+
+
+def _either(first: MaskFunction, second: MaskFunction, *index: Any) -> Any:
+    return first(*index) | second(*index)
+
+
+def _not(mask: MaskFunction, *index: Any) -> Any:
+    return mask(*index).logical_not()
 
 
 @dataclass(frozen=True)
@@ -79,13 +93,13 @@ def sigmoid(bias: float | None = None) -> Weighting:
     """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse. AK402 if bias is no number."""
     if bias is not None and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
         raise error("AK402", where="bias", given=type(bias).__name__, allowed="a number or None")
+    return Weighting("none", score=partial(_sigmoid, bias))
 
-    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        if bias is not None:
-            return (s + bias).sigmoid()
-        return (s - kv_idx.context.variable("kv_len").log()).sigmoid()
 
-    return Weighting("none", score=score)
+def _sigmoid(bias: float | None, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    if bias is not None:
+        return (s + bias).sigmoid()
+    return (s - kv_idx.context.variable("kv_len").log()).sigmoid()
 
 
 def signed_softmax() -> Weighting:
@@ -104,11 +118,17 @@ def causal(align: str = "bottom_right") -> Mask:
     ``align="bottom_right"``: the last query is at the position of the last key; ``"top_left"``: the first at
     the first. They differ where q_len != kv_len. Anything else is AK401.
     """
-    if align == "top_left":
-        return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx)
-    if align != "bottom_right":
+    if align not in ("bottom_right", "top_left"):
         raise error("AK401", where="align", given=repr(align), allowed="'bottom_right', 'top_left'")
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx <= position(q_idx))
+    return Mask(_causal if align == "bottom_right" else _causal_top_left)
+
+
+def _causal(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return kv_idx <= position(q_idx)
+
+
+def _causal_top_left(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return kv_idx <= q_idx
 
 
 def window(left: int | None, right: int | None = 0) -> Mask:
@@ -121,18 +141,15 @@ def window(left: int | None, right: int | None = 0) -> Mask:
             raise error("AK402", where=name, given=type(distance).__name__, allowed="an int or None")
         if distance is not None and distance < -1:
             raise error("AK401", where=name, given=f"{distance}", allowed="a distance, -1 or None")
+    return Mask(partial(_window, *(None if distance == -1 else distance for distance in (left, right))))
 
-    def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        p = position(q_idx)
-        visible = kv_idx >= 0  # always
-        if not (left is None or left == -1):
-            visible = kv_idx >= p - left
-        if not (right is None or right == -1):
-            before_right = kv_idx <= p + right
-            visible = before_right if left is None or left == -1 else visible & before_right
-        return visible
 
-    return Mask(visible)
+def _window(left: int | None, right: int | None, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    p = position(q_idx)
+    if left is None:
+        return kv_idx >= 0 if right is None else kv_idx <= p + right  # the former: always
+    visible = kv_idx >= p - left
+    return visible if right is None else visible & (kv_idx <= p + right)
 
 
 def document(q_ids: Any, kv_ids: Any = None) -> Mask:
@@ -143,11 +160,11 @@ def document(q_ids: Any, kv_ids: Any = None) -> Mask:
     kv_ids = q_ids if kv_ids is None else kv_ids
     for name, ids in (("q_ids", q_ids), ("kv_ids", kv_ids)):
         _require_rank(name, ids, (1, 2), "[S] or [B, S]")
+    return Mask(partial(_document, q_ids, kv_ids))
 
-    def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return load(q_ids, b, q_idx) == load(kv_ids, b, kv_idx)
 
-    return Mask(visible)
+def _document(q_ids: Any, kv_ids: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return load(q_ids, b, q_idx) == load(kv_ids, b, kv_idx)
 
 
 def prefix(n: Any) -> Mask:
@@ -155,10 +172,13 @@ def prefix(n: Any) -> Mask:
 
     A prefix language model is ``ak.prefix(n) | ak.causal()``.
     """
-    if isinstance(n, int):
-        return Mask(lambda b, h, q_idx, kv_idx: kv_idx < n)
-    _require_rank("n", n, (1,), "an int or [B]")
-    return Mask(lambda b, h, q_idx, kv_idx: kv_idx < load(n, b))
+    if not isinstance(n, int):
+        _require_rank("n", n, (1,), "an int or [B]")
+    return Mask(partial(_prefix, n))
+
+
+def _prefix(n: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return kv_idx < (n if isinstance(n, int) else load(n, b))
 
 
 def softcap(c: float | Param) -> ScoreFunction:
@@ -169,10 +189,18 @@ def softcap(c: float | Param) -> ScoreFunction:
     if not isinstance(c, (int, float, Param)):
         raise error("AK402", where="softcap", given=type(c).__name__, allowed="a number or an ak.param")
     if not isinstance(c, Param) and (c == 0 or c > _FLOAT32_MAX):
-        return lambda s, b, h, q_idx, kv_idx: s
+        return _unchanged
     if not isinstance(c, Param) and not c >= _FLOAT32_TINY:
         raise error("AK401", where="softcap", given=f"{c}", allowed="a positive number that float32 can hold")
-    return lambda s, b, h, q_idx, kv_idx: (s / c).tanh() * c
+    return partial(_softcap, c)
+
+
+def _unchanged(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return s
+
+
+def _softcap(c: float | Param, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return (s / c).tanh() * c
 
 
 def alibi(slopes: Any) -> ScoreFunction:
@@ -181,11 +209,11 @@ def alibi(slopes: Any) -> ScoreFunction:
     ``slopes`` is a float32 tensor ``[Hq]`` or ``[B, Hq]`` (else AK403).
     """
     _require_rank("slopes", slopes, (1, 2), "[Hq] or [B, Hq]")
+    return partial(_alibi, slopes)
 
-    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return s - load(slopes, b, h) * (position(q_idx) - kv_idx).abs()
 
-    return score
+def _alibi(slopes: Any, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return s - load(slopes, b, h) * (position(q_idx) - kv_idx).abs()
 
 
 def bias(tensor: Any) -> ScoreFunction:
@@ -194,11 +222,11 @@ def bias(tensor: Any) -> ScoreFunction:
     Dimensions of size 1 broadcast. Other ranks are AK403.
     """
     _require_rank("bias", tensor, (2, 3, 4), "[Sq, Skv], [H, Sq, Skv] or [B, H, Sq, Skv]")
+    return partial(_bias, tensor)
 
-    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return s + load(tensor, b, h, q_idx, kv_idx)
 
-    return score
+def _bias(tensor: Any, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return s + load(tensor, b, h, q_idx, kv_idx)
 
 
 @dataclass(frozen=True)
@@ -222,13 +250,13 @@ def all_of(*masks: MaskFunction | None) -> MaskFunction | None:
     given = [mask for mask in masks if mask is not None]
     if len(given) < 2:
         return given[0] if given else None
+    return partial(_all, tuple(given))
 
-    def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        visible = given[0](b, h, q_idx, kv_idx)
-        for each in given[1:]:
-            visible = visible & each(b, h, q_idx, kv_idx)
-        return visible
 
+def _all(masks: tuple[MaskFunction, ...], b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    visible = masks[0](b, h, q_idx, kv_idx)
+    for each in masks[1:]:
+        visible = visible & each(b, h, q_idx, kv_idx)
     return visible
 
 
@@ -237,13 +265,15 @@ def in_turn(*scores: ScoreFunction | None) -> ScoreFunction | None:
     given = [score for score in scores if score is not None]
     if len(given) < 2:
         return given[0] if given else None
+    return partial(_one_after_the_other, tuple(given))
 
-    def score(s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        for each in given:
-            s = each(s, b, h, q_idx, kv_idx)
-        return s
 
-    return score
+def _one_after_the_other(
+    scores: tuple[ScoreFunction, ...], s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any
+) -> Any:
+    for each in scores:
+        s = each(s, b, h, q_idx, kv_idx)
+    return s
 
 
 def position(q_idx: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -268,8 +269,9 @@ def block_mask(
         raise error(
             "AK401", where="q_block", given=given, allowed=f"at most {_MAX_ROWS:,}", hint="larger blocks"
         )
-    structure = _find(mask, sizes)
-    return BlockMask(mask or _everything, sizes, mask, lambda: structure)
+    found = BlockMask(mask or _everything, sizes, mask, functools.partial(_find, mask, sizes))
+    _ = found.structure  # now, or what is wrong would be said later
+    return found
 
 
 def as_block_mask(blocks: Any) -> BlockMask:
@@ -306,17 +308,27 @@ def from_maps(
             allowed=f"{sizes.rows} x {sizes.columns} for {q_len} queries and {kv_len} keys",
         )  # fmt: skip
 
-    one_batch, one_head = sizes.batch == 1, sizes.heads == 1
+    alike = sizes.batch == 1, sizes.heads == 1
+    function = functools.partial(
+        _in_blocks, alike, (q_block, kv_block), full, None if mask is None else partial, mask
+    )
+    return BlockMask(function, sizes, mask, functools.partial(_of_maps, sizes, full, partial))
 
-    def function(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        block = (0 if one_batch else b, 0 if one_head else h, q_idx // q_block, kv_idx // kv_block)
-        return full[block] if mask is None else full[block] | (partial[block] & mask(b, h, q_idx, kv_idx))
 
-    def find() -> Structure:
-        kinds = torch.where(full, FULL, torch.where(partial, PARTIAL, EMPTY)).to(torch.uint8)
-        return Structure.from_dense(kinds.cpu().numpy(), sizes)
+def _in_blocks(
+    alike: tuple[bool, bool], block_size: tuple[int, int], full: Tensor, partial: Tensor | None, mask: MaskFunction | None,
+    b: Any, h: Any, q_idx: Any, kv_idx: Any,
+) -> Any:  # fmt: skip
+    """``alike``: all batch entries, and all heads."""
+    block = (0 if alike[0] else b, 0 if alike[1] else h, q_idx // block_size[0], kv_idx // block_size[1])
+    if mask is None or partial is None:
+        return full[block]
+    return full[block] | (partial[block] & mask(b, h, q_idx, kv_idx))
 
-    return BlockMask(function, sizes, mask, find)
+
+def _of_maps(sizes: Sizes, full: Tensor, partial: Tensor) -> Structure:
+    kinds = torch.where(full, FULL, torch.where(partial, PARTIAL, EMPTY)).to(torch.uint8)
+    return Structure.from_dense(kinds.cpu().numpy(), sizes)
 
 
 def _find(mask: MaskFunction | None, sizes: Sizes) -> Structure:

@@ -120,18 +120,14 @@ class _Fingerprint:
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, functools.partial):
+            ours = getattr(value.func, "__module__", None) == mods.__name__
+            args = tuple(map(self._loaded if ours else self.of, value.args))
             keywords = tuple((k, self.of(v)) for k, v in value.keywords.items())
-            return (
-                "partial",
-                self.of(value.func),
-                self.of(value.args),
-                keywords,
-                self.of(tuple(value.__dict__)),
-            )
+            return ("partial", self.of(value.func), args, keywords, self.of(tuple(value.__dict__)))
         return (type(value), *map(self.of, value))
 
     def _loaded(self, value: Any) -> Any:
-        """What `attnkit.ir.mods` captured: of a tensor's shape they ask where it broadcasts. A decoder's bias grows at every step."""
+        """What `attnkit.ir.mods` is applied to: of a tensor's shape it asks where it broadcasts. A decoder's bias grows at every step."""
         if not _is_known_tensor(value):
             return self.of(value)
         return ("loaded", _slot(self.tensors, value), value.dtype, tuple([n == 1 for n in value.shape]))
@@ -139,8 +135,7 @@ class _Fingerprint:
     def _function(self, function: types.FunctionType) -> Any:
         if function.__dict__:
             raise _Unknown
-        of = self._loaded if function.__module__ == mods.__name__ else self.of
-        cells = tuple(of(cell.cell_contents) for cell in function.__closure__ or ())
+        cells = tuple(self.of(cell.cell_contents) for cell in function.__closure__ or ())
         defaults = self.of(function.__defaults__ or ())
         keywords = tuple((k, self.of(v)) for k, v in (function.__kwdefaults__ or {}).items())
         if (function.__module__ or "").startswith("attnkit."):

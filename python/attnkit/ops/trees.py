@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,16 +28,14 @@ def tree(parents: Tensor) -> Mask:
             ancestors.
     """
     ancestors = _ancestors(parents)
-    if ancestors.shape[0] == 1:
-        ancestors = ancestors[0]
+    return Mask(partial(_visible, ancestors[0] if ancestors.shape[0] == 1 else ancestors))
 
-    def visible(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
-        lengths = q_idx.context
-        node = kv_idx - (lengths.variable("kv_len") - lengths.variable("q_len"))
-        index = (q_idx, node.clamp(min=0))
-        return (node < 0) | ancestors[index if ancestors.dim() == 2 else (b, *index)]
 
-    return Mask(visible)
+def _visible(ancestors: Tensor, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    lengths = q_idx.context
+    node = kv_idx - (lengths.variable("kv_len") - lengths.variable("q_len"))
+    index = (q_idx, node.clamp(min=0))
+    return (node < 0) | ancestors[index if ancestors.dim() == 2 else (b, *index)]
 
 
 def _ancestors(parents: Tensor) -> Tensor:
