@@ -104,6 +104,39 @@ def test_gradients_of_each_example(three: tuple[Tensor, Tensor, Tensor]) -> None
     assert torch.allclose(torch.vmap(gradient)(*three), looped(gradient, *three), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS, *BESIDE} - {"sparge", "a mask", "lengths"}))
+def test_several_cotangents(name: str, three: tuple[Tensor, Tensor, Tensor]) -> None:
+    """`torch.autograd.grad(..., is_grads_batched=True)`, of which vectorised Jacobians are made."""
+    function, beside = FUNCTIONS.get(name), []
+    if function is None:
+        function, make = BESIDE[name]
+        beside = [make()]
+    leaves = [x[0].clone().requires_grad_() for x in (*three, *beside)]
+    if name == "centroids":
+        leaves[3] = leaves[3].detach()
+    wanted = [x for x in leaves if x.requires_grad]
+    o = function(*leaves)
+    d_o = torch.randn(N, *o.shape, generator=torch.Generator().manual_seed(1))
+    several = torch.autograd.grad(o, wanted, d_o, retain_graph=True, is_grads_batched=True)
+    for i, d in enumerate(d_o):
+        for found, expected in zip(
+            several, torch.autograd.grad(o, wanted, d, retain_graph=True), strict=True
+        ):
+            torch.testing.assert_close(found[i], expected, rtol=0, atol=0)
+    one = torch.autograd.grad(o, wanted, d_o[:1], is_grads_batched=True)
+    for found, expected in zip(one, several, strict=True):
+        torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+
+
+def test_a_vectorised_jacobian(three: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v = (x[0] for x in three)
+    both = [
+        torch.autograd.functional.jacobian(partial(ak.attention, k=k, v=v), q, vectorize=vectorize)
+        for vectorize in (False, True)
+    ]
+    torch.testing.assert_close(*both, rtol=0, atol=0)
+
+
 def test_no_examples(three: tuple[Tensor, Tensor, Tensor]) -> None:
     with pytest.raises(ak.AttnkitError, match="AK403"):
         torch.vmap(ak.attention)(*(x[:0] for x in three))

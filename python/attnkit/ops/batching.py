@@ -1,4 +1,4 @@
-"""``torch.vmap`` over the ops: one call for each example.
+"""``torch.vmap`` over the ops, and several cotangents at once (``is_grads_batched``): one call for each example.
 
 A program may read ``b``, and captured tensors may differ between examples, so these do not become entries of the batch.
 """
@@ -6,9 +6,11 @@ A program may read ``b``, and captured tensors may differ between examples, so t
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from attnkit.errors import error
@@ -50,6 +52,28 @@ def _one_by_one(op: Any) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
+def _of_cotangents(rule: Callable[..., tuple[Any, Any]]) -> Callable[..., Any]:
+    """The rule for the batched tensors of ``torch.autograd.grad(..., is_grads_batched=True)``, which are not those of `torch.vmap`."""
+
+    def run(*args: Any) -> Any:
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+
+        def whole(t: Any, examples: int) -> Any:  # the examples of t, or so many times t
+            return torch._remove_batch_dim(t, level, examples, 0) if isinstance(t, Tensor) else t
+
+        found = {len(whole(t, 1)) for t in tree_flatten(args)[0] if isinstance(t, Tensor)} - {1}
+        examples = found.pop() if found else 1
+        held = tree_map(lambda t: whole(t, examples), args)
+        dims = tree_map(lambda t: 0 if isinstance(t, Tensor) else None, args)
+        results, _ = rule(SimpleNamespace(batch_size=examples), dims, *held)
+        return tree_map(lambda t: torch._add_batch_dim(t, 0, level), results)
+
+    return run
+
+
 for _name in OPS:
     _rule = _one_by_one(getattr(torch.ops.attnkit, _name))
     torch.library.register_vmap(f"attnkit::{_name}", _rule, lib=_lib)
+    if _name.endswith("_backward"):
+        _lib.impl(_name, _of_cotangents(_rule), "Batched")
