@@ -88,7 +88,7 @@ def test_memory_is_that_of_the_cpu(
 ) -> None:
     """Many at once, one by one, another number for each row, more than the newest have room for; and after going back."""
     known, mine = caches(codec, page_size, group_size=group)
-    for count, lens in ((group + 4, None), (1, None), (1, None), (45, [45, 0])):
+    for count, lens in ((known._scheme.slots + 4, None), (1, None), (1, None), (45, [45, 0])):
         lengths = None if lens is None else torch.tensor(lens, dtype=torch.int32)
         new = tokens(rng, count)
         known.append(*new, lens=lengths)
@@ -143,7 +143,7 @@ MASKS: Any = {
     [
         ("int4", None, 1, "causal", 32, "float32"), ("int2", 32, 1, "causal", 32, "float16"),
         ("int2", None, 40, "causal", 96, "float16"), ("int4", 64, 40, "causal", 64, "float32"),
-        ("int4", 32, 1, "unseen", 32, "float32"), ("int2", None, 9, "unseen", 32, "float32"),
+        ("int4", 32, 1, "unseen", 32, "float32"), ("int2", None, 40, "unseen", 32, "float32"),
         (("int8", "int4"), 32, 40, "causal", 32, "float32"), (("int2", "f32"), None, 1, "unseen", 32, "float32"),
     ],
     ids=str,
@@ -151,12 +151,12 @@ MASKS: Any = {
 def test_attention(
     codec: Any, page_size: int | None, q_len: int, mask: str, group: int, dtype: str, rng: np.random.Generator
 ) -> None:
-    """Prefill and decoding; no numbers behind the rows' ends, in a group of keys and in values that nobody sees."""
+    """Prefill and decoding, of tiles that hold codes and newest tokens; no numbers behind the rows' ends, in a group of keys and in values that nobody sees."""
     _, mine = caches(codec, page_size, group_size=group)
-    q, k, v = qkv("gaussian", rng, Dims(ROWS, 2, 1, q_len, 110, *DIMS), dtype)
+    q, k, v = qkv("gaussian", rng, Dims(ROWS, 2, 1, q_len, 130, *DIMS), dtype)
     if mask == "unseen":
         v[0, :, 40], k[0, :, 50] = np.nan, np.nan
-    lens = torch.tensor([110, 53], dtype=torch.int32)
+    lens = torch.tensor([130, 53], dtype=torch.int32)
     fill = put if "int8" in codec else KVCache.append  # another layout, or that of the engine
     fill(mine, torch.from_numpy(k), torch.from_numpy(v), lens)
     codes = Codes.of(mine._storage, mine._scheme)
