@@ -191,8 +191,10 @@ def test_cpu_tensors_are_refused_with_a_reason() -> None:
     assert "triton" in report.calls[0].rejected
 
 
-@pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("codec", ["bf16", "int8", ("fp8", "int8"), ("int8", "bf16")], ids=str)
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize(
+    "codec", ["bf16", "int8", ("fp8", "int8"), ("int8", "bf16"), ("int4", "int2")], ids=str
+)
 def test_a_cache_down_to_the_launch(launched: list[Any], codec: Any, page_size: int | None) -> None:
     """Appending and a step of decoding, with the storage that a GPU has: what is compiled takes such strides and types."""
     import attnkit as ak
@@ -204,7 +206,7 @@ def test_a_cache_down_to_the_launch(launched: list[Any], codec: Any, page_size: 
     from attnkit.tune import default_config
 
     cache = ak.KVCache(2, 2, 64, max_len=2048, codec=codec, page_size=page_size)
-    outer, inner = (2, 2048) if page_size is None else (256, 16)
+    outer, inner = (2, 2048) if page_size is None else (128, 32)
     table = cache._storage[-1] if page_size is not None else None
     scheme, cpu = cache._scheme, torch.device("cpu")
     cache._keep(allocate(scheme, 2, 2, outer, inner, table, (None, None), cpu, True), cache.lengths, scheme)
@@ -219,8 +221,9 @@ def test_a_cache_down_to_the_launch(launched: list[Any], codec: Any, page_size: 
     backend = backends.get("triton")
     assert backend.supports(spec) == ()
     kernel: Any = backend.build(spec, default_config(backend.space(spec)))
-    k, v, scales = (k, v, ()) if codes is None else codes.in_rows
+    k, v, beside = (k, v, {}) if codes is None else codes.on_device
     for _ in range(2):
-        kernel(q, k, v, torch.empty_like(q), None, list(buffers), [], 1, None, scales)
-    assert [name for name, _, _, _ in launched] == ["append", "append", "attend", "merge", "attend", "merge"]
-    assert launched[2][2] is launched[4][2]
+        kernel(q, k, v, torch.empty_like(q), None, list(buffers), [], 1, None, beside)
+    appended = ["encode_k", "encode_v", "append"] if scheme.has_newest else ["append"]
+    assert [name for name, _, _, _ in launched] == [*appended * 2, "attend", "merge", "attend", "merge"]
+    assert launched[-4][2] is launched[-2][2]

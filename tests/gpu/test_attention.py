@@ -136,7 +136,7 @@ def test_gradients_of_a_table_of_distances(dtype: str, rng: np.random.Generator)
 
 
 @pytest.mark.parametrize("page_size", [None, 64])
-@pytest.mark.parametrize("codec", ["bf16", "f16", "f32", "int8", "fp8"])
+@pytest.mark.parametrize("codec", ["bf16", "f16", "f32", "int8", "fp8", "int4", "int2"])
 def test_caches(codec: str, page_size: int | None, rng: np.random.Generator) -> None:
     """What is appended are the codes of the CPU; attention to them is that to what they mean."""
     dims = SHAPES["decode"]
@@ -155,6 +155,8 @@ def test_caches(codec: str, page_size: int | None, rng: np.random.Generator) -> 
     means = [x.float().cpu() for x in made[1].dequantize()]
     for mine, other in zip(means, made[0].dequantize(), strict=True):
         assert torch.equal(mine, other.float())
+    if codec in ("int4", "int2"):  # which are decoded to elements of q's dtype
+        means = [x.to(getattr(torch, dtype)).float() for x in means]
     for q_len in (1, 40):
         queries = q.expand(2, 8, q_len, 128)
         o, lse = ak.attention(
@@ -175,7 +177,7 @@ CLASSES += [("causal", 64), ("causal", 256)]
 @pytest.mark.parametrize(("name", "width"), CLASSES)
 @pytest.mark.parametrize("phase", PHASES)
 def test_classes_of_kernels(name: str, phase: Phase, width: int, dtype: str) -> None:
-    """What is asked of a config before it is used, of int8 keys and of pages too: the default is admitted."""
+    """What is asked of a config before it is used, of keys that are codes and of pages too: the default is admitted."""
     if phase == "backward" and name in check.FORWARD:
         return
     spec = KernelSpec(check.program(name), dtype, width, width, "cuda")

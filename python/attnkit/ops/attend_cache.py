@@ -55,19 +55,23 @@ class Codes(NamedTuple):
         parts = parts_of(scheme, storage)
         return cls(
             storage, scheme, store(parts.k, scheme.k, scheme.head_dim, scheme.group),
-            store(parts.v, scheme.v, scheme.v_head_dim, scheme.group), None if parts.state is None else parts.state[0],
+            store(parts.v, scheme.v, scheme.v_head_dim, scheme.group), None if parts.state is None else parts.state.select(0, 0),
             parts.table, tokens_of(scheme, parts),
         )  # fmt: skip
 
     @property
-    def in_rows(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Codes of keys and of values as a GPU keeps them, and a scale for each row: fp8 has one for all of a head, elements 1."""
+    def on_device(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Codes of keys and of values as a GPU keeps them, and what belongs to them; a head's scale is that of each row."""
         k, v, _, _ = parts_of(self.scheme, self.storage)
-        scales = []
-        for part in (k, v):
-            found = part.codes.new_ones((1,), dtype=torch.float32) if part.scales is None else part.scales
-            scales.append(found[:, None].expand(part.codes.shape[:3]) if found.dim() == 1 else found)
-        return k.codes, v.codes, (scales[0], scales[1])
+        beside = {} if self.state is None else {"coded_of": self.state}
+        for x, part in (("k", k), ("v", v)):
+            if part.scales is not None and part.scales.dim() == 1:
+                beside[f"{x}_scales"] = part.scales[:, None].expand(part.codes.shape[:3])
+            elif part.scales is not None:
+                beside[f"{x}_scales"] = part.scales.flatten(3) if part.newest is not None else part.scales
+            if part.newest is not None:
+                beside[f"{x}_newest"] = part.newest
+        return k.codes.flatten(3), v.codes, beside
 
     @property
     def rows(self) -> Rows:
@@ -176,7 +180,7 @@ def _run(
             q, codes.k, codes.v, codes.state, rows, o, lse, buffers, list(params), threads, number
         )
     else:
-        k, v, scales = codes.in_rows
+        k, v, beside = codes.on_device
         for name, t in (("k", k), ("v", v)):
             if t.is_floating_point() and t.dtype != q.dtype:
                 raise error(
@@ -185,7 +189,7 @@ def _run(
                     given=f"{q.dtype} and {t.dtype}",
                     allowed="one dtype",
                 )
-        kernel(q, k, v, o, lse, buffers, list(params), threads, seed_of(seed), scales)
+        kernel(q, k, v, o, lse, buffers, list(params), threads, seed_of(seed), beside)
     counts.run()
     return o, lse
 

@@ -63,8 +63,8 @@ class KVCache:
         residual: the newest tokens that int4 and int2 keep in bfloat16, and how many can be taken back.
         page_size: None, or the tokens of a page, a power of two of at least 16 and of whole groups: each row then is a list of
             pages.
-        device: ``"cpu"``, or an NVIDIA GPU (compiled, not run on one yet): all but int4 and int2 there. What
-            a graph that is replayed has no room for is not written, and lengths stay at ``max_len``.
+        device: ``"cpu"``, or an NVIDIA GPU (compiled, not run on one yet). What a graph that is replayed has no room for is not
+            written there, and lengths stay at ``max_len``.
         k_scale: of fp8, a number or float32 ``[Hkv]``: what is kept is ``k / k_scale``. None is 1.
         v_scale: likewise.
 
@@ -102,7 +102,7 @@ class KVCache:
         if page_size is not None and (type(page_size) is not int or not is_page_size(page_size)):
             raise error("AK401", where="page_size", given=repr(page_size), allowed=PAGE_SIZES)
         k_codec, v_codec = _codecs(codec)
-        device = _device(device, {k_codec, v_codec})
+        device = _device(device)
         scheme = Scheme(k_codec, v_codec, head_dim, v_head_dim, group_size, residual)
         scales = kv_storage.check_scales(scheme, num_kv_heads, k_scale, v_scale)
         if scheme.has_newest and group_size % SCALE_RUN:
@@ -163,7 +163,7 @@ class KVCache:
                     "AK403", where=name, given=shape_of(t), allowed="[batch, n]" if rank == 2 else "[batch]"
                 )
         codec = next(name for name, dtype in PLAIN.items() if dtype is k_pages.dtype)
-        _device(k_pages.device, {codec})
+        _device(k_pages.device)
         check_pages(k_pages.shape[2], page_table, lengths, lengths.shape[0])
         cache = cls.__new__(cls)
         storage = [k_pages, v_pages, page_table]
@@ -293,6 +293,8 @@ class KVCache:
             elif type(n) is not int:
                 raise error("AK402", where="n", given=type(n).__name__, allowed="an int or a tensor of ints")
             kv_storage.truncate(self._scheme, self._storage, self.lengths, n, lossy)
+            if type(n) is int:
+                self._most = min(self._most, n)
             return
         if isinstance(n, Tensor):
             self._check_integers("n", n, (self.batch,))
@@ -389,11 +391,11 @@ class KVCache:
             raise error("AK403", where=name, given=shape_of(t), allowed=str(list(shape)))
 
 
-def _device(device: str | torch.device, codecs: set[str]) -> torch.device:
+def _device(device: str | torch.device) -> torch.device:
     """The device of a cache.
 
     Raises:
-        AttnkitError: AK501, there is nothing that runs there; AK504, no cache lies there, or none of these codecs.
+        AttnkitError: AK501, there is nothing that runs there; AK504, no cache lies there.
     """
     found = torch.device(device)
     if found.type not in ("cpu", "cuda"):
@@ -402,11 +404,6 @@ def _device(device: str | torch.device, codecs: set[str]) -> torch.device:
         missing = backends.get("triton").available()
         if missing is not None:
             raise error("AK501", where="device", given=f"{device}: {missing}")
-        built = (*PLAIN, "int8", "fp8")
-        if not codecs <= {*built}:
-            raise error(
-                "AK504", where="codec", what="not built for a GPU yet", given=", ".join(sorted(codecs)), allowed=", ".join(built)
-            )  # fmt: skip
     return found
 
 

@@ -154,9 +154,10 @@ def allocate(
             of_scales = _scale_shape(codec, keys, dim, tokens, scheme.group)
             storage.append(_empty(outer, heads, of_scales, torch.bfloat16, table is not None, device))
         if _has_zero(codec):
-            storage.append(torch.empty(batch, heads, scheme.slots, dim, dtype=torch.bfloat16))
+            newest = torch.empty(batch, heads, scheme.slots, dim, dtype=torch.bfloat16, device=device)
+            storage.append(newest)
     if scheme.has_newest:
-        storage.append(torch.zeros(3, batch, dtype=torch.int32))
+        storage.append(torch.zeros(3, batch, dtype=torch.int32, device=device))
     return storage if table is None else [*storage, table]
 
 
@@ -217,7 +218,9 @@ def decode(part: Part, codec: str, dim: int, group: int, keys: bool) -> Tensor:
 
 
 def _unpacked(words: Tensor, bits: int, keys: bool) -> Tensor:
-    fields = torch.tensor([_field(keys, bits, e) for e in range(32 // bits)], dtype=torch.int32)
+    fields = torch.tensor(
+        [_field(keys, bits, e) for e in range(32 // bits)], dtype=torch.int32, device=words.device
+    )
     codes = words[..., None] >> fields & (1 << bits) - 1
     if bits == 8:
         codes = codes - (codes >> 7 << 8)

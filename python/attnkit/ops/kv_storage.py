@@ -162,8 +162,9 @@ def select(
         return
     parts = parts_of(scheme, storage)
     assert parts.state is not None
-    same = (wanted == torch.arange(wanted.shape[1])).long().cumprod(1).sum(1)
-    moved = torch.arange(wanted.shape[1]) >= same[:, None]
+    places = torch.arange(wanted.shape[1], device=wanted.device)
+    same = (wanted == places).long().cumprod(1).sum(1)
+    moved = places >= same[:, None]
     moved &= wanted >= 0
     if bool((moved & (wanted < parts.state[1][:, None])).any()):
         allowed = "older tokens where they are, and of the newest any"

@@ -176,13 +176,14 @@ def compare() -> Callable[..., testing.Measured]:
         tensors = [torch.from_numpy(x).to(getattr(torch, dtype)) for x in arrays]
         traced = Traceable(score, mask, **fields)
         kernel, buffers, params = kernel_of(traced, tensors[0], tensors[2], config or {}, int8)
-        scales: tuple[Any, ...] = ()
+        beside: dict[str, Any] = {}
         if int8:
             codes, scales, arrays[1:] = zip(*(encoded(x) for x in arrays[1:]), strict=True)
             tensors[1:] = codes
+            beside = dict(zip(("k_scales", "v_scales"), scales, strict=True))
         o = torch.full((*q.shape[:3], v.shape[3]), float("nan"), dtype=tensors[0].dtype)
         lse = torch.full(q.shape[:3], float("nan"))
-        kernel(*tensors, o, lse, buffers, params, scales=scales)
+        kernel(*tensors, o, lse, buffers, params, beside=beside)
         expected = testing.attention(*arrays, dtype=dtype, **(oracle or {}))
         return testing.check(
             o.float().numpy(), lse.numpy(), expected, kernel="interpreted", mostly_dead=mostly_dead

@@ -148,7 +148,7 @@ def test_attention_to_codes(codec: Any, page_size: int | None, q_len: int, rng: 
         q, *means, mask=lambda p: (p.kv_idx < 40) | (p.kv_idx > 41), kv_lens=lens.numpy()
     )
     for _ in range(2):  # found, and found again
-        codes_k, codes_v, scales = codes.in_rows
-        kernel(torch.from_numpy(q), codes_k, codes_v, o, lse, list(buffers), [], 1, None, scales)
+        codes_k, codes_v, beside = codes.on_device
+        kernel(torch.from_numpy(q), codes_k, codes_v, o, lse, list(buffers), [], 1, None, beside)
         testing.check(o.numpy(), lse.numpy(), expected, kernel="interpreted", mostly_dead=True)
     assert len(kernel._recorded) == 1  # type: ignore[attr-defined]

@@ -90,7 +90,15 @@ def test_pages(q_len: int, encode: Any, rng: np.random.Generator) -> None:
     kernel = backend.build(spec, default_config(backend.space(spec)) | tiles)
     o, lse = torch.full((2, 4, q_len, 16), float("nan")), torch.full((2, 4, q_len), float("nan"))
     buffers = [torch.from_numpy(table), torch.from_numpy(lens)]
-    kernel(torch.from_numpy(q), *codes, o, lse, buffers, [], scales=scales)
+    kernel(
+        torch.from_numpy(q),
+        *codes,
+        o,
+        lse,
+        buffers,
+        [],
+        beside=dict(zip(("k_scales", "v_scales"), scales, strict=True)),
+    )
     means = [means for _, _, means in parts]
     expected = testing.attention(q, *means, mask=lambda p: p.kv_idx <= p.position, kv_lens=lens)
     testing.check(o.numpy(), lse.numpy(), expected, kernel="interpreted")
@@ -107,7 +115,7 @@ def test_errors(build: Any, encode: Any, rng: np.random.Generator) -> None:
     assert raised.value.code == "AK404"
     plain, _, _ = build(Traceable(None, None), query, torch.from_numpy(v), {})
     with pytest.raises(AttnkitError) as raised:
-        plain(query, query, query, o, lse, [], [], scales=(scales, scales))
+        plain(query, query, query, o, lse, [], [], beside={"k_scales": scales, "v_scales": scales})
     assert raised.value.code == "AK404"
     with pytest.raises(AttnkitError) as raised:
         kernel.backward(query, codes, codes, o, lse, [], [], o, None, query, query, query, [])

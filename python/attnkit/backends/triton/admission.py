@@ -23,12 +23,14 @@ from attnkit.backends.triton import launch
 from attnkit.backends.triton.kernel import PRECISIONS, Phase, TritonKernel
 from attnkit.backends.triton.schedule import Schedule
 from attnkit.backends.triton.slopes import is_plain
+from attnkit.backends.triton.words import BITS, RUN, laid_out
 from attnkit.errors import error
 from attnkit.ir.expr import topological
 from attnkit.ir.program import Codec, Program
 from attnkit.ir.text import parse
 from attnkit.plan.ranges import stretch
 from attnkit.plan.spec import Config, KernelSpec
+from attnkit.variants import kv_quant
 from attnkit.variants.kv_quant import E4M3, e4m3_bytes
 
 # The fields of a phase, by what stands before their names.
@@ -167,12 +169,15 @@ def representative(program: Program, stored: bool = True) -> Program:
 
 @dataclass
 class _Problem:
-    """Tensors on the device, and the keys and values that they mean, in order, in float64 on the host."""
+    """Tensors on the device, and the keys and values that they mean, in order, in float64 on the host.
+
+    ``beside`` belongs to codes.
+    """
 
     q: Any
     k: Any
     v: Any
-    scales: tuple[Any, ...]
+    beside: dict[str, Any]
     buffers: list[Any]
     means: tuple[Any, Any]
 
@@ -183,44 +188,50 @@ def _problem(program: Program, spec: KernelSpec, like: Any, q_len: int, kv_len: 
     kv = program.inputs[program.attend.k]
     batch = 1 if kv.kind == "packed" else _BATCH
     q = rng.standard_normal((batch, _HEADS, q_len, spec.head_dim))
-    k, v = (rng.standard_normal((batch, _KV_HEADS, kv_len, d)) for d in (spec.head_dim, spec.v_head_dim))
+    codecs = [layout.codec for layout in program.inputs[1:]]
+    groups = [codec.group for codec in codecs if codec is not None and codec.name in BITS]
+    columns, page = -(-kv_len // max(groups, default=_PAGE)), max(groups, default=_PAGE)
+    ragged = kv.kind in ("padded", "paged")
+    slots = columns * page if ragged else kv_len
+    k, v = (rng.standard_normal((batch, _KV_HEADS, slots, d)) for d in (spec.head_dim, spec.v_head_dim))
     q[:, :, ::7] *= 8
     k[:, :, 1::5] = k[:, :, : len(k[0, 0, 1::5])]
     integers = launch.dtype_of(like, "int")
     lengths = np.array([kv_len, kv_len // 3])
-    buffers: list[Any] = []
+    buffers: list[Any] = [lengths] if ragged else []
     if kv.kind == "packed":
         buffers = [[0, q_len // 3, q_len], [0, kv_len // 2, kv_len]]
-    elif kv.kind in ("padded", "paged"):
-        k[1, :, lengths[1] :], v[1, :, lengths[1] :] = np.nan, np.nan
-        buffers = [lengths]
-    scales, means, held = [], [], []
-    codecs = [layout.codec for layout in program.inputs[1:]]
-    for x, codec in zip((k, v), codecs, strict=True):
-        stored, of_x, meant = _stored(x, codec, like)
-        if codec is None and any(codecs):
-            of_x = [like.new_ones((1, 1, 1), dtype=launch.dtype_of(like, "float")).expand(x.shape[:3])]
+    for x in (k, v) if ragged else ():
+        x[np.broadcast_to((np.arange(slots) >= lengths[:, None])[:, None], x.shape[:3])] = np.nan
+    coded = np.maximum(lengths - 9, 0) // page * page
+    held, beside, means = [], {"coded_of": like.new_tensor(coded, dtype=integers)} if groups else {}, []
+    for name, x, codec in zip("kv", (k, v), codecs, strict=True):
+        if codec is not None and codec.name in BITS:
+            stored, of_x, meant = _in_words(x, codec, name == "k", coded, like)
+        else:
+            stored, of_x, meant = _stored(x, codec, like)
         held.append(stored)
-        scales += of_x
+        beside |= {f"{name}_{what}": t for what, t in of_x.items()}
         means.append(meant)
     if kv.kind == "paged":
-        table = rng.permutation(batch * -(-kv_len // _PAGE)).reshape(batch, -1)
+        table = rng.permutation(batch * columns).reshape(batch, -1)
         buffers = [table, lengths]
-        held, scales = ([_paged(x, table) for x in tensors] for tensors in (held, scales))
+        held = [_paged(x, table) for x in held]
+        beside |= {name: _paged(x, table) for name, x in beside.items() if name.endswith("scales")}
     buffers = [like.new_tensor(b, dtype=integers) for b in buffers]
     buffers += [
         like.new_tensor(rng.standard_normal(_HEADS), dtype=launch.dtype_of(like, "float"))
         for b in program.buffers
         if b.dtype == "f32"
     ]
-    return _Problem(like.new_tensor(q), held[0], held[1], tuple(scales), buffers, (means[0], means[1]))
+    return _Problem(like.new_tensor(q), held[0], held[1], beside, buffers, (means[0], means[1]))
 
 
-def _stored(x: Any, codec: Codec | None, like: Any) -> tuple[Any, list[Any], Any]:
-    """Keys or values as a kernel gets them, their scales, and what they mean. Rows that are none hold what comes out of them."""
+def _stored(x: Any, codec: Codec | None, like: Any) -> tuple[Any, dict[str, Any], Any]:
+    """Keys or values as a kernel gets them, what belongs to them, and what they mean. Rows that are none hold what comes out of them."""
     if codec is None:
         held = like.new_tensor(x)
-        return held, [], held.double().cpu()
+        return held, {}, held.double().cpu()
     if codec.name == "fp8":
         scales = like.new_full((1, x.shape[1], 1), 0.03, dtype=launch.dtype_of(like, "float")).expand(
             x.shape[:3]
@@ -228,23 +239,39 @@ def _stored(x: Any, codec: Codec | None, like: Any) -> tuple[Any, list[Any], Any
         factor = scales.double().cpu()[..., None]
         codes = e4m3_bytes(x / factor.numpy())
         means = factor.new_tensor(E4M3[codes])
-        return like.new_tensor(codes, dtype=launch.dtype_of(like, "byte")), [scales], means * factor
+        return like.new_tensor(codes, dtype=launch.dtype_of(like, "byte")), {"scales": scales}, means * factor
     scales = like.new_tensor(np.abs(x).max(-1) / 127, dtype=launch.dtype_of(like, "bfloat16"))
     factor = scales.double().cpu()[..., None]
     codes = np.nan_to_num(np.clip(np.rint(x / factor.numpy()), -127, 127), nan=99)
     held = like.new_tensor(codes, dtype=launch.dtype_of(like, "char"))
-    return held, [scales], held.double().cpu() * factor
+    return held, {"scales": scales}, held.double().cpu() * factor
+
+
+def _in_words(x: Any, codec: Codec, keys: bool, coded: Any, like: Any) -> tuple[Any, dict[str, Any], Any]:
+    """The same of int4 and int2: those before ``coded`` of a row are codes, the next ones the newest."""
+    x = kv_quant.to_bfloat16(x)
+    found = kv_quant.quantise(x, codec)
+    words, scales = laid_out(found.codes, found.scale, found.zero, BITS[codec.name], keys)
+    ring = codec.group + RUN
+    newest = np.full((*x.shape[:2], ring, x.shape[3]), np.nan)
+    means = kv_quant.decode(found, codec)
+    for b, first in enumerate(coded):
+        left = means[b, :, first:] = x[b, :, first:]
+        left = left[:, :ring]
+        newest[b, :, np.arange(first, first + left.shape[1]) % ring] = left.swapaxes(0, 1)
+    half, double = (launch.dtype_of(like, name) for name in ("bfloat16", "double"))
+    beside = {"scales": like.new_tensor(scales, dtype=half), "newest": like.new_tensor(newest, dtype=half)}
+    return (
+        like.new_tensor(words, dtype=launch.dtype_of(like, "int")),
+        beside,
+        like.new_tensor(means, dtype=double).cpu(),
+    )
 
 
 def _paged(x: Any, table: Any) -> Any:
-    """Rows ``[B, H, S, ...]`` in pages ``[pages, H, page, ...]``; the rest of the last ones is no number, or anything."""
-    batch, columns = table.shape
-    whole = x.new_full(
-        (*x.shape[:2], columns * _PAGE, *x.shape[3:]), 127 if not x.is_floating_point() else float("nan")
-    )
-    whole[:, :, : x.shape[2]] = x
-    parts = whole.unflatten(2, (columns, _PAGE)).transpose(1, 2)
-    pages = parts.new_empty((batch * columns, *parts.shape[2:]))
+    """Rows ``[B, H, S, ...]`` in pages ``[pages, H, page, ...]``."""
+    parts = x.unflatten(2, (table.shape[1], -1)).transpose(1, 2)
+    pages = parts.new_empty((table.size, *parts.shape[2:]))
     pages[pages.new_tensor(table.reshape(-1), dtype=launch.dtype_of(x, "long"))] = parts.flatten(0, 1)
     return pages
 
@@ -266,7 +293,7 @@ def _tried(spec: KernelSpec, config: Config, phase: Phase, like: Any) -> str:
         KernelSpec(program, "float64", spec.head_dim, spec.v_head_dim), {}
     )
     doubles = _Problem(
-        problem.q.double().cpu(), *problem.means, (), [b.cpu() for b in problem.buffers], problem.means
+        problem.q.double().cpu(), *problem.means, {}, [b.cpu() for b in problem.buffers], problem.means
     )
     expected = _results(oracle, doubles, phase)
     forward, backward = _TOLERANCES[PRECISIONS[spec.precision] if spec.dtype == "float32" else spec.dtype]
@@ -280,10 +307,10 @@ def _tried(spec: KernelSpec, config: Config, phase: Phase, like: Any) -> str:
 def _results(kernel: Any, problem: _Problem, phase: Phase) -> dict[str, Any]:
     """What a kernel makes of a problem, by name."""
     q, k, v, buffers = problem.q, problem.k, problem.v, problem.buffers
-    scales = {"scales": problem.scales} if problem.scales else {}
-    o = q.new_full((*q.shape[:3], v.shape[3]), float("nan"))
+    beside = {"beside": problem.beside} if problem.beside else {}
+    o = q.new_full((*q.shape[:3], problem.means[1].shape[3]), float("nan"))
     lse = q.new_full(q.shape[:3], float("nan"), dtype=launch.dtype_of(q, "float"))
-    kernel(q, k, v, o, lse, buffers, [], 1, _SEED, **scales)
+    kernel(q, k, v, o, lse, buffers, [], 1, _SEED, **beside)
     if phase != "backward":
         return {"o": o, "lse": lse}
     gradients = [x.new_zeros(x.shape) for x in (q, k, v)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from itertools import cycle
 from pathlib import Path
 
 from attnkit.backends import Kernel, refused
@@ -10,6 +11,7 @@ from attnkit.backends.triton import launch
 from attnkit.backends.triton.admission import admitted
 from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
+from attnkit.backends.triton.words import BITS, STRETCH
 from attnkit.ir.program import Codec
 from attnkit.plan.ranges import stretch
 from attnkit.plan.space import Config, Direction, Field, FieldKind, Space
@@ -49,8 +51,14 @@ class TritonBackend:
         if any(layout.kind not in _LAYOUTS for layout in inputs):
             reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}",)
         q, *kv = (layout.codec for layout in inputs)
-        if q is not None or any(codec not in (None, *_CODECS) for codec in kv):
-            reasons += ("an input is quantised otherwise than k or v, as int8(token, 0) or fp8(head, 0)",)
+        known = all(
+            codec in (None, *_CODECS) or _is_of_words(codec, axis)
+            for codec, axis in zip(kv, cycle(("channel", "token")), strict=False)
+        )
+        if q is not None or not known:
+            reasons += ("an input is quantised otherwise than k or v of a cache",)
+        if any(codec and codec.name in BITS for codec in kv) and inputs[1].kind not in ("padded", "paged"):
+            reasons += ("int4 and int2 without lengths",)
         return reasons
 
     def space(self, spec: KernelSpec) -> Space:
@@ -62,17 +70,22 @@ class TritonBackend:
         return TritonKernel(spec, config, None if launch.interpreted() else admitted)
 
 
+def _is_of_words(codec: Codec, axis: str) -> bool:
+    return codec.name in BITS and codec.axis == axis and codec.group > 0 and codec.group % STRETCH == 0
+
+
 def space(spec: KernelSpec, arch: int) -> Space:
     """The fields of an architecture, with the defaults that were found by compiling for it."""
     size, width = _DTYPES.get(spec.dtype, 4), max(spec.head_dim, spec.v_head_dim)
     fields: Space = {}
     attend = spec.program.attend
     dropout, lists = attend.dropout is not None, stretch(attend.mask, "kv_idx") is None
-    codecs = {codec.name for layout in spec.program.inputs if width > 128 and (codec := layout.codec)}
+    codecs = {codec.name for layout in spec.program.inputs if (codec := layout.codec)}
+    wide, words = min(codecs, default="") if width > 128 else "", size == 2 and not codecs.isdisjoint(BITS)
     for kind, table in SCHEDULES.items():
         rows = schedule(table, arch, size, width)
         direction: Direction = "forward" if kind in ("", "decode_") else "backward"
-        found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=min(codecs, default=""))
+        found = with_room(rows, kind, arch, dropout=dropout, lists=lists, wide_codes=wide, words=words)
         for name, default in found._asdict().items():
             fields[kind + name] = Field(_FIELDS[name][0], default, _FIELDS[name][1], direction)
     fields["split_kv"] = Field("numeric", 512, (256, 512, 1024, 2048))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from attnkit.backends.triton import launch
+from attnkit.backends.triton import launch, words
 from attnkit.backends.triton.append import source as append_source
 from attnkit.backends.triton.backend import space
 from attnkit.backends.triton.blocks import blocks
@@ -27,6 +27,7 @@ from attnkit.backends.triton.resources import SHARED, Resources, ceiling, resour
 from attnkit.backends.triton.schedule import ARCHITECTURES
 from attnkit.backends.triton.slopes import sums
 from attnkit.backends.triton.source import Arguments
+from attnkit.backends.triton.words import BITS
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
 from attnkit.plan.spec import KernelSpec
@@ -70,12 +71,25 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "body": CAUSAL,
     },
     "fp8": {"layouts": "bhsd | bhsd fp8(head, 0) | bhsd fp8(head, 0)", "body": CAUSAL},
+    "int4": {
+        "layouts": "bhsd | padded[b0] int4(channel, 32) | padded[b0] int4(token, 32)",
+        "buffers": "b0: i32[1]",
+        "body": CAUSAL,
+    },
+    "paged int2": {
+        "layouts": "bhsd | paged[b0,b1] int2(channel, 32) | paged[b0,b1] int2(token, 32)",
+        "buffers": "b0: i32[2], b1: i32[1]",
+        "body": CAUSAL,
+    },
 }
 # Types of codes and of scales, to be read and to be written.
 _CODES = {"int8": ("*i8", "*bf16", "*i16"), "fp8": ("*u8", "*fp32", "*fp32")}
+_CODES |= dict.fromkeys(BITS, ("*i32", "*bf16", "*i16"))
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-FORWARD = ("paged", "int8", "paged int8", "fp8")  # programs without a backward
+FORWARD = ("paged", "int8", "paged int8", "fp8", "int4", "paged int2")  # programs without a backward
 _ALIKE = ("window", "sink", "padded", "distance")  # programs that other kernels have no more lines for
+_APPENDS = [("append", name) for name in ("paged", "paged int8", "fp8", "int4", "paged int2")]
+_APPENDS += [(f"encode {x}", name) for name in ("int4", "paged int2") for x in "kv"]
 # Bytes a thread that a kernel may spill; they are recorded.
 _STACK = {"dq": 64, "dkv": 64, "pairs": 64, "scatter": 64, "dq mend": 64, "dkv mend": 64}
 _GROUP = 4  # query heads of a kv head
@@ -199,6 +213,18 @@ def _append(kernel: TritonKernel, pairs: Pairs) -> Printed:
     return "append", *append_source((k, v), kernel.kv_layout.table is not None, True), numbers, "append_"
 
 
+def _encode(x: str) -> Callable[[TritonKernel, Pairs], Printed]:
+    def printed(kernel: TritonKernel, pairs: Pairs) -> Printed:
+        codec = kernel.program.inputs[kernel.attend.k if x == "k" else kernel.attend.v].codec
+        assert codec is not None
+        paged = kernel.kv_layout.table is not None
+        width = kernel.spec.head_dim if x == "k" else kernel.spec.v_head_dim
+        numbers = words.numbers(x, codec.name, codec.group, width, 32 if paged else 1)
+        return f"encode_{x}", *words.source(x, paged), numbers, "append_"
+
+    return printed
+
+
 def _delta(kernel: TritonKernel, pairs: Pairs) -> Printed:
     numbers = {name: kernel.numbers(_GROUP)[name] for name in ("V_HEAD_DIM", "V_PADDED")}
     return "delta", *delta(True, kernel.attend.normalizer.sink is not None), {"TILE": 64} | numbers, "delta_"
@@ -209,6 +235,7 @@ KERNELS: dict[str, Callable[[TritonKernel, Pairs], Printed]] = {
     "decode": _decode, "merge": _merge, "blocks": _blocks,
     "dq": _backward("dq"), "dkv": _backward("dkv"), "dq mend": _backward("dq", True), "dkv mend": _backward("dkv", True),
     "pairs": _pairs, "scatter": _pairs, "delta": _delta, "append": _append,
+    "encode k": _encode("k"), "encode v": _encode("v"),
 }  # fmt: skip
 
 
@@ -228,7 +255,7 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
                 if name != "causal" and (kernel == "forward" or name not in _ALIKE):
                     yield Case(kernel, name, "bfloat16", 128, 128, arch)
         for kernel in ("forward", "decode"):
-            for name in ("int8", "fp8"):
+            for name in ("int8", "fp8", "int4"):
                 yield Case(kernel, name, "bfloat16", 256, 256, arch)
         yield Case("forward mend", "causal", "bfloat16", 256, 256, arch)
         for width in (128, 256):
@@ -239,13 +266,13 @@ def cases(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Case]:
         yield Case("pairs", "bias", "bfloat16", 128, 128, arch)
         for kernel in ("dq", "scatter"):
             yield Case(kernel, "distance", "bfloat16", 128, 128, arch)
-        for name in ("paged", "paged int8", "fp8"):
-            yield Case("append", name, "bfloat16", 128, 128, arch)
+        for kernel, name in _APPENDS:
+            yield Case(kernel, name, "bfloat16", 128, 128, arch)
         yield Case("blocks", "document", "bfloat16", 128, 128, arch)
 
 
 def _page(kernel: TritonKernel) -> dict[str, int]:
-    return {"PAGE": 16} if kernel.kv_layout.table is not None else {}
+    return {"PAGE": 32} if kernel.kv_layout.table is not None else {}
 
 
 def compiled(case: Case) -> tuple[Any, TritonKernel, str]:
@@ -258,17 +285,18 @@ def compiled(case: Case) -> tuple[Any, TritonKernel, str]:
     types |= dict.fromkeys(("k_codes", "v_codes"), short)
     if kernel.kv_layout.codec is not None:
         of_codes, of_scales, bits = _CODES[kernel.kv_layout.codec.name]
-        appends = case.kernel == "append"
+        appends = case.kernel.split()[0] in ("append", "encode")
         types |= {f"{x}_codes" if appends else x: of_codes for x in "kv"}
         types |= {f"{x}_scales": bits if appends else of_scales for x in "kv"}
+        types |= {f"{x}_newest": bits if appends else of_scales for x in "kv"}
     types |= {
         f"b{i}": "*" + {"f32": "fp32", "bool": "i1"}.get(b.dtype, b.dtype)
         for i, b in enumerate(kernel.program.buffers)
     }
     types |= {"totals0": "*i64", "per_one0": "*fp64"}
-    types |= dict.fromkeys(("lists", "counts", "cu_q", "cu_kv", "lengths", "table"), "*i32") | {
-        "seed_at": "*i64"
-    }
+    types |= dict.fromkeys(
+        ("lists", "counts", "cu_q", "cu_kv", "lengths", "table", "coded_of", "before", "after"), "*i32"
+    ) | {"seed_at": "*i64"}
     if case.kernel == "decode":
         types["o"] = "*fp32"
     described = launch.described_well(arguments, {name: types.get(name, "*fp32") for name, _ in arguments})

@@ -8,7 +8,8 @@ from typing import Literal
 from attnkit.backends.triton.pairs import LOG2E, Pairs, number
 from attnkit.backends.triton.parts import LOGITS, OWNER, QUERIES, TILE, TILES, VISITS
 from attnkit.backends.triton.source import Arguments, part, render, whole
-from attnkit.ir.program import Layout, Program
+from attnkit.backends.triton.words import BITS, DECODE
+from attnkit.ir.program import Codec, Layout, Program
 
 FORWARD = '''
 @triton.jit
@@ -25,29 +26,18 @@ def fold(
         #if paged
         page = tl.load(table + (start + lanes) // PAGE * table_ss, mask=present, other=0).to(tl.int64)
         slots = (start + lanes) % PAGE
-        key = load_tile(k, page * k_sp + slots * k_ss, 1, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
-        value = load_tile(v, page * v_sp + slots * v_ss, 1, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
-        #else
-        key = load_tile(k + start.to(tl.int64) * k_ss, lanes, k_ss, k_sd, present, HEAD_DIM, PADDED, PARTIAL)
-        value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         #end
-        #if encoded
-        #if fp8
-        key, value = number(key, query.dtype), number(value, query.dtype)
-        #else
-        key, value = key.to(query.dtype), value.to(query.dtype)  # small integers: exact
+        $read_k
+        $read_v
+        #if k_scaled
+        $scaled_k
         #end
-        #if paged
-        of_keys = k_scales + page * k_scales_sp + slots * k_scales_ss
-        of_values = v_scales + page * v_scales_sp + slots * v_scales_ss
-        #else
-        of_keys = k_scales + (start + lanes).to(tl.int64) * k_scales_ss
-        of_values = v_scales + (start + lanes).to(tl.int64) * v_scales_ss
+        #if v_scaled
+        $scaled_v
         #end
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        s *= tl.load(of_keys, mask=present, other=0.0).to(tl.float32)[None, :]
-        #else
-        s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        #if k_scaled
+        s *= tl.load(of_key, mask=present, other=0.0).to(tl.float32)[None, :]
         #end
         $logits
         #if raw
@@ -67,8 +57,8 @@ def fold(
         weights = tl.where(word >= dropped_below, weights, 0.0)
         #end
         acc *= shrink[:, None]
-        #if encoded
-        weights *= tl.load(of_values, mask=present, other=0.0).to(tl.float32)[None, :]
+        #if v_scaled
+        weights *= tl.load(of_value, mask=present, other=0.0).to(tl.float32)[None, :]
         if PARTIAL:
             weights = tl.where(exists, weights, 0.0)  # a scale may be no number: codes are numbers
         #end
@@ -104,26 +94,16 @@ def attend(
     h = heads.to({int})
     #end
     q_idx = places.to({int})[:, None]
+    #if newest
+    coded = tl.minimum(tl.load(coded_of + b), kv_len)
+    #end
     $visits
     q_at = heads.to(tl.int64) * q_sh + (q_start + places).to(tl.int64) * q_ss
     query = load_tile(q + entry.to(tl.int64) * q_sb, q_at, 1, q_sd, q_live, HEAD_DIM, PADDED, False)
+    $base_k
+    $base_v
     #if paged
-    k += kv_head.to(tl.int64) * k_sh
-    v += kv_head.to(tl.int64) * v_sh
-    #if encoded
-    k_scales += kv_head.to(tl.int64) * k_scales_sh
-    v_scales += kv_head.to(tl.int64) * v_scales_sh
-    #end
     table += b.to(tl.int64) * table_sb
-    #else
-    k += entry.to(tl.int64) * k_sb + kv_head.to(tl.int64) * k_sh + kv_start.to(tl.int64) * k_ss
-    v += entry.to(tl.int64) * v_sb + kv_head.to(tl.int64) * v_sh + kv_start.to(tl.int64) * v_ss
-    #if encoded
-    k_scales += entry.to(tl.int64) * k_scales_sb + kv_head.to(tl.int64) * k_scales_sh
-    v_scales += entry.to(tl.int64) * v_scales_sb + kv_head.to(tl.int64) * v_scales_sh
-    k_scales += kv_start.to(tl.int64) * k_scales_ss
-    v_scales += kv_start.to(tl.int64) * v_scales_ss
-    #end
     #end
     #if dropout
     seed = tl.load(seed_at)
@@ -133,10 +113,10 @@ def attend(
     total = tl.zeros([ROWS], tl.float32)
     #if mend
     PARTS: tl.constexpr = TILE_KV // 16
-    acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
+    acc, top, total = fold(acc, top, total, {fold_full}, {careful}, {cut}, True, PARTS, 1)
     acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
     #else
-    acc, top, total = fold(acc, top, total, {fold_full}, {numbers}, False)
+    acc, top, total = fold(acc, top, total, {fold_full}, {numbers}, {cut})
     acc, top, total = fold(acc, top, total, {fold_partial}, {numbers}, True)
     #if flag
     tl.store(flags + row.to(tl.int64) * tl.num_programs(1) + heads, has_nan(acc).to(tl.int32))
@@ -147,7 +127,7 @@ def attend(
         acc = tl.zeros([ROWS, V_PADDED], tl.float32)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
-        acc, top, total = fold(acc, top, total, {fold_full}, {careful}, False, True, PARTS, 1)
+        acc, top, total = fold(acc, top, total, {fold_full}, {careful}, {cut}, True, PARTS, 1)
         acc, top, total = fold(acc, top, total, {fold_partial}, {careful}, True, True, PARTS, 1)
     #end
     #end
@@ -186,18 +166,64 @@ def attend(
     tl.store(totals + row_at + (q_start + places), total, mask=q_live)
     #end
 '''
-# Codes as numbers, but for their scale; bytes are e4m3.
+# Of keys or values ({x} is k or v, {one} a key or value): where those of a sequence and head begin,
+BASE = """
+    #if paged
+    {x} += kv_head.to(tl.int64) * {x}_sh
+    #else
+    {x} += entry.to(tl.int64) * {x}_sb + kv_head.to(tl.int64) * {x}_sh + kv_start.to(tl.int64) * {x}_ss
+    #end
+    #if codes
+    #if paged
+    {x}_scales += kv_head.to(tl.int64) * {x}_scales_sh
+    #else
+    {x}_scales += entry.to(tl.int64) * {x}_scales_sb + kv_head.to(tl.int64) * {x}_scales_sh
+    #if scaled
+    {x}_scales += kv_start.to(tl.int64) * {x}_scales_ss
+    #end
+    #end
+    #end
+    #if words
+    {x}_newest += b.to(tl.int64) * {x}_newest_sb + kv_head.to(tl.int64) * {x}_newest_sh
+    #end
+"""
+# a tile of them,
+READ = """
+    #if words
+    {one} = {one}s_of_words({x}, {x}_scales, start, coded, {pages}, query.dtype, {bits}, {group}, TILE_KV, {WIDTH}, {PADDED}, {page}, PARTIAL)
+    if PARTIAL:
+        newest = present & (start + lanes >= coded)
+        held = load_tile({x}_newest, (start + lanes) % ring * {x}_newest_ss, 1, {x}_newest_sd, newest, {WIDTH}, {PADDED}, True)
+        {one} = tl.where(newest[:, None], held.to(query.dtype), {one})
+    #else
+    #if paged
+    {one} = load_tile({x}, page * {x}_sp + slots * {x}_ss, 1, {x}_sd, present, {WIDTH}, {PADDED}, PARTIAL)
+    #else
+    {one} = load_tile({x} + start.to(tl.int64) * {x}_ss, lanes, {x}_ss, {x}_sd, present, {WIDTH}, {PADDED}, PARTIAL)
+    #end
+    #end
+"""
+# and the factors of codes that have one for each row.
+SCALED = """
+    #if fp8
+    {one} = number({one}, query.dtype)
+    #else
+    {one} = {one}.to(query.dtype)  # small integers: exact
+    #end
+    #if paged
+    of_{one} = {x}_scales + page * {x}_scales_sp + slots * {x}_scales_ss
+    #else
+    of_{one} = {x}_scales + (start + lanes).to(tl.int64) * {x}_scales_ss
+    #end
+"""
+# Codes as numbers, but for their scale: bytes of e4m3.
 NUMBER = '''
 @triton.jit
 def number(codes, dtype: tl.constexpr):
     """What codes mean: exact in 16 bits."""
-    if codes.dtype == tl.uint8:
-        bits = codes.to(tl.uint16)
-        half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)  # the bias of exponents is 8 more in float16
-        found = tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float16, bitcast=True) * 256.0).to(dtype)
-    else:
-        found = codes.to(dtype)
-    return found
+    bits = codes.to(tl.uint16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)  # the bias of exponents is 8 more in float16
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float16, bitcast=True) * 256.0).to(dtype)
 
 '''
 
@@ -222,28 +248,32 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     """The text of the forward kernel ``attend`` and its arguments."""
     attend = pairs.attend
     kv: Layout = pairs.program.inputs[attend.k]
-    codecs = codecs_of(pairs.program)
-    fp8 = "fp8" in codecs
+    codecs = {x: pairs.program.inputs[i].codec for x, i in (("k", attend.k), ("v", attend.v))}
+    kinds = {x: kinds_of(codec) for x, codec in codecs.items()}
     roots = [root for root in (attend.score, attend.mask) if root is not None]
     captured = pairs.captured(roots)
     flags = {
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
         "score": pairs.has_score, "raw": pairs.raw(scale), "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
-        "encoded": any(codecs), "fp8": fp8, "numbers": are_numbers(codecs), "lengths": kv.kind in ("padded", "paged"),
+        "numbers": are_numbers(codecs_of(pairs.program)), "newest": "words" in kinds["k"] | kinds["v"], "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip
     flags["sink"] &= not shape.split
     flags["ragged"] = flags["packed"]
     flags["last_first"] = True
     flags["unknown"] = not shape.lists and pairs.stretch is None
     on = {name for name, held in flags.items() if held} | {shape.care}
+    on |= {f"{x}_{kind}" for x, found in kinds.items() for kind in found}
     inner, outer = pairs.printer(), pairs.printer()
     score, score_name = pairs.score(inner)
     mask, exists, poison = pairs.mask(inner)
-    paged, encoded = "paged" in on, "encoded" in on
+    paged = "paged" in on
     storage = ["table", "table_ss", "k_sp", "v_sp"] * paged
-    storage += ["k_scales", "v_scales", "k_scales_ss", "v_scales_ss"] * encoded
-    storage += ["k_scales_sp", "v_scales_sp"] * (paged and encoded) + ["PAGE"] * paged
+    for x, found in kinds.items():
+        each = "g" if "words" in found else "s"
+        storage += [f"{x}_scales", f"{x}_scales_s{each}", *[f"{x}_scales_sp"] * paged] * ("codes" in found)
+        storage += [f"{x}_newest", f"{x}_newest_ss", f"{x}_newest_sd"] * ("words" in found)
+    storage += ["coded", "ring"] * ("newest" in on) + ["PAGE"] * paged
     dropout = "seed, dropped_below, " if "dropout" in on else ""
     names = "".join(f"{name}, " for name, _ in captured)
     tiles = "tiles, step, count" if shape.lists else "count, first, before, between"
@@ -264,11 +294,46 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
         "fold_full": common + full, "fold_partial": common + partial,
         "numbers": numbers.format("TILE_KV"), "careful": numbers.format("TILE_KV // PARTS"),
         "arguments": "".join(f"{name}, " for name, _ in arguments).rstrip(), "constants": "".join(constants),
+        "cut": str(shape.lists and "newest" in on),  # a list does not tell full tiles of codes
         "bounds": [] if shape.lists else pairs.bounds(outer), **QUERIES, "head": "heads", "times": " * GROUP" if shape.grouped else "",
     }  # fmt: skip
+    for x, codec in codecs.items():
+        of_side = _names(x, codec, paged)
+        for name, template in (("base", BASE), ("read", READ), ("scaled", SCALED)):
+            holes[f"{name}_{x}"] = part(template, kinds[x] | on & {"paged"}, of_side)
     pieces = (("owner", OWNER), ("visits", VISITS), ("tile", TILE), ("logits", LOGITS))
     holes |= {name: part(template, on, holes) for name, template in pieces}
-    return whole(TILES + NUMBER * fp8 + render(FORWARD, on, holes)), arguments
+    helpers = TILES + NUMBER * ("fp8" in kinds["k"] | kinds["v"]) + DECODE * ("newest" in on)
+    return whole(helpers + render(FORWARD, on, holes)), arguments
+
+
+def _names(x: str, codec: Codec | None, paged: bool) -> dict[str, str]:
+    """What fills the lines of keys, or of values."""
+    names = ("key", "HEAD_DIM", "PADDED") if x == "k" else ("value", "V_HEAD_DIM", "V_PADDED")
+    found = {"x": x} | dict(zip(("one", "WIDTH", "PADDED"), names, strict=True))
+    if codec is not None and codec.name in BITS:
+        table, of_scales, page = (
+            (f"table, table_ss, {x}_sp", f"{x}_scales_sp", "PAGE") if paged else ("None, 0, 0", "0", "0")
+        )
+        found |= {"bits": str(BITS[codec.name]), "group": str(codec.group), "page": page}
+        found["pages"] = f"{table}, {x}_ss, {of_scales}, {x}_scales_sg"
+    return found
+
+
+def kinds_of(codec: Codec | None) -> set[str]:
+    """What lines a codec of keys or values needs: ``codes`` are bytes with a factor for each row, or words beside newest tokens."""
+    if codec is None:
+        return set()
+    return {"codes", "words"} if codec.name in BITS else {"codes", "scaled", codec.name}
+
+
+def beside(program: Program) -> frozenset[str]:
+    """The names of the tensors that belong to codes."""
+    names = []
+    for x, i in (("k", program.attend.k), ("v", program.attend.v)):
+        found = kinds_of(program.inputs[i].codec)
+        names += [f"{x}_scales"] * ("codes" in found) + [f"{x}_newest", "coded_of"] * ("words" in found)
+    return frozenset(names)
 
 
 def codecs_of(program: Program) -> tuple[str, str]:
@@ -284,11 +349,11 @@ def are_numbers(codecs: tuple[str, str]) -> bool:
 
 def _arguments(on: set[str], captured: Arguments) -> Arguments:
     pointers = ["q", "k", "v", "o", *["lse"] * ("lse" in on), *["sinks"] * ("sink" in on)]
-    pointers += (
-        ["k_scales", "v_scales"] * ("encoded" in on)
-        + ["tops", "totals"] * ("split" in on)
-        + ["seed_at"] * ("dropout" in on)
-    )
+    codes = [x for x in "kv" if f"{x}_codes" in on]
+    words = [x for x in codes if f"{x}_words" in on]
+    pointers += [f"{x}_scales" for x in codes] + [f"{x}_newest" for x in words]
+    pointers += ["coded_of"] * ("newest" in on) + ["tops", "totals"] * ("split" in on)
+    pointers += ["seed_at"] * ("dropout" in on)
     pointers += (
         ["cu_q", "cu_kv"] * ("packed" in on) + ["lengths"] * ("lengths" in on) + ["table"] * ("paged" in on)
     )
@@ -299,11 +364,13 @@ def _arguments(on: set[str], captured: Arguments) -> Arguments:
         for x, dims in (("q", "bhsd"), ("k", kv + "sd"), ("v", kv + "sd"), ("o", "bhsd"))
         for d in dims
     ]
-    strides += [f"{x}_scales_s{d}" for x in "kv" for d in kv + "s"] * ("encoded" in on)
+    strides += [f"{x}_scales_s{d}" for x in codes for d in kv + ("g" if x in words else "s")]
+    strides += [f"{x}_newest_s{d}" for x in words for d in "bhsd"]
     sizes = ["lse_sb", "lse_sh"] * ("lse" in on) + ["o_split", "row_split", "row_sb", "row_sh"] * (
         "split" in on
     )
     strides += ["table_sb", "table_ss"] * ("paged" in on)
+    sizes += ["ring"] * ("newest" in on)
     sizes += ["list_length", "list_sb", "list_sh"] * ("lists" in on)
     sizes += ["sequences"] if "packed" in on else ["q_tiles", "q_len"]
     sizes += [] if on & {"packed", "lengths"} else ["kv_len"]

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 from attnkit.analysis.canonical import canonical
 from attnkit.backends.triton import launch
 from attnkit.backends.triton.blocks import blocks, varies
-from attnkit.backends.triton.forward import Shape, are_numbers, codecs_of, forward
+from attnkit.backends.triton.forward import Shape, are_numbers, beside, codecs_of, forward
 from attnkit.backends.triton.gradients import Gradients
 from attnkit.backends.triton.merge import merge
 from attnkit.backends.triton.pairs import Pairs
 from attnkit.backends.triton.parts import MENDED, padded
 from attnkit.backends.triton.schedule import WARPS
 from attnkit.backends.triton.source import Arguments
+from attnkit.backends.triton.words import BITS, RUN
 from attnkit.errors import error
 from attnkit.ir.intervals import Interval, point
 from attnkit.plan.dropout import Dropped
@@ -58,7 +60,7 @@ class TritonKernel:
         self.attend = attend = self.program.attend
         self.scale = spec.head_dim**-0.5 if attend.scale is None else attend.scale
         self.q_layout, self.kv_layout = self.program.inputs[attend.q], self.program.inputs[attend.k]
-        self.codecs = codecs_of(self.program)
+        self.codecs, self.beside = codecs_of(self.program), beside(self.program)
         # Where a number that kernels take comes of what a call brings, its launches are its own.
         param = attend.dropout is not None and attend.dropout.op == "param"
         self._changes = param
@@ -86,25 +88,27 @@ class TritonKernel:
         params: list[float],
         threads: int = 0,
         seed: Any = None,
-        scales: Sequence[Any] = (),
+        beside: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Compute ``o`` (and ``lse`` if given) in place, on the current stream. ``seed``: an int, or an int64 tensor.
 
-        ``scales`` of codes in ``k`` and ``v`` are a factor for each row of theirs: ``[B, Hkv, Skv]``, ``[pages, Hkv, page_size]``.
-        Codes are int8, or uint8 that are e4m3; beside codes elements have scales too, of 1.
+        ``beside`` belongs to codes in ``k`` and ``v``. Int8, or uint8 that is e4m3: ``k_scales``, a factor for each row,
+        ``[B, Hkv, Skv]``, ``[pages, Hkv, page_size]``. Words of int4 and int2 (`words`): ``k_scales``, ``k_newest [B, Hkv, slots, D]``,
+        and ``coded_of [B]``, how many tokens are codes. Likewise of values; elements beside codes have nothing.
 
         Raises:
-            AttnkitTypeError: AK404, the program's keys are codes and no scales came with them, or the other way round.
+            AttnkitTypeError: AK404, the program's keys are codes and not what belongs to them came, or the other way round.
         """
-        if (len(scales) == 2) != any(self.codecs):
-            allowed = "codes and their scales" if any(self.codecs) else "tensors of q's dtype"
+        if beside.keys() != self.beside:
+            names = ", ".join(sorted(self.beside))
+            given, allowed = ", ".join(sorted(beside)), f"codes and {names}" if names else "no codes"
             raise error(
-                "AK404", where="k and v", given=f"{k.dtype} and {len(scales)} scales", allowed=allowed
+                "AK404", where="k and v", given=f"{k.dtype} and {given or 'nothing'}", allowed=allowed
             )
         if o.numel() == 0:
             return
         inputs = {"q": q, "k": k, "v": v, "o": o} | {f"b{i}": b for i, b in enumerate(buffers)}
-        inputs |= dict(zip(("k_scales", "v_scales"), scales, strict=False))
+        inputs |= beside
         inputs |= {name: t for name, t in (("lse", lse), ("seed_at", seed)) if t is not None}
         self.repeat(inputs, params, seed, partial(self._launch, inputs, lse, buffers, params, seed))
 
@@ -137,12 +141,7 @@ class TritonKernel:
         decode = sizes.q_len * sizes.group <= _DECODE_ROWS and sizes.kv_len > self.config["split_kv"]
         self.admit("decode" if decode else "forward", q)
         values = self.values(sizes, buffers, params, seed, q=q, k=k, v=v, o=o) | {"recording": recording}
-        if any(self.codecs):
-            dims = "phs" if self.kv_layout.table is not None else "bhs"
-            for name in ("k_scales", "v_scales"):
-                values |= {name: inputs[name]} | {
-                    f"{name}_s{d}": n for d, n in zip(dims, inputs[name].stride(), strict=True)
-                }
+        values |= self._beside(inputs)
         if lse is not None:
             values |= {"lse": lse, "lse_sb": lse.stride(0), "lse_sh": lse.stride(1)}
         if decode:
@@ -342,10 +341,28 @@ class TritonKernel:
     def sizes(self, q: Any, k: Any, buffers: Sequence[Any]) -> Sizes:
         packed = self.q_layout.kind == "packed"
         sequences = len(buffers[self.q_layout.lengths or 0]) - 1 if packed else q.shape[0]
-        kv_len = k.shape[2]
+        kv_len = self._tokens(k)
         if self.kv_layout.table is not None:  # of pages: as many as the table has room for
             kv_len *= buffers[self.kv_layout.table].shape[1]
         return Sizes(sequences, q.shape[1], q.shape[1] // k.shape[1], q.shape[0], q.shape[2], kv_len)
+
+    def _tokens(self, k: Any) -> int:
+        """Tokens of a batch entry, or of a page."""
+        return int(k.shape[2]) * (RUN if self.codecs[0] in BITS else 1)
+
+    def _beside(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of what belongs to codes."""
+        values = {name: inputs[name] for name in self.beside}
+        first = "p" if self.kv_layout.table is not None else "b"
+        for x, codec in zip("kv", self.codecs, strict=True):
+            strides = {"scales": first + "h" + ("g" if codec in BITS else "s"), "newest": "bhsd"}
+            for name, dims in strides.items():
+                if f"{x}_{name}" in values:
+                    steps = zip(dims, values[f"{x}_{name}"].stride(), strict=False)
+                    values |= {f"{x}_{name}_s{d}": n for d, n in steps}
+            if codec in BITS:
+                values["ring"] = values[f"{x}_newest"].shape[2]
+        return values
 
     def values(
         self, sizes: Sizes, buffers: Sequence[Any], params: Sequence[float], seed: Any, **tensors: Any
@@ -372,7 +389,7 @@ class TritonKernel:
         if self.kv_layout.table is not None:
             table = buffers[self.kv_layout.table]
             values |= {"table": table, "table_sb": table.stride(0), "table_ss": table.stride(1)}
-            values["PAGE"] = tensors["k"].shape[2]
+            values["PAGE"] = self._tokens(tensors["k"])
         if self.attend.normalizer.sink is not None:
             values["sinks"] = buffers[self.attend.normalizer.sink]
         dropout = self.attend.dropout

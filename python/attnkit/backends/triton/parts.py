@@ -123,6 +123,9 @@ VISITS = """
     #else
     whole_begin, whole_end = tl.max(lower), tl.min(upper)  # all see everything between those
     #end
+    #if newest
+    whole_end = tl.minimum(whole_end, coded)  # behind which no tile is codes alone
+    #end
     #if split
     begin, end = tl.maximum(begin, tl.program_id(2) * SPLIT_KV), tl.minimum(end, (tl.program_id(2) + 1) * SPLIT_KV)
     #end

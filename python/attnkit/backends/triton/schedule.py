@@ -59,12 +59,21 @@ ARCHITECTURES = (80, 90, 100)
 
 
 def with_room(
-    found: Schedule, kind: str, arch: int, *, dropout: bool, lists: bool, wide_codes: str = ""
+    found: Schedule,
+    kind: str,
+    arch: int,
+    *,
+    dropout: bool,
+    lists: bool,
+    wide_codes: str = "",
+    words: bool = False,
 ) -> Schedule:
     """A schedule with narrower tiles where a program needs more registers: for random numbers, masks of any shape, codes.
 
-    ``wide_codes``: the codec of keys wider than 128 channels; of both codecs that which needs more.
+    ``wide_codes``: the codec of keys wider than 128 channels; of both codecs that which needs more. ``words``: int4 or int2, q of 16 bits.
     """
+    if words and kind == "decode_" and found.warps == 8 and found.tile_kv <= 32:
+        return found._replace(warps=2)  # of 4 or 8 ptxas spills, with half of the registers free
     if wide_codes and kind == "" and family(arch) == 90:
         return found._replace(tile_kv=found.tile_kv // 2)
     if kind == "decode_" and (wide_codes, family(arch)) in (("int8", 100), ("fp8", 100), ("fp8", 90)):
