@@ -94,14 +94,6 @@ def test_below_autograd_nothing_is_recorded() -> None:
     assert not o.requires_grad
 
 
-def test_batched_gradients_reach_the_op() -> None:
-    """vmap over the cotangent meets a call that was made without it; it has no rule for the op, and says so."""
-    q, k, v = _qkv(grad=True)
-    o = ak.scaled_dot_product_attention(q, k, v)
-    with pytest.raises(RuntimeError, match="attnkit::attend_backward"):
-        torch.autograd.grad(o, (q, k, v), torch.ones(3, *o.shape), is_grads_batched=True)
-
-
 def test_saved_tensors_of_another_shape_are_refused() -> None:
     q, k, v = _qkv(grad=True)
     with saved_tensors_hooks(lambda t: t, lambda t: t[:1]):
