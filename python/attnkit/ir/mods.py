@@ -1,7 +1,7 @@
 """Ready-made masks and scores, with FlexAttention's signatures.
 
 Masks compose with ``&``, ``|`` and ``~``, also with plain functions. The lengths that some need come from the
-trace, so these run on proxies only. All are partial applications of functions of this file and no closures: they can be
+trace, so these run on proxies only. None is a closure, but a function of this file that is partially applied: they can be
 pickled, and the copy of a model holds masks and scores of its own tensors.
 """
 
