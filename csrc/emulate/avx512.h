@@ -167,12 +167,7 @@ ATTNKIT_EMULATED __m512i dot_shorts(__m512i a, __m512i b) {
   return by_halves<__m256i>([](__m256i x, __m256i y) { return _mm256_madd_epi16(x, y); }, a, b);
 }
 ATTNKIT_EMULATED __m512 widen_halves_of(__m256i x) {
-  __m512 to;
-  for (int i = 0; i < 2; ++i) {
-    const __m256 half = _mm256_cvtph_ps(part<__m128i>(x, i));
-    __builtin_memcpy(reinterpret_cast<char*>(&to) + 32 * i, &half, 32);
-  }
-  return to;
+  return upper_half(lower_half(_mm256_cvtph_ps(part<__m128i>(x, 0))), _mm256_cvtph_ps(part<__m128i>(x, 1)));
 }
 ATTNKIT_EMULATED __m512i load_whole(const void* p) {
   __m512i x;

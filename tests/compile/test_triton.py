@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -191,9 +192,13 @@ def test_cpu_tensors_are_refused_with_a_reason() -> None:
     assert "triton" in report.calls[0].rejected
 
 
-@pytest.mark.parametrize("page_size", [None, 32])
 @pytest.mark.parametrize(
-    "codec", ["bf16", "int8", ("fp8", "int8"), ("int8", "bf16"), ("int4", "int2")], ids=str
+    ("codec", "page_size"),
+    [
+        *product(["bf16", "int8", ("fp8", "int8"), ("int8", "bf16")], [None, 16]),
+        *product([("int4", "int2")], [None, 32]),  # whole groups
+    ],
+    ids=str,
 )
 def test_a_cache_down_to_the_launch(launched: list[Any], codec: Any, page_size: int | None) -> None:
     """Appending and a step of decoding, with the storage that a GPU has: what is compiled takes such strides and types."""
@@ -206,7 +211,7 @@ def test_a_cache_down_to_the_launch(launched: list[Any], codec: Any, page_size: 
     from attnkit.tune import default_config
 
     cache = ak.KVCache(2, 2, 64, max_len=2048, codec=codec, page_size=page_size)
-    outer, inner = (2, 2048) if page_size is None else (128, 32)
+    outer, inner = (2, 2048) if page_size is None else (4096 // page_size, page_size)
     table = cache._storage[-1] if page_size is not None else None
     scheme, cpu = cache._scheme, torch.device("cpu")
     cache._keep(allocate(scheme, 2, 2, outer, inner, table, (None, None), cpu, True), cache.lengths, scheme)

@@ -1,6 +1,7 @@
 """How tensors on a GPU reach the Triton backend, with tensors that are nowhere: shapes, dispatch, gradients, refusals."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
@@ -83,9 +84,12 @@ def test_without_a_gpu_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "codec", ["bf16", "int8", "fp8", "int4", ("int8", "fp8"), ("fp8", "bf16"), ("int8", "int2")]
+    ("codec", "page_size"),
+    [
+        *product(["bf16", "int8", "fp8", ("int8", "fp8"), ("fp8", "bf16")], [None, 16]),
+        *product(["int4", ("int8", "int2")], [None, 32]),  # whole groups
+    ],
 )
-@pytest.mark.parametrize("page_size", [None, 32])
 def test_a_cache(a_gpu: None, codec: Any, page_size: int | None) -> None:
     with FakeTensorMode():
         q, k, v = tensors()

@@ -33,13 +33,13 @@ class Mask:
         return self.function(b, h, q_idx, kv_idx)
 
     def __and__(self, other: MaskFunction) -> Mask:
-        return Mask(partial(_both, self, other))
+        return Mask(partial(_all, (self, other)))
 
     def __or__(self, other: MaskFunction) -> Mask:
         return Mask(partial(_either, self, other))
 
     def __rand__(self, other: MaskFunction) -> Mask:
-        return Mask(partial(_both, other, self))
+        return Mask(partial(_all, (other, self)))
 
     def __ror__(self, other: MaskFunction) -> Mask:
         return Mask(partial(_either, other, self))
@@ -50,10 +50,6 @@ class Mask:
     def logical_not(self) -> Mask:
         """``~mask``, also where a mask is made under torch.compile: dynamo knows ``~`` of tensors alone."""
         return Mask(partial(_not, self))
-
-
-def _both(first: MaskFunction, second: MaskFunction, *index: Any) -> Any:
-    return first(*index) & second(*index)
 
 
 def _either(first: MaskFunction, second: MaskFunction, *index: Any) -> Any:

@@ -62,16 +62,16 @@ class Codes(NamedTuple):
     @property
     def on_device(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Codes of keys and of values as a GPU keeps them, and what belongs to them; a head's scale is that of each row."""
-        k, v, _, _ = parts_of(self.scheme, self.storage)
+        k, v = (part.flat() for part in parts_of(self.scheme, self.storage)[:2])
         beside = {} if self.state is None else {"coded_of": self.state}
         for x, part in (("k", k), ("v", v)):
-            if part.scales is not None and part.scales.dim() == 1:
-                beside[f"{x}_scales"] = part.scales[:, None].expand(part.codes.shape[:3])
-            elif part.scales is not None:
-                beside[f"{x}_scales"] = part.scales.flatten(3) if part.newest is not None else part.scales
+            scales = part.scales
+            if scales is not None:
+                of_head = scales.dim() == 1
+                beside[f"{x}_scales"] = scales[:, None].expand(part.codes.shape[:3]) if of_head else scales
             if part.newest is not None:
                 beside[f"{x}_newest"] = part.newest
-        return k.codes.flatten(3), v.codes, beside
+        return k.codes, v.codes, beside
 
     @property
     def rows(self) -> Rows:

@@ -309,21 +309,17 @@ def from_maps(
         )  # fmt: skip
 
     alike = sizes.batch == 1, sizes.heads == 1
-    function = functools.partial(
-        _in_blocks, alike, (q_block, kv_block), full, None if mask is None else partial, mask
-    )
+    function = functools.partial(_in_blocks, alike, (q_block, kv_block), full, partial, mask)
     return BlockMask(function, sizes, mask, functools.partial(_of_maps, sizes, full, partial))
 
 
 def _in_blocks(
-    alike: tuple[bool, bool], block_size: tuple[int, int], full: Tensor, partial: Tensor | None, mask: MaskFunction | None,
+    alike: tuple[bool, bool], block_size: tuple[int, int], full: Tensor, partial: Tensor, mask: MaskFunction | None,
     b: Any, h: Any, q_idx: Any, kv_idx: Any,
 ) -> Any:  # fmt: skip
     """``alike``: all batch entries, and all heads."""
     block = (0 if alike[0] else b, 0 if alike[1] else h, q_idx // block_size[0], kv_idx // block_size[1])
-    if mask is None or partial is None:
-        return full[block]
-    return full[block] | (partial[block] & mask(b, h, q_idx, kv_idx))
+    return full[block] if mask is None else full[block] | (partial[block] & mask(b, h, q_idx, kv_idx))
 
 
 def _of_maps(sizes: Sizes, full: Tensor, partial: Tensor) -> Structure:

@@ -18,18 +18,7 @@ from attnkit.backends.cpu.backend import missing_page
 from attnkit.backends.triton import append as device
 from attnkit.errors import error
 from attnkit.ops.check import check_tensor, needs_derivatives, shape_of
-from attnkit.ops.kv_codes import (
-    PLAIN,
-    Part,
-    Parts,
-    Scheme,
-    capacity,
-    parts_of,
-    scheme_of,
-    slots,
-    store,
-    tokens_of,
-)
+from attnkit.ops.kv_codes import PLAIN, Parts, Scheme, capacity, parts_of, scheme_of, slots, store, tokens_of
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define(
@@ -75,19 +64,12 @@ def append_on_device(
         coded = parts.state[0]
         groups = (grown - scheme.residual).div_(scheme.group, rounding_mode="floor").mul_(scheme.group)
         leaving = device.Leaving(coded, torch.maximum(groups, coded), scheme.group)
-    held = (_held(scheme.k, parts.k), _held(scheme.v, parts.v))
+    held = device.Held(scheme.k, *parts.k.flat()), device.Held(scheme.v, *parts.v.flat())
     device.append((k, v), held, lengths, lens, parts.table, room, leaving)
     lengths.copy_(grown)
     if parts.state is not None and leaving is not None:
         parts.state[0].copy_(leaving.after)
         torch.maximum(parts.state[1], grown - scheme.slots, out=parts.state[1])
-
-
-def _held(codec: str, part: Part) -> device.Held:
-    """As the device's kernels take it."""
-    if part.newest is None or part.scales is None:
-        return device.Held(codec, part.codes, part.scales, None)
-    return device.Held(codec, part.codes.flatten(3), part.scales.flatten(3), part.newest)
 
 
 def _append_elements(

@@ -107,6 +107,12 @@ class Part(NamedTuple):
     scales: Tensor | None
     newest: Tensor | None
 
+    def flat(self) -> Part:
+        """As a GPU's kernels take it: of int4 and int2, words and scales without the dimensions inside."""
+        if self.newest is None or self.scales is None:
+            return self
+        return Part(self.codes.flatten(3), self.scales.flatten(3), self.newest)
+
 
 class Parts(NamedTuple):
     """The storage of a cache. ``state`` is int32 ``[3, B]``: how many tokens are codes, the oldest that is in full precision

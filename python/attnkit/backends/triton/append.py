@@ -216,11 +216,10 @@ def _made(codecs: tuple[str, str], inputs: dict[str, Any], room: int, group: int
     numbers |= {f"{x.upper()}_PADDED": padded(n) for x, n in widths.items()}
     made = source(codecs, "table" in inputs, "counts" in inputs)
     steps.append(("append", *made, numbers, -(-count // _TOKENS)))
-    recording = launch.Recording(inputs, {})
+    target, recording = launch.current_target(WARPS["append_"], 1), launch.Recording(inputs, {})
     for entry, text, arguments, numbers, programs in steps:
         program = launch.Program(text, entry, arguments, tuple(numbers.items()))
         args = [values[name] for name, _ in arguments]
-        target = launch.current_target(WARPS["append_"], 1)
         recording.add(launch.ready(program, target, (batch, heads, programs), args), arguments, args)
     recording.finish()
     return recording

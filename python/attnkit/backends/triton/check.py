@@ -217,10 +217,10 @@ def _encode(x: str) -> Callable[[TritonKernel, Pairs], Printed]:
     def printed(kernel: TritonKernel, pairs: Pairs) -> Printed:
         codec = kernel.program.inputs[kernel.attend.k if x == "k" else kernel.attend.v].codec
         assert codec is not None
-        paged = kernel.kv_layout.table is not None
         width = kernel.spec.head_dim if x == "k" else kernel.spec.v_head_dim
-        numbers = words.numbers(x, codec.name, codec.group, width, 32 if paged else 1)
-        return f"encode_{x}", *words.source(x, paged), numbers, "append_"
+        page = _page(kernel)
+        numbers = words.numbers(x, codec.name, codec.group, width, page.get("PAGE", 1))
+        return f"encode_{x}", *words.source(x, bool(page)), numbers, "append_"
 
     return printed
 
