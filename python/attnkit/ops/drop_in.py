@@ -56,12 +56,15 @@ def _override(
     args = (query, key, value, attn_mask, dropout_p, is_causal)
     if torch_sdpa.bypassed():
         return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
+    if (found := sdpa.at_a_glance(*args, scale, enable_gqa)) is not None:
+        counts.take()
+        return found
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
     unwatched = is_unwatched(tensors)
     if has_tangent(tensors) or (not unwatched and any(map(is_transformed, tensors))):
         form: sdpa.Form | str = "forward-mode derivatives and function transforms"
     else:
-        form = sdpa.express(*args, scale, enable_gqa, unwatched)
+        form = sdpa.express(*args, scale, enable_gqa)
     if not isinstance(form, str):
         try:
             o = sdpa.run(form, query, unwatched)

@@ -13,6 +13,7 @@ from attnkit.errors import error
 from attnkit.ir.mods import Mod, Selective, Weighting, all_of, in_turn
 from attnkit.ir.program import Program
 from attnkit.ir.text import parse
+from attnkit.ops.at_once import at_once
 from attnkit.ops.attend_cache import Codes, attend_cache, check_q
 from attnkit.ops.block_choice import Operands, chosen_by
 from attnkit.ops.block_masks import BlockMask, as_block_mask
@@ -38,7 +39,7 @@ from attnkit.ops.routed import Groups, Routing, within
 from attnkit.ops.seeds import draw
 from attnkit.ops.selective import attend_selectively
 from attnkit.ops.traced import Traceable, bind, bind_function
-from attnkit.ops.warm import is_unwatched, known, ready
+from attnkit.ops.warm import is_unwatched, ready
 from attnkit.variants.vision import GridPattern
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -194,8 +195,8 @@ def _short_way(
     None where that is not so.
     """
     plain = plain_text(scale) if v is not None and score is None and mask is None else None
-    if plain is not None and (found := known(plain, q, k, v)) is not None:
-        return attend(q, k, v, plain, [], [], need_lse, found=found)
+    if plain is not None and not need_lse and (o := at_once(plain, q, k, v)) is not None:
+        return o, None
     cached = type(k) is KVCache
     if (v is None) is not cached or not is_unwatched((q,) if cached else (q, k, v)):
         return None
@@ -218,6 +219,8 @@ def _short_way(
         return attend_cache(q, codes, text, buffers, numbers, need_lse, None)
     if cached:
         refuse_gradients("q", buffers)
+    if not (buffers or numbers or need_lse) and (o := at_once(text, q, k, v)) is not None:
+        return o, None
     return attend(q, k, v, text, buffers, numbers, need_lse)
 
 

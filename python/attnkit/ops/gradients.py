@@ -22,6 +22,9 @@ _lib.define(
 )
 
 
+NO_SECOND_DERIVATIVES = "attention has no second derivatives (AK503)"
+
+
 class Saved(NamedTuple):
     """What the backward of a call needs of it."""
 
@@ -270,7 +273,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        return once(lambda: _backward(ctx, d_o, d_lse), "attention has no second derivatives (AK503)")
+        return once(lambda: _backward(ctx, d_o, d_lse), NO_SECOND_DERIVATIVES)
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:

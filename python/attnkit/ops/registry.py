@@ -24,7 +24,6 @@ from attnkit.ops.check import (
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import Direct, ThroughOps, Way, differentiable
 from attnkit.ops.warm import (
-    Ready,
     has_backward,
     is_below_autograd,
     is_plain,
@@ -103,23 +102,18 @@ def attend(
     need_lse: bool,
     seed: Tensor | None = None,
     unwatched: bool | None = None,
-    found: Ready | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``torch.ops.attnkit.attend``, and no trip through the dispatcher where nobody could tell (`is_unwatched`).
 
-    q, k and v are what `autocast` makes of them. ``found``: what `known` says of them; there are no buffers then.
+    q, k and v are what `autocast` makes of them.
     """
     if unwatched is None:
-        unwatched = found is not None or (
-            not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
-        )
+        unwatched = not torch.compiler.is_compiling() and is_unwatched((q, k, v, *buffers))
     if unwatched:
         tensors = (q, k, v, *buffers)
         if not needs_derivatives(tensors):
-            return run(found or ready(program, q, k, v), q, k, v, buffers, params, seed, need_lse)
+            return run(ready(program, q, k, v), q, k, v, buffers, params, seed, need_lse)
         if not is_below_autograd():
-            if found is not None and found.differentiable and not has_tangent(tensors):
-                return differentiable(Direct(found, params, need_lse), tensors, seed, unwatched=True)
             call = Call(q, k, v, program, buffers, params, seed, need_lse)
             return _with_gradients(call, plain=True)
     return torch.ops.attnkit.attend(q, k, v, program, buffers, params, seed, need_lse)  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnkit import backends
 from attnkit.errors import error
+from attnkit.ops.at_once import at_once
 from attnkit.ops.check import autocast, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
@@ -30,6 +31,24 @@ class Form(NamedTuple):
     dropout_p: float
 
 
+def at_a_glance(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """A call, by `at_once`; None where that is not to be. Not for dynamo to look into."""
+    if attn_mask is not None or dropout_p != 0.0:
+        return None
+    if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
+        return None
+    return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value)
+
+
 def express(
     query: Tensor,
     key: Tensor,
@@ -39,17 +58,8 @@ def express(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
-    plain: bool,
 ) -> Form | str:
-    """The program of a call, or why attnkit does not take it. ``plain``: the tensors are, as `is_plain` has it."""
-    known: Any = None
-    if plain and attn_mask is None:
-        shapes = query.shape, key.shape, value.shape
-        known = (*shapes, query.dtype, key.dtype, value.dtype, dropout_p, is_causal, scale, enable_gqa)
-        text = _taken.get(known)
-        if text is not None:
-            q, k, v = _four_dimensional(query), _four_dimensional(key), _four_dimensional(value)
-            return Form(q, k, v, text, [], dropout_p)
+    """The program of a call, or why attnkit does not take it."""
     reason = _declined(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if reason is not None:
         return reason
@@ -63,10 +73,6 @@ def express(
         attn_mask, index = broadcast
     kind = None if attn_mask is None else "bool" if attn_mask.dtype == torch.bool else "f32"
     text = _cached_text(is_causal, scale, dropout_p, kind, index)
-    if known is not None:
-        if len(_taken) >= _MAX_TEXTS:
-            _taken.clear()
-        _taken[known] = text
     q, k, v = (_four_dimensional(t) for t in (query, key, value))
     return Form(q, k, v, text, [] if attn_mask is None else [attn_mask], dropout_p)
 
@@ -158,7 +164,6 @@ def _four_dimensional(t: Tensor) -> Tensor:
 
 _MAX_TEXTS = 1024  # a model has a handful; the bound only stops a leak
 _texts: dict[Any, str] = {}
-_taken: dict[Any, str] = {}  # by what calls without a mask are known to be taken
 
 
 def _cached_text(*key: Any) -> str:
@@ -234,16 +239,20 @@ def scaled_dot_product_attention(
         AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
             required and torch's op cannot stand in.
     """
+    dropout_p = check_probability("dropout_p", dropout_p)
+    if scale is not None:
+        scale = check_number("scale", scale)
+    how = attn_mask, dropout_p, is_causal, scale, enable_gqa
+    compiles = torch.compiler.is_compiling()
+    if not compiles and (o := at_a_glance(query, key, value, *how)) is not None:
+        return o
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    unwatched = not torch.compiler.is_compiling() and is_unwatched(tensors)
+    unwatched = not compiles and is_unwatched(tensors)
     if not unwatched:
         for name, t in zip(("query", "key", "value", "attn_mask"), tensors, strict=False):
             check_tensor(name, t)
         query, key, value = autocast(query, key, value)
-    dropout_p = check_probability("dropout_p", dropout_p)
-    if scale is not None:
-        scale = check_number("scale", scale)
-    form = express(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, unwatched)
+    form = express(query, key, value, *how)
     if isinstance(form, str):
         raise error(
             "AK504",

@@ -135,11 +135,14 @@ class _Fingerprint:
     def _function(self, function: types.FunctionType) -> Any:
         if function.__dict__:
             raise _Unknown
+        ours = (function.__module__ or "").startswith("attnkit.")  # whose globals do not change
+        if ours and "<locals>" not in function.__qualname__:
+            return function
         cells = tuple(self.of(cell.cell_contents) for cell in function.__closure__ or ())
         defaults = self.of(function.__defaults__ or ())
         keywords = tuple((k, self.of(v)) for k, v in (function.__kwdefaults__ or {}).items())
-        if (function.__module__ or "").startswith("attnkit."):
-            return (function.__code__, cells, defaults, keywords)  # our globals do not change
+        if ours:
+            return (function.__code__, cells, defaults, keywords)
         used = _global_names(function.__code__)
         known = tuple((n, self.of(function.__globals__[n])) for n in used if n in function.__globals__)
         return (function.__code__, cells, defaults, keywords, known)
@@ -198,7 +201,7 @@ def _recall(what: Traceable, like: Tensor | None) -> Bound:
     try:
         key = (
             None if like is None else (like.dtype, like.device),
-            *(None if part is None else prints.of(part) for part in what),
+            *[None if part is None else prints.of(part) for part in what],
         )
     except (_Unknown, ValueError):  # ValueError: an empty cell
         return _trace(what, like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -81,13 +82,13 @@ def known(text: str, q: Tensor, k: Tensor, v: Tensor, others: Sequence[Tensor] =
         or _raw(_included()) & _NOT_OF_THREADS
     ):
         return None
-    return seen.find(text, q, k, v, *others)
+    return seen.find(sys.intern(text), q, k, v, *others)
 
 
 def keep(text: str, q: Tensor, k: Tensor, v: Tensor, what: Any) -> None:
-    """Let ``what`` be known of such tensors of the CPU."""
+    """Let ``what`` be known of such tensors of the CPU, by this text."""
     seen = _met.seen = _met.seen or engine().Seen(Tensor, Parameter, _MAX_ENTRIES)
-    seen.keep(text, q, k, v, what)
+    seen.keep(sys.intern(text), q, k, v, what)
 
 
 def is_below_autograd() -> bool:
@@ -98,7 +99,9 @@ def is_below_autograd() -> bool:
 class Ready(NamedTuple):
     """A kernel, and what is known of every call with the same program, shapes and dtypes, which have been checked."""
 
+    text: str
     prepared: Prepared
+    launch: Any  # the kernel's, where it needs nothing but tensors
     shape: tuple[int, ...]  # of o,
     stride: tuple[int, ...]  # laid out as [B, Sq, Hq, Dv]
     stride_of_lse: tuple[int, ...]
@@ -138,7 +141,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
         AttnkitError: as `check_qkv` and `attnkit.runtime.prepare`.
     """
     seen = _met.seen
-    found = seen.find(text, q, k, v) if seen is not None and backend == "auto" else None
+    found = seen.find(sys.intern(text), q, k, v) if seen is not None and backend == "auto" else None
     if found is not None:
         return found  # type: ignore[no-any-return]
     exact = precision(q) if q.is_cuda else "highest"
@@ -153,7 +156,9 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
     )  # fmt: skip
     program = prepared.spec.program
     new = Ready(
+        text,
         prepared,
+        getattr(prepared.kernel, "launch", None),
         *layout_of_output(q, v.shape[3]),
         stride_of_lse=torch.empty(q.shape[:3], device="meta").stride(),
         bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,

@@ -153,9 +153,9 @@ class CpuKernel:
         self._skip = attend.skip
         # Where there is nothing but tensors: the same, without the other arguments.
         plain = not spec.program.buffers and not spec.program.num_params and self._dropout is None
-        self._launch: Any = None
+        self.launch: Any = None
         if plain and self._encoding is None and self._skip is None and attend.carry is None:
-            self._launch = engine().Launch(self.program, self.scale, *self.sizes).run
+            self.launch = engine().Launch(self.program, self.scale, *self.sizes).run
 
     def __call__(
         self,
@@ -177,8 +177,8 @@ class CpuKernel:
                 AK606, AK607, a tensor without memory or not aligned.
         """
         try:
-            if self._launch is not None:
-                fault, about = self._launch(q, k, v, o, lse, threads)
+            if self.launch is not None:
+                fault, about = self.launch(q, k, v, o, lse, threads)
             else:
                 fault, about = self._attend(
                     self.program, q, k, v, o, lse, self.scale, None if self._sink is None else buffers[self._sink],
@@ -218,8 +218,8 @@ class CpuKernel:
             AttnkitError: as the call; AK502 too where the derivative needs more tiles at once than the engine has.
         """
         try:
-            if self._launch is not None:
-                fault, about = self._launch_backward(q, k, v, o, lse, d_o, d_lse, dq, dk, dv, threads)
+            if self.launch is not None:
+                fault, about = self.launch_backward(q, k, v, o, lse, d_o, d_lse, dq, dk, dv, threads)
             else:
                 program = self.backward_program(d_buffers)[1]
                 sink, d_sink = (
@@ -236,7 +236,7 @@ class CpuKernel:
             raise self.error(FAULTS[fault], about, self.backward_program(d_buffers)[0], len(buffers))
 
     @cached_property
-    def _launch_backward(self) -> Any:
+    def launch_backward(self) -> Any:
         """`backward` where there is nothing but tensors."""
         return engine().LaunchBackward(self.backward_program([])[1], self.scale, *self._backward_sizes).run
 
