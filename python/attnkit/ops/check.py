@@ -86,6 +86,29 @@ def autocasting(op: Callable[..., Any]) -> Callable[..., Any]:
     return cast
 
 
+def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """What an op does at torch's autograd keys where nothing is followed: a choice has no gradient."""
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def without_derivatives(op: Any, what: str) -> Callable[..., Any]:
+    """What an op does at torch's autograd keys that has no derivatives: AK503, which says ``what``, where one is asked for."""
+    below = below_autograd(op)
+
+    def call(*args: Any) -> Any:
+        given = [t for each in args for t in (each if isinstance(each, list) else [each])]
+        if needs_derivatives([t for t in given if isinstance(t, Tensor)]):
+            raise error("AK503", where=f"torch.ops.{op.overloadpacket}", what=what)
+        return below(*args)
+
+    return call
+
+
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float. AK402 if it is no number, AK401 if it does not fit."""
     if not isinstance(value, (int, float, np.number)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import NO_ROOM, check_bindings, needs_derivatives, no_room, shape_of
+from attnkit.ops.check import NO_ROOM, check_bindings, no_room, shape_of, without_derivatives
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.warm import Ready, is_unwatched, ready, run, seed_of
 
@@ -22,7 +22,7 @@ _lib.define(
 )
 
 
-NO_SECOND_DERIVATIVES = "attention has no second derivatives (AK503)"
+NO_SECOND_DERIVATIVES = "attention has no second derivatives"
 
 
 class Saved(NamedTuple):
@@ -140,17 +140,6 @@ def _kernel(*args: Any) -> Gradients:
     return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, seed, wanted)
 
 
-def _autograd(*args: Any) -> Gradients:
-    call = BackwardCall(*args)
-    tensors = [t for t in (*call[:7], *call.buffers) if isinstance(t, Tensor)]
-    if needs_derivatives(tensors):
-        raise error(
-            "AK503", where="torch.ops.attnkit.attend_backward", what="attention has no second derivatives"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attnkit.attend_backward.default(*args)  # type: ignore[no-any-return]
-
-
 class Way(NamedTuple):
     """How a call is computed, in both directions: by ops, which graphs can hold, or past the dispatcher, while nobody watches.
 
@@ -208,7 +197,7 @@ def once(backward: Callable[[], tuple[Tensor | None, ...]], refusal: str) -> tup
         return backward()
     with torch.no_grad():
         found = backward()
-    refuse: Any = torch._C._functions.DelayedError(refusal.encode(), len(found))
+    refuse: Any = torch._C._functions.DelayedError(f"{refusal} (AK503)".encode(), len(found))
     return refuse(*(d if d is None else d.detach().requires_grad_() for d in found))  # type: ignore[no-any-return]
 
 
@@ -249,7 +238,8 @@ def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tenso
 _apply: Any = super(torch.autograd.Function, _Differentiable).apply
 
 
+_once = without_derivatives(torch.ops.attnkit.attend_backward.default, NO_SECOND_DERIVATIVES)
 for _device in ("CPU", "CUDA"):
     _lib.impl("attend_backward", _kernel, _device)
-    _lib.impl("attend_backward", _autograd, f"Autograd{_device}")
+    _lib.impl("attend_backward", _once, f"Autograd{_device}")
 torch.library.register_fake("attnkit::attend_backward", _fake, lib=_lib)
