@@ -32,11 +32,11 @@ def level(request: pytest.FixtureRequest) -> Any:
 
 
 def structured(
-    rng: np.random.Generator, q_len: int, kv_len: int, heads: tuple[int, int] = (4, 2), width: int = 32
+    rng: np.random.Generator, q_len: int, kv_len: int, heads: tuple[int, int] = (4, 2)
 ) -> list[Tensor]:
     """Tokens that resemble their neighbours, in stretches: tiles that are coherent and some that are not."""
     inputs = []
-    for h, length, d in ((heads[0], q_len, width), (heads[1], kv_len, width), (heads[1], kv_len, 24)):
+    for h, length, d in ((heads[0], q_len, 32), (heads[1], kv_len, 32), (heads[1], kv_len, 24)):
         centres = rng.standard_normal((1, h, -(-length // 48), d))
         x = np.repeat(centres, 48, axis=2)[:, :, :length] + 0.5 * rng.standard_normal((1, h, length, d))
         inputs.append(torch.from_numpy(x.astype(np.float32)))
