@@ -283,10 +283,7 @@ class _Differentiable(torch.autograd.Function):
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, queries, keys, *buffers = ctx.saved_tensors
-    (
-        _,
-        *of,
-    ) = ctx.needs_input_grad
+    of = ctx.needs_input_grad[1:]
     if d_o is None:
         d_o = q.new_zeros((*q.shape[:3], v.shape[3]))
     dq, dk, dv, d_buffers = torch.ops.attnkit.attend_groups_backward(
