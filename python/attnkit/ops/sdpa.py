@@ -44,9 +44,7 @@ def at_a_glance(
     """A call, by `at_once`; None where that is not to be. Not for dynamo to look into."""
     if attn_mask is not None or dropout_p != 0.0:
         return None
-    if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
-        return None
-    return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value)
+    return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value, share=enable_gqa)
 
 
 def express(
