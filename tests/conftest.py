@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -127,6 +128,15 @@ def _poisoned_workspaces() -> None:
     engine = _engine()
     if engine is not None:
         engine.set_poison(True)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_they_were() -> Iterator[None]:
+    """A test may set torch's number of threads."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture

@@ -67,58 +67,21 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         window_bias as window_bias,
     )
 
-_HOMES = {
-    "AttnkitError": "attnkit.errors",
-    "AttnkitNotImplementedError": "attnkit.errors",
-    "AttnkitTypeError": "attnkit.errors",
-    "AttnkitValueError": "attnkit.errors",
-    "BlockMask": "attnkit.ops",
-    "KVCache": "attnkit.ops",
-    "SpargeThresholds": "attnkit.ops",
-    "aaren_attention": "attnkit.ops",
-    "additive_attention": "attnkit.ops",
-    "alibi": "attnkit.ir",
-    "as_block_mask": "attnkit.ops",
-    "attention": "attnkit.ops",
-    "bias": "attnkit.ir",
-    "block_mask": "attnkit.ops",
-    "block_sparse_attention": "attnkit.ops",
-    "causal": "attnkit.ir",
-    "dense_attention": "attnkit.ops",
-    "document": "attnkit.ir",
-    "explain": "attnkit.ops",
-    "factorizable_attention": "attnkit.ops",
-    "flex_attention": "attnkit.ops",
-    "groups": "attnkit.ops",
-    "install": "attnkit.ops",
-    "installed": "attnkit.ops",
-    "installed_report": "attnkit.ops",
-    "linear_attention": "attnkit.ops",
-    "selective_attention": "attnkit.ops",
-    "selective_memory": "attnkit.ops",
-    "param": "attnkit.ops",
-    "parse": "attnkit.ir",
-    "prefix": "attnkit.ir",
-    "quantized_kv_attention": "attnkit.ops",
-    "routing": "attnkit.ops",
-    "routing_attention": "attnkit.ops",
-    "scaled_dot_product_attention": "attnkit.ops",
-    "sparge": "attnkit.ops",
-    "sparge_attention": "attnkit.ops",
-    "sigmoid": "attnkit.ir",
-    "signed_softmax": "attnkit.ir",
-    "selective": "attnkit.ir",
-    "softcap": "attnkit.ir",
-    "softmax": "attnkit.ir",
-    "softmax_over_queries": "attnkit.ir",
-    "top_k_blocks": "attnkit.ops",
-    "trace": "attnkit.ops",
-    "tree": "attnkit.ops",
-    "tune_sparge": "attnkit.ops",
-    "uninstall": "attnkit.ops",
-    "window": "attnkit.ir",
-    "window_bias": "attnkit.ops",
+_NAMES = {
+    "attnkit.errors": "AttnkitError AttnkitNotImplementedError AttnkitTypeError AttnkitValueError",
+    "attnkit.ir": """
+        alibi bias causal document parse prefix selective sigmoid signed_softmax softcap softmax
+        softmax_over_queries window
+    """,
+    "attnkit.ops": """
+        BlockMask KVCache SpargeThresholds aaren_attention additive_attention as_block_mask attention
+        block_mask block_sparse_attention dense_attention explain factorizable_attention flex_attention
+        groups install installed installed_report linear_attention param quantized_kv_attention routing
+        routing_attention scaled_dot_product_attention selective_attention selective_memory sparge
+        sparge_attention top_k_blocks trace tree tune_sparge uninstall window_bias
+    """,
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 -- the keys are the public names
 
@@ -153,4 +116,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return __all__

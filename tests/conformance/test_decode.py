@@ -36,13 +36,6 @@ def split(monkeypatch: pytest.MonkeyPatch) -> Iterator[Split]:
     runtime.clear()
 
 
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def alibi(s: Any, b: Any, h: Any, i: Any, j: Any) -> Any:
     return s + torch.from_numpy(SLOPES)[h] * (j - i)
 
@@ -156,16 +149,15 @@ def test_packed(isa: str, rng: np.random.Generator, compare: Any, split: Split) 
                          [(1, 900, 8, 2), (1, 900, 1, 1), (3, 500, 4, 4), (30, 700, 4, 1), (130, 400, 2, 2)])  # fmt: skip
 def test_threads(
     q_len: int, kv_len: int, heads: int, kv_heads: int, isa: str, rng: np.random.Generator, split: Split,
-    threads: Callable[[int], None],
 ) -> None:  # fmt: skip
     """One thread takes all stretches of a row by itself, seven share them."""
     split(64)
     x = tensors(rng, 2, heads, kv_heads, q_len, kv_len, 64, 64)
-    threads(1)
+    torch.set_num_threads(1)
     want = run(*x, mask=ak.causal())
     assert torch.isfinite(want[0]).all()
     for n in (2, 3, 7):
-        threads(n)
+        torch.set_num_threads(n)
         for _ in range(3):
             equal(run(*x, mask=ak.causal()), want)
 
@@ -263,10 +255,10 @@ def test_a_window_reads_only_its_keys(isa: str, rng: np.random.Generator, split:
 
 
 def test_a_load_outside_its_buffer_is_found_in_any_stretch(
-    isa: str, rng: np.random.Generator, split: Split, threads: Callable[[int], None]
+    isa: str, rng: np.random.Generator, split: Split
 ) -> None:
     split(64)
-    threads(2)
+    torch.set_num_threads(2)
     q, k, v = tensors(rng, 1, 4, 2, 1, 400, 32, 32)
     jump = torch.arange(400)
     for bad in (0, 200, 399):

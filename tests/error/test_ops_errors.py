@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 import attnkit as ak
 import attnkit.ops  # defines torch.ops.attnkit
 from attnkit.errors import CODES
-from attnkit.runtime import prepare
+from attnkit.runtime import clear, prepare
 from attnkit.variants import vision
 
 B, H, HKV, S, D = 2, 4, 2, 6, 8
@@ -437,13 +437,18 @@ def test_out_of_memory() -> None:
     assert done.stdout.splitlines() == ["AK603 backend cpu", "and goes on"], done.stderr
 
 
-def test_the_drop_in_leaves_what_is_not_aligned_to_torch() -> None:
-    q = misaligned(B, H, S, D)
+@pytest.mark.parametrize("met", [False, True])
+def test_the_drop_in_leaves_what_is_not_aligned_to_torch(met: bool) -> None:
+    """Also where tensors of these shapes were met before."""
+    sdpa, q = torch.nn.functional.scaled_dot_product_attention, misaligned(B, H, S, D)
+    clear()
     with ak.installed():
-        o = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        if met:
+            sdpa(*[q.clone()] * 3)
+        o = sdpa(q, q, q)
         report = ak.installed_report()
     assert not o.any()
-    assert report.attnkit == 0
+    assert report.attnkit == int(met)
     assert list(report.torch) == ["tensor that is not aligned"]
 
 

@@ -28,7 +28,7 @@ TESTS = {
         "tests/error/test_hostile_calls.py", "tests/error/test_ops_errors.py",
         "--deselect", "tests/error/test_ops_errors.py::test_out_of_memory",
     ],
-    "ops": ["tests/ops/test_attend_op.py", "tests/ops/test_functional.py", "tests/ops/test_gradients.py"],
+    "ops": ["tests/ops/test_attend_op.py", "tests/ops/test_functional.py", "tests/ops/test_captures.py", "tests/ops/test_gradients.py"],
     "states": ["tests/ops/test_recur_op.py", "tests/ops/test_linear_attention.py", "tests/ops/test_factorizable_attention.py"],
     "caches": ["tests/ops/test_kv_cache.py", "tests/ops/test_kv_codes.py"],
     "choices": ["tests/ops/test_select_op.py", "tests/ops/test_gathered.py", "tests/ops/test_encoded_attention.py", "tests/ops/test_sparge_attention.py"],

@@ -1,7 +1,7 @@
 """Dropout: which weights are dropped, by every way to compute them, and what torch makes of it around the op."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -243,18 +243,9 @@ def test_what_is_dropped_leaves_lse_alone(randn: Any) -> None:
     assert torch.equal(ak.attention(q, k, v, dropout_p=0.0), ak.attention(q, k, v))
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["causal", "few queries", "key bias", "one query"])
-def test_threads_change_no_bit(
-    name: str, dtype: torch.dtype, randn: Any, isa: str, seed: int, threads: None
-) -> None:
+def test_threads_change_no_bit(name: str, dtype: torch.dtype, randn: Any, isa: str, seed: int) -> None:
     given = tensors(CASES[name], randn, dtype)
     found = []
     for n in (1, 2, 3, 7):

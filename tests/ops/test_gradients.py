@@ -196,7 +196,7 @@ def test_the_same_bits_on_any_number_of_threads(name: str, dtype: torch.dtype, r
     p = problem(case, randn).to(dtype)
     results = []
     for n in (1, 2, 3, 7):
-        torch.set_num_threads(n)  # the tests' own number is put back after each
+        torch.set_num_threads(n)
         results.append(of_attnkit(case, p))
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))

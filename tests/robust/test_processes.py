@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,20 +46,12 @@ def equal(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(got[1], want[1])
 
 
-@pytest.fixture
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 # --- the schedule changes no bit -------------------------------------------------------------------------
 
 SIZES = [(3, 300, 300), (2, 97, 500), (5, 1, 700), (2, 130, 64)]
 
 
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), SIZES)
-@pytest.mark.usefixtures("restored_threads")
 def test_threads_and_repeats(batch: int, q_len: int, kv_len: int, isa: str, rng: np.random.Generator) -> None:
     q, k, v = make(rng, batch, q_len, kv_len)
     torch.set_num_threads(1)
@@ -174,7 +165,6 @@ def test_first_calls_from_many_threads(isa: str, rng: np.random.Generator) -> No
         equal(result, results[0])
 
 
-@pytest.mark.usefixtures("restored_threads")
 def test_the_gil_is_released(isa: str, rng: np.random.Generator) -> None:
     q, k, v = make(rng, 1, 1500 if isa == "scalar" else 6000, 6000)
     torch.set_num_threads(1)

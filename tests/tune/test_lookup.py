@@ -227,12 +227,6 @@ def test_what_is_beside_a_sequence_decides_nothing(store: Folder) -> None:
 # --- measuring at a first call ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_MIN_TURN_S", "_WARM_S", "_SETTLE_S"):
-        monkeypatch.setattr(pairs, name, 1e-6)
-
-
 @pytest.mark.usefixtures("quick")
 def test_missing_entries_are_tuned_at_a_first_call(store: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ATTNKIT_TUNE", "tune-missing")

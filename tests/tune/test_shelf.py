@@ -26,9 +26,7 @@ SMALL = ("--shape", "1,2,1,40,70,16")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    for name in ("_MIN_TURN_S", "_WARM_S", "_SETTLE_S"):
-        monkeypatch.setattr(pairs, name, 1e-6)
+def _stores(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("ATTNKIT_TUNE_STORE", str(tmp_path / "user"))
     monkeypatch.setattr(lookup, "_HERE", tmp_path / "nowhere" / "attnkit")
     lookup.shipped.cache_clear()

@@ -280,14 +280,6 @@ def test_what_is_longer_than_the_sequence_is_one_config() -> None:
 # --- a whole entry ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rounds of next to nothing: what is measured does not matter, but that it is."""
-    monkeypatch.setattr(pairs, "_MIN_TURN_S", 1e-6)
-    monkeypatch.setattr(pairs, "_WARM_S", 0.0)
-    monkeypatch.setattr(pairs, "_SETTLE_S", 0.0)
-
-
 def tuned(folder: Folder, asked: Problem, **how: rig.Any) -> tuple[Entry, bool, int]:
     count = 0
 

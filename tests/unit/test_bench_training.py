@@ -18,12 +18,9 @@ SMALL = Recipe(steps=2, batch=2, context=32, width=32, heads=2, layers=2)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Any:
+def _one_thread() -> None:
     """Two spinning threads crawl where another test worker wants the same cores."""
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- training -----------------------------------------------------------------------------------------------

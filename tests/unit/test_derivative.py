@@ -24,8 +24,8 @@ FLOATS = [
 FLOATS = [name for name in FLOATS if name not in ("float", "where")]
 
 
-def values_of(root: Expr, at: dict[str, Any], params: Any = ()) -> Any:
-    return evaluate([root], at, params=params)[0]
+def values_of(root: Expr, at: dict[str, Any]) -> Any:
+    return evaluate([root], at)[0]
 
 
 def difference(root: Expr, at: dict[str, Any], name: str, step: float = STEP) -> Any:

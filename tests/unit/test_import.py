@@ -71,7 +71,7 @@ except ModuleNotFoundError as exc:
 
 def test_public_names_resolve() -> None:
     assert sorted(set(attnkit.__all__)) == sorted(attnkit.__all__)
-    assert set(attnkit.__all__) <= set(dir(attnkit))
+    assert dir(attnkit) == sorted(attnkit.__all__)
     for name in attnkit.__all__:
         assert getattr(attnkit, name) is not None
 

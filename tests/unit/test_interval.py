@@ -143,8 +143,8 @@ def test_what_is_unknown_can_be_anything() -> None:
     assert evaluate([make("tanh", var("s"))], {})[0].lo >= -1.001
 
 
-def program_of(mask: Any, buffers: Any = ()) -> Any:
-    """The program of a mask, traced without torch; ``buffers`` are numpy arrays that it loads from."""
+def program_of(mask: Any) -> Any:
+    """The program of a mask, traced without torch."""
     return parse(build_text(trace(None, mask, Context())))
 
 

@@ -48,9 +48,9 @@ class Comparison:
         return asdict(self)
 
 
-def read_sentences(path: Path = SENTENCES) -> list[str]:
-    """The non-empty lines of a text file."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+def read_sentences() -> list[str]:
+    """The non-empty lines of `SENTENCES`."""
+    return [line.strip() for line in SENTENCES.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def missing() -> str | None:

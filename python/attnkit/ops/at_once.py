@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from attnkit.ops.check import NO_ROOM
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.gradients import NO_SECOND_DERIVATIVES, Direct, Saved, once
+from attnkit.ops.gradients import NO_SECOND_DERIVATIVES, Saved, Way, once
 from attnkit.ops.warm import Ready, is_below_autograd, known, run
 
 _REFUSED = (ValueError, *NO_ROOM)
@@ -87,5 +87,5 @@ def _backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
                 return None, dq if q.dtype == torch.float32 else dq.to(q.dtype), dk, dv
         except _REFUSED:
             pass
-    dq, dk, dv, _ = Direct(ready, [], need_lse=False).backward(d_o, None, Saved(*saved), [], None, [])
+    dq, dk, dv, _ = Way(ready.text, [], False, ready).backward(d_o, None, Saved(*saved), [], None, [])
     return None, dq, dk, dv

@@ -56,7 +56,7 @@ class Codes(NamedTuple):
         return cls(
             storage, scheme, store(parts.k, scheme.k, scheme.head_dim, scheme.group),
             store(parts.v, scheme.v, scheme.v_head_dim, scheme.group), None if parts.state is None else parts.state.select(0, 0),
-            parts.table, tokens_of(scheme, parts),
+            parts.table, tokens_of(parts),
         )  # fmt: skip
 
     @property

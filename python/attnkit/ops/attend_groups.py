@@ -20,9 +20,10 @@ from attnkit.ops.check import (
     needs_derivatives,
     no_room,
     shape_of,
+    without_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.gradients import once
+from attnkit.ops.gradients import NO_SECOND_DERIVATIVES, once
 from attnkit.ops.warm import layout_of_output
 from attnkit.runtime import Prepared, prepare
 
@@ -263,17 +264,6 @@ def _backward_fake(*args: Any) -> Gradients:
     )
 
 
-def _backward_autograd(*args: Any) -> Gradients:
-    tensors = [
-        t for each in args for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor)
-    ]
-    if needs_derivatives(tensors):
-        what = "attention has no second derivatives"
-        raise error("AK503", where="torch.ops.attnkit.attend_groups_backward", what=what)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attnkit.attend_groups_backward.default(*args)  # type: ignore[no-any-return]
-
-
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *buffers: Tensor) -> Results:
@@ -288,15 +278,12 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        return once(lambda: _backward(ctx, d_o, d_lse), "attention has no second derivatives (AK503)")
+        return once(lambda: _backward(ctx, d_o, d_lse), NO_SECOND_DERIVATIVES)
 
 
 def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, o, lse, queries, keys, *buffers = ctx.saved_tensors
-    (
-        _,
-        *of,
-    ) = ctx.needs_input_grad
+    of = ctx.needs_input_grad[1:]
     if d_o is None:
         d_o = q.new_zeros((*q.shape[:3], v.shape[3]))
     dq, dk, dv, d_buffers = torch.ops.attnkit.attend_groups_backward(
@@ -325,6 +312,7 @@ _lib.impl("attend_groups", _kernel, "CPU")
 _lib.impl("attend_groups", _autograd, "AutogradCPU")
 _lib.impl("attend_groups", autocasting(torch.ops.attnkit.attend_groups.default), "AutocastCPU")
 _lib.impl("attend_groups_backward", _backward_kernel, "CPU")
-_lib.impl("attend_groups_backward", _backward_autograd, "AutogradCPU")
+_once = without_derivatives(torch.ops.attnkit.attend_groups_backward.default, NO_SECOND_DERIVATIVES)
+_lib.impl("attend_groups_backward", _once, "AutogradCPU")
 torch.library.register_fake("attnkit::attend_groups", _fake, lib=_lib)
 torch.library.register_fake("attnkit::attend_groups_backward", _backward_fake, lib=_lib)

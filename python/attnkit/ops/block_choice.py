@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +15,7 @@ from attnkit.ir.text import parse
 from attnkit.ops.block_means import BlockMeans
 from attnkit.ops.check import check_count, check_flag, check_qkv, check_tensor
 from attnkit.ops.select import select
-from attnkit.ops.tracing import assume_constant
+from attnkit.ops.tracing import kept
 
 
 @dataclass(frozen=True)
@@ -168,16 +167,11 @@ def chosen_by(select: Any, operands: Operands, apart: dict[str, Any]) -> MaskFun
     return mask
 
 
-@assume_constant
-def program_text(*member: Any) -> str:
-    """The canonical text of a choice: the keys that one of k is the mean of, `TopKBlocks`' numbers, and the scale."""
-    return _program_text(*member)
-
-
-@lru_cache(maxsize=1024)
-def _program_text(
+@kept
+def program_text(
     pooled: int, block: int, k: int, q_block: int, causal: bool, first: int, last: int, shared: bool, scale: float | None
 ) -> str:  # fmt: skip
+    """The canonical text of a choice: the keys that one of k is the mean of, `TopKBlocks`' numbers, and the scale."""
     rule = f"top_k = {k - 1 if causal else k}" + (", heads = group" if shared else "")
     forced = f"(kv_idx < {first})"
     body = f"force = {forced}" if first else ""

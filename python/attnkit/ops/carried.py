@@ -21,6 +21,7 @@ from attnkit.ops.check import (
     needs_derivatives,
     no_room,
     shape_of,
+    without_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
@@ -44,6 +45,7 @@ _lib.define(
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor]
 NEVER = 2**31 - 1
+_NO_SECOND_DERIVATIVES = "attention that carries has no second derivatives"
 
 
 class Call(NamedTuple):
@@ -203,14 +205,6 @@ def _backward_fake(*args: Any) -> Results:
     return like[0], like[1], like[2], call.q.new_empty(d_initial, dtype=torch.float32)
 
 
-def _backward_autograd(*args: Any) -> Results:
-    if needs_derivatives([t for t in args if isinstance(t, Tensor)]):
-        what = "attention that carries has no second derivatives"
-        raise error("AK503", where="torch.ops.attnkit.attend_carried_backward", what=what)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attnkit.attend_carried_backward.default(*args)  # type: ignore[no-any-return]
-
-
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -233,8 +227,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor, d_lse: Tensor, d_carry: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        refusal = "attention that carries has no second derivatives (AK503)"
-        return once(lambda: _backward(ctx, d_o, d_lse, d_carry), refusal)
+        return once(lambda: _backward(ctx, d_o, d_lse, d_carry), _NO_SECOND_DERIVATIVES)
 
 
 def _backward(ctx: Any, d_o: Tensor, d_lse: Tensor, d_carry: Tensor) -> tuple[Tensor | None, ...]:
@@ -268,6 +261,7 @@ _lib.impl("attend_carried", _kernel, "CPU")
 _lib.impl("attend_carried", _autograd, "AutogradCPU")
 _lib.impl("attend_carried", autocasting(torch.ops.attnkit.attend_carried.default), "AutocastCPU")
 _lib.impl("attend_carried_backward", _backward_kernel, "CPU")
-_lib.impl("attend_carried_backward", _backward_autograd, "AutogradCPU")
+_once = without_derivatives(torch.ops.attnkit.attend_carried_backward.default, _NO_SECOND_DERIVATIVES)
+_lib.impl("attend_carried_backward", _once, "AutogradCPU")
 torch.library.register_fake("attnkit::attend_carried", _fake, lib=_lib)
 torch.library.register_fake("attnkit::attend_carried_backward", _backward_fake, lib=_lib)

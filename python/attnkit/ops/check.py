@@ -86,6 +86,29 @@ def autocasting(op: Callable[..., Any]) -> Callable[..., Any]:
     return cast
 
 
+def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """What an op does at torch's autograd keys where nothing is followed: a choice has no gradient."""
+
+    def call(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return call
+
+
+def without_derivatives(op: Any, what: str) -> Callable[..., Any]:
+    """What an op does at torch's autograd keys that has no derivatives: AK503, which says ``what``, where one is asked for."""
+    below = below_autograd(op)
+
+    def call(*args: Any) -> Any:
+        given = [t for each in args for t in (each if isinstance(each, list) else [each])]
+        if needs_derivatives([t for t in given if isinstance(t, Tensor)]):
+            raise error("AK503", where=f"torch.ops.{op.overloadpacket}", what=what)
+        return below(*args)
+
+    return call
+
+
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float. AK402 if it is no number, AK401 if it does not fit."""
     if not isinstance(value, (int, float, np.number)):
@@ -165,7 +188,8 @@ def shape_of(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+def shapes_of(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """``q [...], k [...], v [...]``, for messages."""
     return f"q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
 
 
@@ -191,17 +215,17 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, paged: bool = False) -> None:
     if not q.is_floating_point():
         raise error("AK404", where="q", given=str(q.dtype), allowed="float32, bfloat16 or float16")
     if k.shape[0] != v.shape[0] or not (paged or q.shape[0] == k.shape[0]):
-        raise error("AK403", where="q, k, v", given=_shapes(q, k, v), allowed="one batch size")
+        raise error("AK403", where="q, k, v", given=shapes_of(q, k, v), allowed="one batch size")
     if k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2]:
         raise error(
-            "AK403", where="k, v", given=_shapes(q, k, v), allowed="k and v of the same heads and length"
+            "AK403", where="k, v", given=shapes_of(q, k, v), allowed="k and v of the same heads and length"
         )
     if q.shape[3] != k.shape[3]:
-        raise error("AK403", where="q, k", given=_shapes(q, k, v), allowed="one head_dim")
+        raise error("AK403", where="q, k", given=shapes_of(q, k, v), allowed="one head_dim")
     if q.shape[3] == 0 or v.shape[3] == 0:
-        raise error("AK403", where="q, v", given=_shapes(q, k, v), allowed="head dims of at least 1")
+        raise error("AK403", where="q, v", given=shapes_of(q, k, v), allowed="head dims of at least 1")
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise error("AK407", where="q, k", given=_shapes(q, k, v))
+        raise error("AK407", where="q, k", given=shapes_of(q, k, v))
 
 
 def check_bindings(

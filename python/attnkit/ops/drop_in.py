@@ -57,37 +57,39 @@ def _override(
     args = (query, key, value, attn_mask, dropout_p, is_causal)
     if torch_sdpa.bypassed():
         return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
-    if (found := sdpa.at_a_glance(*args, scale, enable_gqa)) is not None:
+    try:
+        found: Tensor | str | None = sdpa.at_a_glance(*args, scale, enable_gqa)
+        if found is None:
+            found = _computed(*args, scale, enable_gqa)
+    except AttnkitError as exc:
+        if exc.code != "AK607":
+            raise
+        found = "tensor that is not aligned"  # which shows only in real memory, after tracing
+    if isinstance(found, Tensor):
         counts.take()
         return found
-    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    unwatched = is_unwatched(tensors)
-    if has_tangent(tensors) or (not unwatched and any(map(is_transformed, tensors))):
-        form: sdpa.Form | str = "forward-mode derivatives and function transforms"
-    else:
-        form = sdpa.express(*args, scale, enable_gqa)
-    if not isinstance(form, str):
-        try:
-            o = sdpa.run(form, query, unwatched)
-        except AttnkitError as exc:
-            if exc.code != "AK607":
-                raise
-            form = "tensor that is not aligned"  # which shows only in real memory, after tracing
-        else:
-            counts.take()
-            return o
     if (record := recorder()) is not None:
-        if is_plain(tensors):
-            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
+        if is_plain([t for t in args[:4] if t is not None]):
+            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=found)
             heads = (query.shape[:-2],) if enable_gqa else (t.shape[:-2] for t in (query, key, value))
             lead = torch.broadcast_shapes(*heads)  # type: ignore[no-untyped-call]
             return query.new_zeros((*lead, query.shape[-2], value.shape[-1]))
         # A graph is being captured: it must not capture zeros. Of the several passes the first one tells.
         if isinstance(query, FakeTensor):
-            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
+            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=found)
     else:
-        counts.decline(form)
+        counts.decline(found)
     return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
+
+
+def _computed(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *how: Any) -> Tensor | str:
+    """What attnkit computes, or why it does not."""
+    tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
+    unwatched = is_unwatched(tensors)
+    if has_tangent(tensors) or (not unwatched and any(map(is_transformed, tensors))):
+        return "forward-mode derivatives and function transforms"
+    form = sdpa.express(query, key, value, attn_mask, *how)
+    return form if isinstance(form, str) else sdpa.run(form, query, unwatched)
 
 
 class _Override:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import check_flag, check_number, check_tensor
 from attnkit.ops.recur import recur
-from attnkit.ops.tracing import assume_constant
+from attnkit.ops.tracing import kept
 from attnkit.variants import factorizable
 
 State = tuple[Tensor, Tensor]
@@ -109,16 +108,11 @@ def _state(initial_state: Any) -> list[Tensor]:
     return [t.float() for t in initial_state]
 
 
-@assume_constant
-def program_text(*member: Any) -> str:
-    """The canonical text of a member of the family."""
-    return _program_text(*member)
-
-
-@lru_cache(maxsize=1024)
-def _program_text(
+@kept
+def program_text(
     coefficients: tuple[float, ...], qk_norm: str, temperature: float, causal: bool, initial: bool
 ) -> str:
+    """The canonical text of a member of the family."""
     held: Any = {"initial_state": (np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1)))} if initial else {}
     text, _ = factorizable.program(
         **held, coefficients=coefficients, qk_norm=qk_norm, temperature=temperature, causal=causal

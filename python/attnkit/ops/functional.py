@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     autocast,
     check_beside_cache,
-    check_bindings,
     check_function,
     check_lengths,
     check_probability,
@@ -31,7 +30,7 @@ from attnkit.ops.check import (
     needs_derivatives,
     shape_of,
 )
-from attnkit.ops.gradients import Direct, differentiable
+from attnkit.ops.gradients import Way, differentiable
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.registry import attend
@@ -39,7 +38,7 @@ from attnkit.ops.routed import Groups, Routing, within
 from attnkit.ops.seeds import draw
 from attnkit.ops.selective import attend_selectively
 from attnkit.ops.traced import Traceable, bind, bind_function
-from attnkit.ops.warm import is_unwatched, ready
+from attnkit.ops.warm import is_unwatched, ready, run
 from attnkit.variants.vision import GridPattern
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -128,9 +127,8 @@ def attention(
         )  # fmt: skip
         if backend == "reference" and k.segment.codes is not None:
             return _on_decoded(q, k, score, mask, normalizer, scale, dropout_p, return_lse)
-    q, *held = _autocast(q, k, v, kv_lens)
-    keys, values, kv_lens, page_table, codes = held
-    _check_operands(q, *held)
+    q, keys, values, kv_lens, page_table, codes = _autocast(q, k, v, kv_lens)
+    _check_operands(q, keys, values, page_table, codes)
     _check_normalizer(normalizer)
     dropout_p, scale = check_probability("dropout_p", dropout_p), check_scale(scale)
     check_function("score", score)
@@ -165,9 +163,10 @@ def attention(
     what = text, buffers, numbers, return_lse, seed
     if codes is not None:
         o, lse = attend_cache(q, codes, *what, backend)
+    elif backend in ("auto", q.device.type):
+        o, lse = attend(q, keys, values, *what)
     else:
-        run = attend if backend in ("auto", q.device.type) else partial(_run_on, backend)
-        o, lse = run(q, keys, values, *what)
+        o, lse = _run_on(backend, q, keys, values, *what)
     return o if lse is None or not return_lse else (o, lse)
 
 
@@ -257,9 +256,7 @@ def _autocast(
     return *autocast(q, k, v), kv_lens, None, None
 
 
-def _check_operands(
-    q: Tensor, k: Any, v: Any, kv_lens: Any, page_table: Tensor | None, codes: Codes | None
-) -> None:
+def _check_operands(q: Tensor, k: Any, v: Any, page_table: Tensor | None, codes: Codes | None) -> None:
     if codes is None:
         check_qkv(q, k, v, paged=page_table is not None)
     else:
@@ -332,11 +329,9 @@ def _run_on(
 ) -> tuple[Tensor, Tensor | None]:
     """A backend asked for by name, outside the dispatcher: for checking."""
     found = ready(text, q, k, v, backend)
-    way = Direct(found, params, need_lse)
-    check_bindings(found.prepared.spec.program, q, k, buffers, params, seed)
     tensors = (q, k, v, *buffers)
     if not needs_derivatives(tensors):
-        return way.forward(q, k, v, buffers, seed)
+        return run(found, q, k, v, buffers, params, seed, need_lse)
     if has_tangent(tensors) or not found.differentiable:
         raise error("AK503", where=f"backend {backend!r}", given="tensors that require gradients")
-    return differentiable(way, tensors, seed)
+    return differentiable(Way(text, params, need_lse, found), tensors, seed)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import NO_ROOM, check_bindings, needs_derivatives, no_room, shape_of
+from attnkit.ops.check import NO_ROOM, check_bindings, no_room, shape_of, without_derivatives
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.warm import Ready, is_unwatched, ready, run, seed_of
 
@@ -22,7 +22,7 @@ _lib.define(
 )
 
 
-NO_SECOND_DERIVATIVES = "attention has no second derivatives (AK503)"
+NO_SECOND_DERIVATIVES = "attention has no second derivatives"
 
 
 class Saved(NamedTuple):
@@ -140,26 +140,24 @@ def _kernel(*args: Any) -> Gradients:
     return run_backward(found, d_o, d_lse, Saved(q, k, v, o, lse), buffers, params, seed, wanted)
 
 
-def _autograd(*args: Any) -> Gradients:
-    call = BackwardCall(*args)
-    tensors = [t for t in (*call[:7], *call.buffers) if isinstance(t, Tensor)]
-    if needs_derivatives(tensors):
-        raise error(
-            "AK503", where="torch.ops.attnkit.attend_backward", what="attention has no second derivatives"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attnkit.attend_backward.default(*args)  # type: ignore[no-any-return]
+class Way(NamedTuple):
+    """How a call is computed, in both directions: by ops, which graphs can hold, or past the dispatcher, while nobody watches.
 
+    ``ready`` is the kernel where ops are not asked for; ``need_lse``: lse is an output and not only kept for the backward.
+    """
 
-class Way(Protocol):
-    """How a call is computed, in both directions. ``need_lse``: lse is an output and not only kept for the backward."""
-
+    program: str
+    params: list[float]
     need_lse: bool
+    ready: Ready | None = None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """``o`` and ``lse``."""
+        if self.ready is not None:
+            return run(self.ready, q, k, v, buffers, self.params, seed, need_lse=True)  # type: ignore[return-value]
+        return torch.ops.attnkit.attend(q, k, v, self.program, buffers, self.params, seed, True)  # type: ignore[no-any-return]
 
     def backward(
         self,
@@ -170,75 +168,22 @@ class Way(Protocol):
         seed: Tensor | None,
         wanted: list[bool],
     ) -> Gradients:
-        """The gradients by everything that `forward` was given."""
-
-
-class ThroughOps:
-    """The way of `attend`: both directions are ops, which graphs can hold."""
-
-    need_lse = True
-
-    def __init__(self, program: str, params: list[float]) -> None:
-        self.program, self.params = program, params
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Way`."""
-        o, lse = torch.ops.attnkit.attend(q, k, v, self.program, buffers, self.params, seed, True)
-        return o, lse
-
-    def backward(
-        self,
-        d_o: Tensor,
-        d_lse: Tensor | None,
-        saved: Saved,
-        buffers: list[Tensor],
-        seed: Tensor | None,
-        wanted: list[bool],
-    ) -> Gradients:
-        """See `Way`."""
+        """The gradients by everything that `forward` was given. Cotangents may be watched even if the call was not, by vmap for one."""
+        found = self.ready
+        tensors = (d_o, *saved, *buffers) if d_lse is None else (d_o, d_lse, *saved, *buffers)
+        if found is not None and (
+            not found.automatic or is_unwatched(tensors)
+        ):  # no op knows a backend by name
+            return run_backward(found, d_o, d_lse, saved, buffers, self.params, seed, wanted)
         others = self.program, buffers, self.params, seed, wanted
         return torch.ops.attnkit.attend_backward(d_o, d_lse, *saved, *others)  # type: ignore[no-any-return]
 
 
-class Direct:
-    """The way past the dispatcher, while nobody watches."""
-
-    def __init__(self, ready: Ready, params: list[float], need_lse: bool) -> None:
-        self.ready, self.params, self.need_lse = ready, params, need_lse
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, buffers: list[Tensor], seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See `Way`."""
-        return run(self.ready, q, k, v, buffers, self.params, seed, need_lse=True)  # type: ignore[return-value]
-
-    def backward(
-        self,
-        d_o: Tensor,
-        d_lse: Tensor | None,
-        saved: Saved,
-        buffers: list[Tensor],
-        seed: Tensor | None,
-        wanted: list[bool],
-    ) -> Gradients:
-        """See `Way`."""
-        if self.ready.automatic:  # by vmap, for one; no op knows a backend that was asked for
-            tensors = (d_o, *saved, *buffers) if d_lse is None else (d_o, d_lse, *saved, *buffers)
-            if not is_unwatched(tensors):
-                way = ThroughOps(self.ready.prepared.spec.program.text, self.params)
-                return way.backward(d_o, d_lse, saved, buffers, seed, wanted)
-        return run_backward(self.ready, d_o, d_lse, saved, buffers, self.params, seed, wanted)
-
-
 def differentiable(
-    way: Way, tensors: tuple[Tensor, ...], seed: Tensor | None, unwatched: bool = False
+    way: Way, tensors: tuple[Tensor, ...], seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with gradients of ``(q, k, v, *buffers)``: ``o``, and ``lse`` if the way needs it.
-
-    ``unwatched``: as `is_unwatched` has it of the tensors. Then what torch does first for function transforms is spared.
-    """
+    """Attention with gradients of ``(q, k, v, *buffers)``: ``o``, and ``lse`` if the way needs it."""
+    unwatched = way.ready is not None and way.ready.automatic  # what is asked for by name was not looked at
     found = (_apply if unwatched else _Differentiable.apply)(way, seed, *tensors)
     return found if way.need_lse else (found, None)
 
@@ -252,7 +197,7 @@ def once(backward: Callable[[], tuple[Tensor | None, ...]], refusal: str) -> tup
         return backward()
     with torch.no_grad():
         found = backward()
-    refuse: Any = torch._C._functions.DelayedError(refusal.encode(), len(found))
+    refuse: Any = torch._C._functions.DelayedError(f"{refusal} (AK503)".encode(), len(found))
     return refuse(*(d if d is None else d.detach().requires_grad_() for d in found))  # type: ignore[no-any-return]
 
 
@@ -289,10 +234,12 @@ def _backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tenso
     return *of_inputs, *(next(found) if w else None for w in wanted)
 
 
-_apply: Any = super(torch.autograd.Function, _Differentiable).apply  # which Function.apply calls in the end
+# Which Function.apply calls in the end: without what torch does first for function transforms.
+_apply: Any = super(torch.autograd.Function, _Differentiable).apply
 
 
+_once = without_derivatives(torch.ops.attnkit.attend_backward.default, NO_SECOND_DERIVATIVES)
 for _device in ("CPU", "CUDA"):
     _lib.impl("attend_backward", _kernel, _device)
-    _lib.impl("attend_backward", _autograd, f"Autograd{_device}")
+    _lib.impl("attend_backward", _once, f"Autograd{_device}")
 torch.library.register_fake("attnkit::attend_backward", _fake, lib=_lib)

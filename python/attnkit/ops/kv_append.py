@@ -17,7 +17,7 @@ from attnkit.backends.cpu import cache as engine
 from attnkit.backends.cpu.backend import missing_page
 from attnkit.backends.triton import append as device
 from attnkit.errors import error
-from attnkit.ops.check import check_tensor, needs_derivatives, shape_of
+from attnkit.ops.check import below_autograd, check_tensor, needs_derivatives, shape_of
 from attnkit.ops.kv_codes import PLAIN, Parts, Scheme, capacity, parts_of, scheme_of, slots, store, tokens_of
 
 _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -44,9 +44,9 @@ def append(
             append_on_device(scheme, parts, lengths, k, v, lens)
         return
     held, new = lengths.tolist(), [k.shape[2]] * k.shape[0] if lens is None else lens.tolist()
-    _check_room(held, new, k.shape[2], capacity(scheme, parts))
+    _check_room(held, new, k.shape[2], capacity(parts))
     if scheme.is_plain:
-        _append_elements(scheme, parts, lengths, k, v, held, new)
+        _append_elements(parts, lengths, k, v, held, new)
         lengths.add_(k.shape[2] if lens is None else lens)
     else:
         _append_codes(scheme, parts, lengths, k, v, held, new, lens)
@@ -56,7 +56,7 @@ def append_on_device(
     scheme: Scheme, parts: Parts, lengths: Tensor, k: Tensor, v: Tensor, lens: Tensor | None
 ) -> None:
     """What there is no room for is not written, and no row grows longer than it can."""
-    room, count = capacity(scheme, parts), k.shape[2]
+    room, count = capacity(parts), k.shape[2]
     k, v = (t if t.dtype in PLAIN.values() else t.float() for t in (k, v))
     grown = (lengths + (count if lens is None else lens.clamp(0, count))).clamp_(max=room)
     leaving = None
@@ -73,7 +73,7 @@ def append_on_device(
 
 
 def _append_elements(
-    scheme: Scheme, parts: Parts, lengths: Tensor, k: Tensor, v: Tensor, held: list[int], new: list[int]
+    parts: Parts, lengths: Tensor, k: Tensor, v: Tensor, held: list[int], new: list[int]
 ) -> None:
     batch, _, count, _ = k.shape
     pairs = ((parts.k.codes, k), (parts.v.codes, v))
@@ -83,7 +83,7 @@ def _append_elements(
         return
     exist = torch.arange(count) < torch.tensor(new, dtype=torch.int64)[:, None]
     rows, tokens_at = exist.nonzero(as_tuple=True)
-    first, second = slots(scheme, parts, rows, lengths[rows] + tokens_at)
+    first, second = slots(parts, rows, lengths[rows] + tokens_at)
     for to, tokens in pairs:
         to[first, :, second] = tokens[rows, :, tokens_at].to(to.dtype)
 
@@ -104,7 +104,7 @@ def _append_codes(
     code, about = bad
     if code == "AK602":
         assert parts.table is not None
-        size, pages = tokens_of(scheme, parts), parts.k.codes.shape[0]
+        size, pages = tokens_of(parts), parts.k.codes.shape[0]
         raise missing_page(parts.table, about, held[about] + new[about], size, pages)
     raise error(code, where=("storage", "k", "v")[about] if 0 <= about < 3 else "append")
 
@@ -176,12 +176,7 @@ def _fake(storage: Any, lengths: Any, k: Any, v: Any, codec: str, lens: Any = No
     check_append(storage, lengths, k, v, codec, lens)
 
 
-def _autograd(*args: Any) -> None:
-    with torch._C._AutoDispatchBelowAutograd():
-        torch.ops.attnkit.kv_append.default(*args)
-
-
 for _device in ("CPU", "CUDA"):
     _lib.impl("kv_append", append, _device)
-    _lib.impl("kv_append", _autograd, f"Autograd{_device}")
+    _lib.impl("kv_append", below_autograd(torch.ops.attnkit.kv_append.default), f"Autograd{_device}")
 torch.library.register_fake("attnkit::kv_append", _fake, lib=_lib)

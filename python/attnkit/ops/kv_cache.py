@@ -197,13 +197,13 @@ class KVCache:
     @property
     def max_len(self) -> int:
         """Tokens that a row can hold."""
-        return capacity(self._scheme, parts_of(self._scheme, self._storage))
+        return capacity(parts_of(self._scheme, self._storage))
 
     @property
     def page_size(self) -> int | None:
         """Tokens of a page; None if there are no pages."""
         parts = parts_of(self._scheme, self._storage)
-        return None if parts.table is None else tokens_of(self._scheme, parts)
+        return None if parts.table is None else tokens_of(parts)
 
     @property
     def nbytes(self) -> int:

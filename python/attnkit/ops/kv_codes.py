@@ -167,18 +167,18 @@ def allocate(
     return storage if table is None else [*storage, table]
 
 
-def tokens_of(scheme: Scheme, parts: Parts) -> int:
+def tokens_of(parts: Parts) -> int:
     """Tokens of a batch entry, or of a page."""
     codes = parts.k.codes
     return codes.shape[2] * (RUN if codes.dtype == torch.int32 else 1)
 
 
-def capacity(scheme: Scheme, parts: Parts) -> int:
+def capacity(parts: Parts) -> int:
     """How many tokens a row can hold."""
-    return tokens_of(scheme, parts) * (1 if parts.table is None else parts.table.shape[1])
+    return tokens_of(parts) * (1 if parts.table is None else parts.table.shape[1])
 
 
-def slots(scheme: Scheme, parts: Parts, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def slots(parts: Parts, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Batch entry or page, and the token's number there.
 
     Raises:
@@ -186,7 +186,7 @@ def slots(scheme: Scheme, parts: Parts, rows: Tensor, positions: Tensor) -> tupl
     """
     if parts.table is None:
         return rows, positions
-    size, pages = tokens_of(scheme, parts), parts.k.codes.shape[0]
+    size, pages = tokens_of(parts), parts.k.codes.shape[0]
     found = parts.table[rows, positions // size]
     missing = (found < 0) | (found >= pages)
     if bool(missing.any()):

@@ -105,7 +105,7 @@ def reorder(scheme: Scheme, storage: Sequence[Tensor], index: list[int], lengths
     """Row b becomes what row ``index[b]`` was."""
     parts = parts_of(scheme, storage)
     whole = torch.tensor(index, dtype=torch.int64)
-    size = tokens_of(scheme, parts)
+    size = tokens_of(parts)
     stores = [t for part in (parts.k, parts.v) for t in part[:2] if t is not None and t.dim() > 1]
     if parts.table is not None:
         reorder_pages(stores, parts.table, index, lengths, size)
@@ -185,11 +185,11 @@ def _newest(part: Part, codec: str, scheme: Scheme, rows: Tensor, positions: Ten
     if part.newest is not None:
         return part.newest[rows, :, positions % part.newest.shape[2]].float()
     keys = part is parts.k
-    return _decoded(part, codec, scheme, keys, *slots(scheme, parts, rows, positions))
+    return _decoded(part, codec, scheme, keys, *slots(parts, rows, positions))
 
 
 def _copy(scheme: Scheme, parts: Parts, rows: Tensor, source: Tensor, to: Tensor) -> None:
-    at, put = slots(scheme, parts, rows, source), slots(scheme, parts, rows, to)
+    at, put = slots(parts, rows, source), slots(parts, rows, to)
     for keys, part, codec in zip((True, False), (parts.k, parts.v), scheme[:2], strict=True):
         held = bytes_of_tokens(part)
         held[put[0], :, *place(part, keys, put[1])] = held[at[0], :, *place(part, keys, at[1])]
@@ -204,7 +204,7 @@ def _copy(scheme: Scheme, parts: Parts, rows: Tensor, source: Tensor, to: Tensor
 def read(scheme: Scheme, storage: Sequence[Tensor], rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens ``[N, H, D]`` of keys and of values: in float32, if any are codes."""
     parts = parts_of(scheme, storage)
-    first, second = slots(scheme, parts, rows, positions)
+    first, second = slots(parts, rows, positions)
     found: list[Tensor] = []
     for keys, part, codec in zip((True, False), (parts.k, parts.v), scheme[:2], strict=True):
         tokens = _decoded(part, codec, scheme, keys, first, second)

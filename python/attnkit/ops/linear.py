@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from attnkit.errors import error
 from attnkit.ir.text import parse
 from attnkit.ops.check import check_flag, check_number, check_tensor, shape_of
 from attnkit.ops.recur import recur
-from attnkit.ops.tracing import assume_constant
+from attnkit.ops.tracing import kept
 from attnkit.variants import linear
 
 State = Tensor | tuple[Tensor, Tensor]
@@ -153,18 +152,12 @@ def _pair(initial_state: Any, normalize: bool) -> tuple[Any, Any]:
     return initial_state, None
 
 
-@assume_constant
-def program_text(*member: Any) -> str:
-    """The canonical text of a member of the family. Raises as `_program_text`."""
-    return _program_text(*member)
-
-
-@lru_cache(maxsize=1024)
-def _program_text(
+@kept
+def program_text(
     gate: int | None, beta: bool, bonus: bool, initial: bool, initial_norm: bool, packed: bool, qk_norm: str,
     feature_map: str, normalize: bool, causal: bool, scale: float | None,
 ) -> str:  # fmt: skip
-    """``gate`` is its number of dimensions.
+    """The canonical text of a member of the family; ``gate`` is its number of dimensions.
 
     Raises:
         AttnkitError: AK220, what it has does not go together.

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.text import parse
-from attnkit.ops.check import NO_ROOM, autocasting, check_tensor, has_tangent, needs_derivatives, no_room
+from attnkit.ops.check import (
+    NO_ROOM,
+    autocasting,
+    check_tensor,
+    has_tangent,
+    needs_derivatives,
+    no_room,
+    without_derivatives,
+)
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.gradients import once
 from attnkit.ops.recur_checks import CHUNKS, Call, check_call, states_of
@@ -34,6 +42,7 @@ _lib.define(
 
 Results = tuple[Tensor, Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor, list[Tensor]]
+_NO_SECOND_DERIVATIVES = "recurrences have no second derivatives"
 
 
 def recur(
@@ -253,17 +262,6 @@ def _backward_fake(*args: Any) -> Gradients:
     return contiguous[0], contiguous[1], contiguous[2], contiguous[3:]
 
 
-def _backward_autograd(*args: Any) -> Gradients:
-    tensors = [
-        t for each in args for t in (each if isinstance(each, list) else [each]) if isinstance(t, Tensor)
-    ]
-    if needs_derivatives(tensors):
-        what = "recurrences have no second derivatives"
-        raise error("AK503", where="torch.ops.attnkit.recur_backward", what=what)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.attnkit.recur_backward.default(*args)  # type: ignore[no-any-return]
-
-
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -288,7 +286,7 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        return once(lambda: _backward(ctx, *cotangents), "recurrences have no second derivatives (AK503)")
+        return once(lambda: _backward(ctx, *cotangents), _NO_SECOND_DERIVATIVES)
 
 
 def _backward(ctx: Any, d_o: Tensor, d_state: Tensor, d_norm: Tensor) -> tuple[Tensor | None, ...]:
@@ -326,6 +324,7 @@ _lib.impl("recur", _kernel, "CPU")
 _lib.impl("recur", _autograd, "AutogradCPU")
 _lib.impl("recur", autocasting(torch.ops.attnkit.recur.default), "AutocastCPU")
 _lib.impl("recur_backward", _backward_kernel, "CPU")
-_lib.impl("recur_backward", _backward_autograd, "AutogradCPU")
+_once = without_derivatives(torch.ops.attnkit.recur_backward.default, _NO_SECOND_DERIVATIVES)
+_lib.impl("recur_backward", _once, "AutogradCPU")
 torch.library.register_fake("attnkit::recur", _fake, lib=_lib)
 torch.library.register_fake("attnkit::recur_backward", _backward_fake, lib=_lib)

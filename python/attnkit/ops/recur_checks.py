@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_tensor, shape_of
+from attnkit.ops.check import check_tensor, shape_of, shapes_of
 from attnkit.plan.recurrence import Recurrence
 
 CHUNKS = (16, 32, 64, 128)
@@ -63,12 +63,14 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.is_floating_point():
         raise error("AK404", where="q", given=str(q.dtype), allowed="float32, bfloat16 or float16")
     if not (q.shape[0] == k.shape[0] == v.shape[0] and q.shape[2] == k.shape[2] == v.shape[2]):
-        raise error("AK403", where="q, k, v", given=_shapes(q, k, v), allowed="one batch size and one length")
+        raise error(
+            "AK403", where="q, k, v", given=shapes_of(q, k, v), allowed="one batch size and one length"
+        )
     if q.shape[3] != k.shape[3] or q.shape[3] == 0 or v.shape[3] == 0:
         raise error(
             "AK403",
             where="q, k, v",
-            given=_shapes(q, k, v),
+            given=shapes_of(q, k, v),
             allowed="q and k of one head_dim, dims of at least 1",
         )
 
@@ -80,14 +82,10 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise error(
             "AK407",
             where="q, k, v",
-            given=_shapes(q, k, v),
+            given=shapes_of(q, k, v),
             allowed=allowed,
             hint="repeat the heads that are fewer",
         )
-
-
-def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
-    return f"q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
 
 
 def _check_lengths(cu: Tensor, q: Tensor) -> None:

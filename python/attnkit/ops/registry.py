@@ -22,7 +22,7 @@ from attnkit.ops.check import (
     needs_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
-from attnkit.ops.gradients import Direct, ThroughOps, Way, differentiable
+from attnkit.ops.gradients import Way, differentiable
 from attnkit.ops.warm import (
     has_backward,
     is_below_autograd,
@@ -130,26 +130,25 @@ def _with_gradients(call: Call, *, plain: bool) -> tuple[Tensor, Tensor | None]:
         check_bindings(parse(program), q, k, buffers, params, seed)
     if has_tangent(tensors) or (not plain and any(map(is_transformed, tensors))):
         return _on_torch(call, "forward-mode derivatives and function transforms")
-    way: Way
+    found = None
     try:
         if plain:
             found = ready(program, q, k, v)
-            way, goes, prepared = Direct(found, params, need_lse), found.differentiable, found.prepared
+            goes, prepared = found.differentiable, found.prepared
         else:
             dims = [
                 n if type(n) is int else 1 for n in (q.shape[3], v.shape[3])
             ]  # symbolic in a dynamic graph
             dtype = str(q.dtype).removeprefix("torch.")
             prepared = prepare(program, dtype, dims[0], dims[1], q.device.type, precision=precision(q))
-            way, goes = ThroughOps(program, params), has_backward(prepared)
+            goes = has_backward(prepared)
     except AttnkitError as exc:
         if exc.code != "AK502":
             raise
         return _on_torch(call, f"gradients of {q.dtype} tensors")
     if not goes:
         return _on_torch(call, f"gradients on backend {prepared.backend!r}")
-    o, lse = differentiable(way, tensors, seed, plain)
-    return o, lse if need_lse else None
+    return differentiable(Way(program, params, need_lse, found), tensors, seed)
 
 
 def _on_torch(call: Call, reason: str) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from attnkit.ir.mods import Mod, all_of, causal as causal_mask
 from attnkit.ops.attend_groups import attend_groups
 from attnkit.ops.check import (
     autocast,
+    below_autograd,
     check_absent,
     check_count,
     check_flag,
@@ -236,8 +237,10 @@ def within(
     if q.device.type not in ("cpu", "meta"):
         raise error("AK502", where="select", given=f"tensors on {q.device}", allowed="tensors on the CPU")
     if isinstance(select, Routing):
-        queries, keys = torch.ops.attnkit.route(q, k, *_arguments(select, q, k))
         shared = select.membership == "whole"
+        block = 0 if shared else BLOCK
+        how = select.centroids.detach(), select.cluster_size, select.qk_norm, block
+        queries, keys = torch.ops.attnkit.route(q, k, *how)
         if not shared:
             mask = all_of(causal_mask(), mask)
     else:
@@ -260,11 +263,6 @@ def within(
     numbers = [p.current() for p in params]
     o, lse, _ = attend_groups(q, k, v, queries, keys, shared, text, buffers, numbers, need_lse)
     return o, lse
-
-
-def _arguments(select: Routing, q: Tensor, k: Tensor) -> tuple[Any, ...]:
-    block = BLOCK if select.membership == "prefix" else 0
-    return select.centroids.detach(), select.cluster_size, select.qk_norm, block
 
 
 def _lists(q: Tensor, k: Tensor, centroids: Tensor, cluster_size: int, block: int) -> tuple[Tensor, Tensor]:
@@ -310,11 +308,6 @@ def _route_fake(
     return _lists(q, k, centroids, cluster_size, block)
 
 
-def _route_autograd(*args: Any) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():  # a choice has no gradient
-        return torch.ops.attnkit.route.default(*args)  # type: ignore[no-any-return]
-
-
 _lib.impl("route", _route, "CPU")
-_lib.impl("route", _route_autograd, "AutogradCPU")
+_lib.impl("route", below_autograd(torch.ops.attnkit.route.default), "AutogradCPU")
 torch.library.register_fake("attnkit::route", _route_fake, lib=_lib)

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import NO_ROOM, autocasting, check_qkv, check_tensor, check_values, no_room
+from attnkit.ops.check import (
+    NO_ROOM,
+    autocasting,
+    below_autograd,
+    check_qkv,
+    check_tensor,
+    check_values,
+    no_room,
+)
 from attnkit.ops.counts import counts, recorder
 from attnkit.plan.selection import Selection, selection
 from attnkit.runtime import prepare
@@ -86,12 +94,7 @@ def _fake(q: Tensor, k: Tensor, program: str, buffers: list[Tensor], params: lis
     return _chosen(_check(q, k, program, buffers, params), q, k)
 
 
-def _autograd(*args: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():  # a choice has no gradient
-        return torch.ops.attnkit.select.default(*args)  # type: ignore[no-any-return]
-
-
 _lib.impl("select", _kernel, "CPU")
-_lib.impl("select", _autograd, "AutogradCPU")
+_lib.impl("select", below_autograd(torch.ops.attnkit.select.default), "AutogradCPU")
 _lib.impl("select", autocasting(torch.ops.attnkit.select.default), "AutocastCPU")
 torch.library.register_fake("attnkit::select", _fake, lib=_lib)

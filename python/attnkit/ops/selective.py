@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from attnkit.ops.check import (
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.traced import Traceable, bind
-from attnkit.ops.tracing import assume_constant
+from attnkit.ops.tracing import kept
 from attnkit.plan.carried import RESULTS
 
 
@@ -214,14 +213,9 @@ def _beside(q: Tensor, cache: KVCache) -> Tensor:
     return q.to(torch.get_autocast_dtype("cpu") if k is None else k.dtype)
 
 
-@assume_constant
+@kept
 def selective_text(text: str, head: int, budget: int | None, initial: bool, tau: float | None = None) -> str:
     """The program of softmax attention, with selection added to it; with ``tau`` its lse is the logarithm of the memory."""
-    return _selective_text(text, head, budget, initial, tau)
-
-
-@lru_cache(maxsize=1024)
-def _selective_text(text: str, head: int, budget: int | None, initial: bool, tau: float | None) -> str:
     program = parse(text)
     op, own = program.attend, parse(_OWN).attend.mask
     assert own is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,7 @@ from attnkit.ops import block_choice
 from attnkit.ops.block_choice import Operands
 from attnkit.ops.check import autocast, check_flag, check_number, check_qkv, check_scale
 from attnkit.ops.registry import attend
-from attnkit.ops.tracing import assume_constant
+from attnkit.ops.tracing import assume_constant, kept
 from attnkit.variants.sequences import CAUSAL
 from attnkit.variants.sparge import KV_TILE, Q_TILE
 
@@ -279,14 +278,9 @@ def density_of(chosen: Tensor | None, q_shape: Sequence[int], kv_len: int, past:
 # --- programs ---------------------------------------------------------------------------------------------
 
 
-@assume_constant
+@kept
 def select_text(rule: str, causal: bool, smooth: bool) -> str:
     """The program that chooses tiles; its params are the rule's number and the similarity."""
-    return _select_text(rule, causal, smooth)
-
-
-@lru_cache
-def _select_text(rule: str, causal: bool, smooth: bool) -> str:
     smoothing = [
         f"kmean = pool(k, size = {2**31 - 1}, how = mean)",
         "smooth = map(k, kmean) { value = x - y }",
@@ -306,18 +300,11 @@ def _select_text(rule: str, causal: bool, smooth: bool) -> str:
     return parse("\n".join(lines)).text
 
 
-@assume_constant
+@kept
 def attend_text(
     mapped: bool, causal: bool, int8: bool, smooth: bool, skips: bool, scale: float | None
 ) -> str:
     """The program that attends to chosen tiles: buffer b0 says which, where some are not; p0 is what it skips."""
-    return _attend_text(mapped, causal, int8, smooth, skips, scale)
-
-
-@lru_cache(maxsize=1024)
-def _attend_text(
-    mapped: bool, causal: bool, int8: bool, smooth: bool, skips: bool, scale: float | None
-) -> str:
     masks = [f"b0[b, h, q_idx // {Q_TILE}, kv_idx // {KV_TILE}]"] * mapped + [f"({CAUSAL})"] * causal
     body = f"mask = {' & '.join(masks)}" if masks else ""
     declared = "buffers(b0: bool[4]) " * mapped + "params(p0: f32)" * skips

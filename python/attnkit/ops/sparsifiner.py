@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from attnkit.ir.mods import MaskFunction, causal as causal_mask
 from attnkit.ir.text import parse
 from attnkit.ops.block_choice import Operands, choose
 from attnkit.ops.check import check_count, check_flag, check_number, check_tensor, shape_of
-from attnkit.ops.tracing import assume_constant
+from attnkit.ops.tracing import kept
 from attnkit.variants.sequences import CAUSAL
 
 
@@ -89,13 +88,8 @@ def sparsifiner(
     return Sparsifiner(low, up, f"threshold = {number!r}", causal)
 
 
-@assume_constant
+@kept
 def _text(rule: str, causal: bool) -> str:
-    return _program_text(rule, causal)
-
-
-@lru_cache(maxsize=1024)
-def _program_text(rule: str, causal: bool) -> str:
     lines = [
         "attnkit 1",
         "program (q: bhsd, k: bhsd) {",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import lru_cache, wraps
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class TorchParam(Param):
         return apply(func, args, kwargs)
 
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -52,6 +54,17 @@ def assume_constant(function: Callable[..., T]) -> Callable[..., T]:
     """`torch.compiler.assume_constant_result`, which imports the compiler, and with it a Triton that may be broken."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def kept(function: Callable[P, T]) -> Callable[P, T]:
+    """`lru_cache`, whose results `torch.compile` takes for constants; of the bare one it would warn."""
+    found = lru_cache(maxsize=1024)(function)
+
+    @wraps(function)
+    def look_up(*args: P.args, **kwargs: P.kwargs) -> T:
+        return found(*args, **kwargs)  # type: ignore[arg-type]
+
+    return assume_constant(look_up)
 
 
 # --- what torch's functions do to traced numbers ----------------------------------------------------------

@@ -138,10 +138,10 @@ class Generator:
             lambda i, t: t.kind == "bhs" and (plain if t.axis is None else t.axis[1:] == axis[1:]) and fits(t)
         )
 
-    def _expr(self, op: type[Operation], dtype: DType, without: str = "", more: int = 3) -> Expr:
+    def _expr(self, op: type[Operation], dtype: DType, without: str = "") -> Expr:
         names = sorted(op.VARIABLES - set(without))
         return Expressions(self.rng, names, self.captured, self.num_params, self.tame).of(
-            dtype, self.rng.randint(1, more)
+            dtype, self.rng.randint(1, 3)
         )
 
     def _number(self, low: float, high: float) -> Expr:

@@ -79,11 +79,11 @@ class Tensor(tuple[Any, ...]):
 class CpuRig:
     """A problem on the CPU engine."""
 
-    def __init__(self, problem: Problem, seed: int = 0) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._backend = backends.get("cpu")
         self._space = self._backend.space(problem.spec)
-        self._tensors = _Tensors(problem, seed)
+        self._tensors = _Tensors(problem, 0)
 
     def run(self, config: Config) -> Callable[[], object]:
         """What is timed: one direction with a config of its fields, those of the other at their defaults."""
