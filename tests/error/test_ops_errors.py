@@ -437,12 +437,18 @@ def test_out_of_memory() -> None:
     assert done.stdout.splitlines() == ["AK603 backend cpu", "and goes on"], done.stderr
 
 
-def test_the_drop_in_leaves_what_is_not_aligned_to_torch() -> None:
-    q = misaligned(B, H, S, D)
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("met", [False, True], ids=["not met", "met"])
+def test_the_drop_in_leaves_what_is_not_aligned_to_torch(met: bool, grad: bool) -> None:
+    ak.runtime.clear()
+    if met:  # tensors like these, but for where they lie
+        ak.scaled_dot_product_attention(*[torch.zeros(B, H, S, D)] * 3)
+    q = misaligned(B, H, S, D).requires_grad_(grad)
     with ak.installed():
         o = torch.nn.functional.scaled_dot_product_attention(q, q, q)
         report = ak.installed_report()
     assert not o.any()
+    assert o.requires_grad == grad
     assert report.attnkit == 0
     assert list(report.torch) == ["tensor that is not aligned"]
 

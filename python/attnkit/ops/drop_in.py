@@ -57,37 +57,49 @@ def _override(
     args = (query, key, value, attn_mask, dropout_p, is_causal)
     if torch_sdpa.bypassed():
         return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
-    if (found := sdpa.at_a_glance(*args, scale, enable_gqa)) is not None:
+    try:
+        found = sdpa.at_a_glance(*args, scale, enable_gqa)
+    except AttnkitError:
+        found = None  # below there is more to say to it
+    if found is not None:
         counts.take()
         return found
     tensors = (query, key, value) if attn_mask is None else (query, key, value, attn_mask)
-    unwatched = is_unwatched(tensors)
-    if has_tangent(tensors) or (not unwatched and any(map(is_transformed, tensors))):
-        form: sdpa.Form | str = "forward-mode derivatives and function transforms"
-    else:
-        form = sdpa.express(*args, scale, enable_gqa)
-    if not isinstance(form, str):
-        try:
-            o = sdpa.run(form, query, unwatched)
-        except AttnkitError as exc:
-            if exc.code != "AK607":
-                raise
-            form = "tensor that is not aligned"  # which shows only in real memory, after tracing
-        else:
-            counts.take()
-            return o
+    if isinstance(reason := _computed(tensors, *args, scale, enable_gqa), Tensor):
+        counts.take()
+        return reason
     if (record := recorder()) is not None:
         if is_plain(tensors):
-            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
+            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=reason)
             heads = (query.shape[:-2],) if enable_gqa else (t.shape[:-2] for t in (query, key, value))
             lead = torch.broadcast_shapes(*heads)  # type: ignore[no-untyped-call]
             return query.new_zeros((*lead, query.shape[-2], value.shape[-1]))
         # A graph is being captured: it must not capture zeros. Of the several passes the first one tells.
         if isinstance(query, FakeTensor):
-            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=form)
+            record(prepared=None, q=query, k=key, v=value, buffers=[], params=[], reason=reason)
     else:
-        counts.decline(form)
+        counts.decline(reason)
     return torch_sdpa.decompose(*args, scale=scale, enable_gqa=enable_gqa)
+
+
+def _computed(tensors: tuple[Tensor, ...], query: Tensor, *others: Any) -> Tensor | str:
+    """The output, or why torch is to compute it."""
+    unwatched = is_unwatched(tensors)
+    if has_tangent(tensors) or (not unwatched and any(map(is_transformed, tensors))):
+        return "forward-mode derivatives and function transforms"
+    form = sdpa.express(query, *others)
+    if isinstance(form, str):
+        return form
+    try:
+        return sdpa.run(form, query, unwatched)
+    except AttnkitError as exc:
+        if exc.code != "AK607":
+            raise
+        return "tensor that is not aligned"  # which shows only in real memory, after tracing
+    except (NotImplementedError, TypeError):  # what torch makes of a NotImplemented; DTensor says it itself
+        if unwatched:
+            raise
+        return "tensor subclass or mode that knows torch's own ops alone"
 
 
 class _Override:
