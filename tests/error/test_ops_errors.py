@@ -130,6 +130,10 @@ CALLS: dict[str, tuple[str, str, Call]] = {
     "dropout above 1": ("AK401", "dropout_p", lambda: attention(dropout_p=1.5)),
     "dropout below 0": ("AK401", "dropout_p", lambda: attention(dropout_p=-0.1)),
     "dropout of torch's function": ("AK401", "dropout_p", lambda: ak.scaled_dot_product_attention(Q, Q, Q, dropout_p=1.1)),
+    "causal of torch's function": ("AK402", "is_causal", lambda: ak.scaled_dot_product_attention(Q, Q, Q, is_causal=[])),
+    "gqa of torch's function": ("AK402", "enable_gqa", lambda: ak.scaled_dot_product_attention(Q, Q, Q, enable_gqa="no")),
+    "causal of another alignment": ("AK402", "causal", lambda: dense(causal="top_left")),
+    "causal over a cache": ("AK402", "causal", lambda: ak.quantized_kv_attention(Q, ak.KVCache(B, HKV, D, max_len=S), causal="no")),
     "dropout param above 1": ("AK401", "dropout", lambda: op(text=DROPOUT, params=[1.5], seed=SEED)),
     "seed and no dropout": ("AK408", "seed", lambda: op(seed=SEED)),
     "dropout and no seed": ("AK402", "seed", lambda: op(text=DROPOUT, params=[0.5])),
@@ -437,18 +441,19 @@ def test_out_of_memory() -> None:
     assert done.stdout.splitlines() == ["AK603 backend cpu", "and goes on"], done.stderr
 
 
-@pytest.mark.parametrize("met", [False, True])
-def test_the_drop_in_leaves_what_is_not_aligned_to_torch(met: bool) -> None:
-    """Also where tensors of these shapes were met before."""
-    sdpa, q = torch.nn.functional.scaled_dot_product_attention, misaligned(B, H, S, D)
-    clear()
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("met", [False, True], ids=["not met", "met"])
+def test_the_drop_in_leaves_what_is_not_aligned_to_torch(met: bool, grad: bool) -> None:
+    ak.runtime.clear()
+    if met:  # tensors like these, but for where they lie
+        ak.scaled_dot_product_attention(*[torch.zeros(B, H, S, D)] * 3)
+    q = misaligned(B, H, S, D).requires_grad_(grad)
     with ak.installed():
-        if met:
-            sdpa(*[q.clone()] * 3)
-        o = sdpa(q, q, q)
+        o = torch.nn.functional.scaled_dot_product_attention(q, q, q)
         report = ak.installed_report()
     assert not o.any()
-    assert report.attnkit == int(met)
+    assert o.requires_grad == grad
+    assert report.attnkit == 0
     assert list(report.torch) == ["tensor that is not aligned"]
 
 

@@ -372,6 +372,22 @@ def test_export_of_functions(strict: bool, randn: Any) -> None:
 
 
 @LEAF_SPEC
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # entering a mode is one
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_flag_that_depends_on_a_length(strict: bool, randn: Any) -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            o = ak.scaled_dot_product_attention(q, q, q, is_causal=q.shape[2] > 1)
+            return o + ak.dense_attention(q, q, q, causal=q.shape[2] > 1)  # type: ignore[operator]
+
+    q = randn(1, HEADS, 17, 8)
+    lengths = {"q": {2: torch.export.Dim("S", min=2, max=64)}}
+    exported = torch.export.export(Attention(), (q,), dynamic_shapes=lengths, strict=strict)
+    for x in (q, randn(1, HEADS, 29, 8)):
+        assert torch.equal(exported.module()(x), Attention()(x))
+
+
+@LEAF_SPEC
 def test_export(randn: Any) -> None:
     torch.manual_seed(0)
     block, x = Block().eval(), randn(2, 17, HEADS * DIM)

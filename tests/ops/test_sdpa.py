@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map_only
 
 import attnkit as ak
 
@@ -363,6 +364,45 @@ def test_what_lies_beside_plain_tensors(randn: Any) -> None:
             actual = function()
         assert isinstance(actual, Tensor)
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+class OfTorchAlone(Tensor):
+    """A wrapper that passes on the ops it knows: torch's."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls: type["OfTorchAlone"], inner: Tensor) -> "OfTorchAlone":
+        wrapper = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, requires_grad=inner.requires_grad
+        )
+        wrapper.inner = inner.detach()
+        return wrapper  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "aten":
+            return NotImplemented
+        args, kwargs = tree_map_only(OfTorchAlone, lambda t: t.inner, (args, kwargs or {}))
+        return tree_map_only(Tensor, OfTorchAlone, func(*args, **kwargs))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_a_subclass_that_knows_torchs_ops_alone(grad: bool, randn: Any) -> None:
+    q, k, v = three(randn)
+    expected = sdpa(q, k, v, is_causal=True)
+    wrapped = [OfTorchAlone(t.clone().requires_grad_(grad)) for t in (q, k, v)]
+    with ak.installed():
+        for _ in range(2):
+            o = sdpa(*wrapped, is_causal=True)
+            assert torch.equal(o.inner, expected)
+        report = ak.installed_report()
+    assert (report.attnkit, sum(report.torch.values())) == (0, 2)
+    if grad:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        wanted = torch.autograd.grad(sdpa(*leaves, is_causal=True).sum(), leaves)
+        found = torch.autograd.grad(o.sum(), wrapped)
+        assert all(torch.equal(f.inner, w) for f, w in zip(found, wanted, strict=True))
 
 
 # --- install and uninstall ----------------------------------------------------------------------------------

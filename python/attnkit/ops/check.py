@@ -141,8 +141,8 @@ def check_count(name: str, value: Any, least: int, most: int | None = None) -> N
 
 
 def check_flag(name: str, value: Any) -> None:
-    """AK402 unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+    """AK402 unless ``value`` is True or False, or in a graph of symbolic shapes what decides one of them."""
+    if not isinstance(value, (bool, torch.SymBool)):
         raise error("AK402", where=name, given=type(value).__name__, allowed="True or False")
 
 

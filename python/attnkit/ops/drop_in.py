@@ -89,7 +89,16 @@ def _computed(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | Non
     if has_tangent(tensors) or (not unwatched and any(map(is_transformed, tensors))):
         return "forward-mode derivatives and function transforms"
     form = sdpa.express(query, key, value, attn_mask, *how)
-    return form if isinstance(form, str) else sdpa.run(form, query, unwatched)
+    if isinstance(form, str):
+        return form
+    try:
+        return sdpa.run(form, query, unwatched)
+    except AttnkitError:
+        raise
+    except (NotImplementedError, TypeError):  # what torch makes of a NotImplemented; DTensor says it itself
+        if unwatched:
+            raise
+        return "tensor subclass or mode that knows torch's own ops alone"
 
 
 class _Override:

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnkit import backends
 from attnkit.errors import error
 from attnkit.ops.at_once import at_once
-from attnkit.ops.check import autocast, check_number, check_probability, check_tensor
+from attnkit.ops.check import autocast, check_flag, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
 from attnkit.ops.warm import is_unwatched
@@ -234,9 +234,11 @@ def scaled_dot_product_attention(
         ``[..., Hq, L, Ev]`` in the query's dtype.
 
     Raises:
-        AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
-            required and torch's op cannot stand in.
+        AttnkitError: AK401, AK402, a flag or a number is none; AK504, a form that attnkit does not take, with the reason;
+            AK503, derivatives in forward mode are required and torch's op cannot stand in.
     """
+    check_flag("is_causal", is_causal)
+    check_flag("enable_gqa", enable_gqa)
     dropout_p = check_probability("dropout_p", dropout_p)
     if scale is not None:
         scale = check_number("scale", scale)
