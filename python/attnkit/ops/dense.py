@@ -17,7 +17,7 @@ from attnkit.ir.mods import (
     softcap as softcap_score,
     window as window_mask,
 )
-from attnkit.ops.check import check_function, check_tensor, shape_of
+from attnkit.ops.check import check_flag, check_function, check_tensor, shape_of
 from attnkit.ops.functional import Output, attention
 from attnkit.ops.kv_cache import KVCache
 
@@ -67,6 +67,7 @@ def dense_attention(
     Raises:
         AttnkitError: as `attention`; AK406 for a window that is not a pair.
     """
+    check_flag("causal", causal)
     check_function("mask", mask)
     check_function("score", score)
     distance = None if alibi_slopes is None else alibi_score(alibi_slopes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from attnkit import backends
 from attnkit.errors import error
 from attnkit.ops.at_once import at_once
-from attnkit.ops.check import autocast, check_number, check_probability, check_tensor
+from attnkit.ops.check import autocast, check_flag, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
 from attnkit.ops.warm import is_unwatched
@@ -44,7 +44,10 @@ def at_a_glance(
     """A call, by `at_once`; None where that is not to be. Not for dynamo to look into."""
     if attn_mask is not None or dropout_p != 0.0:
         return None
-    if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
+    try:
+        if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
+            return None
+    except (AttributeError, RuntimeError):  # no tensors, or nested ones: which is said elsewhere
         return None
     return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value)
 
@@ -236,12 +239,16 @@ def scaled_dot_product_attention(
         ``[..., Hq, L, Ev]`` in the query's dtype.
 
     Raises:
-        AttnkitError: AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
+        AttnkitError: AK401, AK402, an argument is no such number, flag or tensor; AK504, a form that attnkit does not take, with the reason; AK503, derivatives in forward mode are
             required and torch's op cannot stand in.
     """
     dropout_p = check_probability("dropout_p", dropout_p)
     if scale is not None:
         scale = check_number("scale", scale)
+    flags: Any = is_causal, enable_gqa
+    if flags[0].__class__ is not bool or flags[1].__class__ is not bool:
+        check_flag("is_causal", is_causal)
+        check_flag("enable_gqa", enable_gqa)
     how = attn_mask, dropout_p, is_causal, scale, enable_gqa
     compiles = torch.compiler.is_compiling()
     if not compiles and (o := at_a_glance(query, key, value, *how)) is not None:
