@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit import backends
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
 from attnkit.ops.at_once import at_once
 from attnkit.ops.check import autocast, check_flag, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
@@ -47,9 +47,13 @@ def at_a_glance(
     try:
         if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
             return None
-    except (AttributeError, RuntimeError):  # no tensors, or nested ones: which is said elsewhere
-        return None
-    return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value)
+        return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value)
+    except AttnkitError as exc:
+        if exc.code != "AK607":  # memory that is not aligned: only its strides were met before
+            raise
+    except (AttributeError, RuntimeError):  # no tensors, or nested ones
+        pass
+    return None  # the long way says what it is
 
 
 def express(
