@@ -91,3 +91,27 @@ def test_typed_names_are_the_lazy_names() -> None:
         for alias in node.names
     }
     assert typed == attnkit._HOMES
+
+
+def test_attention_adds_little_to_torch() -> None:
+    """Nothing that only a compiler or a configuration file needs: sympy alone takes as long as all of attnkit."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import attnkit
+attnkit.attention
+print({name.partition(".")[0] for name in set(sys.modules) - before} - {"attnkit", "numpy"})
+"""
+    assert run(code).strip() == "set()"
+
+
+def test_installing_brings_no_compiler() -> None:
+    """Which takes seconds; where there is none, no compiled graph has to be forgotten."""
+    code = """
+import sys, torch, attnkit
+q = torch.randn(1, 2, 8, 16)
+with attnkit.installed():
+    torch.nn.functional.scaled_dot_product_attention(q, q, q)
+print("torch._dynamo" in sys.modules, attnkit.installed_report().attnkit)
+"""
+    assert run(code).split() == ["False", "1"]

@@ -19,10 +19,15 @@ from attnkit.ops.warm import Ready, is_below_autograd, known, run
 _REFUSED = (ValueError, *NO_ROOM)
 
 
-def at_once(text: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
-    """``o`` of a program, with its gradients, or None: then it is for `attend`. Not for dynamo to look into."""
+def at_once(text: str, q: Tensor, k: Tensor, v: Tensor, *, share: bool = True) -> Tensor | None:
+    """``o`` of a program, with its gradients, or None: then it is for `attend`. Not for dynamo to look into.
+
+    ``share``: whether query heads may share those of k and v.
+    """
     ready: Ready | None = known(text, q, k, v)
     if ready is None or ready.launch is None or recorder() is not None or forward_ad._current_level >= 0:
+        return None
+    if ready.shared and not share:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return None if is_below_autograd() else _apply(ready, q, k, v)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ def install() -> None:
     first = _registration.add()
     try:
         if first:
-            torch.compiler.reset()
+            _forget_graphs()
     except BaseException:
         _registration.remove()
         raise
@@ -166,6 +167,12 @@ def install() -> None:
 def uninstall() -> None:
     """Undo one `install`; without one, do nothing."""
     if _registration.remove():
+        _forget_graphs()
+
+
+def _forget_graphs() -> None:
+    """Compiled graphs keep what they captured. Where nobody has compiled, the compiler is not imported for it."""
+    if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 

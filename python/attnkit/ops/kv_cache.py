@@ -102,9 +102,9 @@ class KVCache:
         }  # fmt: skip
         for name, n in numbers.items():
             check_count(name, n, 0 if name in ("batch", "residual") else 1, _MOST)
-        if page_size is not None:
-            check_count("page_size", page_size, 16, _MOST)
-        if page_size is not None and not is_page_size(page_size):
+        if page_size is not None and (
+            type(page_size) is not int or not is_page_size(page_size) or page_size > _MOST
+        ):
             raise error("AK401", where="page_size", given=repr(page_size), allowed=PAGE_SIZES)
         k_codec, v_codec = _codecs(codec)
         device = _device(device)

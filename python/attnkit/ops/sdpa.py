@@ -44,16 +44,13 @@ def at_a_glance(
     """A call, by `at_once`; None where that is not to be. Not for dynamo to look into."""
     if attn_mask is not None or dropout_p != 0.0:
         return None
+    text = _cached_text(is_causal, scale, 0.0, None, None)
     try:
-        if not enable_gqa and query.shape[:-2] != key.shape[:-2]:
-            return None
-        return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value)
+        return at_once(text, query, key, value, share=enable_gqa)
     except AttnkitError as exc:
-        if exc.code != "AK607":  # memory that is not aligned: only its strides were met before
+        if exc.code != "AK607":  # memory that is not aligned: only its sizes were met before
             raise
-    except (AttributeError, RuntimeError):  # no tensors, or nested ones
-        pass
-    return None  # the long way says what it is
+        return None  # the long way leaves it to torch
 
 
 def express(

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
 
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.functions import FUNCTIONS, METHODS, Function
@@ -234,6 +233,9 @@ class TorchContext(Context):
 
         As a constant it would compile anew for each value.
         """
+        # Known to the compiler, who has it; it brings sympy, which takes as long to import as all of attnkit.
+        from torch.fx.experimental.symbolic_shapes import has_static_value, statically_known_true
+
         if isinstance(value, TorchProxy):
             return value
         if not isinstance(value, (int, float)):

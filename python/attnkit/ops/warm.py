@@ -105,6 +105,7 @@ class Ready(NamedTuple):
     shape: tuple[int, ...]  # of o,
     stride: tuple[int, ...]  # laid out as [B, Sq, Hq, Dv]
     stride_of_lse: tuple[int, ...]
+    shared: bool  # query heads share those of k and v
     bound: bool  # the program has buffers, params or dropout
     ragged: bool
     automatic: bool  # nobody asked for this backend by name
@@ -161,6 +162,7 @@ def ready(text: str, q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> 
         getattr(prepared.kernel, "launch", None),
         *layout_of_output(q, v.shape[3]),
         stride_of_lse=torch.empty(q.shape[:3], device="meta").stride(),
+        shared=q.shape[1] != k.shape[1],
         bound=bool(program.buffers) or program.num_params > 0 or program.attend.dropout is not None,
         ragged=program.layout(program.attend.k).lengths is not None,
         automatic=backend == "auto",

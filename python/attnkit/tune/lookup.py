@@ -6,7 +6,6 @@ Nothing here measures. A kernel is prepared once for each bucket of lengths, and
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -158,6 +157,8 @@ def _path(variable: str, given: str | None) -> Path | None:
 
 @cache
 def _folder_of(pyproject: Path) -> Path:
+    import tomllib  # a quarter of the time that importing attnkit would take
+
     where = f"[tool.attnkit] tune-store of {pyproject}"
     try:
         with pyproject.open("rb") as file:
