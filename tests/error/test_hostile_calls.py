@@ -132,7 +132,7 @@ MASKS = [
     ak.document(i32(0, 0, 1, 1, 2, 2)),
     ak.prefix(3),
     ak.window(1, None),
-    ak.document(torch.ones(S)),
+    ak.document(torch.ones(S).bool()),
 ]
 KEYWORDS: dict[str, list[Any]] = {
     "score": SCORES, "mask": MASKS, "scale": NUMBERS, "dropout_p": [0.0, 0.0, *NUMBERS], "kv_lens": LENGTHS,

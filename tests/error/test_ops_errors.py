@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import AuxRequest
 import attnkit as ak
 import attnkit.ops  # defines torch.ops.attnkit
 from attnkit.errors import CODES
-from attnkit.runtime import clear, prepare
+from attnkit.runtime import prepare
 from attnkit.variants import vision
 
 B, H, HKV, S, D = 2, 4, 2, 6, 8

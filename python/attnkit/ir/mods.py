@@ -86,9 +86,14 @@ def softmax(sink: Any = None) -> Weighting:
 
 
 def sigmoid(bias: float | None = None) -> Weighting:
-    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse. AK402 if bias is no number."""
+    """Weights ``sigmoid(score + bias)``, each by itself (arXiv 2409.04431); None is ``-log(kv_len)``. No lse.
+
+    AK402 if bias is no number, AK401 if it is none that float32 can hold.
+    """
     if bias is not None and (isinstance(bias, bool) or not isinstance(bias, (int, float))):
         raise error("AK402", where="bias", given=type(bias).__name__, allowed="a number or None")
+    if bias is not None and not -_FLOAT32_MAX <= bias <= _FLOAT32_MAX:
+        raise error("AK401", where="bias", given=f"{bias}", allowed="a finite float32 number")
     return Weighting("none", score=partial(_sigmoid, bias))
 
 
@@ -151,11 +156,12 @@ def _window(left: int | None, right: int | None, b: Any, h: Any, q_idx: Any, kv_
 def document(q_ids: Any, kv_ids: Any = None) -> Mask:
     """Queries see the keys of their own document: ``q_ids[q_idx] == kv_ids[kv_idx]``.
 
-    Ids are int tensors ``[S]`` or ``[B, S]`` (else AK403); ``kv_ids`` defaults to ``q_ids``.
+    Ids are int tensors (else AK404) ``[S]`` or ``[B, S]`` (else AK403); ``kv_ids`` defaults to ``q_ids``.
     """
     kv_ids = q_ids if kv_ids is None else kv_ids
     for name, ids in (("q_ids", q_ids), ("kv_ids", kv_ids)):
         _require_rank(name, ids, (1, 2), "[S] or [B, S]")
+        _refuse_dtype(name, ids, _FLOATS, "ints")
     return Mask(partial(_document, q_ids, kv_ids))
 
 
@@ -164,12 +170,17 @@ def _document(q_ids: Any, kv_ids: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) 
 
 
 def prefix(n: Any) -> Mask:
-    """All queries see the first ``n`` keys; ``n`` is an int or an int tensor ``[B]`` (else AK403).
+    """All queries see the first ``n`` keys; ``n`` is an int of at least 0 (else AK401) or an int tensor ``[B]`` (else AK402 to AK404).
 
     A prefix language model is ``ak.prefix(n) | ak.causal()``.
     """
     if not isinstance(n, int):
         _require_rank("n", n, (1,), "an int or [B]")
+        _refuse_dtype("n", n, (*_FLOATS, "bool"), "ints")
+    elif isinstance(n, bool):
+        raise error("AK402", where="n", given="bool", allowed="an int, or a tensor [B] of them")
+    elif n < 0:
+        raise error("AK401", where="n", given=f"{n}", allowed="0 and more")
     return Mask(partial(_prefix, n))
 
 
@@ -182,7 +193,7 @@ def softcap(c: float | Param) -> ScoreFunction:
 
     Other numbers that are not positive in float32 are AK401, what is no number AK402.
     """
-    if not isinstance(c, (int, float, Param)):
+    if isinstance(c, bool) or not isinstance(c, (int, float, Param)):
         raise error("AK402", where="softcap", given=type(c).__name__, allowed="a number or an ak.param")
     if not isinstance(c, Param) and (c == 0 or c > _FLOAT32_MAX):
         return _unchanged
@@ -202,9 +213,10 @@ def _softcap(c: float | Param, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) 
 def alibi(slopes: Any) -> ScoreFunction:
     """``s - slope * distance``, the distance being that of bottom-right aligned positions.
 
-    ``slopes`` is a float32 tensor ``[Hq]`` or ``[B, Hq]`` (else AK403).
+    ``slopes`` is a float32 tensor ``[Hq]`` or ``[B, Hq]`` (else AK403); of bools AK404.
     """
     _require_rank("slopes", slopes, (1, 2), "[Hq] or [B, Hq]")
+    _refuse_dtype("slopes", slopes, ("bool",), "float32")
     return partial(_alibi, slopes)
 
 
@@ -215,9 +227,11 @@ def _alibi(slopes: Any, s: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 def bias(tensor: Any) -> ScoreFunction:
     """``s + tensor[...]`` for a float32 tensor ``[Sq, Skv]``, ``[H, Sq, Skv]`` or ``[B, H, Sq, Skv]``.
 
-    Dimensions of size 1 broadcast. Other ranks are AK403.
+    Dimensions of size 1 broadcast. Other ranks are AK403; of bools, which say who is visible, AK404.
     """
     _require_rank("bias", tensor, (2, 3, 4), "[Sq, Skv], [H, Sq, Skv] or [B, H, Sq, Skv]")
+    hint = "as a mask: lambda b, h, q_idx, kv_idx: tensor[q_idx, kv_idx]"
+    _refuse_dtype("bias", tensor, ("bool",), "float32", hint)
     return partial(_bias, tensor)
 
 
@@ -293,3 +307,13 @@ def _require_rank(name: str, tensor: Any, ranks: tuple[int, ...], allowed: str) 
         raise error("AK402", where=name, given=given, allowed=f"a tensor {allowed}") from None
     if len(shape) not in ranks:
         raise error("AK403", where=name, given=f"rank {len(shape)}", allowed=allowed)
+
+
+_FLOATS = ("float", "complex")
+
+
+def _refuse_dtype(name: str, tensor: Any, kinds: tuple[str, ...], allowed: str, hint: str = "") -> None:
+    """AK404 for a tensor of these kinds of elements, as the names of dtypes have them."""
+    dtype = str(tensor.dtype)
+    if any(kind in dtype for kind in kinds):
+        raise error("AK404", where=name, given=dtype, allowed=allowed, hint=hint)

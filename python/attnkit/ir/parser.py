@@ -63,9 +63,13 @@ class Parser:
     """One pass over one text; `program` gives the result."""
 
     def __init__(self, text: str) -> None:
+        if not isinstance(text, str):
+            raise error("AK402", where="text", given=type(text).__name__, allowed="a str")
         self._text = text
         if len(text) > MAX_TEXT:
-            raise error("AK101", given=f"{len(text)} characters", allowed=f"{MAX_TEXT}")
+            raise error(
+                "AK101", where="text", given=f"{len(text)} characters", allowed=f"{MAX_TEXT} characters"
+            )
         self._tokens = [
             _Token(match.lastgroup or "", match.group(), match.start())
             for match in _TOKEN.finditer(text)

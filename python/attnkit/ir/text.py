@@ -30,7 +30,8 @@ def parse(text: str) -> Program:
     Any names may be used in the text. Takes time linear in the length of the text.
 
     Raises:
-        AttnkitError: AK1xx with line and column if the text is malformed, AK2xx if the program is not legal.
+        AttnkitError: AK1xx with line and column if the text is malformed, AK2xx if the program is not legal, AK402 if it is
+            no str.
     """
     program = Parser(text).program()
     verify(program)

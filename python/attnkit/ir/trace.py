@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
 from attnkit.ir.functions import METHODS
 from attnkit.ir.optable import OPS, VARIABLES, DType
 from attnkit.ir.program import ELEMENT, NORMALIZERS, BufferDType
@@ -27,13 +27,18 @@ _BUFFER_DTYPES: dict[str, BufferDType] = {
 }  # fmt: skip
 
 
+_INDEX = ("b", "h", "q_idx", "kv_idx")
+
+
 class Param:
     """A run-time scalar: a number that may change from call to call without compiling anything anew."""
 
     def __init__(self, name: str, value: float | None = None) -> None:
         self.name = name
         self.reads = 0  # how often its value was asked for: a trace that did is not to be kept
-        self._value = None if value is None else float(value)
+        if not isinstance(name, str):
+            raise error("AK402", where="name", given=type(name).__name__, allowed="a str, for messages")
+        self._value = None if value is None else _number(value)
 
     @property
     def value(self) -> float:
@@ -43,7 +48,7 @@ class Param:
 
     @value.setter
     def value(self, value: float) -> None:
-        self._value = float(value)
+        self._value = _number(value)
         self.changed()
 
     def changed(self) -> None:
@@ -52,8 +57,22 @@ class Param:
     def current(self) -> float:
         """The value for a call, which is no read by the traced function."""
         if self._value is None:
-            raise error("AK401", what="param has no value", where=self.name, hint="assign param.value")
+            raise error("AK401", what="param has no value", where=self.name, given="None", allowed="a number",
+                        hint="assign param.value")  # fmt: skip
         return self._value
+
+
+def _number(value: Any) -> float:
+    """The value of a `Param`: AK402 if it is no number, AK401 if it is one beyond float."""
+    if not isinstance(value, (str, bytes, bool)):
+        try:
+            return float(value)
+        except OverflowError:
+            given = "an int beyond float"
+            raise error("AK401", where="value", given=given, allowed="a number that fits a float") from None
+        except (TypeError, ValueError, RuntimeError):  # the last: tensors without values
+            pass
+    raise error("AK402", where="value", given=type(value).__name__, allowed="a number")
 
 
 def param(name: str, value: float | None = None) -> Param:
@@ -283,21 +302,41 @@ def trace(
     """Run ``score(s, b, h, q_idx, kv_idx)`` and ``mask(b, h, q_idx, kv_idx)`` on proxies, once each.
 
     Raises:
-        AttnkitError: AK3xx if a function does what cannot be traced, AK201 if it mixes types.
+        AttnkitError: AK3xx if a function does what cannot be traced, AK201 if it mixes types, AK402 if it takes another
+            number of arguments.
     """
     context = context or Context()
-    index = ("b", "h", "q_idx", "kv_idx")
     score_text = mask_text = None
     if score is not None:
-        result = score(*[context.variable(name) for name in ("s", *index)])
+        result = _call("score", score, *[context.variable(name) for name in ("s", *_INDEX)])
         score_text, kind = _result(context, "score", result, ("float", "int"))
         if kind == "int":
             score_text = f"float({score_text})"
     if mask is not None:  # on proxies of its own: the score may have written to its own
-        mask_text, _ = _result(context, "mask", mask(*[context.variable(name) for name in index]), ("bool",))
+        mask_text, _ = _result(
+            context, "mask", _call("mask", mask, *[context.variable(name) for name in _INDEX]), ("bool",)
+        )
         if mask_text == "true":
             mask_text = None
     return Traced(context, score_text, mask_text)
+
+
+def _call(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``; AK402 where a function, or one that it is made of, takes another number of arguments."""
+    try:
+        return function(*args)
+    except AttnkitError:
+        raise
+    except TypeError as exc:
+        last: Any = exc.__traceback__
+        while last.tb_next is not None:
+            last = last.tb_next
+        if not last.tb_frame.f_globals.get("__name__", "").startswith(
+            ("attnkit.ir.", "attnkit.ops.")
+        ):  # the user's own
+            raise
+        allowed = f"a function of ({', '.join(('s', *_INDEX) if name == 'score' else _INDEX)})"
+        raise error("AK402", where=name, given=str(exc), allowed=allowed) from exc
 
 
 def _result(context: Context, name: str, value: Any, allowed: tuple[DType, ...]) -> tuple[str, DType]:

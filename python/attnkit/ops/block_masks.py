@@ -16,7 +16,7 @@ from attnkit.analysis.structure import EMPTY, FULL, PARTIAL, BlockCounts, Sizes,
 from attnkit.backends.cpu.backend import CpuKernel
 from attnkit.errors import error
 from attnkit.ir.mods import Mask, MaskFunction
-from attnkit.ops.check import check_tensor, shape_of
+from attnkit.ops.check import check_function, check_tensor, check_values_of, shape_of
 from attnkit.ops.traced import Traceable, bind
 from attnkit.runtime import prepare
 
@@ -121,6 +121,7 @@ class BlockMask(Mask):
                 blocks without a mask, or kinds other than 0, 1, 2.
         """
         check_tensor("blocks", blocks)
+        check_values_of("blocks", blocks)
         if blocks.dtype not in (torch.bool, torch.uint8):
             raise error("AK404", where="blocks", given=str(blocks.dtype), allowed="torch.bool, torch.uint8")
         if not 2 <= blocks.dim() <= 4:
@@ -166,10 +167,12 @@ class BlockMask(Mask):
         """
         for name, t in (("indptr", indptr), ("indices", indices)):
             check_tensor(name, t)
+            check_values_of(name, t)
             if t.dtype not in (torch.int32, torch.int64):
                 raise error("AK404", where=name, given=str(t.dtype), allowed="torch.int32, torch.int64")
         if full is not None:
             check_tensor("full", full)
+            check_values_of("full", full)
             if full.dtype != torch.bool:
                 raise error("AK404", where="full", given=str(full.dtype), allowed="torch.bool")
         sizes = _sizes(batch=1, heads=1, q_len=q_len, kv_len=kv_len, q_block=q_block, kv_block=kv_block)
@@ -209,9 +212,15 @@ class BlockMask(Mask):
         """Check that this mask was built for these queries and keys.
 
         Raises:
-            AttnkitValueError: AK409, other lengths; AK410, another batch size or number of heads.
+            AttnkitError: AK402, AK403, no such tensors; AK409, other lengths; AK410, another batch size or number of heads.
         """
         batch, heads, q_len, kv_len = self.shape
+        for name, t in (("q", q), ("k", k)):
+            check_tensor(name, t)
+            if t.dim() != 4:
+                raise error(
+                    "AK403", where=name, given=shape_of(t), allowed="[batch, heads, length, head_dim]"
+                )
         if (q_len, kv_len) != (q.shape[2], k.shape[2]):
             raise error(
                 "AK409", where="block_mask", given=f"one for {q_len} queries and {kv_len} keys",
@@ -297,8 +306,9 @@ def from_maps(
     """A block mask of ``full | (partial & mask)``, bool maps ``[B, H, nq, nk]``; without a mask, of ``full``.
 
     Raises:
-        AttnkitValueError: AK403, the maps do not fit the lengths.
+        AttnkitError: AK402, mask is no function; AK403, the maps do not fit the lengths.
     """
+    check_function("mask", mask)
     q_len, kv_len, q_block, kv_block = lengths_and_blocks
     sizes = _sizes(batch=full.shape[0], heads=full.shape[1], q_len=q_len, kv_len=kv_len,
                    q_block=q_block, kv_block=kv_block)  # fmt: skip

@@ -44,12 +44,35 @@ def check_tensor(name: str, t: Any, device: torch.device | None = None) -> None:
         raise error("AK402", where=name, given=type(t).__name__, allowed="a torch.Tensor")
     if t.is_nested:  # its layout is strided, and it has no shape
         raise error("AK402", where=name, given="a nested tensor", allowed="a tensor beside cu_seqlens")
+    if t.is_quantized:
+        raise error("AK402", where=name, given=f"a quantized tensor, {t.dtype}", allowed="a tensor of numbers",
+                    hint="call .dequantize()")  # fmt: skip
     if t.layout != torch.strided:
         raise error(
             "AK402", where=name, given=str(t.layout), allowed="a strided tensor", hint="call .to_dense()"
         )
     if device is not None and t.device != device:
         raise error("AK405", where=name, given=str(t.device), allowed=f"the device of q, {device}")
+
+
+def check_values_of(name: str, t: Tensor) -> None:
+    """AK606 for a tensor whose values have to be looked at, and that has none."""
+    if t.is_meta:
+        raise error("AK606", where=name, given="a meta tensor", allowed="a tensor with values",
+                    hint="make it on the device of q")  # fmt: skip
+
+
+def check_float(name: str, t: Any) -> None:
+    """AK402 unless ``t`` is a tensor, AK404 unless it is of floating point."""
+    check_tensor(name, t)
+    if not t.is_floating_point():
+        raise error("AK404", where=name, given=str(t.dtype), allowed="floating point")
+
+
+def check_captured(buffers: Sequence[Any], q: Tensor) -> None:
+    """AK402 or AK405 unless what functions capture, ``buffers``, are tensors on the device of q."""
+    for i, buffer in enumerate(buffers):
+        check_tensor(f"captured tensor b{i}", buffer, q.device)
 
 
 def autocast(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
@@ -111,7 +134,7 @@ def without_derivatives(op: Any, what: str) -> Callable[..., Any]:
 
 def check_number(name: str, value: Any) -> float:
     """``value`` as a float. AK402 if it is no number, AK401 if it does not fit."""
-    if not isinstance(value, (int, float, np.number)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
         raise error("AK402", where=name, given=type(value).__name__, allowed="a number")
     try:
         return float(value)
@@ -380,6 +403,7 @@ def check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
             "AK408",
             where="cu_seqlens_q, cu_seqlens_kv",
             what="one is given without the other",
+            given="cu_seqlens_kv alone" if cu_seqlens_q is None else "cu_seqlens_q alone",
             allowed="both or neither",
         )
     if cu_seqlens_q is not None and kv_lens is not None:
@@ -387,6 +411,7 @@ def check_lengths(cu_seqlens_q: Any, cu_seqlens_kv: Any, kv_lens: Any) -> None:
             "AK408",
             where="kv_lens",
             what="packed and padded lengths exclude each other",
+            given="cu_seqlens_q and kv_lens",
             allowed="one of them",
         )
     for name, lengths in (

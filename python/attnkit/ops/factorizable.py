@@ -10,13 +10,14 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_flag, check_number, check_tensor
+from attnkit.ops.check import check_count, check_flag, check_float, check_number, check_tensor
 from attnkit.ops.recur import recur
 from attnkit.ops.tracing import kept
 from attnkit.variants import factorizable
 
 State = tuple[Tensor, Tensor]
 _CHUNK = 64
+_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _SERIES = (1.0, 1.0, 0.5)  # of the exponential
 
 
@@ -64,8 +65,7 @@ def factorizable_attention(
         check_tensor(name, t)
     for name, flag in (("causal", causal), ("return_state", return_state)):
         check_flag(name, flag)
-    if order not in (1, 2):
-        raise error("AK401", where="order", given=repr(order), allowed="1 or 2")
+    check_count("order", order, 1, 2)
     if qk_norm not in (None, "none", "l2", "layer"):
         raise error("AK401", where="qk_norm", given=repr(qk_norm), allowed="'l2', 'layer', None",
                     hint="a norm over the whole sequence would let every token see every other")  # fmt: skip
@@ -91,8 +91,8 @@ def _numbers(coefficients: Any, order: int) -> tuple[float, ...]:
     if not isinstance(coefficients, (tuple, list)) or len(coefficients) != order + 1:
         raise error("AK401", where="coefficients", given=repr(coefficients), allowed=f"{order + 1} numbers")
     numbers = tuple(check_number("coefficients", a) for a in coefficients)
-    if not all(map(math.isfinite, numbers)):
-        raise error("AK401", where="coefficients", given=repr(coefficients), allowed="finite numbers")
+    if not all(abs(a) <= _FLOAT32_MAX for a in numbers):
+        raise error("AK401", where="coefficients", given=repr(coefficients), allowed="finite float32 numbers")
     return numbers
 
 
@@ -104,7 +104,7 @@ def _state(initial_state: Any) -> list[Tensor]:
             "AK402", where="initial_state", given=type(initial_state).__name__, allowed="the pair (M, z)"
         )
     for t in initial_state:
-        check_tensor("initial_state", t)
+        check_float("initial_state", t)
     return [t.float() for t in initial_state]
 
 

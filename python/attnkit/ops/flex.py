@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.mods import Mod
-from attnkit.ops.check import autocast, check_number, check_qkv, shape_of
+from attnkit.ops.check import autocast, check_flag, check_number, check_qkv, shape_of
 from attnkit.ops.functional import attention
 
 
@@ -50,6 +50,8 @@ def flex_attention(
         AttnkitError: AK3xx, a function cannot be traced; AK4xx, an argument is wrong: AK407 also for differing heads
             without ``enable_gqa``; AK504, ``max_scores``; and as `attnkit.attention`.
     """
+    check_flag("enable_gqa", enable_gqa)
+    check_flag("return_lse", return_lse)
     key, value = _batches(query, key, value, block_mask)
     query, key, value = autocast(query, key, value)
     check_qkv(query, key, value)
@@ -61,7 +63,7 @@ def flex_attention(
             "AK402", where="kernel_options", given=type(kernel_options).__name__, allowed="a dict, or None"
         )
     score_mod, scale = _scaled(score_mod, scale)
-    want_lse = _check_aux(return_aux, bool(return_lse)) or bool(return_lse)
+    want_lse = _check_aux(return_aux, return_lse) or return_lse
     result = attention(
         query, key, value, score=score_mod, block_mask=block_mask, scale=scale, return_lse=want_lse
     )
@@ -78,7 +80,7 @@ def flex_attention(
 def _batches(query: Any, key: Any, value: Any, block_mask: Any) -> tuple[Any, Any]:
     """One set of keys and values for all queries, where a block mask tells the queries apart (paged attention)."""
     tensors = all(isinstance(t, Tensor) and t.dim() == 4 for t in (query, key, value))
-    if block_mask is None or not tensors or key.shape[0] != 1 or query.shape[0] == 1:
+    if not hasattr(block_mask, "shape") or not tensors or key.shape[0] != 1 or query.shape[0] == 1:
         return key, value
     if block_mask.shape[0] != query.shape[0] or value.shape[0] != 1:
         given = f"query {shape_of(query)}, key {shape_of(key)}, a block mask for batch {block_mask.shape[0]}"

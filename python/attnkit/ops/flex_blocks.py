@@ -23,13 +23,16 @@ from attnkit.ops.traced import Traceable, bind
 _sliced: Any = getattr(flex, "_sliced_mask_mod_error", None)
 
 
-def from_torch(blocks: TorchBlockMask) -> BlockMask:
+def from_torch(blocks: Any) -> BlockMask:
     """What FlexAttention computes with ``blocks``: full blocks, and the pairs of partial ones that mask_mod lets through.
 
     Raises:
-        AttnkitValueError: AK401, a slice that has lost its mask_mod; AK409, one whose rows are not those of its
+        AttnkitError: AK402, no such mask; AK401, a slice that has lost its mask_mod; AK409, one whose rows are not those of its
             lengths; AK411, lists that are no lists of blocks.
     """
+    if not isinstance(blocks, TorchBlockMask):
+        allowed = "torch.nn.attention.flex_attention.BlockMask"
+        raise error("AK402", where="blocks", given=type(blocks).__name__, allowed=allowed)
     q_len, kv_len = blocks.seq_lengths
     q_block, kv_block = blocks.BLOCK_SIZE
     if _sliced is not None and blocks.mask_mod is _sliced:

@@ -20,6 +20,8 @@ from attnkit.ops.block_masks import BlockMask, as_block_mask
 from attnkit.ops.check import (
     autocast,
     check_beside_cache,
+    check_captured,
+    check_flag,
     check_function,
     check_lengths,
     check_probability,
@@ -102,9 +104,11 @@ def attention(
             in forward mode are required and torch's op cannot stand in, or any are and k is a cache; AK6xx, an index
             or a length is wrong.
     """
+    given: Any = return_lse, backend  # of which nobody knows yet what they are
     if isinstance(score, Selective) or isinstance(select, (Routing, Groups, GridPattern)):
+        _check_choices(return_lse, backend)
         apart = {
-            "normalizer": normalizer, "dropout_p": dropout_p or None, "block_mask": block_mask, "kv_lens": kv_lens,
+            "normalizer": normalizer, "dropout_p": check_probability("dropout_p", dropout_p) or None, "block_mask": block_mask, "kv_lens": kv_lens,
             "backend": None if backend in ("auto", "cpu") else backend,
         }  # fmt: skip
         return _of_its_own(
@@ -114,12 +118,14 @@ def attention(
         block_mask is None and type(mask) is not BlockMask and normalizer is None
         and (scale is None or (type(scale) is float and 0.0 < scale < math.inf))
         and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
-        and dropout_p == 0.0 and backend in ("auto", "cpu") and not torch.compiler.is_compiling()
+        and (dropout_p.__class__ is float or dropout_p.__class__ is int) and dropout_p == 0
+        and given[0].__class__ is bool and given[1].__class__ is str and backend in ("auto", "cpu") and not torch.compiler.is_compiling()
     ):  # fmt: skip
         found = _short_way(q, k, v, score, mask, scale, return_lse)
         if found is not None:
             o, lse = found
             return o if lse is None or not return_lse else (o, lse)
+    _check_choices(return_lse, backend)
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
         check_beside_cache(
@@ -153,10 +159,8 @@ def attention(
         ),
         q,
     )  # fmt: skip
-    _check_captured(buffers, q)
+    check_captured(buffers, q)
     numbers = [p.current() for p in params]
-    if not isinstance(backend, str):
-        raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
     if cached:
         refuse_gradients("q", (q, *buffers))
     seed = draw(dropout_p, q)
@@ -212,7 +216,7 @@ def _short_way(
     check_function("score", score)
     check_function("mask", mask)
     text, buffers, params = bind(what, q)
-    _check_captured(buffers, q)
+    check_captured(buffers, q)
     numbers = [p.current() for p in params]
     if codes is not None:
         return attend_cache(q, codes, text, buffers, numbers, need_lse, None)
@@ -273,14 +277,16 @@ def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, com
         if isinstance(each, BlockMask):
             if not common:
                 raise error("AK408", where="block_mask", what="sequences of their own lengths have no common block mask",
+                            given="a block mask beside lengths or a cache", allowed="one of them",
                             hint="pass a mask function")  # fmt: skip
             each.check(q, k)
     return all_of(mask, blocks)
 
 
-def _check_captured(buffers: list[Tensor], q: Tensor) -> None:
-    for i, buffer in enumerate(buffers):
-        check_tensor(f"captured tensor b{i}", buffer, q.device)
+def _check_choices(return_lse: Any, backend: Any) -> None:
+    check_flag("return_lse", return_lse)
+    if not isinstance(backend, str):
+        raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
 
 
 def _check_normalizer(normalizer: Any) -> None:

@@ -12,10 +12,14 @@ from attnkit.errors import error
 from attnkit.ops import kv_storage
 from attnkit.ops.attend_cache import Codes
 from attnkit.ops.check import (
+    NO_ROOM,
     PAGE_SIZES,
+    check_count,
+    check_flag,
     check_pages,
     check_tensor,
     is_page_size,
+    no_room,
     read_lengths,
     shape_of,
 )
@@ -32,6 +36,8 @@ from attnkit.ops.kv_codes import (
     tokens_of,
 )
 from attnkit.ops.warm import is_unwatched
+
+_MOST = 2**31 - 1  # tokens, heads, ...: indices are int32
 
 
 class Segment(NamedTuple):
@@ -70,7 +76,7 @@ class KVCache:
 
     Raises:
         AttnkitError: AK401, a number is not allowed; AK402, not a number; AK403 and AK404, not such scales; AK504, the codec
-            or the device is not built yet.
+            or the device is not built yet; AK603, out of memory.
     """
 
     def __init__(
@@ -95,11 +101,10 @@ class KVCache:
             "max_len": max_len, "group_size": group_size, "residual": residual,
         }  # fmt: skip
         for name, n in numbers.items():
-            if type(n) is not int:
-                raise error("AK402", where=name, given=type(n).__name__, allowed="an int")
-            if n < (0 if name in ("batch", "residual") else 1):
-                raise error("AK401", where=name, given=str(n), allowed="a positive number")
-        if page_size is not None and (type(page_size) is not int or not is_page_size(page_size)):
+            check_count(name, n, 0 if name in ("batch", "residual") else 1, _MOST)
+        if page_size is not None and (
+            type(page_size) is not int or not is_page_size(page_size) or page_size > _MOST
+        ):
             raise error("AK401", where="page_size", given=repr(page_size), allowed=PAGE_SIZES)
         k_codec, v_codec = _codecs(codec)
         device = _device(device)
@@ -113,6 +118,18 @@ class KVCache:
             raise error(
                 "AK401", where="page_size", given=str(page_size), allowed=f"groups of {group_size} tokens"
             )
+        try:
+            storage, lengths = self._allocate(scheme, batch, num_kv_heads, max_len, page_size, scales, device)
+        except NO_ROOM as exc:
+            raise no_room("KVCache", exc) from exc
+        self._keep(storage, lengths, scheme)
+
+    @staticmethod
+    def _allocate(
+        scheme: Scheme, batch: int, num_kv_heads: int, max_len: int, page_size: int | None,
+        scales: tuple[Tensor | None, Tensor | None], device: torch.device,
+    ) -> tuple[list[Tensor], Tensor]:  # fmt: skip
+        """The storage, and lengths of nothing."""
         table = None
         if page_size is None:
             outer, inner = batch, -(-max_len // scheme.block) * scheme.block
@@ -122,7 +139,7 @@ class KVCache:
             table = torch.arange(outer, dtype=torch.int32, device=device).view(batch, columns)
         rows = device.type == "cuda"
         storage = allocate(scheme, batch, num_kv_heads, outer, inner, table, scales, device, rows)
-        self._keep(storage, torch.zeros(batch, dtype=torch.int32, device=device), scheme)
+        return storage, torch.zeros(batch, dtype=torch.int32, device=device)
 
     @classmethod
     def from_pages(cls, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths: Tensor) -> KVCache:
@@ -256,6 +273,10 @@ class KVCache:
         )
         if self.lengths.is_cuda and getattr(k, "ndim", 0) == 4 and not torch.compiler.is_compiling():
             self._count_along(k.shape[2], lens)
+        if watched:
+            for name, t in (("k", k), ("v", v), ("lens", lens)):
+                if t is not None:
+                    check_tensor(name, t)
         do = torch.ops.attnkit.kv_append if watched else append
         do(self._storage, self.lengths, k, v, self._scheme.text, lens)
 
@@ -287,6 +308,7 @@ class KVCache:
         Raises:
             AttnkitError: AK401, n is negative, or deeper than that; AK402, AK403, it is no such number or tensor.
         """
+        check_flag("lossy", lossy)
         if self._scheme.has_newest:
             if isinstance(n, Tensor):
                 self._check_integers("n", n, (self.batch,))
@@ -306,6 +328,8 @@ class KVCache:
             raise error("AK402", where="n", given=type(n).__name__, allowed="an int or a tensor of ints")
         if n < 0:
             raise error("AK401", where="n", given=str(n), allowed="0 and more")
+        if type(n) is int:
+            n = min(n, _MOST)
         self.lengths.clamp_(max=n)
         if type(n) is int:
             self._most = min(self._most, n)
@@ -395,15 +419,19 @@ def _device(device: str | torch.device) -> torch.device:
     """The device of a cache.
 
     Raises:
-        AttnkitError: AK501, there is nothing that runs there; AK504, no cache lies there.
+        AttnkitError: AK401, it is no device; AK501, there is nothing that runs there; AK504, no cache lies there.
     """
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except (TypeError, RuntimeError) as exc:
+        given, allowed = f"{device!r}: {str(exc).splitlines()[0]}", "cpu, cuda, or a torch.device"
+        raise error("AK401", where="device", given=given, allowed=allowed) from exc
     if found.type not in ("cpu", "cuda"):
         raise error("AK504", where="device", given=str(device), allowed="cpu or cuda")
     if found.type == "cuda":
         missing = backends.get("triton").available()
         if missing is not None:
-            raise error("AK501", where="device", given=f"{device}: {missing}")
+            raise error("AK501", where="device", given=f"{device}: {missing}", allowed="cpu")
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_number, check_tensor, shape_of
+from attnkit.ops.check import check_number, check_tensor, check_values_of, shape_of
 from attnkit.ops.kv_codes import (
     PLAIN,
     Part,
@@ -44,13 +44,15 @@ def check_scales(
             )
         if isinstance(scale, Tensor):
             check_tensor(name, scale)
+            check_values_of(name, scale)
             if scale.dtype != torch.float32:
                 raise error("AK404", where=name, given=str(scale.dtype), allowed="torch.float32")
             if scale.shape not in ((), (heads,)):
                 raise error("AK403", where=name, given=shape_of(scale), allowed=f"[] or [{heads}]")
             held = scale.detach().expand(heads).clone()
         else:
-            held = torch.full((heads,), check_number(name, scale), dtype=torch.float32)
+            number = check_number(name, scale)
+            held = torch.full((heads,), number, dtype=torch.float64).float()
         if not all(0 < x < math.inf for x in held.tolist()):
             raise error("AK401", where=name, given=str(held.tolist()[:8]), allowed="finite positive numbers")
         found.append(held)

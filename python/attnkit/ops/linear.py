@@ -11,12 +11,13 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_flag, check_number, check_tensor, shape_of
+from attnkit.ops.check import check_flag, check_float, check_number, check_tensor, shape_of
 from attnkit.ops.recur import recur
 from attnkit.ops.tracing import kept
 from attnkit.variants import linear
 
 State = Tensor | tuple[Tensor, Tensor]
+_NAMES = {"initial": "initial_state", "initial_norm": "initial_state"}  # of arguments, where ours differ
 
 
 def linear_attention(
@@ -87,13 +88,17 @@ def linear_attention(
     check_tensor("q", q)
     held = [(name, t) for name, t in given.items() if t is not None]
     for name, t in held:
-        check_tensor(name.replace("initial", "initial_state", 1), t)
+        check_float(_NAMES.get(name, name), t)
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens)
     if gate is not None and gate.dim() not in (1, 3, 4):
         raise error("AK403", where="gate", given=shape_of(gate), allowed="[H], [B, H, S] or [B, H, S, D]")
     for name, flag in (("normalize", normalize), ("causal", causal), ("return_state", return_state)):
         check_flag(name, flag)
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
         raise error("AK402", where="chunk_size", given=type(chunk_size).__name__, allowed="16, 32, 64 or 128")
+    if chunk_size not in (16, 32, 64, 128):
+        raise error("AK401", where="chunk_size", given=str(chunk_size), allowed="16, 32, 64 or 128")
     q, k, name_of_map = _mapped(q, k, feature_map, qk_norm)
     text = program_text(
         None if gate is None else gate.dim(), beta is not None, bonus is not None, initial is not None,
@@ -112,7 +117,7 @@ def _mapped(q: Any, k: Any, feature_map: Any, qk_norm: Any) -> tuple[Any, Any, s
     if qk_norm not in (None, "none", "l2", "layer"):
         raise error("AK401", where="qk_norm", given=repr(qk_norm), allowed="None, 'l2', 'layer'")
     if not callable(feature_map):
-        if feature_map not in linear.FEATURE_MAPS:
+        if not isinstance(feature_map, str) or feature_map not in linear.FEATURE_MAPS:
             allowed = ", ".join(map(repr, linear.FEATURE_MAPS)) + ", or a function"
             raise error("AK401", where="feature_map", given=repr(feature_map), allowed=allowed)
         return q, k, feature_map
@@ -144,6 +149,8 @@ def _pair(initial_state: Any, normalize: bool) -> tuple[Any, Any]:
             raise error(
                 "AK408", where="initial_state", given="a pair, and no normaliser", allowed="one tensor"
             )
+        for t in initial_state:
+            check_tensor("initial_state", t)
         return initial_state[0], initial_state[1]
     if initial_state is not None and normalize:
         raise error(

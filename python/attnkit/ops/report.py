@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from attnkit.errors import error
 from attnkit.ops.counts import recording
 
 
@@ -79,6 +80,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     Raises:
         AttnkitError: whatever the calls themselves would raise.
     """
+    if not callable(function):
+        raise error(
+            "AK402", where="function", given=type(function).__name__, allowed="a function to be called"
+        )
     calls: list[CallReport] = []
 
     def record(

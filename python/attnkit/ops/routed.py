@@ -19,11 +19,14 @@ from attnkit.ops.check import (
     autocast,
     below_autograd,
     check_absent,
+    check_captured,
     check_count,
     check_flag,
+    check_float,
     check_qkv,
     check_scale,
     check_tensor,
+    check_values_of,
     shape_of,
 )
 from attnkit.ops.traced import Traceable, bind
@@ -76,11 +79,9 @@ def routing(
     Raises:
         AttnkitError: AK401, AK402, AK403, AK404, an argument is wrong.
     """
-    check_tensor("centroids", centroids)
+    check_float("centroids", centroids)
     if centroids.dim() != 3 or 0 in centroids.shape:
         raise error("AK403", where="centroids", given=shape_of(centroids), allowed="[Hq, C, D]")
-    if not centroids.is_floating_point():
-        raise error("AK404", where="centroids", given=str(centroids.dtype), allowed="floating point")
     check_count("cluster_size", cluster_size, 1)
     for name, given, allowed in (
         ("qk_norm", qk_norm, engine.NORMS),
@@ -102,11 +103,13 @@ def groups(queries: Tensor, keys: Tensor | None = None) -> Groups:
         keys: the same for keys; None: each group's queries are its keys too.
 
     Raises:
-        AttnkitError: AK402, AK403, AK404, what is given are no such tensors; AK608, a list is not ascending.
+        AttnkitError: AK402, AK403, AK404, what is given are no such tensors; AK606, they have no values; AK608, a list is
+            not ascending.
     """
     keys = queries if keys is None else keys
     for name, t in (("queries", queries), ("keys", keys)):
         check_tensor(name, t)
+        check_values_of(name, t)
         if t.dtype != torch.int32:
             raise error("AK404", where=name, given=str(t.dtype), allowed="torch.int32")
         if t.dim() not in (2, 4):
@@ -121,7 +124,8 @@ def groups(queries: Tensor, keys: Tensor | None = None) -> Groups:
     found = [engine.look_at(t, int(t.max()) + 1 if t.numel() else 0) for t in (queries, keys)]
     for name, facts in zip(("queries", "keys"), found, strict=True):
         if not facts.valid:
-            raise error("AK608", where=name, allowed="ascending tokens, then -1")
+            given = "numbers that do not ascend, or a negative one before the end"
+            raise error("AK608", where=name, given=given, allowed="ascending tokens, then -1")
     return Groups(queries, keys, found[0].shared)
 
 
@@ -136,9 +140,9 @@ def window_bias(table: Tensor, windows: Windows) -> Mod:
         windows: an `attnkit.variants.vision.Windows`.
 
     Raises:
-        AttnkitError: AK402, AK403, an argument is wrong.
+        AttnkitError: AK402, AK403, AK404, an argument is wrong.
     """
-    check_tensor("table", table)
+    check_float("table", table)
     if not isinstance(windows, Windows):
         raise error("AK402", where="windows", given=type(windows).__name__, allowed="vision.Windows")
     sizes = tuple(2 * w - 1 for w in windows.window)
@@ -239,7 +243,8 @@ def within(
     if isinstance(select, Routing):
         shared = select.membership == "whole"
         block = 0 if shared else BLOCK
-        how = select.centroids.detach(), select.cluster_size, select.qk_norm, block
+        size = min(select.cluster_size, 2**31 - 1)  # than which there are no more tokens
+        how = select.centroids.detach(), size, select.qk_norm, block
         queries, keys = torch.ops.attnkit.route(q, k, *how)
         if not shared:
             mask = all_of(causal_mask(), mask)
@@ -260,6 +265,7 @@ def within(
             "AK221", where="return_lse", given="queries in several groups", allowed="one group for each"
         )
     text, buffers, params = bind(Traceable(score, mask, scale), q)
+    check_captured(buffers, q)
     numbers = [p.current() for p in params]
     o, lse, _ = attend_groups(q, k, v, queries, keys, shared, text, buffers, numbers, need_lse)
     return o, lse

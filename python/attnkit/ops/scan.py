@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_flag, check_scale, check_tensor, shape_of
+from attnkit.ops.check import check_flag, check_float, check_scale, check_tensor, shape_of
 from attnkit.ops.dense import dense_attention
 from attnkit.ops.linear import linear_attention
 
 State = tuple[Tensor, Tensor]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def aaren_attention(
@@ -109,6 +110,8 @@ def additive_attention(
     _check(w, "w", (("q", q), ("k", k), ("v", v)))
     check_flag("causal", causal)
     for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype:
+            raise error("AK404", where=name, given=str(t.dtype), allowed=f"the dtype of q, {q.dtype}")
         if t.shape != q.shape:
             raise error("AK403", where=name, given=shape_of(t), allowed=f"{shape_of(q)}, as q")
     g: Any
@@ -122,12 +125,14 @@ def additive_attention(
 
 
 def _check(query: Tensor, name: str, tokens: tuple[tuple[str, Tensor], ...]) -> None:
-    for what, t in ((name, query), *tokens):
-        check_tensor(what, t)
+    first = tokens[0][1]
+    for what, t in (*tokens, (name, query)):
+        check_tensor(what, t, getattr(first, "device", None))
+        if t.dtype not in _DTYPES:
+            raise error("AK404", where=what, given=str(t.dtype), allowed="float32, bfloat16 or float16")
     for what, t in tokens:
         if t.dim() != 4:
             raise error("AK403", where=what, given=shape_of(t), allowed="[B, H, S, D]")
-    first = tokens[0][1]
     if query.shape != (first.shape[1], first.shape[3]):
         allowed = f"[{first.shape[1]}, {first.shape[3]}], a row for each head"
         raise error("AK403", where=name, given=shape_of(query), allowed=allowed)
@@ -141,7 +146,8 @@ def _before(state: Any, v: Tensor) -> State | None:
         raise error("AK402", where="initial_state", given=type(state).__name__, allowed="the pair (o, lse)")
     sizes = ((*v.shape[:2], v.shape[3]), v.shape[:2])
     for t, size in zip(state, sizes, strict=True):
-        check_tensor("initial_state", t)
+        check_float("initial_state", t)
+        check_tensor("initial_state", t, v.device)
         if t.shape != size:
             raise error("AK403", where="initial_state", given=shape_of(t), allowed=str(list(size)))
     return state[0].float(), state[1].float()

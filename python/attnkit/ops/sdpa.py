@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit import backends
-from attnkit.errors import error
+from attnkit.errors import AttnkitError, error
 from attnkit.ops.at_once import at_once
 from attnkit.ops.check import autocast, check_flag, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
@@ -44,7 +44,13 @@ def at_a_glance(
     """A call, by `at_once`; None where that is not to be. Not for dynamo to look into."""
     if attn_mask is not None or dropout_p != 0.0:
         return None
-    return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value, share=enable_gqa)
+    text = _cached_text(is_causal, scale, 0.0, None, None)
+    try:
+        return at_once(text, query, key, value, share=enable_gqa)
+    except AttnkitError as exc:
+        if exc.code != "AK607":  # memory that is not aligned: only its sizes were met before
+            raise
+        return None  # the long way leaves it to torch
 
 
 def express(
@@ -234,8 +240,8 @@ def scaled_dot_product_attention(
         ``[..., Hq, L, Ev]`` in the query's dtype.
 
     Raises:
-        AttnkitError: AK401, AK402, a flag or a number is none; AK504, a form that attnkit does not take, with the reason;
-            AK503, derivatives in forward mode are required and torch's op cannot stand in.
+        AttnkitError: AK401, AK402, an argument is no such number, flag or tensor; AK504, a form that attnkit does not take,
+            with the reason; AK503, derivatives in forward mode are required and torch's op cannot stand in.
     """
     check_flag("is_causal", is_causal)
     check_flag("enable_gqa", enable_gqa)

@@ -21,6 +21,7 @@ from attnkit.ops.check import (
     autocast,
     check_absent,
     check_beside_cache,
+    check_captured,
     check_count,
     check_flag,
     check_function,
@@ -200,6 +201,7 @@ def _bound(
 ) -> tuple[str, list[Tensor], list[float]]:
     """The program of causal attention, and what it reads."""
     text, buffers, params = bind(Traceable(score, all_of(causal(), mask), check_scale(scale), **layout), q)
+    check_captured(buffers, q)
     return text, buffers, [p.current() for p in params]
 
 

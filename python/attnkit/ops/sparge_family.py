@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ def predictions_of(heads: int, topk: Any, cdf: Any, similarity: Any) -> list[Pre
         AttnkitError: AK401, AK402, a number is wrong; AK403, another number of them than of heads; AK408, topk beside cdf.
     """
     given = [
-        _each(heads, "topk", topk, _share), _each(heads, "cdf", cdf, _share), _each(heads, "similarity", similarity, check_number)
+        _each(heads, "topk", topk, _share), _each(heads, "cdf", cdf, _share), _each(heads, "similarity", similarity, _cosine)
     ]  # fmt: skip
     found = []
     for share, mass, least in zip(*given, strict=True):
@@ -206,6 +207,13 @@ def _each(heads: int, name: str, given: Any, check: Callable[[str, Any], float])
 
 def _share(name: str, given: Any) -> float:
     return _number(name, given, "a number in (0, 1]", 1.0)
+
+
+def _cosine(name: str, given: Any) -> float:
+    number = check_number(name, given)
+    if math.isnan(number):
+        raise error("AK401", where=name, given="nan", allowed="a number")
+    return number
 
 
 def _threshold(given: Any) -> float:

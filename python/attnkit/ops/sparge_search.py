@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor
 
 from attnkit.errors import error
-from attnkit.ops.check import check_number, check_qkv
+from attnkit.ops.check import (
+    check_flag,
+    check_function,
+    check_number,
+    check_qkv,
+    check_scale,
+    check_values_of,
+)
 from attnkit.ops.dense import dense_attention
 from attnkit.ops.sparge_family import sparge_attention
 from attnkit.tune.key import dumps
@@ -119,17 +127,21 @@ def tune_sparge(
             sample is no (q, k, v); as `sparge_attention`.
         OSError: ``path`` cannot be written.
     """
-    if not check_number("bound", bound) > 0:
-        raise error("AK401", where="bound", given=str(bound), allowed="a number above 0")
-    if pv_bound is not None and not check_number("pv_bound", pv_bound) >= bound:
-        raise error("AK401", where="pv_bound", given=str(pv_bound), allowed=f"at least the bound, {bound:g}")
-    if not samples:
-        raise error("AK401", where="samples", given="none", allowed="at least one (q, k, v)")
-    unknown: Sequence[Any] = samples
-    for sample in unknown:
-        if not isinstance(sample, (tuple, list)) or len(sample) != 3:
-            raise error("AK402", where="samples", given=type(sample).__name__, allowed="tuples (q, k, v)")
-        check_qkv(*sample)
+    bound, scale = check_number("bound", bound), check_scale(scale)
+    if not 0 < bound < math.inf:
+        raise error("AK401", where="bound", given=str(bound), allowed="a finite number above 0")
+    pv_bound = None if pv_bound is None else check_number("pv_bound", pv_bound)
+    if pv_bound is not None and not bound <= pv_bound < math.inf:
+        given, allowed = str(pv_bound), f"a finite number of at least the bound, {bound:g}"
+        raise error("AK401", where="pv_bound", given=given, allowed=allowed)
+    for name, flag in (("causal", causal), ("int8", int8), ("smooth_k", smooth_k)):
+        check_flag(name, flag)
+    if path is not None and not isinstance(path, (str, Path)):
+        raise error("AK402", where="path", given=type(path).__name__, allowed="a path, or None")
+    check_function("progress", progress)
+    if progress is None:
+        raise error("AK402", where="progress", given="None", allowed="a function of a number")
+    _check_samples(samples)
     settings = {"causal": causal, "int8": int8, "smooth_k": smooth_k, "scale": scale}
     search = _Search(samples, bound, settings)
     notes = _Notes(None if path is None else Path(path), search.identity)
@@ -166,6 +178,22 @@ def tune_sparge(
         if skipping
         else thresholds
     )
+
+
+def _check_samples(samples: Any) -> None:
+    if not isinstance(samples, (tuple, list)):
+        raise error("AK402", where="samples", given=type(samples).__name__, allowed="a list of (q, k, v)")
+    if not samples:
+        raise error("AK401", where="samples", given="none", allowed="at least one (q, k, v)")
+    for sample in samples:
+        if not isinstance(sample, (tuple, list)) or len(sample) != 3:
+            raise error("AK402", where="samples", given=type(sample).__name__, allowed="tuples (q, k, v)")
+        check_qkv(*sample)
+        for t in sample:
+            check_values_of("samples", t)
+    heads = [sample[0].shape[1] for sample in samples]
+    if len(set(heads)) > 1:
+        raise error("AK403", where="samples", given=f"q of {heads[:8]} heads", allowed="samples of one layer")
 
 
 class _Best(NamedTuple):

@@ -25,7 +25,7 @@ class TorchParam(Param):
 
     def __init__(self, name: str, value: float | None = None) -> None:
         super().__init__(name, value)
-        self.tensor = torch.tensor(math.nan if value is None else float(value), dtype=torch.float32)
+        self.tensor = torch.tensor(math.nan if self._value is None else self._value, dtype=torch.float32)
 
     def changed(self) -> None:
         """Keep the tensor in step."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.mods import Mask
-from attnkit.ops.check import check_tensor, shape_of
+from attnkit.ops.check import check_tensor, check_values_of, shape_of
 
 
 def tree(parents: Tensor) -> Mask:
@@ -24,7 +24,7 @@ def tree(parents: Tensor) -> Mask:
             Nodes may come in any order, and there may be several roots. Nodes beyond q_len are not used.
 
     Raises:
-        AttnkitError: AK402, AK403, AK404, no such tensor; AK414, an index of no node, or nodes that are their own
+        AttnkitError: AK402, AK403, AK404, no such tensor; AK606, it has no values; AK414, an index of no node, or nodes that are their own
             ancestors.
     """
     ancestors = _ancestors(parents)
@@ -41,6 +41,7 @@ def _visible(ancestors: Tensor, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
 def _ancestors(parents: Tensor) -> Tensor:
     """Bool ``[B, n, n]``: whether node j is node i or one of its ancestors."""
     check_tensor("parents", parents)
+    check_values_of("parents", parents)
     if parents.is_floating_point() or parents.is_complex() or parents.dtype == torch.bool:
         raise error("AK404", where="parents", given=str(parents.dtype), allowed="ints")
     if parents.dim() not in (1, 2):
