@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         installed as installed,
         installed_report as installed_report,
         linear_attention as linear_attention,
+        merge as merge,
         param as param,
         quantized_kv_attention as quantized_kv_attention,
         routing as routing,
@@ -76,7 +77,7 @@ _NAMES = {
     "attnkit.ops": """
         BlockMask KVCache SpargeThresholds aaren_attention additive_attention as_block_mask attention
         block_mask block_sparse_attention dense_attention explain factorizable_attention flex_attention
-        groups install installed installed_report linear_attention param quantized_kv_attention routing
+        groups install installed installed_report linear_attention merge param quantized_kv_attention routing
         routing_attention scaled_dot_product_attention selective_attention selective_memory sparge
         sparge_attention top_k_blocks trace tree tune_sparge uninstall window_bias
     """,

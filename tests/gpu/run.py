@@ -48,7 +48,7 @@ def tests(which: str, *more: str) -> tuple[str, ...]:
 def bench(rows: str, seconds: int) -> tuple[str, ...]:
     """Rows of the suite; ``{records}`` is where their JSON goes."""
     return (
-        "attnkit.cli",
+        "attnkit",
         "bench",
         "--suite",
         "gpu",

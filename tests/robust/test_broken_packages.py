@@ -104,7 +104,7 @@ def test_broken_triton_and_cupy(tmp_path: Path) -> None:
 
 def test_doctor_ends_with_1(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text(BREAKAGES["OSError"])
-    done = python("-m", "attnkit.cli", "doctor", first=tmp_path)
+    done = python("-m", "attnkit", "doctor", first=tmp_path)
     assert done.returncode == 1
     assert "torch is installed but does not import: OSError" in " ".join(done.stdout.split())
     assert "Traceback" not in done.stderr

@@ -231,6 +231,7 @@ def test_looking_at_entries(cli: Cli, user: Folder) -> None:
     assert all(word in shown for word in ("tile_q=32", "kv_idx <=", "0.500", "cores"))
     assert json.loads(cli("cache", "show", tuned["digest"], "--json").stdout)["key"]["backend"] == "cpu"
     assert "no entries" in cli("cache", "show", "zz", code=1).stderr
+    assert "no entries" in cli("cache", "verify", "zz", code=1).stderr
     assert "2 entries" in cli("cache", "show", "", code=1).stderr
 
 

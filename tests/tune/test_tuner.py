@@ -424,7 +424,7 @@ def test_workers_share_a_campaign(file: Path, tmp_path: Path) -> None:
 
 def command(file: Path, store: Path, *more: str) -> list[str]:
     options = ["tune", "--campaign", str(file), "--store", str(store), "--threads", "1", "--json"]
-    return [sys.executable, "-m", "attnkit.cli", *options, *more]
+    return [sys.executable, "-m", "attnkit", *options, *more]
 
 
 @pytest.mark.slow

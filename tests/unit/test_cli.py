@@ -398,7 +398,7 @@ def test_doctor_reports_problems(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_pipes_get_plain_text(program: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "attnkit.cli", "explain", str(program)],
+        [sys.executable, "-m", "attnkit", "explain", str(program)],
         capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path), "PATH": ""},
     )  # fmt: skip
     assert "\x1b" not in run.stdout

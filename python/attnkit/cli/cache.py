@@ -130,6 +130,9 @@ def verify(digests: tuple[str, ...], store: Path | None, as_json: bool) -> None:
 
     place = _places(store)[0]
     entries = [e for e in shelf.whole(place) if not digests or e.key.digest.startswith(digests)]
+    for digest in digests:
+        if not any(e.key.digest.startswith(digest) for e in entries):
+            raise click.ClickException(f"no entries begin with {digest}")
     verdicts, damaged = list(shelf.verify(entries, place.path)), shelf.damaged(place)
     if as_json:
         rows = [

@@ -82,7 +82,7 @@ def tune(
       attnkit tune --variant causal --shape 1,8,8,2048,2048,64 --direction backward
       attnkit tune --campaign cpu.toml --list
       attnkit tune --campaign cpu.toml --shard 3/8 --store out/rank3
-      torchrun --nproc-per-node 8 -m attnkit.cli tune --campaign gpu.toml
+      torchrun --nproc-per-node 8 -m attnkit tune --campaign gpu.toml
     """
     # Two threads on one core cost milliseconds a call. These are read when libraries are loaded, which is below.
     for name, value in (("OMP_PROC_BIND", "true"), ("OMP_PLACES", "cores"), ("OPENBLAS_NUM_THREADS", "1")):

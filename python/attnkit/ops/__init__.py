@@ -11,6 +11,7 @@ from attnkit.ops.flex import flex_attention
 from attnkit.ops.functional import attention, trace
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
+from attnkit.ops.merging import merge
 from attnkit.ops.report import Report, explain
 from attnkit.ops.routed import groups, routing, routing_attention, window_bias
 from attnkit.ops.scan import aaren_attention, additive_attention
@@ -42,6 +43,7 @@ __all__ = [
     "installed",
     "installed_report",
     "linear_attention",
+    "merge",
     "param",
     "quantized_kv_attention",
     "routing",

@@ -104,11 +104,13 @@ def attention(
             in forward mode are required and torch's op cannot stand in, or any are and k is a cache; AK6xx, an index
             or a length is wrong.
     """
-    given: Any = return_lse, backend  # of which nobody knows yet what they are
+    check_flag("return_lse", return_lse)
+    if not isinstance(backend, str):
+        raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
     if isinstance(score, Selective) or isinstance(select, (Routing, Groups, GridPattern)):
-        _check_choices(return_lse, backend)
         apart = {
-            "normalizer": normalizer, "dropout_p": check_probability("dropout_p", dropout_p) or None, "block_mask": block_mask, "kv_lens": kv_lens,
+            "normalizer": normalizer, "dropout_p": check_probability("dropout_p", dropout_p) or None,
+            "block_mask": block_mask, "kv_lens": kv_lens,
             "backend": None if backend in ("auto", "cpu") else backend,
         }  # fmt: skip
         return _of_its_own(
@@ -118,14 +120,13 @@ def attention(
         block_mask is None and type(mask) is not BlockMask and normalizer is None
         and (scale is None or (type(scale) is float and 0.0 < scale < math.inf))
         and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
-        and (dropout_p.__class__ is float or dropout_p.__class__ is int) and dropout_p == 0
-        and given[0].__class__ is bool and given[1].__class__ is str and backend in ("auto", "cpu") and not torch.compiler.is_compiling()
+        and type(dropout_p) in (float, int) and dropout_p == 0 and backend in ("auto", "cpu")
+        and not torch.compiler.is_compiling()
     ):  # fmt: skip
         found = _short_way(q, k, v, score, mask, scale, return_lse)
         if found is not None:
             o, lse = found
             return o if lse is None or not return_lse else (o, lse)
-    _check_choices(return_lse, backend)
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
         check_beside_cache(
@@ -281,12 +282,6 @@ def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, com
                             hint="pass a mask function")  # fmt: skip
             each.check(q, k)
     return all_of(mask, blocks)
-
-
-def _check_choices(return_lse: Any, backend: Any) -> None:
-    check_flag("return_lse", return_lse)
-    if not isinstance(backend, str):
-        raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
 
 
 def _check_normalizer(normalizer: Any) -> None:

@@ -1,0 +1,5 @@
+"""``python -m attnkit``, the same as ``attnkit``."""
+
+from attnkit.cli import main
+
+main()

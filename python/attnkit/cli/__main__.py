@@ -1,5 +1,0 @@
-"""``python -m attnkit.cli``, the same as ``attnkit``."""
-
-from attnkit.cli import main
-
-main()
