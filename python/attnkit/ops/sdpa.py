@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit import backends
-from attnkit.errors import AttnkitError, error
+from attnkit.errors import error
 from attnkit.ops.at_once import at_once
 from attnkit.ops.check import autocast, check_flag, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
@@ -44,13 +44,7 @@ def at_a_glance(
     """A call, by `at_once`; None where that is not to be. Not for dynamo to look into."""
     if attn_mask is not None or dropout_p != 0.0:
         return None
-    text = _cached_text(is_causal, scale, 0.0, None, None)
-    try:
-        return at_once(text, query, key, value, share=enable_gqa)
-    except AttnkitError as exc:
-        if exc.code != "AK607":  # memory that is not aligned: only its sizes were met before
-            raise
-        return None  # the long way leaves it to torch
+    return at_once(_cached_text(is_causal, scale, 0.0, None, None), query, key, value, share=enable_gqa)
 
 
 def express(
