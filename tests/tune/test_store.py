@@ -32,8 +32,8 @@ KEY = Key(
 PROBLEM = {"shape": "1,8,8,1024,2048,64,64", "threads": 2}
 
 
-def measurement(median: float, **config: int) -> Measurement:
-    return Measurement.of(config, 0, Interval(median, median * 0.99, median * 1.01, 9), 1e-3 * median)
+def measurement(median: float, n: int = 9, rung: int = 0, **config: int) -> Measurement:
+    return Measurement.of(config, rung, Interval(median, median * 0.99, median * 1.01, n), 1e-3 * median)
 
 
 def some_entry(number: int = 0) -> Entry:
