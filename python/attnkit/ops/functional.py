@@ -107,17 +107,8 @@ def attention(
     check_flag("return_lse", return_lse)
     if not isinstance(backend, str):
         raise error("AK402", where="backend", given=type(backend).__name__, allowed="the name of a backend")
-    if isinstance(score, Selective) or isinstance(select, (Routing, Groups, GridPattern)):
-        apart = {
-            "normalizer": normalizer, "dropout_p": check_probability("dropout_p", dropout_p) or None,
-            "block_mask": block_mask, "kv_lens": kv_lens,
-            "backend": None if backend in ("auto", "cpu") else backend,
-        }  # fmt: skip
-        return _of_its_own(
-            q, k, v, score, mask, select, scale, cu_seqlens_q, cu_seqlens_kv, return_lse, apart
-        )
     if (
-        block_mask is None and type(mask) is not BlockMask and normalizer is None
+        block_mask is None and type(mask) is not BlockMask and not isinstance(score, Selective) and normalizer is None
         and (scale is None or (type(scale) is float and 0.0 < scale < math.inf))
         and kv_lens is None and cu_seqlens_q is None and cu_seqlens_kv is None and select is None
         and type(dropout_p) in (float, int) and dropout_p == 0 and backend in ("auto", "cpu")
@@ -127,6 +118,15 @@ def attention(
         if found is not None:
             o, lse = found
             return o if lse is None or not return_lse else (o, lse)
+    if isinstance(score, Selective) or isinstance(select, (Routing, Groups, GridPattern)):
+        apart = {
+            "normalizer": normalizer, "dropout_p": check_probability("dropout_p", dropout_p) or None,
+            "block_mask": block_mask, "kv_lens": kv_lens,
+            "backend": None if backend in ("auto", "cpu") else backend,
+        }  # fmt: skip
+        return _of_its_own(
+            q, k, v, score, mask, select, scale, cu_seqlens_q, cu_seqlens_kv, return_lse, apart
+        )
     cached = isinstance(k, KVCache)
     if isinstance(k, KVCache):
         check_beside_cache(
