@@ -63,9 +63,7 @@ class _AtOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_o: Tensor) -> tuple[Tensor | None, ...]:
         """See `torch.autograd.Function`."""
-        if torch.is_grad_enabled():
-            return once(lambda: _backward(ctx, d_o), NO_SECOND_DERIVATIVES)
-        return _backward(ctx, d_o)
+        return once(lambda: _backward(ctx, d_o), NO_SECOND_DERIVATIVES)
 
 
 _apply: Any = super(torch.autograd.Function, _AtOnce).apply  # without what is for function transforms

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from attnkit.errors import AttnkitError, error
 from attnkit.ir.program import Program
 
-_FLOAT32_MAX = torch.finfo(torch.float32).max
+FLOAT32_MAX = torch.finfo(torch.float32).max
 NO_ROOM = (
     RuntimeError,
     OverflowError,
@@ -62,9 +62,9 @@ def check_values_of(name: str, t: Tensor) -> None:
                     hint="make it on the device of q")  # fmt: skip
 
 
-def check_float(name: str, t: Any) -> None:
-    """AK402 unless ``t`` is a tensor, AK404 unless it is of floating point."""
-    check_tensor(name, t)
+def check_float(name: str, t: Any, device: torch.device | None = None) -> None:
+    """As `check_tensor`; AK404 unless ``t`` is of floating point."""
+    check_tensor(name, t, device)
     if not t.is_floating_point():
         raise error("AK404", where=name, given=str(t.dtype), allowed="floating point")
 
@@ -297,7 +297,7 @@ def check_values(
     if len(params) != program.num_params:
         raise error("AK401", where="params", given=str(len(params)), allowed=f"{program.num_params} numbers")
     for i, value in enumerate(params):
-        if _FLOAT32_MAX < abs(value) < math.inf:
+        if FLOAT32_MAX < abs(value) < math.inf:
             raise error("AK401", where=f"param p{i}", given=str(value), allowed="what float32 can hold")
     for i, (tensor, declared) in enumerate(zip(buffers, program.buffers, strict=True)):
         where = f"buffer b{i}"

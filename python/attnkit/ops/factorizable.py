@@ -10,14 +10,13 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_count, check_flag, check_float, check_number, check_tensor
+from attnkit.ops.check import FLOAT32_MAX, check_count, check_flag, check_float, check_number, check_tensor
 from attnkit.ops.recur import recur
 from attnkit.ops.tracing import kept
 from attnkit.variants import factorizable
 
 State = tuple[Tensor, Tensor]
 _CHUNK = 64
-_FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
 _SERIES = (1.0, 1.0, 0.5)  # of the exponential
 
 
@@ -91,7 +90,7 @@ def _numbers(coefficients: Any, order: int) -> tuple[float, ...]:
     if not isinstance(coefficients, (tuple, list)) or len(coefficients) != order + 1:
         raise error("AK401", where="coefficients", given=repr(coefficients), allowed=f"{order + 1} numbers")
     numbers = tuple(check_number("coefficients", a) for a in coefficients)
-    if not all(abs(a) <= _FLOAT32_MAX for a in numbers):
+    if not all(abs(a) <= FLOAT32_MAX for a in numbers):
         raise error("AK401", where="coefficients", given=repr(coefficients), allowed="finite float32 numbers")
     return numbers
 

@@ -171,9 +171,8 @@ class Way(NamedTuple):
         """The gradients by everything that `forward` was given. Cotangents may be watched even if the call was not, by vmap for one."""
         found = self.ready
         tensors = (d_o, *saved, *buffers) if d_lse is None else (d_o, d_lse, *saved, *buffers)
-        if found is not None and (
-            not found.automatic or is_unwatched(tensors)
-        ):  # no op knows a backend by name
+        # No op knows a backend that was asked for by name.
+        if found is not None and (not found.automatic or is_unwatched(tensors)):
             return run_backward(found, d_o, d_lse, saved, buffers, self.params, seed, wanted)
         others = self.program, buffers, self.params, seed, wanted
         return torch.ops.attnkit.attend_backward(d_o, d_lse, *saved, *others)  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnkit import backends
 from attnkit.errors import error
+from attnkit.ir.intervals import INT32_MAX
 from attnkit.ops import kv_storage
 from attnkit.ops.attend_cache import Codes
 from attnkit.ops.check import (
@@ -36,8 +37,6 @@ from attnkit.ops.kv_codes import (
     tokens_of,
 )
 from attnkit.ops.warm import is_unwatched
-
-_MOST = 2**31 - 1  # tokens, heads, ...: indices are int32
 
 
 class Segment(NamedTuple):
@@ -101,9 +100,9 @@ class KVCache:
             "max_len": max_len, "group_size": group_size, "residual": residual,
         }  # fmt: skip
         for name, n in numbers.items():
-            check_count(name, n, 0 if name in ("batch", "residual") else 1, _MOST)
+            check_count(name, n, 0 if name in ("batch", "residual") else 1, INT32_MAX)
         if page_size is not None and (
-            type(page_size) is not int or not is_page_size(page_size) or page_size > _MOST
+            type(page_size) is not int or not is_page_size(page_size) or page_size > INT32_MAX
         ):
             raise error("AK401", where="page_size", given=repr(page_size), allowed=PAGE_SIZES)
         k_codec, v_codec = _codecs(codec)
@@ -329,7 +328,7 @@ class KVCache:
         if n < 0:
             raise error("AK401", where="n", given=str(n), allowed="0 and more")
         if type(n) is int:
-            n = min(n, _MOST)
+            n = min(n, INT32_MAX)
         self.lengths.clamp_(max=n)
         if type(n) is int:
             self._most = min(self._most, n)

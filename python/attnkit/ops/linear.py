@@ -11,8 +11,9 @@ from torch import Tensor
 
 from attnkit.errors import error
 from attnkit.ir.text import parse
-from attnkit.ops.check import check_flag, check_float, check_number, check_tensor, shape_of
+from attnkit.ops.check import FLOAT32_MAX, check_flag, check_float, check_number, check_tensor, shape_of
 from attnkit.ops.recur import recur
+from attnkit.ops.recur_checks import check_chunk
 from attnkit.ops.tracing import kept
 from attnkit.variants import linear
 
@@ -95,10 +96,7 @@ def linear_attention(
         raise error("AK403", where="gate", given=shape_of(gate), allowed="[H], [B, H, S] or [B, H, S, D]")
     for name, flag in (("normalize", normalize), ("causal", causal), ("return_state", return_state)):
         check_flag(name, flag)
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise error("AK402", where="chunk_size", given=type(chunk_size).__name__, allowed="16, 32, 64 or 128")
-    if chunk_size not in (16, 32, 64, 128):
-        raise error("AK401", where="chunk_size", given=str(chunk_size), allowed="16, 32, 64 or 128")
+    check_chunk(chunk_size)
     q, k, name_of_map = _mapped(q, k, feature_map, qk_norm)
     text = program_text(
         None if gate is None else gate.dim(), beta is not None, bonus is not None, initial is not None,
@@ -131,7 +129,7 @@ def _scale(scale: Any) -> float | None:
     if scale is None:
         return None
     value = check_number("scale", scale)
-    if not 0 < value <= float.fromhex("0x1.fffffep+127"):
+    if not 0 < value <= FLOAT32_MAX:
         raise error("AK401", where="scale", given=str(value), allowed="a finite number above 0")
     return value
 

@@ -49,8 +49,7 @@ def check_call(call: Call, found: Recurrence) -> None:
     if found.lengths is not None:
         _check_lengths(call.buffers[found.lengths], call.q)
     _check_others(call, found)
-    if call.chunk not in CHUNKS:
-        raise error("AK401", where="chunk_size", given=str(call.chunk), allowed=", ".join(map(str, CHUNKS)))
+    check_chunk(call.chunk)
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -115,3 +114,12 @@ def _check_others(call: Call, found: Recurrence) -> None:
             raise error("AK404", where=role, given=str(t.dtype), allowed="torch.float32")
         if tuple(t.shape) != sizes[kind]:
             raise error("AK403", where=role, given=shape_of(t), allowed=str(list(sizes[kind])))
+
+
+def check_chunk(size: Any) -> None:
+    """AK402 unless ``size`` is an int, AK401 unless it is one of `CHUNKS`."""
+    allowed = ", ".join(map(str, CHUNKS))
+    if type(size) is not int:
+        raise error("AK402", where="chunk_size", given=type(size).__name__, allowed=allowed)
+    if size not in CHUNKS:
+        raise error("AK401", where="chunk_size", given=str(size), allowed=allowed)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from attnkit.backends.cpu import groups as engine
 from attnkit.errors import error
+from attnkit.ir.intervals import INT32_MAX
 from attnkit.ir.mods import Mod, all_of, causal as causal_mask
 from attnkit.ops.attend_groups import attend_groups
 from attnkit.ops.check import (
@@ -243,7 +244,7 @@ def within(
     if isinstance(select, Routing):
         shared = select.membership == "whole"
         block = 0 if shared else BLOCK
-        size = min(select.cluster_size, 2**31 - 1)  # than which there are no more tokens
+        size = min(select.cluster_size, INT32_MAX)  # than which there are no more tokens
         how = select.centroids.detach(), size, select.qk_norm, block
         queries, keys = torch.ops.attnkit.route(q, k, *how)
         if not shared:

@@ -10,13 +10,12 @@ from torch import Tensor
 from attnkit import backends
 from attnkit.errors import error
 from attnkit.ops.at_once import at_once
-from attnkit.ops.check import autocast, check_flag, check_number, check_probability, check_tensor
+from attnkit.ops.check import FLOAT32_MAX, autocast, check_flag, check_number, check_probability, check_tensor
 from attnkit.ops.registry import attend
 from attnkit.ops.seeds import draw
 from attnkit.ops.warm import is_unwatched
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FLOAT32_MAX = torch.finfo(torch.float32).max
 _INDEX = ("b", "h", "q_idx", "kv_idx")
 
 
@@ -99,7 +98,7 @@ def _declined(
             return f"device {device.type}"
     if not query.layout == key.layout == value.layout == torch.strided:
         return "layout that is not strided"
-    if scale is not None and not abs(scale) <= _FLOAT32_MAX:
+    if scale is not None and not abs(scale) <= FLOAT32_MAX:
         return "scale that is not finite in float32"
     if is_causal and attn_mask is not None:
         return "mask beside is_causal"

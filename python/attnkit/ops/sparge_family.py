@@ -16,7 +16,7 @@ from attnkit.ir.mods import MaskFunction, causal as causal_mask
 from attnkit.ir.text import parse
 from attnkit.ops import block_choice
 from attnkit.ops.block_choice import Operands
-from attnkit.ops.check import autocast, check_flag, check_number, check_qkv, check_scale
+from attnkit.ops.check import FLOAT32_MAX, autocast, check_flag, check_number, check_qkv, check_scale
 from attnkit.ops.registry import attend
 from attnkit.ops.tracing import assume_constant, kept
 from attnkit.variants.sequences import CAUSAL
@@ -217,7 +217,7 @@ def _cosine(name: str, given: Any) -> float:
 
 
 def _threshold(given: Any) -> float:
-    return _number("pv_threshold", given, "a finite number above 0", float.fromhex("0x1.fffffep+127"))
+    return _number("pv_threshold", given, "a finite number above 0", FLOAT32_MAX)
 
 
 def _number(name: str, given: Any, allowed: str, most: float) -> float:
