@@ -234,6 +234,9 @@ def _returned(results: Results) -> list[Tensor]:
 def _check(
     q: Tensor, k: Tensor, lse: Tensor, program: Program, want: list[str], rows: Tensor | None, topk: int
 ) -> None:
+    if not (program.is_attention and program.attend.plain) or program.attend.dropout is not None:
+        allowed = "one softmax attention without dropout"
+        raise error("AK502", where="program", given="a program that is more or less", allowed=allowed)
     check_qkv(q, k, k, is_paged(program))
     check_tensor("lse", lse, q.device)
     if lse.dtype != torch.float32:
