@@ -85,7 +85,7 @@ def attention(
             return_lse: `ak.routing` (clusters), `ak.groups` (lists of tokens), or a pattern over a grid of
             `attnkit.variants.vision` (windows, halos).
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
-            ``ak.signed_softmax()``, ``ak.softmax_over_queries()``: the last three on the CPU, the last two as two attentions.
+            ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last two are two attentions each.
         scale: finite and positive; None is ``D ** -0.5``.
         dropout_p: the probability with which a weight is dropped; the others are divided by ``1 - dropout_p``. lse is that
             of all. One number drawn from torch's default generator decides which: see docs/variants/dense.md.

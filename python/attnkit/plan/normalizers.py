@@ -25,6 +25,13 @@ LOWERED = ("signed_softmax", "softmax_over_queries")
 _SWAPPED = {var(a): var(b) for a, b in (("q_idx", "kv_idx"), ("kv_idx", "q_idx"), ("q_len", "kv_len"), ("kv_len", "q_len"))}  # fmt: skip
 
 
+def is_unnormalized(program: Program) -> bool:
+    """Whether it is attention whose scores are the weights themselves, of plain elements: what kernels know beside softmax."""
+    if not program.is_attention or any(layout.codec is not None for layout in program.inputs):
+        return False
+    return program.attend.single and program.attend.normalizer.kind == "none"
+
+
 class Lowered(NamedTuple):
     """The two attentions of a normaliser.
 

@@ -17,6 +17,7 @@ from attnkit.plan.blocks import block_of, tile_for
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, number
+from attnkit.plan.normalizers import is_unnormalized
 from attnkit.plan.readouts import Results
 from attnkit.plan.space import Direction, FieldKind
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
@@ -53,7 +54,7 @@ class CpuBackend:
             of_program = carried.reasons(spec.program)
         if is_approximate(spec.program):
             of_program = ()
-        if _is_unnormalized(spec.program):
+        if is_unnormalized(spec.program):
             of_program = ()
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
@@ -128,13 +129,6 @@ class CpuBackend:
 
 def _recurs(program: Program) -> bool:
     return any(isinstance(op, Recur) for op in program.ops)
-
-
-def _is_unnormalized(program: Program) -> bool:
-    """Attention whose scores are the weights themselves, of plain elements."""
-    if not program.is_attention or any(x.codec is not None for x in program.inputs):
-        return False
-    return program.attend.single and program.attend.normalizer.kind == "none"
 
 
 def _only_selects(program: Program) -> bool:

@@ -13,6 +13,7 @@ from attnkit.backends.triton.kernel import TritonKernel
 from attnkit.backends.triton.schedule import SCHEDULES, schedule, with_room
 from attnkit.backends.triton.words import BITS, STRETCH
 from attnkit.ir.program import Codec
+from attnkit.plan.normalizers import is_unnormalized
 from attnkit.plan.ranges import stretch
 from attnkit.plan.space import Config, Direction, Field, FieldKind, Space
 from attnkit.plan.spec import KernelSpec
@@ -46,7 +47,10 @@ class TritonBackend:
 
     def supports(self, spec: KernelSpec) -> tuple[str, ...]:
         """Float32, bfloat16 and float16 tensors on an NVIDIA GPU; heads of 1 to 256 channels."""
-        reasons = refused(spec, device="cuda", dtypes=_DTYPES, channels=256, where="an NVIDIA GPU")
+        of_program = () if is_unnormalized(spec.program) else None
+        reasons = refused(
+            spec, device="cuda", dtypes=_DTYPES, channels=256, where="an NVIDIA GPU", of_program=of_program
+        )
         inputs = spec.program.inputs
         if any(layout.kind not in _LAYOUTS for layout in inputs):
             reasons += (f"an input is laid out otherwise than {', '.join(_LAYOUTS)}",)

@@ -52,6 +52,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
     },
     "document": {"buffers": "b0: i32[2]", "body": "mask = b0[b, q_idx] == b0[b, kv_idx]"},
     "sink": {"buffers": "b0: f32[1]", "body": CAUSAL, "normalizer": "softmax(sink = b0)"},
+    "sigmoid": {"body": f"score = sigmoid(s - log(float(kv_len)))\n{CAUSAL}", "normalizer": "none"},
     "dropout": {"body": CAUSAL, "attributes": ", dropout = 0.1"},
     "packed": {
         "layouts": "packed[b0] | packed[b1] | packed[b1]",
@@ -124,10 +125,12 @@ def program(name: str) -> Program:
     row = PROGRAMS[name]
     q, k, v = row.get("layouts", "bhsd | bhsd | bhsd").split("|")
     buffers = f" buffers({row['buffers']})" if "buffers" in row else ""
+    normalizer = row.get("normalizer", "softmax")
+    results = "o" if normalizer == "none" else "o, lse"
     return parse(
         f"attnkit 1\nprogram (q: {q}, k: {k}, v: {v}){buffers} {{\n"
-        f"  o, lse = attend(q, k, v, scale = default{row.get('attributes', '')}) {{\n"
-        f"{row.get('body', '')}\nnormalizer = {row.get('normalizer', 'softmax')}\n}}\n  return o, lse\n}}\n"
+        f"  {results} = attend(q, k, v, scale = default{row.get('attributes', '')}) {{\n"
+        f"{row.get('body', '')}\nnormalizer = {normalizer}\n}}\n  return {results}\n}}\n"
     )
 
 
@@ -169,7 +172,12 @@ def _decode(kernel: TritonKernel, pairs: Pairs) -> Printed:
 
 def _merge(kernel: TritonKernel, pairs: Pairs) -> Printed:
     numbers = {name: kernel.numbers(_GROUP)[name] for name in ("V_HEAD_DIM", "V_PADDED")}
-    return "merge", *merge(kernel.attend.normalizer.sink is not None, True), numbers, "merge_"
+    return (
+        "merge",
+        *merge(kernel.attend.normalizer.sink is not None, True, pairs.unnormalized),
+        numbers,
+        "merge_",
+    )
 
 
 def _blocks(kernel: TritonKernel, pairs: Pairs) -> Printed:

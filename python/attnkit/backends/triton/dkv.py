@@ -52,11 +52,7 @@ def fold(
         of_row = tl.load(deltas + row_at, mask=present, other=0.0)
         s = tl.dot(key, tl.trans(query), input_precision=PRECISION)
         $logits
-        #if raw
-        weights = tl.exp2(logit * {scale_log2e} - log_sum[None, :])
-        #else
-        weights = tl.exp2((logit - log_sum[None, :]) * 1.4426950408889634)
-        #end
+        $weights
         if PARTIAL:
             weights = tl.where(exists, weights, 0.0)  # lse may be no number, and is not that of keys nobody sees
         d_weights = tl.dot(value, tl.trans(d_out), input_precision=PRECISION)
@@ -154,7 +150,7 @@ _SWEEP = Sweep(
     tensors="key, value, q_of, d_o_of, lse + lse_at, deltas + lse_at, q_sh, q_ss, q_sd, d_o_sh, d_o_ss, d_o_sd, lse_sh, "
     "b, heads, kv_idx, q_len, kv_len, ",
     numbers="HEADS, TILE_Q // PARTS, TILE_KV", careful="HEADS, TILE_Q // PARTS, TILE_KV",
-    deltas="of_row[None, :]", row="kv_start + kv_rows", live="kv_rows < kv_len",
+    log_sums="log_sum[None, :]", deltas="of_row[None, :]", row="kv_start + kv_rows", live="kv_rows < kv_len",
 )  # fmt: skip
 _CONSTANTS = "TILE_Q, ROWS, HEAD_DIM, V_HEAD_DIM, PADDED, V_PADDED, GROUP, PRECISION"
 _STORED = ("dk", "dv", "flags", "dk_s", "dv_s")  # arguments, by how they begin, that `group` does not see

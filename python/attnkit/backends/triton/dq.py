@@ -31,11 +31,7 @@ def fold(
         value = load_tile(v + start.to(tl.int64) * v_ss, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, PARTIAL)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         $logits
-        #if raw
-        weights = tl.exp2(logit * {scale_log2e} - log_sum[:, None])
-        #else
-        weights = tl.exp2((logit - log_sum[:, None]) * 1.4426950408889634)
-        #end
+        $weights
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
         #if dropout
         word, _, _, _ = tl.philox(seed, {counter})
@@ -148,7 +144,7 @@ _SWEEP = Sweep(
     QUERIES, ("dq",),
     tensors="query, d_out, log_sum, of_row, k, v, k_ss, k_sd, v_ss, v_sd, b, h, q_idx, q_len, kv_len, ",
     numbers="ROWS, TILE_KV", careful="ROWS, TILE_KV // PARTS",
-    deltas="of_row[:, None]", row="rows", live="q_live",
+    log_sums="log_sum[:, None]", deltas="of_row[:, None]", row="rows", live="q_live",
 )  # fmt: skip
 
 

@@ -40,6 +40,11 @@ def fold(
         s *= tl.load(of_key, mask=present, other=0.0).to(tl.float32)[None, :]
         #end
         $logits
+        #if unnormalized
+        above = tl.zeros_like(top)  # parts are as heavy as each other
+        weights = tl.where(logit == float("-inf"), 0.0, logit)
+        total += 1.0
+        #else
         #if raw
         above = tl.maximum(top, tl.max(logit, 1) * {scale_log2e})  # base 2, until all is folded
         pivot = tl.where(above == float("-inf"), 0.0, above)
@@ -52,11 +57,14 @@ def fold(
         shrink = tl.exp2((top - pivot) * 1.4426950408889634)
         #end
         total = total * shrink + tl.sum(weights, 1)
+        #end
         #if dropout
         word, _, _, _ = tl.philox(seed, {counter})
         weights = tl.where(word >= dropped_below, weights, 0.0)
         #end
+        #if not unnormalized
         acc *= shrink[:, None]
+        #end
         #if v_scaled
         weights *= tl.load(of_value, mask=present, other=0.0).to(tl.float32)[None, :]
         if PARTIAL:
@@ -150,8 +158,10 @@ def attend(
     #if split
     o += tl.program_id(2).to(tl.int64) * o_split
     #else
+    #if not unnormalized
     dead = total == 0.0
     acc = tl.where(dead[:, None], 0.0, acc / tl.where(dead, 1.0, total)[:, None])
+    #end
     #end
     o_at = heads.to(tl.int64) * o_sh + (q_start + places).to(tl.int64) * o_ss
     store_tile(o + entry.to(tl.int64) * o_sb, o_at, 1, o_sd, q_live, acc, V_HEAD_DIM, V_PADDED)
@@ -254,7 +264,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     captured = pairs.captured(roots)
     flags = {
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
-        "score": pairs.has_score, "raw": pairs.raw(scale), "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
+        "score": pairs.has_score, "raw": pairs.raw(scale), "unnormalized": pairs.unnormalized, "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
         "numbers": are_numbers(codecs_of(pairs.program)), "newest": "words" in kinds["k"] | kinds["v"], "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip

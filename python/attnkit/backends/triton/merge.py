@@ -39,7 +39,9 @@ def merge(
         total = total * shrink + weight * size
         acc = acc * shrink + tl.where(size == 0.0, 0.0, weight * part)
         top = above
+    #if not unnormalized
     acc = tl.where(total == 0.0, 0.0, acc / tl.where(total == 0.0, 1.0, total))
+    #end
     o_at = o + entry * o_sb + head * o_sh + place * o_ss
     tl.store(o_at + channels * o_sd, acc.to(o.dtype.element_ty), mask=channels < V_HEAD_DIM)
     #if lse
@@ -49,7 +51,7 @@ def merge(
 '''
 
 
-def merge(sink: bool, need_lse: bool) -> tuple[str, Arguments]:
+def merge(sink: bool, need_lse: bool, unnormalized: bool = False) -> tuple[str, Arguments]:
     """The text of the kernel ``merge`` and its arguments."""
     pointers = ["parts", "tops", "totals", "o", *["sinks"] * sink, *["lse"] * need_lse]
     sizes = [
@@ -68,7 +70,7 @@ def merge(sink: bool, need_lse: bool) -> tuple[str, Arguments]:
     arguments = (
         *((n, "pointer") for n in pointers), *((n, "stride") for n in strides), *((n, "size") for n in sizes),
     )  # fmt: skip
-    on = {name for name, held in (("sink", sink), ("lse", need_lse)) if held}
+    on = {name for name, held in (("sink", sink), ("lse", need_lse), ("unnormalized", unnormalized)) if held}
     return whole(
         render(MERGE, on, {"arguments": "".join(f"{n}, " for n, _ in arguments).rstrip()})
     ), arguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from attnkit.backends.triton.pairs import Pairs
 from attnkit.backends.triton.parts import LOGITS, QUERIES, TILES
-from attnkit.backends.triton.slopes import Sums, dropout_arguments, recomputed
+from attnkit.backends.triton.slopes import D_LOGIT, WEIGHTS, Sums, dropout_arguments, recomputed
 from attnkit.backends.triton.source import Arguments, part, render, whole
 
 PAIRS = '''
@@ -49,17 +49,14 @@ def attend_pairs(
         value = load_tile(v_at, lanes, v_ss, v_sd, present, V_HEAD_DIM, V_PADDED, True)
         s = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         $logits
-        #if raw
-        weights = tl.exp2(logit * {scale_log2e} - log_sum[:, None])
-        #else
-        weights = tl.exp2((logit - log_sum[:, None]) * 1.4426950408889634)
-        #end
+        $weights
         d_weights = tl.dot(d_out, tl.trans(value), input_precision=PRECISION)
         #if dropout
         word, _, _, _ = tl.philox(tl.load(seed_at), {counter})
         d_weights = tl.where(word >= dropped_below, d_weights * kept_times, 0.0)
         #end
-        d_logit = tl.where(exists, weights * (d_weights - of_row[:, None]), 0.0)
+        $d_logit
+        d_logit = tl.where(exists, d_logit, 0.0)
         $sums
     to = d_buffer + {where}
     inside = q_live[:, None] & (start + lanes < kv_len_most)[None, :] & {within}
@@ -100,5 +97,7 @@ def of_pairs(pairs: Pairs, scale: float, found: Sums, which: int) -> tuple[str, 
         "within": " & ".join(f"({i} < d_buffer_n{d})" for d, i in enumerate(index)),
         "where": " + ".join(f"{i} * d_buffer_s{d}" for d, i in enumerate(index)),
     }  # fmt: skip
-    holes["logits"] = part(LOGITS, flags, holes)
+    holes |= {"log_sums": "log_sum[:, None]", "deltas": "of_row[:, None]"}
+    for name, template in (("logits", LOGITS), ("weights", WEIGHTS), ("d_logit", D_LOGIT)):
+        holes[name] = part(template, flags, holes)
     return whole(TILES + render(PAIRS, flags, holes)), arguments

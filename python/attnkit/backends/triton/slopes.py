@@ -22,9 +22,30 @@ OfLoads = tuple[tuple[Expr, Expr], ...]  # loads, with the derivative of the sco
 
 AXES = {"b": "b", "h": "h", "q_idx": "q", "kv_idx": "k"}  # of sums, by the index that goes along them
 
-# In the loop of a fold: what a pair's logit gets, from its weight.
-SLOPES = """
+# In the loop of a fold: a pair's weight,
+WEIGHTS = """
+        #if unnormalized
+        gone = (logit == float("-inf")) | ({log_sums} == float("inf"))
+        weights = tl.where(gone, 0.0, logit)
+        #else
+        #if raw
+        weights = tl.exp2(logit * {scale_log2e} - {log_sums})
+        #else
+        weights = tl.exp2((logit - {log_sums}) * 1.4426950408889634)
+        #end
+        #end
+"""
+# what comes of that of the weight for the logit,
+D_LOGIT = """
+        #if unnormalized
+        d_logit = tl.where(gone, 0.0, d_weights)
+        #else
         d_logit = weights * (d_weights - {deltas})
+        #end
+"""
+# and for what it is made from.
+SLOPES = """
+        $d_logit
         if PARTIAL:
             d_logit = tl.where(exists, d_logit, 0.0)
         $sums
@@ -97,7 +118,7 @@ def recomputed(
     mask, exists, poison = pairs.mask(inner)
     raw = pairs.raw(scale)
     flags = {
-        "score": pairs.has_score, "raw": raw, "indices": pairs.reads_indices, "slope": has_slope, "packed": kv.kind == "packed",
+        "score": pairs.has_score, "raw": raw, "unnormalized": pairs.unnormalized, "indices": pairs.reads_indices, "slope": has_slope, "packed": kv.kind == "packed",
         "lengths": kv.kind == "padded", "dropout": pairs.attend.dropout is not None,
     }  # fmt: skip
     holes: Holes = {
@@ -126,6 +147,7 @@ class Sweep:
     tensors: str
     numbers: str
     careful: str
+    log_sums: str
     deltas: str
     row: str
     live: str
@@ -167,7 +189,7 @@ def swept(
     sums_at = "entry.to(tl.int64) * sums_sb + heads.to(tl.int64) * sums_sh"
     count = range(carried)
     holes |= {
-        **sweep.own, "head": "heads", "times": "", "captured": names, "dropout": dropout, "deltas": sweep.deltas,
+        **sweep.own, "head": "heads", "times": "", "captured": names, "dropout": dropout, "deltas": sweep.deltas, "log_sums": sweep.log_sums,
         "tiles": "tiles, step, count" if lists else "count, first, before, between",
         "fold_full": sweep.tensors + names + dropout + full, "fold_partial": sweep.tensors + names + dropout + partial,
         "numbers": sweep.numbers + widths, "careful": sweep.careful + widths,
@@ -187,6 +209,8 @@ def filled(on: set[str], holes: Holes, *more: tuple[str, str]) -> Holes:
         ("visits", VISITS),
         ("tile", TILE),
         ("logits", LOGITS),
+        ("weights", WEIGHTS),
+        ("d_logit", D_LOGIT),
         ("slopes", SLOPES),
         *more,
     )
