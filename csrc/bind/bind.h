@@ -9,6 +9,7 @@ void bind_recur(pybind11::module_& m);
 void bind_cache(pybind11::module_& m);
 void bind_carry(pybind11::module_& m);
 void bind_groups(pybind11::module_& m);
+void bind_readout(pybind11::module_& m);
 void bind_select(pybind11::module_& m);
 void bind_warm(pybind11::module_& m);
 

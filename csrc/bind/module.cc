@@ -243,6 +243,7 @@ PYBIND11_MODULE(_engine, m) {
   bind_cache(m);
   bind_carry(m);
   bind_groups(m);
+  bind_readout(m);
   bind_select(m);
   bind_warm(m);
   m.def("block_runs", &call_block_runs);

@@ -7,6 +7,7 @@
 #include "encode.h"
 #include "groups.h"
 #include "problem.h"
+#include "readout.h"
 #include "recur.h"
 #include "select.h"
 
@@ -197,6 +198,13 @@ struct CarryKernel {
   int32_t (*backward)(const CarriedBackwardCall&, const BackwardTask&, const CarriedTiles&, float* workspace);
 };
 
+// What it has for read-outs. `run` brings what is asked for up to the pairs of a task, whole tiles of keys; returns as
+// Kernel::run does.
+struct ReadoutKernel {
+  size_t (*bytes)(const Call&);
+  int32_t (*run)(const Call&, const Task&, const KeyRange*, size_t num_ranges, const Readout&, float* workspace);
+};
+
 // What one instruction set provides.
 struct Kernel {
   const char* name;
@@ -225,6 +233,7 @@ struct Kernel {
   GroupKernel groups;
   SelectKernel select;
   CarryKernel carry;
+  ReadoutKernel readout;
   // The same as fma_burst with bfloat16 dot products; null where the instruction set has none.
   double (*dot_burst)(int64_t rounds) = nullptr;
 };

@@ -18,6 +18,7 @@
 #include "code_halves-inl.h"
 #include "gather-inl.h"
 #include "carry-inl.h"
+#include "readout-inl.h"
 #include "kernel_encoded-inl.h"
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
@@ -55,5 +56,6 @@ constexpr Kernel level(const char* name) {
       .groups = kGroupKernel,
       .select = kSelectKernel,
       .carry = kCarryKernel,
+      .readout = kReadoutKernel,
   };
 }

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test keeps it in step with
         merge as merge,
         param as param,
         quantized_kv_attention as quantized_kv_attention,
+        readout as readout,
         routing as routing,
         routing_attention as routing_attention,
         scaled_dot_product_attention as scaled_dot_product_attention,
@@ -77,7 +78,7 @@ _NAMES = {
     "attnkit.ops": """
         BlockMask KVCache SpargeThresholds aaren_attention additive_attention as_block_mask attention
         block_mask block_sparse_attention dense_attention explain factorizable_attention flex_attention
-        groups install installed installed_report linear_attention merge param quantized_kv_attention routing
+        groups install installed installed_report linear_attention merge param quantized_kv_attention readout routing
         routing_attention scaled_dot_product_attention selective_attention selective_memory sparge
         sparge_attention top_k_blocks trace tree tune_sparge uninstall window_bias
     """,

@@ -48,6 +48,21 @@ def attend(
     skip: float = 0.0,
     /,
 ) -> tuple[int, int]: ...
+def readout(
+    program: Program,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    scale: float,
+    sequences: Sequence[tuple[int, int, int, int, int]] | None,
+    buffers: Sequence[Tensor],
+    params: Sequence[float],
+    results: Sequence[Tensor | None],
+    threads: int,
+    tile_kv: int,
+    page_table: Tensor | None,
+    /,
+) -> tuple[int, int]: ...
 
 class Launch:
     """`attend` of a program that needs nothing but tensors."""

@@ -1,4 +1,4 @@
-"""What public functions give the engine, to be made worse: of groups, clusters, and what queries carry."""
+"""What public functions give the engine, to be made worse: of groups, clusters, what queries carry, and read-outs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +10,14 @@ import torch
 
 import attnkit as ak
 from attnkit import _engine
+from attnkit.plan.readouts import WANT
 
 NUMBERS = {
     torch.float32: 0, torch.int32: 1, torch.int64: 2, torch.bool: 3, torch.uint8: 3, torch.bfloat16: 4, torch.float16: 5,
 }  # fmt: skip
 NAMES = (
     "attend_carried", "attend_carried_backward", "attend_groups", "attend_groups_backward", "look_at_lists",
-    "route", "route_prefix", "sum_rows",
+    "readout", "route", "route_prefix", "sum_rows",
 )  # fmt: skip
 
 
@@ -38,6 +39,11 @@ def _calls() -> Iterator[Callable[[], Any]]:
     )
     yield lambda: ak.selective_attention(q, k, v)
     yield lambda: ak.selective_attention(q, k, v, budget=3)
+    plain, lse = [x.detach() for x in (q, k)], torch.zeros(1, 2, 7)
+    yield lambda: ak.readout(
+        *plain, lse, WANT, rows=[4, 1], topk=3, score=lambda s, b, h, i, j: s + bias.detach()[i, j]
+    )
+    yield lambda: ak.readout(*plain, lse, kv_lens=torch.tensor([5], dtype=torch.int32), mask=ak.causal())
 
 
 @contextmanager
@@ -67,7 +73,9 @@ def recorded() -> dict[str, list[tuple[Any, ...]]]:
     with _recording(found):
         for call in _calls():
             o = call()
-            (o if isinstance(o, torch.Tensor) else o[0]).sum().backward()
+            loss = (o if isinstance(o, torch.Tensor) else o[0]).sum()
+            if loss.requires_grad:
+                loss.backward()
     return {
         name: [tuple(described(x) for x in arguments) for arguments in calls] for name, calls in found.items()
     }

@@ -12,6 +12,7 @@ from attnkit.ops.functional import attention, trace
 from attnkit.ops.kv_cache import KVCache
 from attnkit.ops.linear import linear_attention
 from attnkit.ops.merging import merge
+from attnkit.ops.readouts import Readout, TopK, readout
 from attnkit.ops.report import Report, explain
 from attnkit.ops.routed import groups, routing, routing_attention, window_bias
 from attnkit.ops.scan import aaren_attention, additive_attention
@@ -26,8 +27,10 @@ __all__ = [
     "BlockMask",
     "InstalledReport",
     "KVCache",
+    "Readout",
     "Report",
     "SpargeThresholds",
+    "TopK",
     "aaren_attention",
     "additive_attention",
     "as_block_mask",
@@ -46,6 +49,7 @@ __all__ = [
     "merge",
     "param",
     "quantized_kv_attention",
+    "readout",
     "routing",
     "routing_attention",
     "scaled_dot_product_attention",

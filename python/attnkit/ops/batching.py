@@ -20,6 +20,7 @@ from attnkit.ops import (  # noqa: F401 -- which define the ops
     carried,
     carried_cache,
     gradients,
+    readouts,
     recur,
     registry,
     routed,
@@ -30,7 +31,7 @@ _lib: Any = torch.library.Library("attnkit", "FRAGMENT")  # type: ignore[no-unty
 # All but those that write to their arguments: of `kv_append` examples would write to one cache.
 OPS = (
     "attend", "attend_backward", "attend_cache", "attend_carried", "attend_carried_backward", "attend_carried_cache",
-    "attend_groups", "attend_groups_backward", "recur", "recur_backward", "route", "select",
+    "attend_groups", "attend_groups_backward", "readout", "recur", "recur_backward", "route", "select",
 )  # fmt: skip
 
 

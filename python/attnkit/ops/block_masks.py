@@ -15,7 +15,7 @@ from torch import Tensor
 from attnkit.analysis.structure import EMPTY, FULL, PARTIAL, BlockCounts, Sizes, Structure
 from attnkit.backends.cpu.backend import CpuKernel
 from attnkit.errors import error
-from attnkit.ir.mods import Mask, MaskFunction
+from attnkit.ir.mods import Mask, MaskFunction, Mod, all_of
 from attnkit.ops.check import check_function, check_tensor, check_values_of, shape_of
 from attnkit.ops.traced import Traceable, bind
 from attnkit.runtime import prepare
@@ -365,3 +365,22 @@ def _check_sizes(**sizes: Any) -> None:
             raise error("AK402", where=name, given=type(size).__name__, allowed="an int")
         if not 1 <= size < 2**31:
             raise error("AK401", where=name, given=str(size), allowed=f"1..{2**31 - 1}")
+
+
+def with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, common: bool) -> Mod | None:
+    """``mask`` and ``block_mask``; a block mask among them must be one for these tensors.
+
+    ``common``: all sequences have the lengths of q and k.
+
+    Raises:
+        AttnkitError: as `as_block_mask` and `BlockMask.check`; AK408, there is one, and sequences have lengths of their own.
+    """
+    blocks = None if block_mask is None else as_block_mask(block_mask)
+    for each in (mask, blocks):
+        if isinstance(each, BlockMask):
+            if not common:
+                raise error("AK408", where="block_mask", what="sequences of their own lengths have no common block mask",
+                            given="a block mask beside lengths or a cache", allowed="one of them",
+                            hint="pass a mask function")  # fmt: skip
+            each.check(q, k)
+    return all_of(mask, blocks)

@@ -98,13 +98,16 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
-def autocasting(op: Callable[..., Any]) -> Callable[..., Any]:
-    """What an op does at torch's autocast keys: it is called with its first arguments, q, k and v, as `autocast` has them."""
+def autocasting(op: Callable[..., Any], tensors: int = 3) -> Callable[..., Any]:
+    """What an op does at torch's autocast keys: it is called with its first arguments, q, k and v, as `autocast` has them.
+
+    ``tensors``: 2 where there is no v.
+    """
 
     def cast(q: Any, k: Any, v: Any, *others: Any) -> Any:
-        tensors = autocast(q, k, v)
+        q, k, of_v = autocast(q, k, v)
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            return op(*tensors, *others)
+            return op(q, k, of_v if tensors == 3 else v, *others)
 
     return cast
 

@@ -16,7 +16,7 @@ from attnkit.ir.text import parse
 from attnkit.ops.at_once import at_once
 from attnkit.ops.attend_cache import Codes, attend_cache, check_q
 from attnkit.ops.block_choice import Operands, chosen_by
-from attnkit.ops.block_masks import BlockMask, as_block_mask
+from attnkit.ops.block_masks import BlockMask, with_blocks
 from attnkit.ops.check import (
     autocast,
     check_beside_cache,
@@ -142,7 +142,7 @@ def attention(
     check_function("mask", mask)
     check_lengths(cu_seqlens_q, cu_seqlens_kv, kv_lens)
     common = cu_seqlens_q is None and not cached
-    mask = _with_blocks(mask, block_mask, q, keys, common=common)
+    mask = with_blocks(mask, block_mask, q, keys, common=common)
     approximation = None
     if select is not None:
         approximation = getattr(select, "approximation", None)
@@ -266,22 +266,6 @@ def _check_operands(q: Tensor, k: Any, v: Any, page_table: Tensor | None, codes:
         check_qkv(q, k, v, paged=page_table is not None)
     else:
         check_q(q, codes.scheme, codes.storage[0].shape[1], codes.storage[0].device)
-
-
-def _with_blocks(mask: Mod | None, block_mask: Any, q: Tensor, k: Tensor, *, common: bool) -> Mod | None:
-    """``mask`` and ``block_mask``; a block mask among them must be one for these tensors.
-
-    ``common``: all sequences have the lengths of q and k.
-    """
-    blocks = None if block_mask is None else as_block_mask(block_mask)
-    for each in (mask, blocks):
-        if isinstance(each, BlockMask):
-            if not common:
-                raise error("AK408", where="block_mask", what="sequences of their own lengths have no common block mask",
-                            given="a block mask beside lengths or a cache", allowed="one of them",
-                            hint="pass a mask function")  # fmt: skip
-            each.check(q, k)
-    return all_of(mask, blocks)
 
 
 def _check_normalizer(normalizer: Any) -> None:

@@ -17,6 +17,7 @@ from attnkit.plan.blocks import block_of, tile_for
 from attnkit.plan.bytecode import Bytecode, emit
 from attnkit.plan.dropout import Dropped
 from attnkit.plan.encoding import TILE, Encoding, encoding, is_approximate, number
+from attnkit.plan.readouts import Results
 from attnkit.plan.space import Direction, FieldKind
 from attnkit.plan.spec import Config, Field, KernelSpec, Space
 
@@ -234,6 +235,31 @@ class CpuKernel:
             raise too_large(exc) from exc
         if fault:
             raise self.error(FAULTS[fault], about, self.backward_program(d_buffers)[0], len(buffers))
+
+    def readout(
+        self,
+        q: Any,
+        k: Any,
+        lse: Any,
+        results: Results,
+        buffers: list[Any],
+        params: list[float],
+        threads: int,
+    ) -> None:
+        """Write what is wanted of the weights ``exp(score - lse)``; see csrc/cpu/readout.h.
+
+        Raises:
+            AttnkitError: as the call.
+        """
+        try:
+            fault, about = engine().readout(
+                self.program, q, k, lse, self.scale, self._sequences(q, k, buffers), buffers, params, tuple(results), threads,
+                self.config["tile_kv"], None if self._table is None else buffers[self._table],
+            )  # fmt: skip
+        except ValueError as exc:
+            raise too_large(exc) from exc
+        if fault:
+            raise self._fault(fault, about, self.bytecode, k, buffers)
 
     @cached_property
     def launch_backward(self) -> Any:

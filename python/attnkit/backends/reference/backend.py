@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from attnkit.backends import Kernel
 from attnkit.backends.reference.run import gradients, run
 from attnkit.errors import error
 from attnkit.ir.program import Program, Return
+from attnkit.plan.readouts import Results
 from attnkit.plan.spec import Config, KernelSpec, Space
 
 
@@ -125,6 +128,62 @@ class ReferenceKernel:
         for to, gradient in zip((dq, dk, dv, *d_buffers), (*found.inputs, *found.buffers), strict=True):
             if to is not None:
                 to.copy_(to.new_tensor(gradient))
+
+    def readout(
+        self,
+        q: Any,
+        k: Any,
+        lse: Any,
+        results: Results,
+        buffers: list[Any],
+        params: list[float],
+        threads: int,
+    ) -> None:
+        """What is wanted of the weights, of all of them: `attnkit.plan.readouts`."""
+        (q64, k64, lse64), captured = _arrays(q, k, lse, buffers)
+        try:
+            p, own = weights(self.program, q64, k64, captured, params)
+        except MemoryError as exc:
+            raise error("AK603", where="backend reference", given=str(exc)) from exc
+        with np.errstate(all="ignore"):
+            p = p * np.where(np.isneginf(own), 0.0, np.exp(own - lse64))[..., None]
+            logs = np.log(np.where(p == 0, 1.0, p))
+        best = np.argsort(-p, axis=3, kind="stable")[
+            ..., : 0 if results.best is None else results.best.shape[3]
+        ]
+        found: dict[str, Any] = {
+            "column_sum": p.sum(2), "column_max": p.max(2, initial=0), "row_max": p.max(3, initial=0),
+            "entropy": -(p * logs).sum(3), "best": np.take_along_axis(p, best, 3),
+        }  # fmt: skip
+        found["best_keys"] = np.where(found["best"] > 0, best, -1)
+        if results.rows is not None:
+            found["weights"] = p[:, :, results.rows.numpy()]
+        for name, to in results._asdict().items():
+            if to is not None and name != "rows":
+                to[tuple(map(slice, found[name].shape))] = to.new_tensor(found[name])
+
+
+@lru_cache(maxsize=256)
+def _with_weights(program: Program) -> Program:
+    """The weights and the lse of an attention over two inputs."""
+    attend = replace(program.attend, operands=(0, 1, 1), outputs=("weights", "lse"))
+    return Program(program.inputs[:2], program.buffers, program.num_params, (attend, Return((2, 3))))
+
+
+def weights(
+    program: Program, q: Any, k: Any, buffers: Sequence[Any] = (), params: Sequence[float] = ()
+) -> tuple[Any, Any]:
+    """All weights ``[B, Hq, Sq, Skv]`` of the attention of a program, and its lse ``[B, Hq, Sq]``, float64. Raises as `run`."""
+    p, lse = run(_with_weights(program), (q, k), buffers, params)
+    layouts = program.layout(program.attend.q), program.layout(program.attend.k)
+    if layouts[1].kind != "packed":
+        return p, lse
+    every = np.zeros((1, q.shape[1], q.shape[2], k.shape[2]))
+    ends = [np.asarray(buffers[layout.lengths or 0]).tolist() for layout in layouts]
+    for i, (rows, columns) in enumerate(zip(*map(pairwise, ends), strict=True)):
+        part = p[i, :, : rows[1] - rows[0], : columns[1] - columns[0]]
+        every[0, :, slice(*rows), slice(*columns)] = part
+    return every, lse
 
 
 def _arrays(q: Any, k: Any, v: Any, buffers: list[Any]) -> tuple[list[Any], list[Any]]:
