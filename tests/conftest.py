@@ -131,8 +131,11 @@ def _poisoned_workspaces() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _threads_as_they_were() -> Iterator[None]:
-    """A test may set torch's number of threads."""
+def _torch_as_it_was(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Torch's own random numbers are the same for a test whichever others run; a test may set its number of threads."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(SEED ^ zlib.crc32(request.node.nodeid.encode()))
     yield
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != THREADS:

@@ -168,6 +168,7 @@ std::pair<int, int> call_attend_cache(const Program& program, const Tensor& q, c
   };
   need(program.carries == (carry != nullptr) && (carry != nullptr) == what.has_value(), "a program that carries");
   need(carry == nullptr || !dropout, "nothing is dropped beside what is carried");
+  need(!program.unnormalized, "what needs a softmax");
   if (carry != nullptr) check_carrying(program, *carry, tensors);
   Request r;
   Status status = r.fill(program, q, stand_in(cache.stores[0].channels), stand_in(cache.stores[1].channels), o, lse,

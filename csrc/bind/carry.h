@@ -29,7 +29,7 @@ inline Carry make_carry(const CarryTuple& given, const Problem& p, int64_t batch
 
 // The program of what is carried reads what the other does.
 inline void check_carrying(const Program& program, const Program& carry, const std::vector<Tensor>& tensors) {
-  need(program.mask >= 0 && carry.mask >= 0 && !carry.carries, "not a program that carries");
+  need(program.mask >= 0 && carry.mask >= 0 && !carry.carries && !program.unnormalized, "not a program that carries");
   std::vector<Memory> memory;
   make_buffers(carry, tensors, memory);
   need(carry.num_params == program.num_params, "wrong number of parameters");

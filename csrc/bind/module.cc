@@ -29,11 +29,12 @@ using ProgramCode = py::array_t<int32_t, py::array::c_style | py::array::forceca
 
 // `loads`: (instruction, value of its slope) of every load that has a gradient.
 Program make_program(const ProgramCode& code, int score, int mask, int num_buffers, int num_params, int slope,
-                     const std::vector<std::pair<int, int>>& loads, int slope_f, bool carries) {
+                     const std::vector<std::pair<int, int>>& loads, int slope_f, bool carries, bool unnormalized) {
   Program p;
   Roots roots{score, mask, slope, {}};
   roots.slope_f = slope_f;
   roots.carries = carries;
+  roots.unnormalized = unnormalized;
   for (const auto& [load, of_load] : loads) roots.loads.push_back({load, of_load});
   const std::string bad = compile({code.data(), static_cast<size_t>(code.size())}, roots, num_buffers, num_params, p);
   if (!bad.empty()) throw py::value_error(bad);
@@ -53,6 +54,7 @@ std::pair<int, int> call_attend(const Program& program, const Tensor& q, const T
   need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
   need(!program.carries, "a program that carries");
   need(!encoding || !page_table, "codes of pages are a cache's");
+  need(!program.unnormalized || (!encoding && skip == 0 && !sink), "what needs a softmax");
   need(skip >= 0, "skip is not below 0");
   Request r;
   Status status = r.fill(program, q, k, v, o, lse, scale, sink, given_sequences, tensors, params, dropout, page_table);
@@ -209,7 +211,7 @@ PYBIND11_MODULE(_engine, m) {
   py::class_<Program>(m, "Program", "A verified tile-bytecode program; the only thing the engine runs.")
       .def(py::init(&make_program), py::arg("code"), py::arg("score"), py::arg("mask"), py::arg("num_buffers"),
            py::arg("num_params"), py::arg("slope") = -1, py::arg("loads") = std::vector<std::pair<int, int>>{},
-           py::arg("slope_f") = -1, py::arg("carries") = false)
+           py::arg("slope_f") = -1, py::arg("carries") = false, py::arg("unnormalized") = false)
       .def_property_readonly("num_instructions", [](const Program& p) { return p.code.size(); })
       // Keys in a block of its choice, 0 where it has none.
       .def_property_readonly("chooses", [](const Program& p) { return p.choice.load < 0 ? 0 : p.choice.block; })

@@ -65,7 +65,7 @@ std::pair<int, int> call_readout(const Program& program, const Tensor& q, const 
                                  const Results& results, int threads, int tile_kv, const Maybe& page_table) try {
   const Config config = config_of(threads, 1, tile_kv, tile_kv);
   need(!page_table || tile_kv % Pages::kLeast == 0, "tile_kv of paged keys is a multiple of 16");
-  need(!program.carries, "a program that carries");
+  need(!program.carries && !program.unnormalized, "weights that are no softmax");
   Request r;
   const Maybe given_lse = lse;
   Status status = r.fill(program, q, k, k, q, given_lse, scale, {}, given_sequences, tensors, params, {}, page_table);

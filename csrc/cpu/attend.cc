@@ -80,6 +80,7 @@ CodeView view(const Program& program, const Facts& facts) {
   v.load_in_bounds = facts.load_in_bounds.data();
   v.all_loads_in_bounds = facts.all_loads_in_bounds;
   v.carries = program.carries;
+  v.unnormalized = program.unnormalized;
   return v;
 }
 

@@ -379,16 +379,25 @@ class Backward {
     const float *lse = tile.rows.lse + strip, *delta = tile.rows.delta + strip;
     const auto weights = [&](const auto& alive) {
       with(score.vec, [&](auto vec) {
-        for (int32_t r = 0; r < shape.rows; ++r) {
-          const Row<vec.value> x(score, r);
-          const auto exists = alive(r);
-          for (int32_t j = 0; j < shape.lanes; j += kLanes) {
-            const int64_t i = static_cast<int64_t>(r) * shape.lanes + j;
-            const vf w = exp_weight(x.at(j) - set1(lse[r]));
-            store(s + i, exists(w, j));
-            store(dp + i, exists(w * (load(dp + i) - set1(delta[r])), j));
+        with(c_.code.unnormalized, [&](auto unnormalized) {
+          for (int32_t r = 0; r < shape.rows; ++r) {
+            const Row<vec.value> x(score, r);
+            const auto exists = alive(r);
+            for (int32_t j = 0; j < shape.lanes; j += kLanes) {
+              const int64_t i = static_cast<int64_t>(r) * shape.lanes + j;
+              const vf d = load(dp + i);
+              if constexpr (unnormalized.value) {
+                const vi gone = x.at(j) == set1(-kInfinity);
+                store(s + i, exists(select(gone, vf{}, x.at(j)), j));
+                store(dp + i, exists(select(gone, vf{}, d), j));
+              } else {
+                const vf w = exp_weight(x.at(j) - set1(lse[r]));
+                store(s + i, exists(w, j));
+                store(dp + i, exists(w * (d - set1(delta[r])), j));
+              }
+            }
           }
-        }
+        });
       });
     };
     if (tile.full) {

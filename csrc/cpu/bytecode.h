@@ -149,6 +149,7 @@ struct Roots {
   std::vector<LoadSlope> loads = {};
   int slope_f = -1;      // d score / d f, of a program that carries and goes backwards; -1: it is -1
   bool carries = false;  // it may read f, what earlier queries carried onto a key; of a Program: it does
+  bool unnormalized = false;  // its scores are the weights themselves: there is no softmax
 };
 
 // A mask such as `chosen[b, h, q_idx, kv_idx // 128] & ...`: each query chooses its blocks of keys.

@@ -29,7 +29,7 @@ struct CodeView {
   int32_t num_loads;
   const uint8_t* load_in_bounds;
   bool all_loads_in_bounds;
-  bool carries;  // see Program
+  bool carries, unnormalized;  // see Program
 };
 
 struct Call {

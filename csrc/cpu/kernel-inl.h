@@ -139,7 +139,7 @@ class Forward {
       float max = ws_[at_.max + m], sum = ws_[at_.sum + m], rescale = 1;
       if (p_.sink != nullptr) add_sink(p_.sink[head], max, sum, rescale);
       const bool dead = sum == 0;
-      const float norm = dead ? 0 : rescale / sum * p_.dropout.factor;
+      const float norm = dead ? 0 : (c_.code.unnormalized ? 1 : rescale / sum) * p_.dropout.factor;
       float* o = ws_ + at_.o + static_cast<int64_t>(m) * at_.dv;
       if (dead) clear(at_.o + static_cast<size_t>(m) * static_cast<size_t>(at_.dv), at_.dv);
       with_elements(p_.o_dtype(), [&](auto* type) {
@@ -424,9 +424,25 @@ class Forward {
     return {keys.first / kSums * kSums, end < count ? end : count};
   }
 
+  // Scores that are the weights: a stretch is as heavy as another, and one of -infinity weighs nothing.
+  void start_unnormalized(int32_t lane) {
+    store(ws_ + at_.max + lane, vf{});
+    store(ws_ + at_.sum + lane, set1(1));
+    store(ws_ + at_.alpha + lane, set1(1));
+  }
+  static ATTNKIT_INLINE vf unless_gone(vf x) { return select(x == set1(-kInfinity), vf{}, x); }
+  template <class Weights>
+  __attribute__((noinline)) void take_lanes(int32_t lane, Span keys, const Weights& weights) {
+    const float* s = ws_ + at_.s + lane;
+    start_unnormalized(lane);
+    const auto weight = [&](int32_t n) { return n < keys.end ? unless_gone(load(s + n * at_.bm)) : vf{}; };
+    for (int32_t n = keys.first; n < keys.end; n += 2) weights.put(n, lane, weight(n), weight(n + 1));
+  }
+
   // A vector of queries.
   template <class Weights>
   __attribute__((noinline)) void softmax_lanes(int32_t lane, Span keys, const Weights& weights) {
+    if (c_.code.unnormalized) return take_lanes(lane, keys, weights);
     const float* s = ws_ + at_.s + lane;
     float *max = ws_ + at_.max + lane, *alpha = ws_ + at_.alpha + lane;
     const vf old_max = load(max), new_max = load(ws_ + at_.largest + lane);

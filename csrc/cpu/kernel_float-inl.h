@@ -177,9 +177,17 @@ class FloatForward : public Forward {
     return as_int(mask.vec ? load(row + n) : set1_bits(row));
   }
 
+  void few_take(const float* st, int32_t count) {
+    float* s = ws_ + at_.s;
+    start_unnormalized(0);
+    few_by_key(st, ld_, count, t_.lanes(), s, [](int32_t, vf) {});
+    for (int32_t n = 0; n < count; ++n) store(s + n * at_.bm, unless_gone(load(s + n * at_.bm)));
+  }
+
   // softmax of scores that are at hand by key, from the first-th on: as many weights at once as a vector has.
   void few_softmax(int32_t first, int32_t count) {
     float* st = ws_ + at_.st + first;
+    if (c_.code.unnormalized) return few_take(st, count);
     few_weights(st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha);
     vf sum[kSums] = {};
     few_by_key(st, ld_, count, t_.lanes(), ws_ + at_.s,

@@ -29,6 +29,7 @@
 #include "../cpu/attend.h"
 #include "../cpu/backward.h"
 #include "../cpu/blocks.h"
+#include "../cpu/readout.h"
 
 namespace {
 std::atomic<bool> g_starving{false};
@@ -373,6 +374,35 @@ void run_backward(const Program& program, const Problem& p, const Sizes& s, cons
   require(status.fault == Fault::none || starve, "the backward refuses what the forward takes");
 }
 
+// Likewise.
+void run_readout(const Program& program, const Problem& p, const Sizes& s, const Config& config, uint64_t seed) {
+  Random r{seed};
+  const auto of_heads = [&](int64_t n) { return std::vector<float>(static_cast<size_t>(s.batch * s.heads * n)); };
+  std::vector<int32_t> rows;
+  for (int64_t row = 0; row < s.q_len; ++row)
+    if (r.one_in(3)) rows.push_back(static_cast<int32_t>(row));
+  const auto top_k = static_cast<int32_t>(r.within(1, 20));
+  const auto num_rows = static_cast<int64_t>(rows.size());
+  auto column_sum = of_heads(s.kv_len), column_max = of_heads(s.kv_len), row_max = of_heads(s.q_len),
+       entropy = of_heads(s.q_len), best = of_heads(s.q_len * top_k), weights = of_heads(num_rows * s.kv_len);
+  std::vector<int64_t> best_keys(best.size(), -1);
+  const auto some = [&](auto& results) { return r.one_in(3) ? nullptr : results.data(); };
+  Readout out{s.q_len,          s.kv_len, some(column_sum), some(column_max), some(row_max), some(entropy), some(best),
+              best_keys.data(), top_k,    some(weights),    rows.data(),      num_rows};
+  const bool starve = r.one_in(16);
+  Status status{Fault::no_memory, -1};
+  g_allocations_left = r.below(30);
+  g_starving = starve;
+  try {
+    status = readout(program, p, out, config);
+  } catch (const std::bad_alloc&) {
+  }
+  g_starving = false;
+  require(status.fault != Fault::no_memory || starve, "out of memory by itself");
+  require(status.fault == Fault::none || starve, "read-outs refuse what the forward takes");
+  for (const int64_t key : best_keys) require(key >= -1 && key < s.kv_len, "there is no such key");
+}
+
 void run(const Program& program, uint64_t seed) {
   Random r{seed};
   const Sizes s = make_sizes(r);
@@ -392,7 +422,7 @@ void run(const Program& program, uint64_t seed) {
   std::vector<float> params(static_cast<size_t>(program.num_params));
   for (float& x : params) x = r.real();
 
-  const bool with_lse = !r.one_in(4), with_sink = r.one_in(3) && sink.stride[0] == 1;
+  const bool with_lse = !r.one_in(4), with_sink = r.one_in(3) && sink.stride[0] == 1 && !program.unnormalized;
   Problem p{};
   p.q = view(q), p.k = view(k), p.v = view(v), p.o = view(o);
   p.lse = with_lse ? lse.data : nullptr;
@@ -430,6 +460,7 @@ void run(const Program& program, uint64_t seed) {
           const int64_t at = seq.batch * p.lse_stride[0] + h * p.lse_stride[1] + m * p.lse_stride[2];
           require(written(lse.data[at]) == with_lse, "lse has holes, or was written unasked");
         }
+    if (with_lse && !program.unnormalized) run_readout(program, p, s, config, seed);
     if (with_lse) run_backward(program, p, s, {config.tile_q, config.tile_kv, config.split_kv, config.threads}, seed);
   }
   if (p.num_sequences == 0 || p.sequences[0].q_len == 0 || p.sequences[0].kv_len == 0) return;
@@ -442,10 +473,13 @@ void run(const Program& program, uint64_t seed) {
 // Returns whether the verifier accepted the program.
 bool run(const Case& c) {
   Program program;
-  const std::string refused = compile(c.words, {c.score, c.mask}, c.num_buffers, c.num_params, program);
+  Roots plain{c.score, c.mask};
+  plain.unnormalized = c.seed % 4 == 0;
+  const std::string refused = compile(c.words, plain, c.num_buffers, c.num_params, program);
   if (!refused.empty()) return false;
   run(program, c.seed);
   Roots roots{c.score, c.mask, c.score, {}};  // any float value may stand for a slope
+  roots.unnormalized = plain.unnormalized;
   for (size_t i = 0; c.score >= 0 && i < program.code.size(); ++i)
     if (program.code[i].op == Op::load_f) roots.loads.push_back({static_cast<int32_t>(i), c.score});
   if (!roots.loads.empty() && compile(c.words, roots, c.num_buffers, c.num_params, program).empty())

@@ -314,11 +314,67 @@ def test_opcheck_and_graphs(randn: Randn) -> None:
     assert all(map(torch.equal, halves, call(q.bfloat16(), k.bfloat16(), lse)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("score", "mask"), [(None, None), ("softcap", "causal"), ("bias", "some_rows"), ("alibi", "by_head")])  # fmt: skip
+def test_gradients(score: str | None, mask: str | None, dtype: torch.dtype, randn: Randn) -> None:
+    """To q, k and what the score captured, through the weights and through the lse that they are less."""
+    q, k = randn(2, 4, 45, 16).to(dtype).requires_grad_(), randn(2, 2, 150, 16).to(dtype).requires_grad_()
+    bias, wide_bias = BIAS.clone().requires_grad_(), BIAS.double().requires_grad_()
+    captured = [lambda s, b, h, i, j, held=held: s + held[i, j] for held in (bias, wide_bias)]
+    scores = captured if score == "bias" else [SCORES.get(score or "")] * 2
+    how = {"score": scores[0], "mask": MASKS.get(mask or ""), "scale": 0.4}
+    _, lse = ak.attention(q.float(), k.float(), k.float(), return_lse=True, **how)
+    found = ak.readout(q, k, lse, ("column_sum", "entropy"), **how)
+    wide = [t.detach().double().requires_grad_() for t in (q, k)]
+    p, _ = weights(*wide, scores[1], how["mask"], 0.4)
+    p = torch.where(p == 0, 0.0, p)
+    expected = p.sum(2), -(p * torch.where(p == 0, 0.0, p.clamp(min=1e-300).log())).sum(3)
+    leaves = [q, k, *([bias] if score == "bias" else [])], [*wide, *([wide_bias] if score == "bias" else [])]
+    for ours, true in zip((found.column_sum, found.entropy), expected, strict=True):
+        assert torch.allclose(ours.double(), true, atol=1e-5)
+        cotangent = randn(*true.shape)
+        given = torch.autograd.grad(ours, leaves[0], cotangent, retain_graph=True)
+        exact = torch.autograd.grad(true, leaves[1], cotangent.double(), retain_graph=True)
+        for a, b in zip(given, exact, strict=True):
+            limit = 1e-5 if a.dtype == torch.float32 else 5e-2  # two parts are rounded, which mostly cancel
+            assert ((a.double() - b).abs() / b.abs().amax().clamp(min=1e-3)).amax() < limit
+
+
+def test_gradients_of_packed_sequences(randn: Randn) -> None:
+    q, k = randn(1, 4, 70, 16).requires_grad_(), randn(1, 2, 110, 16).requires_grad_()
+    cu_q, cu_kv = (torch.tensor(x, dtype=torch.int32) for x in ([0, 33, 33, 70], [0, 40, 45, 110]))
+    how = {"mask": ak.causal(), "cu_seqlens_q": cu_q, "cu_seqlens_kv": cu_kv}
+    _, lse = ak.attention(q, k, k, return_lse=True, **how)
+    found = ak.readout(q, k, lse, ("column_sum", "entropy"), **how)
+    with torch.no_grad():
+        plain = ak.readout(q, k, lse, ("column_sum", "entropy"), **how)
+    assert torch.allclose(found.column_sum, plain.column_sum, atol=1e-5)
+    assert torch.allclose(found.entropy, plain.entropy, atol=1e-5)
+    weigh = [randn(*t.shape) for t in (plain.column_sum, plain.entropy)]
+    ours = torch.autograd.grad((found.column_sum * weigh[0]).sum() + (found.entropy * weigh[1]).sum(), (q, k))
+    wide, total = [t.detach().double().requires_grad_() for t in (q, k)], torch.zeros((), dtype=torch.float64)
+    for a, b, c, d in zip(cu_q, cu_q[1:], cu_kv, cu_kv[1:], strict=False):
+        if a < b:
+            p, _ = weights(
+                wide[0][:, :, a:b],
+                wide[1][:, :, c:d],
+                mask=lambda _b, _h, i, j, n=d - c - (b - a): j <= i + n,
+            )
+            logs = torch.where(p == 0, 0.0, p.clamp(min=1e-300).log())
+            total = (
+                total
+                + (p.sum(2) * weigh[0][:, :, c:d]).sum()
+                - ((p * logs).sum(3) * weigh[1][:, :, a:b]).sum()
+            )
+    for x, y in zip(ours, torch.autograd.grad(total, wide), strict=True):
+        assert torch.allclose(x.double(), y, atol=2e-5)
+
+
 def test_no_gradient_goes_through_unseen(randn: Randn) -> None:
     q, k = randn(1, 2, 9, 8).requires_grad_(), randn(1, 2, 13, 8)
     _, lse = ak.attention(q, k, k, return_lse=True)
     with pytest.raises(AttnkitError) as caught:
-        ak.readout(q, k, lse)
+        ak.readout(q, k, lse)  # of row_max
     assert caught.value.code == "AK503"
     with torch.no_grad():
         assert ak.readout(q, k, lse).entropy is not None
@@ -332,6 +388,11 @@ def test_explained_and_not_run(randn: Randn) -> None:
 
 
 Q, K, LSE = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 6, 8), torch.zeros(1, 4, 5)
+SIGMOID = """attnkit 1
+program (q: bhsd, k: bhsd, v: bhsd) {
+  o = attend(q, k, v, scale = default) { score = sigmoid(s)  normalizer = none }
+  return o
+}"""
 WRONG: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "an unknown name": ("AK401", "want", lambda: ak.readout(Q, K, LSE, ("column_mean",))),
     "no name": ("AK401", "want", lambda: ak.readout(Q, K, LSE, ())),
@@ -359,6 +420,7 @@ WRONG: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "a backend of a GPU": ("AK502", "backend 'triton'", lambda: ak.readout(Q, K, LSE, backend="triton")),
     "lengths beside a cache": ("AK408", "kv_lens", lambda: ak.readout(Q, ak.KVCache(1, 2, 8, max_len=16, codec="f32"), LSE, kv_lens=LSE)),
     "a bias that is too short": ("AK601", "score or mask", lambda: ak.readout(Q, K, LSE, score=lambda s, b, h, i, j: s + torch.zeros(3)[j])),
+    "weights that are no softmax": ("AK502", "program", lambda: torch.ops.attnkit.readout(Q, K, LSE, SIGMOID, [], [], ["entropy"], None, 0)),
     "memory that is not there": ("AK603", "topk", lambda: ak.readout(Q, K, LSE, ("topk",), topk=2**31 - 1)),
 }  # fmt: skip
 

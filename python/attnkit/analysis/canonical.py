@@ -6,7 +6,7 @@ a backend may round them otherwise than float64 does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -42,6 +42,18 @@ def fold(root: Expr) -> Expr:
     for node in topological([root]):
         args = tuple(done[arg] for arg in node.args)
         done[node] = _fold(node, args)
+    return done[root]
+
+
+def substitute(root: Expr, new: Mapping[Expr, Expr]) -> Expr:
+    """The expression with other nodes in the places of some."""
+    done: dict[Expr, Expr] = {}
+    for node in topological([root]):
+        args = tuple(done[arg] for arg in node.args)
+        same = (
+            node if args == node.args else _rebuilt(node, args) if node.op == "load" else make(node.op, *args)
+        )
+        done[node] = new.get(node, same)
     return done[root]
 
 

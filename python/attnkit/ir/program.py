@@ -291,18 +291,18 @@ class Attend(Operation):
     @property
     def plain(self) -> bool:
         """Whether it is softmax attention of one segment, and no more than score, mask, sink, dropout and lse."""
-        return (
-            len(self.operands) == 3
-            and self.normalizer.kind == "softmax"
-            and self
-            == Attend(
-                self.operands,
-                self.scale,
-                dropout=self.dropout,
-                score=self.score,
-                mask=self.mask,
-                normalizer=self.normalizer,
-            )
+        return self.normalizer.kind == "softmax" and self.single
+
+    @property
+    def single(self) -> bool:
+        """The same with any normaliser."""
+        return len(self.operands) == 3 and self == Attend(
+            self.operands,
+            self.scale,
+            dropout=self.dropout,
+            score=self.score,
+            mask=self.mask,
+            normalizer=self.normalizer,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -35,12 +35,14 @@ from attnkit.ops.check import (
 from attnkit.ops.gradients import Way, differentiable
 from attnkit.ops.kv_append import refuse_gradients
 from attnkit.ops.kv_cache import KVCache
+from attnkit.ops.normalized import attend_in_two
 from attnkit.ops.registry import attend
 from attnkit.ops.routed import Groups, Routing, within
 from attnkit.ops.seeds import draw
 from attnkit.ops.selective import attend_selectively
 from attnkit.ops.traced import Traceable, bind, bind_function
 from attnkit.ops.warm import is_unwatched, ready, run
+from attnkit.plan.normalizers import LOWERED
 from attnkit.variants.vision import GridPattern
 
 Output = Tensor | tuple[Tensor, Tensor]
@@ -83,7 +85,7 @@ def attention(
             return_lse: `ak.routing` (clusters), `ak.groups` (lists of tokens), or a pattern over a grid of
             `attnkit.variants.vision` (windows, halos).
         normalizer: ``ak.softmax()``, ``ak.softmax(sink)`` with one float32 logit per query head, ``ak.sigmoid()``,
-            ``ak.signed_softmax()``, ``ak.softmax_over_queries()``; the last three on the reference backend alone.
+            ``ak.signed_softmax()``, ``ak.softmax_over_queries()``: the last three on the CPU, the last two as two attentions.
         scale: finite and positive; None is ``D ** -0.5``.
         dropout_p: the probability with which a weight is dropped; the others are divided by ``1 - dropout_p``. lse is that
             of all. One number drawn from torch's default generator decides which: see docs/variants/dense.md.
@@ -165,13 +167,12 @@ def attention(
     if cached:
         refuse_gradients("q", (q, *buffers))
     seed = draw(dropout_p, q)
-    what = text, buffers, numbers, return_lse, seed
     if codes is not None:
-        o, lse = attend_cache(q, codes, *what, backend)
-    elif backend in ("auto", q.device.type):
-        o, lse = attend(q, keys, values, *what)
+        o, lse = attend_cache(q, codes, text, buffers, numbers, return_lse, seed, backend)
+    elif normalizer.kind in LOWERED and backend != "reference":
+        o, lse = attend_in_two(partial(_run_on, backend), q, keys, values, text, buffers, numbers, seed)
     else:
-        o, lse = _run_on(backend, q, keys, values, *what)
+        o, lse = _run_on(backend, q, keys, values, text, buffers, numbers, return_lse, seed)
     return o if lse is None or not return_lse else (o, lse)
 
 
@@ -312,7 +313,9 @@ def _run_on(
     need_lse: bool,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A backend asked for by name, outside the dispatcher: for checking."""
+    """Attention, or that of a backend asked for by name, outside the dispatcher: for checking."""
+    if backend in ("auto", q.device.type):
+        return attend(q, k, v, text, buffers, params, need_lse, seed)
     found = ready(text, q, k, v, backend)
     tensors = (q, k, v, *buffers)
     if not needs_derivatives(tensors):

@@ -28,12 +28,14 @@ from attnkit.ops.check import (
     check_tensor,
     check_values_of,
     is_paged,
+    needs_derivatives,
     no_room,
     shape_of,
     without_derivatives,
 )
 from attnkit.ops.counts import counts, recorder
 from attnkit.ops.kv_cache import KVCache
+from attnkit.ops.normalized import read_with_gradients
 from attnkit.ops.traced import Traceable, bind
 from attnkit.ops.warm import precision
 from attnkit.plan.readouts import WANT, Results
@@ -45,6 +47,9 @@ _lib.define(
     " -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+_DIFFERENTIABLE = {"column_sum", "entropy"}  # as attentions of their own
 
 
 class TopK(NamedTuple):
@@ -96,7 +101,8 @@ def readout(
         rows         P_ij of the queries ``rows``         [B, Hq, R, Skv]
 
     The weights of the last n queries alone are those of ``q[:, :, -n:]`` and ``lse[:, :, -n:]``, with a mask that is aligned to
-    the end, such as `ak.causal`. No gradient passes through: what asks for one is an error.
+    the end, such as `ak.causal`. Gradients pass through column_sum and entropy, to the lse and on to what it was made from too; where
+    they are wanted these are attentions of their own. What asks for another's gradient is an error.
 
     Args:
         q: ``[B, Hq, Sq, D]``, float32, bfloat16 or float16, any strides, on the CPU.
@@ -144,7 +150,18 @@ def readout(
     )  # fmt: skip
     text, buffers, params = bind(what, q)
     check_captured(buffers, q)
-    asked = text, buffers, [p.current() for p in params], wanted, listed, topk or 0
+    numbers = [p.current() for p in params]
+    if (
+        needs_derivatives((q, keys, lse, *buffers))
+        and backend != "reference"
+        and set(wanted) <= _DIFFERENTIABLE
+    ):
+        _check(q, keys, lse, parse(text), wanted, None, 0)
+        sums: dict[str, Any] = {
+            name: read_with_gradients(q, keys, lse, text, buffers, numbers, name) for name in wanted
+        }
+        return Readout(**sums)
+    asked = text, buffers, numbers, wanted, listed, topk or 0
     if backend in ("auto", q.device.type):
         found = torch.ops.attnkit.readout(q, keys, lse, *asked)
     else:
@@ -234,6 +251,9 @@ def _returned(results: Results) -> list[Tensor]:
 def _check(
     q: Tensor, k: Tensor, lse: Tensor, program: Program, want: list[str], rows: Tensor | None, topk: int
 ) -> None:
+    if not (program.is_attention and program.attend.plain) or program.attend.dropout is not None:
+        allowed = "one softmax attention without dropout"
+        raise error("AK502", where="program", given="a program that is more or less", allowed=allowed)
     check_qkv(q, k, k, is_paged(program))
     check_tensor("lse", lse, q.device)
     if lse.dtype != torch.float32:
@@ -307,6 +327,6 @@ def _fake(*args: Any) -> list[Tensor]:
 _op = torch.ops.attnkit.readout.default
 for _device in ("CPU", "CUDA"):
     _lib.impl("readout", _run, _device)
-    _lib.impl("readout", without_derivatives(_op, "read-outs have no derivatives"), f"Autograd{_device}")
+    _lib.impl("readout", without_derivatives(_op, "this read-out has no derivatives"), f"Autograd{_device}")
     _lib.impl("readout", autocasting(_op, tensors=2), f"Autocast{_device}")
 torch.library.register_fake("attnkit::readout", _fake, lib=_lib)

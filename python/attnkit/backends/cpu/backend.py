@@ -53,6 +53,8 @@ class CpuBackend:
             of_program = carried.reasons(spec.program)
         if is_approximate(spec.program):
             of_program = ()
+        if _is_unnormalized(spec.program):
+            of_program = ()
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
         )
@@ -126,6 +128,13 @@ class CpuBackend:
 
 def _recurs(program: Program) -> bool:
     return any(isinstance(op, Recur) for op in program.ops)
+
+
+def _is_unnormalized(program: Program) -> bool:
+    """Attention whose scores are the weights themselves, of plain elements."""
+    if not program.is_attention or any(x.codec is not None for x in program.inputs):
+        return False
+    return program.attend.single and program.attend.normalizer.kind == "none"
 
 
 def _only_selects(program: Program) -> bool:
@@ -286,7 +295,7 @@ class CpuKernel:
         try:
             program = engine().Program(
                 code.code, code.score, code.mask, code.num_buffers, code.num_params, code.slope, code.loads,
-                code.slope_f, attend.carry is not None,
+                code.slope_f, attend.carry is not None, attend.normalizer.kind == "none",
             )  # fmt: skip
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc
