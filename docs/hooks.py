@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 SECTIONS = {
-    "": ["index.md", "tutorial.md", "kv-cache.md", "transformers.md", "training.md", "tuning.md"],
+    "": [
+        "index.md",
+        "tutorial.md",
+        "kv-cache.md",
+        "transformers.md",
+        "diffusers.md",
+        "training.md",
+        "tuning.md",
+    ],
     "Variants": ["variants.md", "variants/*.md"],
     "Reference": ["ir.md", "operators.md", "errors.md", "env.md", "benchmarks.md"],
     "How it works": ["architecture.md", "*.md", "design/*.md"],

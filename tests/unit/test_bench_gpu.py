@@ -1,12 +1,17 @@
 """The suite for GPUs without one: what runs on the device runs here, on a clock of the tests' own."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from attnkit.bench import gpu, peers, records, runner
 from attnkit.bench.measure import Contender
@@ -125,11 +130,114 @@ def test_heads_that_are_folded() -> None:
     ("workload", "refused"),
     [
         (Workload("causal", TINY), set()),
-        (Workload("causal", TINY, direction="fwdbwd"), {"flash_attn", "xformers", "flashinfer"}),
-        (Workload("full", Shape(2, 4, 2, 1, 30, 16, 16), direction="decode"), {"xformers", "flashinfer"}),
-        (Workload("causal", Shape(1, 2, 2, 4, 40, 16, 16)), {"cudnn", "flash2", "efficient", "flash_attn", "xformers", "flashinfer"}),
-        (Workload("window", TINY), {"cudnn", "flash2", "efficient", "flash_attn", "xformers", "flashinfer"}),
+        (Workload("causal", TINY, direction="fwdbwd"), {"flash_attn", "xformers", "flashinfer", "fla"}),
+        (Workload("full", Shape(2, 4, 2, 1, 30, 16, 16), direction="decode"), {"fla"}),
+        (Workload("causal", Shape(1, 2, 2, 4, 40, 16, 16)), {"cudnn", "flash2", "efficient", "flash_attn", "xformers", "flashinfer", "fla"}),
+        (Workload("window", TINY), {"cudnn", "flash2", "efficient", "flash_attn", "xformers", "flashinfer", "fla"}),
     ],
 )  # fmt: skip
 def test_who_cannot_express_what(workload: Workload, refused: set[str]) -> None:
     assert {peer.name for peer in peers.FUSED if peer.refuses(workload)} == refused
+
+
+# --- libraries that nobody has here: what they are given, as their documentation has it ---------------------
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Over ``[..., S, H, D]``, heads grouped or not."""
+    k, v = (t.repeat_interleave(q.shape[-2] // t.shape[-2], dim=-2) for t in (k, v))
+    s = torch.einsum("...qhd,...khd->...hqk", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        s = s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    return torch.einsum("...hqk,...khd->...qhd", s.softmax(-1), v)
+
+
+class Ragged:
+    """FlashInfer's sequences one after the other."""
+
+    def __init__(self, workspace: Tensor) -> None:
+        assert workspace.dtype == torch.uint8
+
+    def plan(self, qo_indptr: Tensor, kv_indptr: Tensor, num_qo_heads: int, num_kv_heads: int, head_dim_qk: int, *,
+             causal: bool, q_data_type: torch.dtype, kv_data_type: torch.dtype) -> None:  # fmt: skip
+        assert qo_indptr.dtype == kv_indptr.dtype == torch.int32
+        self.stretches = [
+            [slice(*map(int, ends)) for ends in pairwise(starts)] for starts in (qo_indptr, kv_indptr)
+        ]
+        self.causal, self.dtypes = causal, (q_data_type, kv_data_type)
+        self.heads = [(num_qo_heads, head_dim_qk), (num_kv_heads, head_dim_qk)]
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert (q.dtype, k.dtype) == self.dtypes
+        assert [t.shape[1:] for t in (q, k)] == self.heads
+        each = zip(*self.stretches, strict=True)
+        return torch.cat([eager(q[own], k[seen], v[seen], self.causal) for own, seen in each])
+
+
+class Paged:
+    """FlashInfer's caches in pages."""
+
+    def __init__(self, workspace: Tensor, use_tensor_cores: bool) -> None:
+        assert workspace.dtype == torch.uint8
+
+    def plan(self, indptr: Tensor, indices: Tensor, last_page_len: Tensor, num_qo_heads: int, num_kv_heads: int,
+             head_dim: int, page_size: int, *, q_data_type: torch.dtype, kv_data_type: torch.dtype) -> None:  # fmt: skip
+        assert indptr.dtype == indices.dtype == last_page_len.dtype == torch.int32
+        self.pages = [indices[slice(*map(int, ends))] for ends in pairwise(indptr)]
+        self.last, self.page = last_page_len, (page_size, num_kv_heads, head_dim)
+        self.q, self.dtypes = (len(last_page_len), num_qo_heads, head_dim), (q_data_type, kv_data_type)
+
+    def run(self, q: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        assert q.shape == self.q
+        assert (q.dtype, cache[0].dtype) == self.dtypes
+        assert all(t.shape[1:] == self.page for t in cache)
+        found = []
+        for one, pages, last in zip(q, self.pages, self.last, strict=True):
+            tokens = len(pages) * self.page[0] - self.page[0] + int(last)
+            k, v = (t[pages].flatten(0, 1)[:tokens] for t in cache)
+            found.append(eager(one[None], k, v)[0])
+        return torch.stack(found)
+
+
+def grouped(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None) -> Tensor:
+    """xformers broadcasts nothing by itself; grouped heads have a dimension of their own."""
+    assert q.shape[2:] == k.shape[2:] == v.shape[2:]
+    o = eager(*(t.flatten(2, -2) for t in (q, k, v)), causal=attn_bias is not None)
+    return o.reshape(q.shape)
+
+
+LIBRARIES: dict[str, dict[str, dict[str, Any]]] = {
+    "flash_attn": {"flash_attn": {"flash_attn_func": eager}},
+    "xformers": {"xformers": {}, "xformers.ops": {"LowerTriangularMask": object, "memory_efficient_attention": grouped}},
+    "flashinfer": {"flashinfer": {"BatchPrefillWithRaggedKVCacheWrapper": Ragged, "BatchDecodeWithPagedKVCacheWrapper": Paged}},
+    "fla": {"fla": {}, "fla.ops": {}, "fla.ops.attn": {"parallel_attn": partial(eager, causal=True)}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("workload", "wanted"),
+    [
+        (Workload("causal", Shape.of(2, 4, 40, 16)), set(LIBRARIES)),
+        (Workload("full", Shape.of(2, 4, 40, 16)), {"flash_attn", "xformers", "flashinfer"}),
+        (Workload("causal", Shape.of(2, 4, 40, 16, hkv=2)), set(LIBRARIES)),
+        (Workload("full", Shape(3, 4, 2, 1, 48, 16, 16), direction="decode"), {"flash_attn", "xformers", "flashinfer"}),
+        (Workload("full", Shape(2, 4, 4, 1, 30, 16, 16), direction="decode"), {"flash_attn", "xformers", "flashinfer"}),
+    ],
+)  # fmt: skip
+def test_libraries_are_given_the_row(
+    workload: Workload, wanted: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = make_inputs(workload)
+    want = eager(*(t.transpose(1, 2) for t in (inputs.q, inputs.k, inputs.v)), bool(workload.parameters))
+    met = set()
+    for peer in peers.FUSED:
+        if peer.name not in LIBRARIES or peer.refuses(workload):
+            continue
+        for name, content in LIBRARIES[peer.name].items():
+            module = ModuleType(name)
+            vars(module).update(content)
+            monkeypatch.setitem(sys.modules, name, module)
+        call = peer.prepare(inputs)
+        torch.testing.assert_close(call.output(call.run()).transpose(1, 2), want)
+        met.add(peer.name)
+    assert met == wanted

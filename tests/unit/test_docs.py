@@ -45,7 +45,7 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         assert "://" in target or (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("page", ["tutorial.md", "variants.md"])
+@pytest.mark.parametrize("page", ["tutorial.md", "variants.md", "diffusers.md"])
 def test_page_runs_and_prints_what_it_says(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python blocks share one namespace, a ``text`` block is what the block before it printed, ``sh`` are commands."""
     monkeypatch.chdir(ROOT)

@@ -9,7 +9,7 @@ import pytest
 
 import attnkit
 
-HEAVY = ("torch", "triton", "cupy", "numpy", "transformers", "matplotlib", "click", "rich")
+HEAVY = ("torch", "triton", "cupy", "numpy", "transformers", "diffusers", "matplotlib", "click", "rich")
 HIDE = """
 import sys
 

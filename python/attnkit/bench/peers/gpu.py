@@ -5,6 +5,7 @@ They take full and causal attention; what one of them cannot do it says itself, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from attnkit.bench.peers.base import Call, Peer, folded, installed_version, unfolded
 from attnkit.bench.peers.flex import FLEX_GPU
 from attnkit.bench.workloads import Inputs, Workload
+
+_WORKSPACE_BYTES = 128 << 20  # what FlashInfer recommends
 
 
 def _refuses(workload: Workload, *, gradients: bool = True) -> str | None:
@@ -71,34 +74,57 @@ def _flash_attn(inputs: Inputs) -> Call:
     return Call(lambda: flash_attn_func(q, k, v, causal=causal), _heads_first)
 
 
-def _xformers(inputs: Inputs) -> Call:
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+def _fla(inputs: Inputs) -> Call:
+    """Its softmax attention: its linear attention has nobody to stand beside on a GPU."""
+    from fla.ops.attn import parallel_attn
 
     q, k, v = _by_token(inputs)
+    return Call(lambda: parallel_attn(q, k, v), _heads_first)
+
+
+def _fla_refuses(workload: Workload) -> str | None:
+    return _refuses(workload, gradients=False) if workload.parameters else "causal attention only"
+
+
+def _xformers(inputs: Inputs) -> Call:
+    """Grouped heads as ``[B, S, Hkv, G, D]``, with keys and values that are broadcast."""
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+
+    s = inputs.workload.shape
+    q, k, v = _by_token(inputs)
+    if s.hq != s.hkv:
+        q = q.unflatten(2, (s.hkv, -1))
+        k, v = (t[:, :, :, None].expand(-1, -1, -1, s.hq // s.hkv, -1) for t in (k, v))
     bias = LowerTriangularMask() if inputs.workload.parameters else None
-    return Call(lambda: memory_efficient_attention(q, k, v, attn_bias=bias), _heads_first)
-
-
-def _flashinfer(inputs: Inputs) -> Call:
-    import flashinfer
-
-    q, k, v = (t[0] for t in _by_token(inputs))
-    if inputs.workload.direction == "decode":
-        return Call(lambda: flashinfer.single_decode_with_kv_cache(q[0], k, v), lambda o: o[None, :, None])
-    causal = bool(inputs.workload.parameters)
     return Call(
-        lambda: flashinfer.single_prefill_with_kv_cache(q, k, v, causal=causal),
-        lambda o: _heads_first(o[None]),
+        lambda: memory_efficient_attention(q, k, v, attn_bias=bias),
+        lambda o: _heads_first(o.reshape(s.b, s.sq, s.hq, s.dv)),
     )
 
 
-def _flashinfer_refuses(workload: Workload) -> str | None:
-    return "one sequence at a time" if workload.shape.b > 1 else _refuses(workload, gradients=False)
+def _flashinfer(inputs: Inputs) -> Call:
+    """As it serves a batch, planned beforehand: sequences one after the other, or caches in pages."""
+    import flashinfer
+    import torch
 
-
-def _ungrouped(workload: Workload) -> str | None:
-    """xformers takes grouped heads in another shape; and gradients of tensors that are views by token."""
-    return "grouped heads" if workload.shape.hq != workload.shape.hkv else _refuses(workload, gradients=False)
+    s = inputs.workload.shape
+    q, k, v = _by_token(inputs)
+    workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
+    sequences = torch.arange(s.b + 1, dtype=torch.int32, device=q.device)
+    how = {"q_data_type": q.dtype, "kv_data_type": k.dtype}
+    if inputs.workload.direction == "decode":
+        page = math.gcd(s.skv, 16)
+        starts, last = sequences * (s.skv // page), torch.full_like(sequences[1:], page)
+        pages = torch.arange(s.b * s.skv // page, dtype=torch.int32, device=q.device)
+        decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, use_tensor_cores=s.hq != s.hkv)
+        decode.plan(starts, pages, last, s.hq, s.hkv, s.d, page, **how)
+        cache = tuple(t.view(-1, page, s.hkv, s.d) for t in (k, v))
+        return Call(lambda: decode.run(q[:, 0], cache), lambda o: o[:, :, None])
+    prefill = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace)
+    causal = bool(inputs.workload.parameters)
+    prefill.plan(sequences * s.sq, sequences * s.skv, s.hq, s.hkv, s.d, causal=causal, **how)
+    packed = tuple(t.flatten(0, 1) for t in (q, k, v))
+    return Call(lambda: prefill.run(*packed), lambda o: _heads_first(o.unflatten(0, (s.b, s.sq))))
 
 
 def _torch(name: str, kernel: str) -> Peer:
@@ -115,7 +141,8 @@ FUSED = (
     _torch("efficient", "EFFICIENT_ATTENTION"),
     FLEX_GPU,
     _package("flash_attn", "flash-attn", partial(_refuses, gradients=False), _flash_attn),
-    _package("xformers", "xformers", _ungrouped, _xformers),
-    _package("flashinfer", "flashinfer-python", _flashinfer_refuses, _flashinfer),
+    _package("xformers", "xformers", partial(_refuses, gradients=False), _xformers),
+    _package("flashinfer", "flashinfer-python", partial(_refuses, gradients=False), _flashinfer),
+    _package("fla", "fla-core", _fla_refuses, _fla),
 )
 FOLDED_GPU = Peer("flash2-folded", lambda: installed_version("torch"), _folded_refuses, _folded)
