@@ -234,7 +234,7 @@ class Backward {
 
   // As float32, `padded` channels wide.
   Rows rows(const View& view, const Lines& lines, int32_t width, int32_t padded, size_t at) const {
-    return rows_of(lines, p_.dtype, view.stride[3], width, padded, ws_ + at);
+    return rows_of(lines, p_.dtype, view.stride[3], width, padded, ws_ + at, true);
   }
   Rows queries(const BackwardTile& tile) const { return rows(p_.q, query_lines(tile), p_.head_dim, at_.dk, at_.q); }
   Rows cotangents(const BackwardTile& tile) const {

@@ -130,9 +130,12 @@ inline Lines listed_lines(const View& view, DType dtype, int32_t batch, int32_t 
 }
 
 // Where they lie, if they lie so; else they are packed into `to`. `channel`: elements from one channel to the next.
-inline Rows rows_of(const Lines& lines, DType dtype, int64_t channel, int32_t width, int32_t padded, float* to) {
+// `close`: they are packed too if they lie apart, as tokens of several heads do. Such rows share few sets of the cache.
+inline Rows rows_of(const Lines& lines, DType dtype, int64_t channel, int32_t width, int32_t padded, float* to,
+                    bool close = false) {
   const int32_t count = lines.count;
-  if (dtype == DType::f32 && channel == 1 && width == padded && lines.adjacent(0, count) == count)
+  if (dtype == DType::f32 && channel == 1 && width == padded && lines.adjacent(0, count) == count &&
+      !(close && lines.stride != 4 * width))
     return {reinterpret_cast<const float*>(lines.at(0)), lines.stride / 4};
   with_elements(dtype, [&](auto* type) {
     for (int32_t n = 0, some; n < count; n += some) {
