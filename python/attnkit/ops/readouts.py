@@ -137,6 +137,7 @@ def readout(
                         hint="call .dequantize(), and pass kv_lens=cache.lengths")  # fmt: skip
     q, keys, _ = autocast(q, keys, None)
     check_qkv(q, keys, keys, paged=page_table is not None)
+    check_tensor("lse", lse, q.device)
     wanted = _check_want(want, rows, topk)
     listed = None if rows is None else _as_rows(rows, q)
     scale = check_scale(scale)
