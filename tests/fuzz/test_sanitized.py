@@ -33,6 +33,7 @@ TESTS = {
     "caches": ["tests/ops/test_kv_cache.py", "tests/ops/test_kv_codes.py"],
     "choices": ["tests/ops/test_select_op.py", "tests/ops/test_gathered.py", "tests/ops/test_encoded_attention.py", "tests/ops/test_sparge_attention.py"],
     "groups": ["tests/ops/test_groups.py", "tests/ops/test_routing_attention.py"],
+    "weights": ["tests/ops/test_readout.py", "tests/ops/test_normalizers.py", "--deselect", "tests/ops/test_readout.py::test_errors[memory that is not there]"],
     "carried": ["tests/ops/test_selective_attention.py", "tests/ops/test_selective_codes.py"],
     "engine": [
         "tests/unit/test_bytecode.py", "tests/unit/test_bytecode_verifier.py", "tests/unit/test_block_map.py",
