@@ -13,7 +13,7 @@ from attnkit import _engine
 from attnkit.analysis.canonical import canonical
 from attnkit.backends.cpu.backend import CpuKernel
 from attnkit.errors import AttnkitError
-from attnkit.ir.program import Attend, Buffer, Layout, Program, Return
+from attnkit.ir.program import Attend, Buffer, Layout, Normalizer, Program, Return
 from attnkit.ir.verify import verify
 from attnkit.plan.bytecode import emit
 from attnkit.plan.spec import KernelSpec
@@ -133,6 +133,15 @@ def weights_of(z: Any, live: Any) -> tuple[Any, Any]:
         return np.where(total == 0, 0, w / total), (pivot + np.log(total))[:, 0]
 
 
+def unnormalized(program: Program) -> Program:
+    """The same, its scores being the weights themselves."""
+    attend = program.attend
+    weighed = Attend(
+        attend.operands, 1.0, score=attend.score, mask=attend.mask, normalizer=Normalizer("none")
+    )
+    return Program(program.inputs, program.buffers, program.num_params, (weighed, Return((3,))))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _restored_isa() -> Iterator[None]:
     before = _engine.current_isa()
@@ -191,6 +200,12 @@ def test_tiles_equal_pairs(problem: tuple[Program, int, int, int, dict[str, int]
             want, want_lse = weights_of(z, live[at])
             np.testing.assert_allclose(o[at].numpy(), want, rtol=3e-5, atol=1e-36)
             np.testing.assert_allclose(lse[at].numpy(), want_lse, rtol=1e-6, atol=1e-6)
+        scores = CpuKernel(KernelSpec(unnormalized(program), "float32", 1, kv_len), tiles)
+        scores(*held, o, None, [torch.from_numpy(x) for x in arrays], [param], 2)
+        for at, (_, z) in heads.items():
+            want = np.where(live[at] & ~np.isneginf(z), z, 0)
+            rows = np.isfinite(want).all(1)  # infinity times the zeros of v is no number
+            np.testing.assert_array_equal(o[at].numpy()[rows], want[rows])
 
 
 @settings(max_examples=MANY, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
