@@ -17,12 +17,7 @@ using Results = std::array<Maybe, 8>;
 template <class T>
 T* result(const Maybe& given, DType dtype, const Ints& size, const char* what) {
   if (!given) return nullptr;
-  need(given->dtype == static_cast<int>(dtype) && given->size == size && given->stride.size() == size.size(), what);
-  int64_t contiguous = 1;
-  for (size_t d = size.size(); d-- > 0; contiguous *= std::max<int64_t>(size[d], 1)) {
-    need(size[d] <= 1 || given->stride[d] == contiguous, what);
-    need(size[d] <= kFarthest / contiguous, what);
-  }
+  need_contiguous(*given, dtype, size, what);
   need(check_memory({given->data, given->size, given->stride, element_size(dtype)}) == Fault::none, what);
   return reinterpret_cast<T*>(given->data);
 }

@@ -53,16 +53,9 @@ std::pair<int, int> call_select(const Tensor& q, const Tensor& k, const Tensor& 
   s.q_len = q.size[2];
   s.kv_len = k.size[2];
   const int64_t rows = s.rows(), columns = s.columns();
-  const char* what = "chosen is not bool and contiguous, [batch, heads, columns, rows]";
-  need(chosen.dtype == static_cast<int>(DType::u8) && chosen.stride.size() == 4 &&
-           chosen.size == Ints{q.size[0], int64_t{s.choosers()}, columns, rows},
-       what);
-  int64_t contiguous = 1;
-  for (size_t d = 4; d-- > 0; contiguous *= std::max<int64_t>(chosen.size[d], 1)) {
-    need(chosen.size[d] <= 1 || chosen.stride[d] == contiguous, what);
-    need(chosen.size[d] <= kFarthest / contiguous, "chosen has more than 2^54 elements");
-  }
-  need(contiguous <= (int64_t{1} << 40), "more than 2^40 pairs of rows and columns");
+  const int64_t pairs_of_blocks = need_contiguous(chosen, DType::u8, {q.size[0], int64_t{s.choosers()}, columns, rows},
+                                                  "chosen is not bool and contiguous, [batch, heads, columns, rows]");
+  need(pairs_of_blocks <= (int64_t{1} << 40), "more than 2^40 pairs of rows and columns");
   s.chosen = reinterpret_cast<uint8_t*>(chosen.data);
   const int element = element_size(s.dtype);
   std::vector<Memory> memory{{q.data, q.size, q.stride, element},

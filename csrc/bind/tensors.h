@@ -96,6 +96,17 @@ inline Fault check_memory(const Memory& m) {
   return m.data % static_cast<uintptr_t>(m.element) == 0 ? Fault::none : Fault::misaligned;
 }
 
+// Checks type, sizes and that the elements lie one after the other; returns how many there are, dimensions of 0 apart.
+inline int64_t need_contiguous(const Tensor& t, DType dtype, const Ints& size, const char* what) {
+  need(t.dtype == static_cast<int>(dtype) && t.size == size && t.stride.size() == size.size(), what);
+  int64_t contiguous = 1;
+  for (size_t d = size.size(); d-- > 0; contiguous *= std::max<int64_t>(size[d], 1)) {
+    need(size[d] <= 1 || t.stride[d] == contiguous, what);
+    need(size[d] <= kFarthest / contiguous, "a tensor has more than 2^54 elements");
+  }
+  return contiguous;
+}
+
 // Memory that was never written is found page by page, at a fault each, and threads that write to rows of one page meet
 // there. So where a result is so large that the allocator may have mapped it for itself alone, its pages are to be
 // large ones. The system may refuse; of memory that has been written nothing changes.

@@ -388,6 +388,11 @@ def test_explained_and_not_run(randn: Randn) -> None:
 
 
 Q, K, LSE = torch.zeros(1, 4, 5, 8), torch.zeros(1, 2, 6, 8), torch.zeros(1, 4, 5)
+PLAIN = """attnkit 1
+program (q: bhsd, k: bhsd, v: bhsd) {
+  o, lse = attend(q, k, v, scale = default) { normalizer = softmax }
+  return o
+}"""
 SIGMOID = """attnkit 1
 program (q: bhsd, k: bhsd, v: bhsd) {
   o = attend(q, k, v, scale = default) { score = sigmoid(s)  normalizer = none }
@@ -420,6 +425,7 @@ WRONG: dict[str, tuple[str, str, Callable[[], Any]]] = {
     "a backend of a GPU": ("AK502", "backend 'triton'", lambda: ak.readout(Q, K, LSE, backend="triton")),
     "lengths beside a cache": ("AK408", "kv_lens", lambda: ak.readout(Q, ak.KVCache(1, 2, 8, max_len=16, codec="f32"), LSE, kv_lens=LSE)),
     "a bias that is too short": ("AK601", "score or mask", lambda: ak.readout(Q, K, LSE, score=lambda s, b, h, i, j: s + torch.zeros(3)[j])),
+    "an unknown name, of the op": ("AK401", "want", lambda: torch.ops.attnkit.readout(Q, K, LSE, PLAIN, [], [], ["entropy", "mean"], None, 0)),
     "weights that are no softmax": ("AK502", "program", lambda: torch.ops.attnkit.readout(Q, K, LSE, SIGMOID, [], [], ["entropy"], None, 0)),
     "memory that is not there": ("AK603", "topk", lambda: ak.readout(Q, K, LSE, ("topk",), topk=2**31 - 1)),
 }  # fmt: skip

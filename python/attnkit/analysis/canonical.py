@@ -49,17 +49,13 @@ def substitute(root: Expr, new: Mapping[Expr, Expr]) -> Expr:
     """The expression with other nodes in the places of some."""
     done: dict[Expr, Expr] = {}
     for node in topological([root]):
-        args = tuple(done[arg] for arg in node.args)
-        same = (
-            node if args == node.args else _rebuilt(node, args) if node.op == "load" else make(node.op, *args)
-        )
-        done[node] = new.get(node, same)
+        done[node] = new[node] if node in new else _over(node, tuple(done[arg] for arg in node.args))
     return done[root]
 
 
 def _fold(node: Expr, args: tuple[Expr, ...]) -> Expr:
     if node.op not in OPS:
-        return node if args == node.args else _rebuilt(node, args)
+        return _over(node, args)
     if all(arg.op == "const" and arg.dtype != "float" for arg in args) and node.dtype != "float":
         with np.errstate(all="ignore"):
             value = np.asarray(OPS[node.op].numpy(*(np.asarray(arg.attr) for arg in args)))
@@ -71,11 +67,14 @@ def _fold(node: Expr, args: tuple[Expr, ...]) -> Expr:
     found = identity(*args) if identity is not None else None
     if found is not None:
         return found
-    return node if args == node.args else make(node.op, *args)
+    return _over(node, args)
 
 
-def _rebuilt(node: Expr, args: tuple[Expr, ...]) -> Expr:
-    return load(int(node.attr or 0), *args, dtype=node.dtype)
+def _over(node: Expr, args: tuple[Expr, ...]) -> Expr:
+    """The same operator over these arguments."""
+    if args == node.args:
+        return node
+    return load(int(node.attr or 0), *args, dtype=node.dtype) if node.op == "load" else make(node.op, *args)
 
 
 def _and(a: Expr, b: Expr) -> Expr | None:

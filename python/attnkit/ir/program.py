@@ -294,6 +294,11 @@ class Attend(Operation):
         return self.normalizer.kind == "softmax" and self.single
 
     @property
+    def unnormalized(self) -> bool:
+        """Whether its scores are the weights themselves."""
+        return self.normalizer.kind == "none"
+
+    @property
     def single(self) -> bool:
         """The same with any normaliser."""
         return len(self.operands) == 3 and self == Attend(

@@ -251,7 +251,8 @@ def _returned(results: Results) -> list[Tensor]:
 
 def _check(
     q: Tensor, k: Tensor, lse: Tensor, program: Program, want: list[str], rows: Tensor | None, topk: int
-) -> None:
+) -> list[str]:
+    """What is wanted, in the order of `WANT`."""
     if not (program.is_attention and program.attend.plain) or program.attend.dropout is not None:
         allowed = "one softmax attention without dropout"
         raise error("AK502", where="program", given="a program that is more or less", allowed=allowed)
@@ -261,13 +262,13 @@ def _check(
         raise error("AK404", where="lse", given=str(lse.dtype), allowed="torch.float32")
     if lse.shape != q.shape[:3]:
         raise error("AK403", where="lse", given=shape_of(lse), allowed=f"{list(q.shape[:3])}")
-    _check_want(want, rows, topk or None)
     if rows is not None:
         check_tensor("rows", rows, q.device)
         if rows.dtype not in (torch.int32, torch.int64):
             raise error("AK404", where="rows", given=str(rows.dtype), allowed="torch.int32 or torch.int64")
         if rows.dim() != 1:
             raise error("AK403", where="rows", given=shape_of(rows), allowed="one dimension")
+    return _check_want(want, rows, topk or None)
 
 
 def _run(
@@ -283,8 +284,7 @@ def _run(
     backend: str = "auto",
 ) -> list[Tensor]:
     parsed = parse(program)
-    want = [name for name in WANT if name in want]
-    _check(q, k, lse, parsed, want, rows, topk)
+    want = _check(q, k, lse, parsed, want, rows, topk)
     order = None
     if rows is not None:
         check_values_of("rows", rows)
@@ -320,8 +320,7 @@ def _ascending(rows: Tensor, queries: int) -> tuple[Tensor, Tensor | None]:
 def _fake(*args: Any) -> list[Tensor]:
     q, k, lse, text, buffers, _, want, rows, topk = args
     program = parse(text)
-    want = [name for name in WANT if name in want]
-    _check(q, k, lse, program, want, rows, topk)
+    want = _check(q, k, lse, program, want, rows, topk)
     return _returned(_results(q, k, program, buffers, want, rows, topk))
 
 

@@ -29,7 +29,7 @@ def is_unnormalized(program: Program) -> bool:
     """Whether it is attention whose scores are the weights themselves, of plain elements: what kernels know beside softmax."""
     if not program.is_attention or any(layout.codec is not None for layout in program.inputs):
         return False
-    return program.attend.single and program.attend.normalizer.kind == "none"
+    return program.attend.single and program.attend.unnormalized
 
 
 class Lowered(NamedTuple):
@@ -135,7 +135,7 @@ def _swap(program: Program) -> Program:
     if k.kind == "padded":
         masks.append(make("lt", var("q_idx"), names[var("kv_len")]))
     mask = reduce(lambda a, b: make("and", a, b), masks) if masks else None
-    normalizer = Normalizer("none" if attend.normalizer.kind == "none" else "softmax")
+    normalizer = Normalizer("none" if attend.unnormalized else "softmax")
     score = substitute(attend.score, names)
     swapped = Attend((0, 1, 2), attend.scale, score=score, mask=mask, normalizer=normalizer)
     keys = k if k.kind == "packed" else Layout()

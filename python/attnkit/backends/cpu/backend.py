@@ -52,9 +52,7 @@ class CpuBackend:
         of_program = None if family is None else family.reasons(spec)
         if carried.carries(spec.program):
             of_program = carried.reasons(spec.program)
-        if is_approximate(spec.program):
-            of_program = ()
-        if is_unnormalized(spec.program):
+        if is_approximate(spec.program) or is_unnormalized(spec.program):
             of_program = ()
         reasons = refused(
             spec, device="cpu", dtypes=_DTYPES, channels=4096, where="the CPU", of_program=of_program
@@ -289,7 +287,7 @@ class CpuKernel:
         try:
             program = engine().Program(
                 code.code, code.score, code.mask, code.num_buffers, code.num_params, code.slope, code.loads,
-                code.slope_f, attend.carry is not None, attend.normalizer.kind == "none",
+                code.slope_f, attend.carry is not None, attend.unnormalized,
             )  # fmt: skip
         except ValueError as exc:
             raise error("AK502", where="backend cpu", given=str(exc)) from exc

@@ -148,14 +148,13 @@ class ReferenceKernel:
         with np.errstate(all="ignore"):
             p = p * np.where(np.isneginf(own), 0.0, np.exp(own - lse64))[..., None]
             logs = np.log(np.where(p == 0, 1.0, p))
-        best = np.argsort(-p, axis=3, kind="stable")[
-            ..., : 0 if results.best is None else results.best.shape[3]
-        ]
         found: dict[str, Any] = {
-            "column_sum": p.sum(2), "column_max": p.max(2, initial=0), "row_max": p.max(3, initial=0),
-            "entropy": -(p * logs).sum(3), "best": np.take_along_axis(p, best, 3),
+            "column_sum": p.sum(2), "column_max": p.max(2, initial=0), "row_max": p.max(3, initial=0), "entropy": -(p * logs).sum(3),
         }  # fmt: skip
-        found["best_keys"] = np.where(found["best"] > 0, best, -1)
+        if results.best is not None:
+            best = np.argsort(-p, axis=3, kind="stable")[..., : results.best.shape[3]]
+            found["best"] = np.take_along_axis(p, best, 3)
+            found["best_keys"] = np.where(found["best"] > 0, best, -1)
         if results.rows is not None:
             found["weights"] = p[:, :, results.rows.numpy()]
         for name, to in results._asdict().items():

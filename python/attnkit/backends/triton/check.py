@@ -172,12 +172,8 @@ def _decode(kernel: TritonKernel, pairs: Pairs) -> Printed:
 
 def _merge(kernel: TritonKernel, pairs: Pairs) -> Printed:
     numbers = {name: kernel.numbers(_GROUP)[name] for name in ("V_HEAD_DIM", "V_PADDED")}
-    return (
-        "merge",
-        *merge(kernel.attend.normalizer.sink is not None, True, pairs.unnormalized),
-        numbers,
-        "merge_",
-    )
+    attend = kernel.attend
+    return "merge", *merge(attend.normalizer.sink is not None, True, attend.unnormalized), numbers, "merge_"
 
 
 def _blocks(kernel: TritonKernel, pairs: Pairs) -> Printed:

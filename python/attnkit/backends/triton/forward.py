@@ -264,7 +264,7 @@ def forward(pairs: Pairs, scale: float, shape: Shape) -> tuple[str, Arguments]:
     captured = pairs.captured(roots)
     flags = {
         "lse": shape.need_lse, "grouped": shape.grouped, "split": shape.split, "lists": shape.lists,
-        "score": pairs.has_score, "raw": pairs.raw(scale), "unnormalized": pairs.unnormalized, "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
+        "score": pairs.has_score, "raw": pairs.raw(scale), "unnormalized": attend.unnormalized, "indices": pairs.reads_indices, "sink": attend.normalizer.sink is not None,
         "dropout": attend.dropout is not None, "packed": kv.kind == "packed", "paged": kv.kind == "paged",
         "numbers": are_numbers(codecs_of(pairs.program)), "newest": "words" in kinds["k"] | kinds["v"], "lengths": kv.kind in ("padded", "paged"),
     }  # fmt: skip

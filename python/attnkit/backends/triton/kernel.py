@@ -213,9 +213,7 @@ class TritonKernel:
         if lse is not None:
             merged |= {"whole_sb": lse.stride(0), "whole_sh": lse.stride(1)}
         sink, need_lse = self.attend.normalizer.sink is not None, lse is not None
-        printed = self.printed(
-            ("merge", need_lse), lambda: merge(sink, need_lse, self.attend.normalizer.kind == "none")
-        )
+        printed = self.printed(("merge", need_lse), lambda: merge(sink, need_lse, self.attend.unnormalized))
         numbers = {"V_HEAD_DIM": self.spec.v_head_dim, "V_PADDED": padded(self.spec.v_head_dim)}
         self.run("merge", printed, numbers, (batch * q_total, heads), values | merged, "merge_")
 

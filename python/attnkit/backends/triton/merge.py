@@ -51,7 +51,7 @@ def merge(
 '''
 
 
-def merge(sink: bool, need_lse: bool, unnormalized: bool = False) -> tuple[str, Arguments]:
+def merge(sink: bool, need_lse: bool, unnormalized: bool) -> tuple[str, Arguments]:
     """The text of the kernel ``merge`` and its arguments."""
     pointers = ["parts", "tops", "totals", "o", *["sinks"] * sink, *["lse"] * need_lse]
     sizes = [

@@ -39,17 +39,12 @@ class Pairs:
         """Whether a logit is more than the scaled product."""
         return not (self.attend.score.op == "var" and self.attend.score.attr == "s")
 
-    @property
-    def unnormalized(self) -> bool:
-        """Whether logits are the weights themselves: there is no softmax."""
-        return self.attend.normalizer.kind == "none"
-
     def raw(self, scale: float) -> bool:
         """Whether products need not be logits before they are weighed: one multiplication does both, and none overflows.
 
         Else what is multiplied by log2(e) are differences of logits: a logit may be the least float.
         """
-        return not self.has_score and not self.unnormalized and scale * LOG2E <= 1.0
+        return not self.has_score and not self.attend.unnormalized and scale * LOG2E <= 1.0
 
     @cached_property
     def stretch(self) -> Stretch | None:

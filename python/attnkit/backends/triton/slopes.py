@@ -118,7 +118,7 @@ def recomputed(
     mask, exists, poison = pairs.mask(inner)
     raw = pairs.raw(scale)
     flags = {
-        "score": pairs.has_score, "raw": raw, "unnormalized": pairs.unnormalized, "indices": pairs.reads_indices, "slope": has_slope, "packed": kv.kind == "packed",
+        "score": pairs.has_score, "raw": raw, "unnormalized": pairs.attend.unnormalized, "indices": pairs.reads_indices, "slope": has_slope, "packed": kv.kind == "packed",
         "lengths": kv.kind == "padded", "dropout": pairs.attend.dropout is not None,
     }  # fmt: skip
     holes: Holes = {
