@@ -1,6 +1,10 @@
 #include "attend.h"
 
 #include <pthread.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -168,9 +172,27 @@ void evaluate(Op op, float* dst, const float* const* args, const bool* same, int
 }
 
 #ifdef ATTNKIT_HAS_AVX512BF16
-const Kernel& dot_products() {  // to be called where the machine has them
+const Kernel& dot_products() {
   static const Kernel kernel = with_dot_products(kAvx512Kernel);
   return kernel;
+}
+#endif
+
+#ifdef ATTNKIT_HAS_AVX512AMX
+const Kernel& tile_registers() {
+  static const Kernel kernel = with_tile_registers(dot_products());
+  return kernel;
+}
+
+// Linux keeps their contents for those alone who have asked.
+bool may_use_tile_registers() {
+#ifdef __linux__
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -178,7 +200,7 @@ std::vector<const Kernel*> isa_levels() {
   // The compiler's run-time support also asks the operating system whether it saves the registers.
   std::vector<const Kernel*> levels{&kScalarKernel};
 #ifdef ATTNKIT_EMULATE
-  levels.insert(levels.end(), {&kAvx2Kernel, &kAvx512Kernel, &dot_products()});
+  levels.insert(levels.end(), {&kAvx2Kernel, &kAvx512Kernel, &dot_products(), &tile_registers()});
 #else
 #ifdef ATTNKIT_HAS_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
@@ -192,6 +214,11 @@ std::vector<const Kernel*> isa_levels() {
 #ifdef ATTNKIT_HAS_AVX512BF16
   if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
     levels.push_back(&dot_products());
+#endif
+#ifdef ATTNKIT_HAS_AVX512AMX
+  if (std::strcmp(levels.back()->name, "avx512bf16") == 0 && __builtin_cpu_supports("amx-tile") &&
+      __builtin_cpu_supports("amx-bf16") && may_use_tile_registers())
+    levels.push_back(&tile_registers());
 #endif
 #endif
   return levels;

@@ -247,6 +247,11 @@ extern const Kernel kAvx512Kernel;
 #endif
 #ifdef ATTNKIT_HAS_AVX512BF16
 Kernel with_dot_products(const Kernel& avx512);
+const Kernel& dot_products();  // to be called where the machine has them
+#endif
+#ifdef ATTNKIT_HAS_AVX512AMX
+Kernel with_tile_registers(const Kernel& dots);
+const Kernel& tile_registers();
 #endif
 
 }  // namespace attnkit::cpu

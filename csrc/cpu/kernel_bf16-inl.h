@@ -86,11 +86,7 @@ class PairForward : public Forward {
     modify(first, count, full);
     const bool all = weigh_all(count, full);
     softmax(count, all, Weights{ws_ + at_.weights, at_.bm});
-    if (thinned())
-      thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
-        float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
-        store_int(w, load_int(w) & (kept | (n % 2 ? 0xffff : ~0xffff)));
-      });
+    thin_weights(first, count, full);
     pack_values(values);
     if (!full && !is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), count, at_.dv))
       return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
@@ -107,7 +103,6 @@ class PairForward : public Forward {
     });
   }
 
- private:
   struct Weights {
     float* at;
     int32_t bm;
@@ -118,6 +113,15 @@ class PairForward : public Forward {
     }
   };
 
+  void thin_weights(int64_t first, int32_t count, bool full) {
+    if (!thinned()) return;
+    thin(first, count, full, [&](int32_t n, int32_t lane, vi kept) {
+      float* w = ws_ + at_.weights + n / 2 * at_.bm + lane;
+      store_int(w, load_int(w) & (kept | (n % 2 ? 0xffff : ~0xffff)));
+    });
+  }
+
+ private:
   // Where they lie, if their channels are adjacent and even in number.
   KeyRows keys_as_pairs(const Lines& keys) {
     const int64_t channel = p_.k.stride[3];

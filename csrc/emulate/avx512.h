@@ -62,6 +62,28 @@ ATTNKIT_EMULATED __m512 scalef(__m512 p, __m512 n) {
 ATTNKIT_EMULATED __m512 square_root(__m512 x) {
   return by_halves<__m256>([](__m256 h) { return _mm256_sqrt_ps(h); }, x);
 }
+// What is left of x when it is rounded to so many bits of its fraction, to nearest.
+ATTNKIT_EMULATED __m512 reduced(__m512 x, int how) {
+  const float by = static_cast<float>(1 << (how >> 4));
+  return each_float(
+      [&](int i) { return __builtin_fabsf(x[i]) >= 0x1p23f ? 0.0f : x[i] - __builtin_roundevenf(x[i] * by) / by; });
+}
+ATTNKIT_EMULATED __m512i quarter_into(__m512i x, __m128i quarter, int at) {
+  __builtin_memcpy(reinterpret_cast<char*>(&x) + 16 * at, &quarter, 16);
+  return x;
+}
+ATTNKIT_EMULATED __m512i first_quarter(__m128i quarter) { return quarter_into(__m512i{}, quarter, 0); }
+#define ATTNKIT_UNPACK(name, instruction)                                                             \
+  ATTNKIT_EMULATED __m512i name(__m512i a, __m512i b) {                                               \
+    return by_halves<__m256i>([](__m256i x, __m256i y) { return _mm256_##instruction(x, y); }, a, b); \
+  }
+ATTNKIT_UNPACK(low_shorts, unpacklo_epi16)
+ATTNKIT_UNPACK(high_shorts, unpackhi_epi16)
+ATTNKIT_UNPACK(low_ints, unpacklo_epi32)
+ATTNKIT_UNPACK(high_ints, unpackhi_epi32)
+ATTNKIT_UNPACK(low_longs, unpacklo_epi64)
+ATTNKIT_UNPACK(high_longs, unpackhi_epi64)
+#undef ATTNKIT_UNPACK
 // The larger magnitude of two; of one, if the other is no number.
 ATTNKIT_EMULATED __m512 largest_magnitude(__m512 a, __m512 b) {
   return each_float([&](int i) { return __builtin_fmaxf(__builtin_fabsf(a[i]), __builtin_fabsf(b[i])); });
@@ -180,6 +202,8 @@ ATTNKIT_EMULATED void store_whole(void* p, __m512i x) { __builtin_memcpy(p, &x, 
 #undef _mm512_i32gather_ps
 #undef _mm512_insertf32x8
 #undef _mm512_range_ps
+#undef _mm512_reduce_ps
+#undef _mm512_inserti32x4
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 #undef _mm512_srli_epi16
@@ -191,6 +215,15 @@ ATTNKIT_EMULATED void store_whole(void* p, __m512i x) { __builtin_memcpy(p, &x, 
 #define _mm512_roundscale_ps roundscale
 #define _mm512_scalef_ps scalef
 #define _mm512_sqrt_ps square_root
+#define _mm512_reduce_ps reduced
+#define _mm512_inserti32x4 quarter_into
+#define _mm512_castsi128_si512 first_quarter
+#define _mm512_unpacklo_epi16 low_shorts
+#define _mm512_unpackhi_epi16 high_shorts
+#define _mm512_unpacklo_epi32 low_ints
+#define _mm512_unpackhi_epi32 high_ints
+#define _mm512_unpacklo_epi64 low_longs
+#define _mm512_unpackhi_epi64 high_longs
 #define _mm512_range_ps(a, b, how) largest_magnitude(a, b)
 #define _mm512_test_epi32_mask any_bits
 #define _mm512_movepi32_mask(x) bits_where((Ints32)(x))

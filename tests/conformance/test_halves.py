@@ -27,7 +27,7 @@ def every_pattern(dtype: str) -> Tensor:
 def handed_through(got: Tensor, patterns: Tensor, isa: str) -> Tensor:
     """Where ``got`` is the pattern's value; the dot-product instruction may take subnormal numbers for zero."""
     want = patterns.to(got.dtype)
-    flushes = patterns.dtype == torch.bfloat16 and isa == "avx512bf16"
+    flushes = patterns.dtype == torch.bfloat16 and isa in ("avx512bf16", "avx512amx")
     flushed = (got == 0) & (patterns.abs() < torch.finfo(patterns.dtype).tiny) & flushes
     return (got == want) | (got.isnan() & want.isnan()) | flushed
 

@@ -26,7 +26,7 @@ print(_engine.current_isa())
 """
 
 
-@pytest.mark.parametrize("level", ["avx512", "avx512bf16"])
+@pytest.mark.parametrize("level", ["avx512", "avx512bf16", "avx512amx"])
 def test_level(level: str, emulated: Callable[[str], dict[str, str]], passing: Callable[..., str]) -> None:
     environment = emulated(level)
     named = subprocess.run(

@@ -291,6 +291,16 @@ FEATURES: dict[str, set[str]] = {
     "avx2": {"avx2", "fma"},
     "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma"},
     "avx512bf16": {"avx512f", "avx512dq", "avx512bw", "avx512vl", "fma", "avx512_bf16"},
+    "avx512amx": {
+        "avx512f",
+        "avx512dq",
+        "avx512bw",
+        "avx512vl",
+        "fma",
+        "avx512_bf16",
+        "amx_tile",
+        "amx_bf16",
+    },
 }
 
 

@@ -111,7 +111,12 @@ def test_isa_objects_run_nothing_when_loaded() -> None:
 
 # AVX2 may use the wide registers of AVX, AVX-512 also those that only EVEX instructions reach; the rest neither.
 WIDE, EVEX = re.compile(r"%ymm"), re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
-USES = {"isa_avx2.cc.o": (True, False), "isa_avx512.cc.o": (True, True), "isa_avx512bf16.cc.o": (True, True)}
+USES = {
+    "isa_avx2.cc.o": (True, False),
+    "isa_avx512.cc.o": (True, True),
+    "isa_avx512bf16.cc.o": (True, True),
+    "isa_avx512amx.cc.o": (True, True),
+}
 
 
 def test_objects_use_the_registers_of_their_level_alone() -> None:

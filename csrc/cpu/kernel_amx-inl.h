@@ -1,0 +1,352 @@
+// The forward of bfloat16 on the tile registers of AMX. Scores are as PairForward has them, a row for each key and a
+// lane for each query: keys are a left factor where they lie, queries as pairs of channels a right one. Weights, as
+// pairs of keys, are a right factor too, so outputs grow transposed, [channel][query], and the values of a tile are
+// transposed.
+//
+// Keys are summed 32 at a time, from multiples of 32 on whatever is trimmed, so that no bit depends on other queries.
+
+// 2^x for x <= 0, of what is rounded to 8 bits next but summed before: right to 4e-7, and 1 at 0. Where tile registers
+// are at work, one vector can be multiplied a cycle, but others added and shuffled beside it: of a weight, four
+// multiplications and one scaling by a power.
+template <int kCount>
+ATTNKIT_INLINE void exp2_weights(vf* x) {
+  const vf magic = set1(786432.0f);  // 1.5 * 2^19: adding it leaves four bits of the fraction
+  vf t[kCount], n[kCount], power[kCount];
+  ATTNKIT_EACH t[i] = x[i] + magic;
+  ATTNKIT_EACH n[i] = t[i] - magic;
+  ATTNKIT_EACH x[i] = (vf)_mm512_reduce_ps((__m512)x[i], 4 << 4 | _MM_FROUND_TO_NEAREST_INT);  // to sixteenths
+  ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
+  // Minimax of (2^r - 1) / r for |r| <= 1/32.
+  ATTNKIT_EACH t[i] = fma(set1(0.240226448f), x[i], set1(0.693187714f));
+  ATTNKIT_EACH x[i] = x[i] * power[i];
+  ATTNKIT_EACH x[i] = fma(x[i], t[i], power[i]);
+  ATTNKIT_EACH x[i] = scale_by_power(x[i], n[i]);
+}
+
+class AmxForward : public PairForward {
+ public:
+  using PairForward::PairForward;
+
+  // Whether the forward of this call can be multiplied so.
+  static bool takes(const Call& c) { return c.problem->head_dim >= kTileRows && c.tile_kv % kTileDepth == 0; }
+
+  void pack_queries() {
+    PairForward::pack_queries();
+    const int32_t units = (p_.head_dim + 1) / 2, deep = depth() * kTileRows;
+    clear(at_.qt + static_cast<size_t>(units) * static_cast<size_t>(at_.bm),
+          static_cast<int64_t>(deep - units) * at_.bm);
+  }
+
+  // Outputs lie in rows where they are merged and stored, in columns where they grow.
+  void begin(bool any_keys) {
+    start();
+    prepare(any_keys);
+  }
+  void start() {
+    Forward::start();
+    clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
+    in_columns_ = true;
+  }
+  void end_stretch() {
+    to_rows();
+    Forward::end_stretch();
+  }
+  void save(const Fold& part) {
+    to_rows();
+    Forward::save(part);
+  }
+  void save_listed(const Fold& rows, int64_t first) {
+    to_rows();
+    Forward::save_listed(rows, first);
+  }
+  void take(const Fold& part) {
+    Forward::take(part);
+    in_columns_ = false;
+  }
+  void take_listed(const Fold& rows, int64_t first) {
+    Forward::take_listed(rows, first);
+    in_columns_ = false;
+  }
+  int32_t finish() {
+    to_rows();
+    return Forward::finish();
+  }
+
+  void keys(int64_t first, int32_t count, bool full, int64_t) {
+    if (first % kTileDepth != 0) {  // of a partial tile, trimmed: keys that nobody sees join it
+      first -= kTileRows;
+      count += kTileRows;
+    }
+    to_columns();
+    const Lines values = values_of(first, count);
+    const bool finite = full ? transpose_values<false>(values) : transpose_values<true>(values);
+    if (plain(full) && !c_.has_score && !may_skip_ && !thinned() && !c_.code.unnormalized && p_.scale > 0)
+      return plain_tile(key_rows(first, count));
+    if (!full) find_live(first, count);
+    scores(first, count, full);
+    modify(first, count, full);
+    const bool all = weigh_all(count, full);
+    weigh(count, live(all));
+    thin_weights(first, count, full);
+    in_columns([&](int32_t lane, int32_t lanes) {
+      add_values(column(lane), lane, lanes, count, seen(live(all), lane, lanes, count));
+    });
+    if (!finite) add_what_is_not_finite(values, count);
+  }
+
+ protected:
+  void scores(int64_t first, int32_t count, bool full) override {
+    const Lines keys = key_rows(first, count);
+    in_columns([&](int32_t lane, int32_t lanes) {
+      multiply_keys(keys, column(lane), lane, lanes, seen(live(full), lane, lanes, count));
+    });
+    float* largest = start_largest(full);
+    with_less(PairDot{p_.scale}, first, [&](const auto& dot) {
+      for (int32_t v = 0; v * kLanes < at_.bm; ++v) {
+        const Span span = seen(live(full), v * kLanes, kLanes, count);
+        vf most = load(ws_ + at_.largest + v * kLanes);
+        for (int32_t n = span.first; n < span.end; ++n) {
+          float* s = ws_ + at_.s + static_cast<int64_t>(n) * at_.bm + v * kLanes;
+          const vf x = dot.finish(load(s), n, v, true);
+          store(s, x);
+          most = max_or_second(x, most);
+        }
+        if (largest != nullptr) store(largest + v * kLanes, most);
+      }
+    });
+  }
+
+ private:
+  // Scores and weights of one or two vectors of queries: rows of them `ld` floats apart.
+  struct Column {
+    float *s, *weights;
+    int32_t ld;
+  };
+  Column column(int32_t lane) const { return {ws_ + at_.s + lane, ws_ + at_.weights + lane, at_.bm}; }
+  template <class F>
+  void in_columns(F f) const {
+    for (int32_t lane = 0; lane < at_.bm; lane += 2 * kLanes) f(lane, at_.bm - lane < 2 * kLanes ? kLanes : 2 * kLanes);
+  }
+
+  static constexpr float kMostGrowth = 5.5f;  // of a logit: weights stay below 2^8
+
+  int32_t depth() const { return (p_.head_dim + kTileDepth - 1) / kTileDepth; }
+  float* outputs() const { return ws_ + at_.guarded; }  // [channel][query]
+  Bf16* transposed() const { return reinterpret_cast<Bf16*>(ws_ + at_.values); }  // values, [32 keys][channel][key]
+
+  // A tile that nothing changes, column by column: each in the same place, which the first cache holds.
+  void plain_tile(const Lines& keys) {
+    const Column column{ws_ + at_.s, ws_ + at_.weights, at_.bm < 2 * kLanes ? kLanes : 2 * kLanes};
+    const int32_t count = keys.count;
+    in_columns([&](int32_t lane, int32_t lanes) {
+      multiply_keys(keys, column, lane, lanes, {0, count});
+      for (int32_t v = 0; v < lanes; v += kLanes) {
+        const Column one{column.s + v, column.weights + v, column.ld};
+        const vf most = largest_of(one, count) * set1(p_.scale);
+        store(ws_ + at_.largest + lane + v, max_or_second(most, load(ws_ + at_.max + lane + v)));
+        weigh_lanes(one, lane + v, {0, count}, p_.scale);
+      }
+      add_values(column, lane, lanes, count, {0, count});
+    });
+  }
+
+  static vf largest_of(const Column& c, int32_t count) {
+    vf even = set1(-kInfinity), odd = even;
+    for (int32_t n = 0; n < count; n += 2) {
+      even = max_or_second(load(c.s + n * c.ld), even);
+      odd = max_or_second(load(c.s + (n + 1 < count ? n + 1 : n) * c.ld), odd);
+    }
+    return max_or_second(even, odd);
+  }
+
+  // As softmax, of scores that are scaled.
+  void weigh(int32_t count, const Span* live) {
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
+      fetch_less(lane);
+      const Column c = column(lane);
+      const Span keys = live == nullptr ? Span{0, count} : turns(live[lane / kLanes], count);
+      const auto clear_rows = [&](int32_t n, int32_t end) {
+        for (; n < end; n += 2) store(c.weights + n / 2 * c.ld, vf{});
+      };
+      clear_rows(0, keys.first);
+      if (c_.code.unnormalized) {
+        take_lanes(lane, keys, Weights{ws_ + at_.weights, at_.bm});
+      } else {
+        weigh_lanes(c, lane, keys, 1);
+      }
+      clear_rows(round_up(keys.end, kSums), count);
+    }
+  }
+
+  // As softmax_lanes, of scores that are to be multiplied by `factor`, in powers of two. The last turn of weights is
+  // whole.
+  void weigh_lanes(const Column& c, int32_t lane, Span keys, float factor) {
+    // By a power of two the difference may be multiplied as well: no bit changes.
+    const bool exact = (__builtin_bit_cast(uint32_t, factor) & 0x7fffff) == 0;
+    exact ? weigh_lanes<true>(c, lane, keys, factor) : weigh_lanes<false>(c, lane, keys, factor);
+  }
+  template <bool kExact>
+  __attribute__((noinline)) void weigh_lanes(const Column& c, int32_t lane, Span keys, float factor) {
+    float *max = ws_ + at_.max + lane, *total = ws_ + at_.sum + lane;
+    const vf old_max = load(max), largest = load(ws_ + at_.largest + lane), nothing = set1(-kInfinity);
+    // A maximum that has hardly grown stays what weights are measured by: then nothing before them is to be rescaled.
+    const vi stays = (old_max > nothing) & ~(largest > old_max + set1(may_skip_ ? 0 : kMostGrowth));
+    const vf new_max = select(stays, old_max, largest), pivot = select(new_max == nothing, vf{}, new_max);
+    const vf alpha = select(old_max == nothing, set1(1), exp_weight(old_max - pivot));
+    store(max, new_max);
+    store(ws_ + at_.alpha + lane, alpha);
+    const vf taken = kExact ? pivot * set1(1 / factor) : pivot, to_power = set1(kExact ? factor * kLog2e : kLog2e);
+    vf sum[kSums] = {};
+    const auto turn = [&](int32_t n, int32_t left) __attribute__((always_inline)) {
+      const float* s = c.s + n * c.ld;
+      vf w[kSums];
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) {
+        const vf x = i < left ? load(s + i * c.ld) : set1(-kInfinity);
+        w[i] = ((kExact ? x : x * set1(factor)) - taken) * to_power;
+      }
+      exp2_weights<kSums>(w);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) sum[i] += w[i];
+#pragma GCC unroll 2
+      for (int i = 0; i < kSums; i += 2) store(c.weights + (n + i) / 2 * c.ld, pairs_of(w[i], w[i + 1]));
+    };
+    int32_t n = keys.first;
+    for (; n + kSums <= keys.end; n += kSums) turn(n, kSums);
+    if (n < keys.end) turn(n, keys.end - n);
+    store(total, fma(load(total), alpha, (sum[0] + sum[1]) + (sum[2] + sum[3])));
+  }
+
+  // Where they lie, if whole tiles can be read there.
+  Lines key_rows(int64_t first, int32_t count) {
+    const Lines keys = keys_of(first, count);
+    const int64_t channel = p_.k.stride[3];
+    if (channel == 1 && p_.head_dim % kTileDepth == 0 && count % kTileRows == 0) return keys;
+    const int32_t padded = depth() * kTileDepth;
+    Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
+    for (int32_t n = 0; n < count; ++n)
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), channel, p_.head_dim, padded, to + n * padded);
+    return {to, 2 * padded, 2 * padded, count};
+  }
+
+  // Scores of the tiles of keys that are seen.
+  __attribute__((noinline)) void multiply_keys(const Lines& keys, const Column& c, int32_t lane, int32_t lanes,
+                                               Span span) {
+    const int32_t first = span.first / kTileRows * kTileRows, count = round_up(span.end - first, kTileRows);
+    const float* q = ws_ + at_.qt + lane;
+    TileProducts products;
+    const TileFactor queries{q, q + kLanes, 4 * at_.bm, 4 * kTileRows * at_.bm};
+    in_tiles(0, lanes, [&]<int kColumns>(int32_t) {
+      in_tiles(first, count, [&]<int kRows>(int32_t n) {
+        products.template multiply<kRows, kColumns>({keys.at(n), keys.at(n + kTileRows), keys.stride, kTileBytes},
+                                                    queries, depth(), false, c.s + static_cast<int64_t>(n) * c.ld,
+                                                    c.ld);
+      });
+    });
+  }
+
+  // Adds the weighed values of a tile, of the keys that are seen, to the outputs.
+  __attribute__((noinline)) void add_values(const Column& c, int32_t lane, int32_t lanes, int32_t count, Span span) {
+    rescale(lane, lanes);
+    const int32_t first = span.first / kTileDepth, steps = (span.end + kTileDepth - 1) / kTileDepth - first;
+    if (steps <= 0) return;
+    for (int32_t n = (count + 1) / 2; n < (first + steps) * kTileRows; ++n)  // there may be anything
+      for (int32_t v = 0; v < lanes; v += kLanes) store(c.weights + n * c.ld + v, vf{});
+    const float* weights = c.weights + static_cast<int64_t>(first) * kTileRows * c.ld;
+    TileProducts products;
+    const TileFactor right{weights, weights + kLanes, 4 * c.ld, 4 * kTileRows * c.ld};
+    const Bf16* values = transposed() + static_cast<int64_t>(first) * at_.dv * kTileDepth;
+    in_tiles(0, lanes, [&]<int kColumns>(int32_t) {
+      in_tiles(0, at_.dv, [&]<int kRows>(int32_t d) {
+        const Bf16* left = values + d * kTileDepth;
+        products.template multiply<kRows, kColumns>(
+            {left, left + kTileRows * kTileDepth, kTileBytes, kTileBytes * at_.dv}, right, steps, true,
+            outputs() + static_cast<int64_t>(d) * at_.bm + lane, at_.bm);
+      });
+    });
+  }
+
+  void rescale(int32_t lane, int32_t lanes) {
+    for (int32_t at = lane; at < lane + lanes; at += kLanes) {
+      const vf alpha = load(ws_ + at_.alpha + at);
+      if (!any(alpha != set1(1))) continue;
+      float* o = outputs() + at;
+      for (int32_t d = 0; d < at_.dv; ++d, o += at_.bm) store(o, load(o) * alpha);
+    }
+  }
+
+  // The values of a tile, the keys of each channel side by side. Where it looks, returns whether all are finite; those
+  // that are not are zero.
+  template <bool kLook>
+  bool transpose_values(const Lines& values) {
+    bool finite = true;
+    Bf16* to = transposed();
+    for (int32_t n = 0; n < values.count; n += kTileDepth, to += at_.dv * kTileDepth) {
+      const int32_t left = values.count - n, some = left < kTileDepth ? left : kTileDepth;
+      const Bf16* rows[kTileDepth];
+      for (int32_t i = 0; i < some; ++i) rows[i] = reinterpret_cast<const Bf16*>(values.at(n + i));
+      if (transpose_chunk<kLook>(rows, some, p_.v.stride[3], p_.v_head_dim, at_.dv, to)) continue;
+      if constexpr (kLook) {
+        finite = false;
+        for (int32_t i = 0; i < at_.dv * kTileDepth; ++i)
+          if ((to[i].bits & kExponent) == kExponent) to[i] = Bf16{0};
+      }
+    }
+    return finite;
+  }
+
+  // 0 * NaN is NaN: what is no number, or infinite, is added by itself, to the queries that see it.
+  __attribute__((noinline)) void add_what_is_not_finite(const Lines& values, int32_t count) {
+    const auto* weights = reinterpret_cast<const Bf16*>(ws_ + at_.weights);
+    for (int32_t n = 0; n < count; ++n)
+      for (int32_t d = 0; d < p_.v_head_dim; ++d) {
+        const Bf16 value = reinterpret_cast<const Bf16*>(values.at(n))[d * p_.v.stride[3]];
+        if ((value.bits & kExponent) != kExponent) continue;
+        for (int32_t m = 0; m < t_.lanes(); ++m)
+          if (exists(n, m))
+            outputs()[static_cast<int64_t>(d) * at_.bm + m] +=
+                widen_one(value) * widen_one(weights[2 * (n / 2 * at_.bm + m) + n % 2]);
+      }
+  }
+
+  void to_rows() {
+    if (in_columns_) transpose_floats(outputs(), at_.dv, ws_ + at_.o, at_.bm);
+    in_columns_ = false;
+  }
+  void to_columns() {
+    if (!in_columns_) transpose_floats(ws_ + at_.o, at_.bm, outputs(), at_.dv);
+    in_columns_ = true;
+  }
+  // Columns of `from`, of which there are `columns`, become rows.
+  static void transpose_floats(const float* from, int32_t rows, float* to, int32_t columns) {
+    for (int32_t r = 0; r < rows; r += kLanes)
+      for (int32_t c = 0; c < columns; c += kLanes) {
+        vf square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load(from + static_cast<int64_t>(r + i) * columns + c);
+        transpose_square(square);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + static_cast<int64_t>(c + i) * rows + r, square[i]);
+      }
+  }
+
+  const TileRegisters registers_;
+  bool in_columns_ = false;
+};
+
+// Few queries are bound by memory, and queries that are encoded are multiplied as bytes.
+bool on_tiles(const Call& c, const Task& t) {
+  const Problem& p = *c.problem;
+  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes && p.skip == 0;
+  return p.dtype == DType::bf16 && p.stores == nullptr && p.codes == nullptr && !few && AmxForward::takes(c);
+}
+
+int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
+                     float* workspace) {
+  return (on_tiles(c, t) ? run<AmxForward> : dot_products().run)(c, t, ranges, num_ranges, parts, workspace);
+}
+
+int32_t gather_on_tiles(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
+  const bool tiles = c.problem->dtype == DType::bf16 && AmxForward::takes(c);
+  return (tiles ? gather<AmxForward> : dot_products().gather)(c, t, pieces, workspace);
+}
