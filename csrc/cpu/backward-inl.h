@@ -108,8 +108,8 @@ class Backward {
     take_keys();
     const Rows v = rows(p_.v, value_lines(), p_.v_head_dim, at_.dv, at_.v);
     const vf scale = set1(p_.scale);
-    transpose(k_, p_.head_dim, ws_ + at_.kt, [=](vf x) { return x * scale; });
-    transpose(v, p_.v_head_dim, ws_ + at_.vt, [](vf x) { return x; });
+    transpose(k_, p_.head_dim, ws_ + at_.kt, at_.bn, [=](vf x) { return x * scale; });
+    transpose(v, p_.v_head_dim, ws_ + at_.vt, at_.bn, [](vf x) { return x; });
   }
 
   void visit(const BackwardTile& tile, const Tiles& tiles) {
@@ -252,7 +252,7 @@ class Backward {
 
   // [unit][key]; lanes beyond the last key are zero.
   template <class F>
-  void transpose(Rows from, int32_t width, float* to, F f) {
+  void transpose(Rows from, int32_t width, float* to, int64_t ld, F f) {
     for (int32_t n = 0; n < t_.count; n += kLanes)
       for (int32_t d = 0; d < width; d += kLanes) {
         vf square[kLanes];
@@ -262,7 +262,7 @@ class Backward {
         transpose_square(square);
 #pragma GCC unroll 16
         for (int32_t r = 0; r < kLanes; ++r)
-          if (d + r < width) store(to + static_cast<int64_t>(d + r) * at_.bn + n, square[r]);
+          if (d + r < width) store(to + (d + r) * ld + n, square[r]);
       }
   }
 

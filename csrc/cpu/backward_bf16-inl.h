@@ -107,15 +107,18 @@ struct PlainSlopes {
 class PairBackward : public Backward {
  public:
   PairBackward(const BackwardCall& c, const BackwardTask& t, float* workspace)
-      : Backward(c, t, workspace), pairs_(c), slopes_{ws_ + pairs_.slopes, ws_ + pairs_.slope_rows, 0} {}
+      : Backward(c, t, workspace),
+        pairs_(c),
+        weights_(ws_ + pairs_.weights),
+        slopes_{ws_ + pairs_.slopes, ws_ + pairs_.slope_rows, 0} {}
 
   void begin() {
     take_keys();
     const Rows k = units_of(p_.k, key_lines(), p_.head_dim, pairs_.q_units),
                v = units_of(p_.v, value_lines(), p_.v_head_dim, pairs_.do_units);
     const auto same = [](vf x) { return x; };
-    transpose(k, (p_.head_dim + 1) / 2, ws_ + at_.kt, same);
-    transpose(v, (p_.v_head_dim + 1) / 2, ws_ + at_.vt, same);
+    transpose(k, (p_.head_dim + 1) / 2, ws_ + at_.kt, at_.bn, same);
+    transpose(v, (p_.v_head_dim + 1) / 2, ws_ + at_.vt, at_.bn, same);
     pair_rows(k, t_.count, pairs_.units_k, ws_ + pairs_.k_pairs);
   }
 
@@ -125,13 +128,10 @@ class PairBackward : public Backward {
     const Rows qs = units_of(p_.q, query_lines(tile), p_.head_dim, pairs_.q_units),
                dos = units_of(g_.d_o, cotangent_lines(tile), p_.v_head_dim, pairs_.do_units);
     const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
-    float *s = ws_ + at_.s, *dp = ws_ + at_.dp, *weights = ws_ + pairs_.weights;
+    float *s = ws_ + at_.s, *dp = ws_ + at_.dp;
     slopes_.stride = lanes;
-    if (!c_.has_score && !thinned() && !tile.rows.dead && !guarded(tile) && depth_k <= kChannels &&
-        depth_v <= kChannels) {
-      with(tile.full, [&](auto full) {
-        const PlainSlopes<full.value> slopes{
-            live_bits(0, of.lane), at_.bn / kLanes, tile.rows.lse, tile.rows.delta, p_.scale, weights, slopes_};
+    if (plain(tile) && depth_k <= kChannels && depth_v <= kChannels) {
+      with_slopes(tile, [&](const auto& slopes) {
         in_columns(lanes, [&]<int kVecs>(int32_t lane) {
           plain_columns<kVecs>(qs, depth_k, kt, dos, depth_v, vt, at_.bn, rows, lane, slopes);
         });
@@ -147,12 +147,12 @@ class PairBackward : public Backward {
     const int32_t deep = (rows + 1) / 2;
     float *q_pairs = ws_ + pairs_.q_pairs, *do_pairs = ws_ + pairs_.do_pairs;
     pair_rows(dos, rows, pairs_.units_v, do_pairs);
-    columns_times<PairDot>(weights, lanes, tile.count, do_pairs, 2 * pairs_.units_v, at_.dv, deep, d_values(of),
+    columns_times<PairDot>(weights_, lanes, tile.count, do_pairs, 2 * pairs_.units_v, at_.dv, deep, d_values(of),
                            at_.dv);
     pair_rows(qs, rows, pairs_.units_k, q_pairs);
     columns_times<PairDot>(slopes_.pairs, lanes, tile.count, q_pairs, 2 * pairs_.units_k, at_.dk, deep, d_keys(of),
                            at_.dk);
-    end_rows(tile.count, rows, lanes);
+    end_rows(tile.count, rows);
     add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
       const float* k = ws_ + pairs_.k_pairs + static_cast<int64_t>(of.lane) * pairs_.units_k;
       rows_times<PairDot>(slopes_.rows, lanes / 2, rows, k, 2 * pairs_.units_k, at_.dk, (tile.count + 1) / 2,
@@ -160,7 +160,19 @@ class PairBackward : public Backward {
     });
   }
 
- private:
+ protected:
+  // Whether nothing but weights and slopes is made of a tile's products.
+  bool plain(const BackwardTile& tile) const {
+    return !c_.has_score && !thinned() && !tile.rows.dead && !guarded(tile);
+  }
+  template <class F>
+  void with_slopes(const BackwardTile& tile, F f) {
+    with(tile.full, [&](auto full) {
+      f(PlainSlopes<full.value>{live_bits(0, extent(tile).lane), at_.bn / kLanes, tile.rows.lse, tile.rows.delta,
+                                p_.scale, weights_, slopes_});
+    });
+  }
+
   // Both products of a micro-tile, then what becomes of them: sums go no further than the first cache.
   template <int kVecs>
   static __attribute__((noinline)) void plain_columns(Rows qs, int32_t depth_k, const float* kt, Rows dos,
@@ -223,33 +235,33 @@ class PairBackward : public Backward {
   // What float32 has made of the tile, for the products.
   void round_tile(int32_t rows, int32_t lanes) {
     const float *s = ws_ + at_.s, *dp = ws_ + at_.dp;
-    float* weights = ws_ + pairs_.weights;
     for (int32_t r = 0; r < rows; r += 2) {
       const bool two = r + 1 < rows;
       for (int32_t j = 0; j < lanes; j += kLanes) {
         const int64_t at = static_cast<int64_t>(r) * lanes + j;
         const auto next = [&](const float* x) { return two ? load(x + at + lanes) : vf{}; };
-        store(weights + r / 2 * lanes + j, pairs_of(load(s + at), next(s)));
+        store(weights_ + r / 2 * slopes_.stride + j, pairs_of(load(s + at), next(s)));
         slopes_.put(load(dp + at), next(dp), r, two, j);
       }
     }
   }
 
   // A last key that is alone has a neighbour in its pair that does not exist.
-  void end_rows(int32_t count, int32_t rows, int32_t lanes) {
+  void end_rows(int32_t count, int32_t rows) {
     if (count % 2 == 0) return;
     Bf16* slope = reinterpret_cast<Bf16*>(slopes_.rows) + count;
-    for (int32_t r = 0; r < rows; ++r, slope += lanes) *slope = {0};
+    for (int32_t r = 0; r < rows; ++r, slope += slopes_.stride) *slope = {0};
   }
 
   const PairLayout pairs_;
+  float* weights_;
   Slopes slopes_;
 };
 
-int32_t backward_by_dtype(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
+inline int32_t backward_by_dtype(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
   return (c.problem->dtype == DType::bf16 ? backward_as<PairBackward> : kAvx512Kernel.backward)(c, t, tiles, workspace);
 }
 
-size_t backward_bytes_by_dtype(const BackwardCall& c) {
+inline size_t backward_bytes_by_dtype(const BackwardCall& c) {
   return c.problem->dtype == DType::bf16 ? PairLayout(c).places.next * sizeof(float) : kAvx512Kernel.backward_bytes(c);
 }

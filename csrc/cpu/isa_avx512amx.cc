@@ -15,6 +15,8 @@ namespace {
 #include "kernel_bf16-inl.h"
 #include "simd_amx-inl.h"
 #include "kernel_amx-inl.h"
+#include "backward_bf16-inl.h"
+#include "backward_amx-inl.h"
 }  // namespace
 
 Kernel with_tile_registers(const Kernel& dots) {
@@ -22,6 +24,8 @@ Kernel with_tile_registers(const Kernel& dots) {
   found.name = "avx512amx";
   found.run = run_on_tiles;
   found.gather = gather_on_tiles;
+  found.backward_bytes = backward_bytes_on_tiles;
+  found.backward = backward_on_tiles;
   return found;
 }
 

@@ -53,6 +53,19 @@ struct TileFactor {
   int64_t stride, step;
 };
 
+// A matrix of tiles: rows of one `stride` bytes apart, `step` bytes from a tile to the next in depth, `next` to the
+// next beside it.
+struct TileMatrix {
+  const void* at;
+  int64_t stride, step, next;
+
+  // The tile whose first row or column is `first`, a multiple of a tile's, and the one beside it.
+  ATTNKIT_INLINE TileFactor tile(int32_t first) const {
+    const char* one = static_cast<const char*>(at) + first / kTileRows * next;
+    return {one, one + next, stride, step};
+  }
+};
+
 // Products one after the other: C = A B, or (`add`) C += A B, of kRows x kColumns tiles of sums, `steps` deep; rows of
 // C are `ld` floats apart. What one has summed is stored while the next begins: a store right after the products would
 // wait for them, and those of the next for it.
@@ -70,6 +83,9 @@ class TileProducts {
     constexpr bool kDown = kRows == 2, kRight = kColumns == 2;
     const char *a0 = static_cast<const char*>(a.first), *a1 = static_cast<const char*>(a.second);
     const char *b0 = static_cast<const char*>(b.first), *b1 = static_cast<const char*>(b.second);
+    if constexpr (!kRight) put<1>();
+    if constexpr (!kDown) put<2>();
+    if constexpr (!kRight || !kDown) put<3>();
     const auto step = [&](auto begin) __attribute__((always_inline)) {
       tile_load<4>(a0, a.stride);
       tile_load<6>(b0, b.stride);
@@ -101,17 +117,27 @@ class TileProducts {
     for (int32_t i = 1; i < steps; ++i) step([]<int>() __attribute__((always_inline)) {});
   }
 
- private:
-  template <int kSum>
-  ATTNKIT_INLINE void put() {
-    if (left_[kSum] != nullptr) tile_store<kSum>(left_[kSum], 4 * ld_);
-    left_[kSum] = nullptr;
+  // The same for one or two tiles of rows and of columns, whole or not.
+  ATTNKIT_INLINE void multiply(const TileFactor& a, int32_t rows, const TileFactor& b, int32_t columns, int32_t steps,
+                               bool add, float* c, int64_t ld) {
+    const auto with_rows = [&]<int kRows>() __attribute__((always_inline)) {
+      columns > kTileRows ? multiply<kRows, 2>(a, b, steps, add, c, ld) : multiply<kRows, 1>(a, b, steps, add, c, ld);
+    };
+    rows > kTileRows ? with_rows.template operator()<2>() : with_rows.template operator()<1>();
   }
+
   ATTNKIT_INLINE void put_all() {
     put<0>();
     put<1>();
     put<2>();
     put<3>();
+  }
+
+ private:
+  template <int kSum>
+  ATTNKIT_INLINE void put() {
+    if (left_[kSum] != nullptr) tile_store<kSum>(left_[kSum], 4 * ld_);
+    left_[kSum] = nullptr;
   }
 
   float* left_[4] = {};  // where sums that are not yet stored go
@@ -124,6 +150,15 @@ ATTNKIT_INLINE void in_tiles(int32_t first, int32_t count, F f) {
   const int32_t end = first + count;
   for (; first + 2 * kTileRows <= end; first += 2 * kTileRows) f.template operator()<2>(first);
   if (first < end) f.template operator()<1>(first);
+}
+
+// C = A B, or (`add`) C += A B, whole tiles of `rows` rows and `columns` columns.
+__attribute__((noinline)) void tile_products(const TileMatrix& a, int32_t rows, const TileMatrix& b, int32_t columns,
+                                             int32_t steps, bool add, float* c, int64_t ld) {
+  TileProducts products;
+  for (int32_t n = 0; n < columns; n += 2 * kTileRows)
+    for (int32_t m = 0; m < rows; m += 2 * kTileRows)
+      products.multiply(a.tile(m), rows - m, b.tile(n), columns - n, steps, add, c + m * ld + n, ld);
 }
 
 // ---- factors that lie the other way round ----
