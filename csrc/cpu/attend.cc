@@ -90,7 +90,15 @@ CodeView view(const Program& program, const Facts& facts) {
 
 Call call_of(const Program& program, const Facts& facts, const Problem& p, const Config& config, int32_t tile_q) {
   const auto split_kv = static_cast<int32_t>(blocks_of(config.split_kv, config.tile_kv)) * config.tile_kv;
-  return {view(program, facts), &p, tile_q, config.tile_kv, program.score >= 0, program.mask >= 0, split_kv};
+  static std::atomic<int64_t> calls{0};
+  return {.code = view(program, facts),
+          .problem = &p,
+          .tile_q = tile_q,
+          .tile_kv = config.tile_kv,
+          .has_score = program.score >= 0,
+          .has_mask = program.mask >= 0,
+          .split_kv = split_kv,
+          .number = ++calls};
 }
 
 int worth(int threads, double flops) {

@@ -41,6 +41,7 @@ struct Call {
   bool subtracts = false;  // the score is s - f, and no more
   bool some_gone = false;  // keys onto which infinity was carried are gone: what they hold may not be read
   int32_t gathered = 0;  // queries of a task whose pieces are gathered, at most
+  int64_t number = 0;  // no other call has it: what a thread keeps of one does not belong to the next
 };
 
 // What was carried onto each key, as each query of a block finds it: a row of `ld` for each key, a lane a query, or

@@ -23,9 +23,67 @@ ATTNKIT_INLINE void exp2_weights(vf* x) {
   ATTNKIT_EACH x[i] = scale_by_power(x[i], n[i]);
 }
 
+// What a thread keeps of the values of one sequence and kv head, behind the workspace of a task: as left factors, of 32
+// keys, a chunk, the keys of each channel side by side. What is not finite is zero there.
+class KeptValues {
+ public:
+  // Of so many keys at most: those of longer sequences would leave the second cache before they are needed again.
+  static constexpr int64_t kMostBytes = 1 << 20;
+
+  static size_t floats(const Call& c) {
+    const Problem& p = *c.problem;
+    int64_t most = 0;
+    for (int32_t i = 0; i < p.num_sequences; ++i) {
+      const int64_t chunks = chunks_of(c, p.sequences[i].kv_len);
+      if (chunks > most) most = chunks;
+    }
+    return static_cast<size_t>(head(most) + most * chunk_elements(c) / 2);
+  }
+
+  KeptValues(const Call& c, const Task& t, float* memory)
+      : chunks_(chunks_of(c, c.problem->sequences[t.sequence].kv_len)) {
+    if (chunks_ == 0) return;
+    const int64_t owner[] = {c.number, t.sequence, t.head / (c.problem->num_heads / c.problem->num_kv_heads)};
+    known_ = reinterpret_cast<uint8_t*>(memory + kOwner);
+    elements_ = chunk_elements(c);
+    values_ = reinterpret_cast<Bf16*>(memory + head(chunks_));
+    if (__builtin_memcmp(memory, owner, sizeof owner) == 0) return;
+    __builtin_memcpy(memory, owner, sizeof owner);
+    __builtin_memset(known_, 0, static_cast<size_t>(chunks_));
+  }
+
+  bool any() const { return chunks_ > 0; }
+  Bf16* chunk(int64_t i) const { return values_ + i * elements_; }
+
+  // Whether the chunk is finite; `transpose(to)` puts it there, and says so, if nobody has yet.
+  template <class F>
+  bool finite(int64_t i, F transpose) {
+    enum : uint8_t { kUnknown, kFinite, kNotFinite };
+    if (known_[i] == kUnknown) known_[i] = transpose(chunk(i)) ? kFinite : kNotFinite;
+    return known_[i] == kFinite;
+  }
+
+ private:
+  static constexpr int64_t kOwner = 16;  // floats, and what is known of each chunk a byte
+
+  static int64_t head(int64_t chunks) { return kOwner + (chunks + 63) / 64 * 16; }
+  static int64_t chunk_elements(const Call& c) { return round_up(c.problem->v_head_dim, kLanes) * kTileDepth; }
+  static int64_t chunks_of(const Call& c, int64_t keys) {
+    const int64_t chunks = (keys + kTileDepth - 1) / kTileDepth;
+    return 2 * chunks * chunk_elements(c) <= kMostBytes ? chunks : 0;
+  }
+
+  int64_t chunks_, elements_ = 0;
+  uint8_t* known_ = nullptr;
+  Bf16* values_ = nullptr;
+};
+
 class AmxForward : public PairForward {
  public:
-  using PairForward::PairForward;
+  AmxForward(const Call& c, const Task& t, float* workspace, bool few = false)
+      : PairForward(c, t, workspace, few), kept_(c, t, workspace + kept_at(c)) {}
+
+  static size_t floats(const Call& c) { return kept_at(c) + KeptValues::floats(c); }
 
   // Whether the forward of this call can be multiplied so.
   static bool takes(const Call& c) { return c.problem->head_dim >= kTileRows && c.tile_kv % kTileDepth == 0; }
@@ -78,20 +136,13 @@ class AmxForward : public PairForward {
       count += kTileRows;
     }
     to_columns();
-    const Lines values = values_of(first, count);
-    const bool finite = full ? transpose_values<false>(values) : transpose_values<true>(values);
-    if (plain(full) && !c_.has_score && !may_skip_ && !thinned() && !c_.code.unnormalized && p_.scale > 0)
-      return plain_tile(key_rows(first, count));
-    if (!full) find_live(first, count);
-    scores(first, count, full);
-    modify(first, count, full);
-    const bool all = weigh_all(count, full);
-    weigh(count, live(all));
-    thin_weights(first, count, full);
-    in_columns([&](int32_t lane, int32_t lanes) {
-      add_values(column(lane), lane, lanes, count, seen(live(all), lane, lanes, count));
-    });
-    if (!finite) add_what_is_not_finite(values, count);
+    const bool finite = transpose_values(first, count);
+    if (finite && plain(full) && !c_.has_score && !may_skip_ && !thinned() && !c_.code.unnormalized && p_.scale > 0) {
+      plain_tile(key_rows(first, count));
+    } else {
+      changed_tile(first, count, full);
+    }
+    if (!finite) add_what_is_not_finite(values_of(first, count), full);
   }
 
  protected:
@@ -132,7 +183,18 @@ class AmxForward : public PairForward {
 
   int32_t depth() const { return (p_.head_dim + kTileDepth - 1) / kTileDepth; }
   float* outputs() const { return ws_ + at_.guarded; }  // [channel][query]
-  Bf16* transposed() const { return reinterpret_cast<Bf16*>(ws_ + at_.values); }  // values, [32 keys][channel][key]
+
+  void changed_tile(int64_t first, int32_t count, bool full) {
+    if (!full) find_live(first, count);
+    scores(first, count, full);
+    modify(first, count, full);
+    const bool all = weigh_all(count, full);
+    weigh(count, live(all));
+    thin_weights(first, count, full);
+    in_columns([&](int32_t lane, int32_t lanes) {
+      add_values(column(lane), lane, lanes, count, seen(live(all), lane, lanes, count));
+    });
+  }
 
   // A tile that nothing changes, column by column: each in the same place, which the first cache holds.
   void plain_tile(const Lines& keys) {
@@ -151,11 +213,13 @@ class AmxForward : public PairForward {
   }
 
   static vf largest_of(const Column& c, int32_t count) {
-    vf even = set1(-kInfinity), odd = even;
-    for (int32_t n = 0; n < count; n += 2) {
-      even = max_or_second(load(c.s + n * c.ld), even);
-      odd = max_or_second(load(c.s + (n + 1 < count ? n + 1 : n) * c.ld), odd);
+    vf even = load(c.s), odd = even;
+    int32_t n = 0;
+    for (const float* s = c.s; n + 2 <= count; n += 2, s += 2 * c.ld) {
+      even = max_or_second(load(s), even);
+      odd = max_or_second(load(s + c.ld), odd);
     }
+    if (n < count) even = max_or_second(load(c.s + n * c.ld), even);
     return max_or_second(even, odd);
   }
 
@@ -255,7 +319,7 @@ class AmxForward : public PairForward {
     const float* weights = c.weights + static_cast<int64_t>(first) * kTileRows * c.ld;
     TileProducts products;
     const TileFactor right{weights, weights + kLanes, 4 * c.ld, 4 * kTileRows * c.ld};
-    const Bf16* values = transposed() + static_cast<int64_t>(first) * at_.dv * kTileDepth;
+    const Bf16* values = transposed_ + static_cast<int64_t>(first) * at_.dv * kTileDepth;
     in_tiles(0, lanes, [&]<int kColumns>(int32_t) {
       in_tiles(0, at_.dv, [&]<int kRows>(int32_t d) {
         const Bf16* left = values + d * kTileDepth;
@@ -275,35 +339,38 @@ class AmxForward : public PairForward {
     }
   }
 
-  // The values of a tile, the keys of each channel side by side. Where it looks, returns whether all are finite; those
-  // that are not are zero.
-  template <bool kLook>
-  bool transpose_values(const Lines& values) {
+  // The values of a tile, the keys of each channel side by side, zero where they are not finite; returns whether all
+  // are.
+  bool transpose_values(int64_t first, int32_t count) {
     bool finite = true;
-    Bf16* to = transposed();
-    for (int32_t n = 0; n < values.count; n += kTileDepth, to += at_.dv * kTileDepth) {
-      const int32_t left = values.count - n, some = left < kTileDepth ? left : kTileDepth;
-      const Bf16* rows[kTileDepth];
-      for (int32_t i = 0; i < some; ++i) rows[i] = reinterpret_cast<const Bf16*>(values.at(n + i));
-      if (transpose_chunk<kLook>(rows, some, p_.v.stride[3], p_.v_head_dim, at_.dv, to)) continue;
-      if constexpr (kLook) {
-        finite = false;
-        for (int32_t i = 0; i < at_.dv * kTileDepth; ++i)
-          if ((to[i].bits & kExponent) == kExponent) to[i] = Bf16{0};
-      }
+    Bf16* tile = reinterpret_cast<Bf16*>(ws_ + at_.values);
+    transposed_ = kept_.any() ? kept_.chunk(first / kTileDepth) : tile;
+    for (int64_t n = first; n < first + count; n += kTileDepth) {
+      const auto transpose = [&](Bf16* to) { return transpose_values_of(n, to); };
+      finite &= kept_.any() ? kept_.finite(n / kTileDepth, transpose) : transpose(tile + (n - first) * at_.dv);
     }
     return finite;
   }
+  bool transpose_values_of(int64_t first, Bf16* to) {
+    const int64_t left = seq_.kv_len - first;
+    const Lines values = values_of(first, left < kTileDepth ? static_cast<int32_t>(left) : kTileDepth);
+    const Bf16* rows[kTileDepth];
+    for (int32_t i = 0; i < values.count; ++i) rows[i] = reinterpret_cast<const Bf16*>(values.at(i));
+    if (transpose_chunk<true>(rows, values.count, p_.v.stride[3], p_.v_head_dim, at_.dv, to)) return true;
+    for (int32_t i = 0; i < at_.dv * kTileDepth; ++i)
+      if ((to[i].bits & kExponent) == kExponent) to[i] = Bf16{0};
+    return false;
+  }
 
   // 0 * NaN is NaN: what is no number, or infinite, is added by itself, to the queries that see it.
-  __attribute__((noinline)) void add_what_is_not_finite(const Lines& values, int32_t count) {
+  __attribute__((noinline)) void add_what_is_not_finite(const Lines& values, bool full) {
     const auto* weights = reinterpret_cast<const Bf16*>(ws_ + at_.weights);
-    for (int32_t n = 0; n < count; ++n)
+    for (int32_t n = 0; n < values.count; ++n)
       for (int32_t d = 0; d < p_.v_head_dim; ++d) {
         const Bf16 value = reinterpret_cast<const Bf16*>(values.at(n))[d * p_.v.stride[3]];
         if ((value.bits & kExponent) != kExponent) continue;
         for (int32_t m = 0; m < t_.lanes(); ++m)
-          if (exists(n, m))
+          if (full || exists(n, m))
             outputs()[static_cast<int64_t>(d) * at_.bm + m] +=
                 widen_one(value) * widen_one(weights[2 * (n / 2 * at_.bm + m) + n % 2]);
       }
@@ -330,7 +397,11 @@ class AmxForward : public PairForward {
       }
   }
 
+  static size_t kept_at(const Call& c) { return (workspace_bytes(c) / sizeof(float) + 15) / 16 * 16; }
+
   const TileRegisters registers_;
+  KeptValues kept_;
+  const Bf16* transposed_ = nullptr;  // values of the tile, [32 keys][channel][key]
   bool in_columns_ = false;
 };
 
@@ -339,6 +410,10 @@ bool on_tiles(const Call& c, const Task& t) {
   const Problem& p = *c.problem;
   const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes && p.skip == 0;
   return p.dtype == DType::bf16 && p.stores == nullptr && p.codes == nullptr && !few && AmxForward::takes(c);
+}
+
+size_t workspace_on_tiles(const Call& c) {
+  return c.problem->dtype == DType::bf16 ? AmxForward::floats(c) * sizeof(float) : dot_products().workspace_bytes(c);
 }
 
 int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
