@@ -23,12 +23,13 @@ ATTNKIT_INLINE void exp2_weights(vf* x) {
   ATTNKIT_EACH x[i] = scale_by_power(x[i], n[i]);
 }
 
-// What a thread keeps of the values of one sequence and kv head, behind the workspace of a task: as left factors, of 32
-// keys, a chunk, the keys of each channel side by side. What is not finite is zero there.
-class KeptValues {
+// What a thread keeps of one sequence and kv head, behind the workspace of a task, by chunks of 32 keys: values as left
+// factors, the keys of each channel side by side, zero where they are not finite; and keys in whole rows, one after the
+// other.
+class KeptChunks {
  public:
-  // Of so many keys at most: those of longer sequences would leave the second cache before they are needed again.
-  static constexpr int64_t kMostBytes = 1 << 20;
+  // Of longer sequences nothing is kept: it would leave the second cache before it is needed again.
+  static constexpr int64_t kMostBytes = 1 << 21;
 
   static size_t floats(const Call& c) {
     const Problem& p = *c.problem;
@@ -37,45 +38,52 @@ class KeptValues {
       const int64_t chunks = chunks_of(c, p.sequences[i].kv_len);
       if (chunks > most) most = chunks;
     }
-    return static_cast<size_t>(head(most) + most * chunk_elements(c) / 2);
+    return static_cast<size_t>(head(most) + most * (of_values(c) + of_keys(c)) / 2);
   }
 
-  KeptValues(const Call& c, const Task& t, float* memory)
-      : chunks_(chunks_of(c, c.problem->sequences[t.sequence].kv_len)) {
+  KeptChunks(const Call& c, const Task& t, float* memory)
+      : chunks_(chunks_of(c, c.problem->sequences[t.sequence].kv_len)), of_values_(of_values(c)), of_keys_(of_keys(c)) {
     if (chunks_ == 0) return;
     const int64_t owner[] = {c.number, t.sequence, t.head / (c.problem->num_heads / c.problem->num_kv_heads)};
     known_ = reinterpret_cast<uint8_t*>(memory + kOwner);
-    elements_ = chunk_elements(c);
     values_ = reinterpret_cast<Bf16*>(memory + head(chunks_));
+    keys_ = values_ + chunks_ * of_values_;
     if (__builtin_memcmp(memory, owner, sizeof owner) == 0) return;
     __builtin_memcpy(memory, owner, sizeof owner);
     __builtin_memset(known_, 0, static_cast<size_t>(chunks_));
   }
 
   bool any() const { return chunks_ > 0; }
-  Bf16* chunk(int64_t i) const { return values_ + i * elements_; }
+  Bf16* values(int64_t chunk) const { return values_ + chunk * of_values_; }
+  Bf16* keys(int64_t chunk) const { return keys_ + chunk * of_keys_; }
 
-  // Whether the chunk is finite; `transpose(to)` puts it there, and says so, if nobody has yet.
+  // Whether the values of a chunk are finite; `put(to)` puts them there, and says so, if nobody has yet.
   template <class F>
-  bool finite(int64_t i, F transpose) {
-    enum : uint8_t { kUnknown, kFinite, kNotFinite };
-    if (known_[i] == kUnknown) known_[i] = transpose(chunk(i)) ? kFinite : kNotFinite;
-    return known_[i] == kFinite;
+  bool finite(int64_t chunk, F put) {
+    if ((known_[chunk] & kValues) == 0) known_[chunk] |= kValues | (put(values(chunk)) ? kFinite : 0);
+    return (known_[chunk] & kFinite) != 0;
+  }
+  template <class F>
+  void need_keys(int64_t chunk, F put) {
+    if ((known_[chunk] & kKeys) == 0) put(keys(chunk));
+    known_[chunk] |= kKeys;
   }
 
  private:
+  enum : uint8_t { kValues = 1, kFinite = 2, kKeys = 4 };
   static constexpr int64_t kOwner = 16;  // floats, and what is known of each chunk a byte
 
   static int64_t head(int64_t chunks) { return kOwner + (chunks + 63) / 64 * 16; }
-  static int64_t chunk_elements(const Call& c) { return round_up(c.problem->v_head_dim, kLanes) * kTileDepth; }
+  static int64_t of_values(const Call& c) { return round_up(c.problem->v_head_dim, kLanes) * kTileDepth; }
+  static int64_t of_keys(const Call& c) { return round_up(c.problem->head_dim, kTileDepth) * kTileDepth; }
   static int64_t chunks_of(const Call& c, int64_t keys) {
     const int64_t chunks = (keys + kTileDepth - 1) / kTileDepth;
-    return 2 * chunks * chunk_elements(c) <= kMostBytes ? chunks : 0;
+    return 2 * chunks * (of_values(c) + of_keys(c)) <= kMostBytes ? chunks : 0;
   }
 
-  int64_t chunks_, elements_ = 0;
+  int64_t chunks_, of_values_, of_keys_;
   uint8_t* known_ = nullptr;
-  Bf16* values_ = nullptr;
+  Bf16 *values_ = nullptr, *keys_ = nullptr;
 };
 
 class AmxForward : public PairForward {
@@ -83,7 +91,7 @@ class AmxForward : public PairForward {
   AmxForward(const Call& c, const Task& t, float* workspace, bool few = false)
       : PairForward(c, t, workspace, few), kept_(c, t, workspace + kept_at(c)) {}
 
-  static size_t floats(const Call& c) { return kept_at(c) + KeptValues::floats(c); }
+  static size_t floats(const Call& c) { return kept_at(c) + KeptChunks::floats(c); }
 
   // Whether the forward of this call can be multiplied so.
   static bool takes(const Call& c) { return c.problem->head_dim >= kTileRows && c.tile_kv % kTileDepth == 0; }
@@ -281,16 +289,28 @@ class AmxForward : public PairForward {
     store(total, fma(load(total), alpha, (sum[0] + sum[1]) + (sum[2] + sum[3])));
   }
 
-  // Where they lie, if whole tiles can be read there.
+  // Where they lie, if they lie in whole rows one after the other; else a copy. (Rows that lie apart, as tokens of
+  // several heads do, share few sets of the cache; beyond what is kept they are read there all the same.)
   Lines key_rows(int64_t first, int32_t count) {
-    const Lines keys = keys_of(first, count);
-    const int64_t channel = p_.k.stride[3];
-    if (channel == 1 && p_.head_dim % kTileDepth == 0 && count % kTileRows == 0) return keys;
     const int32_t padded = depth() * kTileDepth;
-    Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
-    for (int32_t n = 0; n < count; ++n)
-      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), channel, p_.head_dim, padded, to + n * padded);
-    return {to, 2 * padded, 2 * padded, count};
+    const Lines keys = keys_of(first, count);
+    const bool whole = p_.k.stride[3] == 1 && p_.head_dim == padded && count % kTileRows == 0;
+    if (whole && (keys.stride == 2 * padded || !kept_.any())) return keys;
+    if (!kept_.any()) return copied_keys(keys, reinterpret_cast<Bf16*>(ws_ + at_.k));
+    for (int64_t n = first; n < first + count; n += kTileDepth)
+      kept_.need_keys(n / kTileDepth, [&](Bf16* to) { copied_keys(keys_of(n, chunk_at(n)), to); });
+    return {kept_.keys(first / kTileDepth), 2 * padded, 2 * padded, count};
+  }
+  Lines copied_keys(const Lines& keys, Bf16* to) const {
+    const int32_t padded = depth() * kTileDepth;
+    for (int32_t n = 0; n < keys.count; ++n)
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), p_.k.stride[3], p_.head_dim, padded, to + n * padded);
+    return {to, 2 * padded, 2 * padded, keys.count};
+  }
+
+  // How many keys there are of a chunk.
+  int32_t chunk_at(int64_t first) const {
+    return seq_.kv_len - first < kTileDepth ? static_cast<int32_t>(seq_.kv_len - first) : kTileDepth;
   }
 
   // Scores of the tiles of keys that are seen.
@@ -344,7 +364,7 @@ class AmxForward : public PairForward {
   bool transpose_values(int64_t first, int32_t count) {
     bool finite = true;
     Bf16* tile = reinterpret_cast<Bf16*>(ws_ + at_.values);
-    transposed_ = kept_.any() ? kept_.chunk(first / kTileDepth) : tile;
+    transposed_ = kept_.any() ? kept_.values(first / kTileDepth) : tile;
     for (int64_t n = first; n < first + count; n += kTileDepth) {
       const auto transpose = [&](Bf16* to) { return transpose_values_of(n, to); };
       finite &= kept_.any() ? kept_.finite(n / kTileDepth, transpose) : transpose(tile + (n - first) * at_.dv);
@@ -352,8 +372,7 @@ class AmxForward : public PairForward {
     return finite;
   }
   bool transpose_values_of(int64_t first, Bf16* to) {
-    const int64_t left = seq_.kv_len - first;
-    const Lines values = values_of(first, left < kTileDepth ? static_cast<int32_t>(left) : kTileDepth);
+    const Lines values = values_of(first, chunk_at(first));
     const Bf16* rows[kTileDepth];
     for (int32_t i = 0; i < values.count; ++i) rows[i] = reinterpret_cast<const Bf16*>(values.at(i));
     if (transpose_chunk<true>(rows, values.count, p_.v.stride[3], p_.v_head_dim, at_.dv, to)) return true;
@@ -400,7 +419,7 @@ class AmxForward : public PairForward {
   static size_t kept_at(const Call& c) { return (workspace_bytes(c) / sizeof(float) + 15) / 16 * 16; }
 
   const TileRegisters registers_;
-  KeptValues kept_;
+  KeptChunks kept_;
   const Bf16* transposed_ = nullptr;  // values of the tile, [32 keys][channel][key]
   bool in_columns_ = false;
 };
