@@ -75,8 +75,8 @@ def selective_table() -> str:
 
 
 def bars_table(suite: str) -> str:
-    """What was promised beside what was measured, of a suite that has bars, on machines with AVX-512 and with AVX2."""
-    names = [f"{machine}-2core-{suite}.json" for machine in ("zen5", "zen3")]
+    """What was promised beside what was measured, of a suite that has bars, on machines with AVX-512, with AMX and with AVX2."""
+    names = [f"{machine}-2core-{suite}.json" for machine in ("zen5", "xeon", "zen3")]
     results = {name: _load(name) for name in names if (RESULTS / name).is_file()}
     measured = [{(bar["workload"], bar["against"]): bar for bar in r["bars"]} for r in results.values()]
     where = [r["machine"]["isa"].upper() for r in results.values()]

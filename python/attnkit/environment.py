@@ -20,7 +20,7 @@ class Variable(NamedTuple):
 VARIABLES = {
     "ATTNKIT_ISA": Variable(
         reader="the CPU engine, once, when it is first used",
-        meaning="the instruction set it uses, of those that `attnkit doctor` lists: `scalar`, `avx2`, `avx512`, `avx512bf16`",
+        meaning="the instruction set it uses, of those that `attnkit doctor` lists: `scalar`, `avx2`, `avx512`, `avx512bf16`, `avx512amx`",
         unset="the strongest of them",
         error="AK401",
     ),
