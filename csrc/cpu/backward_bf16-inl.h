@@ -60,7 +60,7 @@ ATTNKIT_INLINE void exp2_rough(vf* x) {
   ATTNKIT_EACH n[i] = t[i] - magic;
   ATTNKIT_EACH x[i] = fma(x[i] - n[i], set1(kLn2), set1(1.17e-4f));
   ATTNKIT_EACH power[i] = look_up(kSixteenths, as_int(t[i]));
-  ATTNKIT_EACH x[i] = scale_by_power(fma(power[i], x[i], power[i]), n[i]);
+  ATTNKIT_EACH x[i] = scale_or_zero(fma(power[i], x[i], power[i]), n[i], kLeastPower);
 }
 
 // Weights and slopes of rows from their scores and do . v, where no program changes them.

@@ -21,6 +21,7 @@ ATTNKIT_INLINE vf round_nearest(vf x) {
 }
 ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, to_int(floor(n))); }
+ATTNKIT_INLINE vf scale_or_zero(vf p, vf n, float least) { return select(n < set1(least), vf{}, scale_by_power(p, n)); }
 ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm256_sqrt_ps((__m256)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm256_testz_si256((__m256i)mask, (__m256i)mask) == 0; }
 ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask)); }

@@ -29,6 +29,7 @@ ATTNKIT_INLINE vf floor(vf x) {
   return lanes_of([&](int i) { return __builtin_floorf(x[i]); });
 }
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return scale_in_two_steps(p, to_int(floor(n))); }
+ATTNKIT_INLINE vf scale_or_zero(vf p, vf n, float least) { return select(n < set1(least), vf{}, scale_by_power(p, n)); }
 ATTNKIT_INLINE vf sqrt(vf x) {
   return lanes_of([&](int i) { return __builtin_sqrtf(x[i]); });
 }

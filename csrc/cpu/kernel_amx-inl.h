@@ -5,7 +5,7 @@
 //
 // Keys are summed 32 at a time, from multiples of 32 on whatever is trimmed, so that no bit depends on other queries.
 
-// 2^x for x <= 0, of what is rounded to 8 bits next but summed before: right to 4e-7, and 1 at 0. Where tile registers
+// 2^x, of what is rounded to 8 bits next but summed before: right to 4e-7, and 1 at 0. Where tile registers
 // are at work, one vector can be multiplied a cycle, but others added and shuffled beside it: of a weight, four
 // multiplications and one scaling by a power.
 template <int kCount>
@@ -20,7 +20,7 @@ ATTNKIT_INLINE void exp2_weights(vf* x) {
   ATTNKIT_EACH t[i] = fma(set1(0.240226448f), x[i], set1(0.693187714f));
   ATTNKIT_EACH x[i] = x[i] * power[i];
   ATTNKIT_EACH x[i] = fma(x[i], t[i], power[i]);
-  ATTNKIT_EACH x[i] = scale_by_power(x[i], n[i]);
+  ATTNKIT_EACH x[i] = scale_or_zero(x[i], n[i], kLeastPower);
 }
 
 // What a thread keeps of one sequence and kv head, behind the workspace of a task, by chunks of 32 keys: values as left
@@ -254,7 +254,7 @@ class AmxForward : public PairForward {
   // whole.
   void weigh_lanes(const Column& c, int32_t lane, Span keys, float factor) {
     // By a power of two the difference may be multiplied as well: no bit changes.
-    const bool exact = (__builtin_bit_cast(uint32_t, factor) & 0x7fffff) == 0;
+    const bool exact = factor <= 1 && (__builtin_bit_cast(uint32_t, factor) & 0x7fffff) == 0;
     exact ? weigh_lanes<true>(c, lane, keys, factor) : weigh_lanes<false>(c, lane, keys, factor);
   }
   template <bool kExact>

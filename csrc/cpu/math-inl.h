@@ -34,9 +34,9 @@ ATTNKIT_INLINE vf subtract_ln2(vf x, vf n) {
   return fma(n, set1(2.12194440054690583e-4f), fma(n, set1(-0.693359375f), x));  // minus the (negative) low part
 }
 
-// e^x for x <= 0: a softmax weight, right to 1.5 units in the last place however small it is. x is split into
-// sixteenths of ln 2 and a remainder, whose short polynomial is half the work of a long one (Tang 1989). Exactly 1 at
-// 0: rescaling by an unchanged maximum changes no bit.
+// e^x for x <= 0: a softmax weight, right to 1.5 units in the last place, or 0 where it would be subnormal. x is split
+// into sixteenths of ln 2 and a remainder, whose short polynomial is half the work of a long one (Tang 1989). Exactly 1
+// at 0: rescaling by an unchanged maximum changes no bit.
 struct FineExp {
   static ATTNKIT_INLINE vf remainder(vf x, vf n) { return subtract_ln2(x, n); }
   // e^r - 1. Minimax of (e^r - 1)/r for |r| <= ln(2)/32, error 4e-9.
@@ -46,6 +46,10 @@ struct FineExp {
     ATTNKIT_EACH p[i] = fma(p[i], r[i], set1(1.0f)) * r[i];
   }
 };
+
+// Weights of smaller powers of two, in sixteenths, are 0. Those would be subnormal, or nearly, and a subnormal number
+// in a product costs a hundred cycles and more on many processors.
+inline constexpr float kLeastPower = -126 + 1.0f / 16;
 
 // kCount of them in two halves. They go in step, operation by operation, and something else may go between the halves:
 // what waits for the operation before it would fill the scheduler.
@@ -65,7 +69,7 @@ struct ExpSteps {
   ATTNKIT_INLINE void end(vf* w) const {
     Exp::template less_one<kCount>(r, w);
     ATTNKIT_EACH w[i] = fma(power[i], w[i], power[i]);
-    ATTNKIT_EACH w[i] = scale_by_power(w[i], n[i]);
+    ATTNKIT_EACH w[i] = scale_or_zero(w[i], n[i], kLeastPower);
   }
 };
 template <class Exp, int kCount>

@@ -7,6 +7,7 @@
 //   max_or_second, min_or_second   of a and b; b when either is NaN
 //   round_nearest, floor, sqrt     as IEEE has them; ties to even
 //   scale_by_power(p, n)           p * 2^floor(n); over- and underflows as IEEE does
+//   scale_or_zero(p, n, least)     the same, but 0 where n < least
 //   look_up(table, i)              table[i % n] of each lane, of a table of n = 16 or 32
 //   any(mask)                      whether a bit of any lane is set
 //   lane_bits(mask)                a bit for each lane, from its sign

@@ -18,6 +18,10 @@ ATTNKIT_INLINE vf round_nearest(vf x) {
 }
 ATTNKIT_INLINE vf floor(vf x) { return (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 ATTNKIT_INLINE vf scale_by_power(vf p, vf n) { return (vf)_mm512_scalef_ps((__m512)p, (__m512)n); }
+ATTNKIT_INLINE vf scale_or_zero(vf p, vf n, float least) {
+  return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)n, (__m512)set1(least), _CMP_NLT_UQ), (__m512)p,
+                                    (__m512)n);
+}
 ATTNKIT_INLINE vf sqrt(vf x) { return (vf)_mm512_sqrt_ps((__m512)x); }
 ATTNKIT_INLINE bool any(vi mask) { return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0; }
 ATTNKIT_INLINE uint32_t lane_bits(vi mask) { return _mm512_movepi32_mask((__m512i)mask); }

@@ -59,6 +59,15 @@ ATTNKIT_EMULATED __m512 scalef(__m512 p, __m512 n) {
     return __builtin_ldexpf(p[i], static_cast<int>(by));
   });
 }
+ATTNKIT_EMULATED uint16_t not_less(__m512 a, __m512 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= (a[i] < b[i] ? 0u : 1u) << i;
+  return static_cast<uint16_t>(bits);
+}
+ATTNKIT_EMULATED __m512 scalef_where(uint16_t mask, __m512 p, __m512 n) {
+  const __m512 x = scalef(p, n);
+  return each_float([&](int i) { return mask >> i & 1 ? x[i] : 0.0f; });
+}
 ATTNKIT_EMULATED __m512 square_root(__m512 x) {
   return by_halves<__m256>([](__m256 h) { return _mm256_sqrt_ps(h); }, x);
 }
@@ -203,6 +212,7 @@ ATTNKIT_EMULATED void store_whole(void* p, __m512i x) { __builtin_memcpy(p, &x, 
 #undef _mm512_insertf32x8
 #undef _mm512_range_ps
 #undef _mm512_reduce_ps
+#undef _mm512_cmp_ps_mask
 #undef _mm512_inserti32x4
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
@@ -214,6 +224,8 @@ ATTNKIT_EMULATED void store_whole(void* p, __m512i x) { __builtin_memcpy(p, &x, 
 #define _mm512_min_ps smaller
 #define _mm512_roundscale_ps roundscale
 #define _mm512_scalef_ps scalef
+#define _mm512_maskz_scalef_ps scalef_where
+#define _mm512_cmp_ps_mask(a, b, how) not_less(a, b)
 #define _mm512_sqrt_ps square_root
 #define _mm512_reduce_ps reduced
 #define _mm512_inserti32x4 quarter_into
