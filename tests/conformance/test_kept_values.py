@@ -33,7 +33,9 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def close(q: Tensor, k: Tensor, v: Tensor) -> None:
-    torch.testing.assert_close(ak.attention(q, k, v, scale=SCALE).double(), exact(q, k, v), atol=8e-3, rtol=1e-2)
+    torch.testing.assert_close(
+        ak.attention(q, k, v, scale=SCALE).double(), exact(q, k, v), atol=8e-3, rtol=1e-2
+    )
 
 
 def test_values_that_change_between_calls() -> None:
