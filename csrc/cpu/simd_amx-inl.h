@@ -164,7 +164,6 @@ __attribute__((noinline)) void tile_products(const TileMatrix& a, int32_t rows, 
 // ---- factors that lie the other way round ----
 
 typedef int16_t shorts __attribute__((vector_size(64), may_alias));
-typedef int64_t longs __attribute__((vector_size(64), may_alias));
 
 // 128 bits from each of four places.
 ATTNKIT_INLINE shorts load_quarters(const Bf16* a, const Bf16* b, const Bf16* c, const Bf16* d) {
