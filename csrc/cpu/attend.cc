@@ -220,13 +220,13 @@ std::vector<const Kernel*> isa_levels() {
     levels.push_back(&kAvx512Kernel);
 #endif
 #ifdef ATTNKIT_HAS_AVX512BF16
-  if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+  if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     levels.push_back(&dot_products());
-#endif
 #ifdef ATTNKIT_HAS_AVX512AMX
-  if (std::strcmp(levels.back()->name, "avx512bf16") == 0 && __builtin_cpu_supports("amx-tile") &&
-      __builtin_cpu_supports("amx-bf16") && may_use_tile_registers())
-    levels.push_back(&tile_registers());
+    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tile_registers())
+      levels.push_back(&tile_registers());
+#endif
+  }
 #endif
 #endif
   return levels;

@@ -318,15 +318,11 @@ class AmxForward : public PairForward {
                                                Span span) {
     const int32_t first = span.first / kTileRows * kTileRows, count = round_up(span.end - first, kTileRows);
     const float* q = ws_ + at_.qt + lane;
-    TileProducts products;
     const TileFactor queries{q, q + kLanes, 4 * at_.bm, 4 * kTileRows * at_.bm};
-    in_tiles(0, lanes, [&]<int kColumns>(int32_t) {
-      in_tiles(first, count, [&]<int kRows>(int32_t n) {
-        products.template multiply<kRows, kColumns>({keys.at(n), keys.at(n + kTileRows), keys.stride, kTileBytes},
-                                                    queries, depth(), false, c.s + static_cast<int64_t>(n) * c.ld,
-                                                    c.ld);
-      });
-    });
+    TileProducts products;
+    for (int32_t n = first; n < first + count; n += 2 * kTileRows)
+      products.multiply({keys.at(n), keys.at(n + kTileRows), keys.stride, kTileBytes}, first + count - n, queries,
+                        lanes, depth(), false, c.s + static_cast<int64_t>(n) * c.ld, c.ld);
   }
 
   // Adds the weighed values of a tile, of the keys that are seen, to the outputs.
@@ -336,18 +332,11 @@ class AmxForward : public PairForward {
     if (steps <= 0) return;
     for (int32_t n = (count + 1) / 2; n < (first + steps) * kTileRows; ++n)  // there may be anything
       for (int32_t v = 0; v < lanes; v += kLanes) store(c.weights + n * c.ld + v, vf{});
-    const float* weights = c.weights + static_cast<int64_t>(first) * kTileRows * c.ld;
-    TileProducts products;
-    const TileFactor right{weights, weights + kLanes, 4 * c.ld, 4 * kTileRows * c.ld};
-    const Bf16* values = transposed_ + static_cast<int64_t>(first) * at_.dv * kTileDepth;
-    in_tiles(0, lanes, [&]<int kColumns>(int32_t) {
-      in_tiles(0, at_.dv, [&]<int kRows>(int32_t d) {
-        const Bf16* left = values + d * kTileDepth;
-        products.template multiply<kRows, kColumns>(
-            {left, left + kTileRows * kTileDepth, kTileBytes, kTileBytes * at_.dv}, right, steps, true,
-            outputs() + static_cast<int64_t>(d) * at_.bm + lane, at_.bm);
-      });
-    });
+    const TileMatrix values{transposed_ + static_cast<int64_t>(first) * at_.dv * kTileDepth, kTileBytes,
+                            kTileBytes * at_.dv, kTileBytes * kTileRows};
+    const TileMatrix weights{c.weights + static_cast<int64_t>(first) * kTileRows * c.ld, 4 * c.ld, 4 * kTileRows * c.ld,
+                             kTileBytes};
+    tile_products(values, at_.dv, weights, lanes, steps, true, outputs() + lane, at_.bm);
   }
 
   void rescale(int32_t lane, int32_t lanes) {
@@ -427,7 +416,7 @@ class AmxForward : public PairForward {
 // Few queries are bound by memory, and queries that are encoded are multiplied as bytes.
 bool on_tiles(const Call& c, const Task& t) {
   const Problem& p = *c.problem;
-  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes && p.skip == 0;
+  const bool few = has_few_queries(p, t) && p.skip == 0;
   return p.dtype == DType::bf16 && p.stores == nullptr && p.codes == nullptr && !few && AmxForward::takes(c);
 }
 

@@ -177,6 +177,11 @@ class PairForward : public Forward {
   }
 };
 
+// Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
+inline bool has_few_queries(const Problem& p, const Task& t) {
+  return p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
+}
+
 // Few queries: scores on the dot product, as rows of both lie in memory; the rest in float32.
 class PairDecode : public FloatForward {
  public:

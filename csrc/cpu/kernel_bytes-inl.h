@@ -41,8 +41,7 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
                      float* workspace) {
   const Problem& p = *c.problem;
   const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr;
-  // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
-  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes && p.skip == 0;
+  const bool few = has_few_queries(p, t) && p.skip == 0;
   const auto run_it = [&] {
     if (p.codes != nullptr)
       return pairs ? run<EncodedForward<PairForward, ByteProduct>> : run<EncodedForward<FloatForward, ByteProduct>>;
@@ -61,7 +60,6 @@ int32_t gather_by_dtype(const Call& c, const Task& t, const Pieces& pieces, floa
 int32_t select_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
                         float* workspace) {
   const Problem& p = *c.problem;
-  const bool few = p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
-  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr && !few;
+  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr && !has_few_queries(p, t);
   return (pairs ? select_keys<PairForward> : kAvx512Kernel.carry.select)(c, t, ranges, num_ranges, sums, workspace);
 }

@@ -47,8 +47,8 @@ struct FineExp {
   }
 };
 
-// Weights of smaller powers of two, in sixteenths, are 0. Those would be subnormal, or nearly, and a subnormal number
-// in a product costs a hundred cycles and more on many processors.
+// Weights of smaller powers of two, in sixteenths, are 0. Those would be subnormal, or nearly, and products with such
+// numbers take many times as long on some processors.
 inline constexpr float kLeastPower = -126 + 1.0f / 16;
 
 // kCount of them in two halves. They go in step, operation by operation, and something else may go between the halves:

@@ -144,14 +144,6 @@ class TileProducts {
   int64_t ld_ = 0;
 };
 
-// Calls f.operator()<tiles>(first) for `count` rows or columns, a whole number of tiles: two tiles at a time.
-template <class F>
-ATTNKIT_INLINE void in_tiles(int32_t first, int32_t count, F f) {
-  const int32_t end = first + count;
-  for (; first + 2 * kTileRows <= end; first += 2 * kTileRows) f.template operator()<2>(first);
-  if (first < end) f.template operator()<1>(first);
-}
-
 // C = A B, or (`add`) C += A B, whole tiles of `rows` rows and `columns` columns.
 __attribute__((noinline)) void tile_products(const TileMatrix& a, int32_t rows, const TileMatrix& b, int32_t columns,
                                              int32_t steps, bool add, float* c, int64_t ld) {
