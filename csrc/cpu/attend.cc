@@ -105,6 +105,15 @@ int worth(int threads, double flops) {
   return g_forked ? 1 : static_cast<int>(std::clamp(flops / kMinFlopsPerThread, 1.0, static_cast<double>(threads)));
 }
 
+void leave(int core) {
+  cpu_set_t all;
+  if (sched_getaffinity(0, sizeof all, &all) != 0) return;
+  cpu_set_t others = all;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0)
+    sched_setaffinity(0, sizeof all, &all);
+}
+
 void ran(const Kernel& kernel) { g_last_isa = &kernel; }
 
 Status attend(const Program& program, const Problem& given, const Config& config) {

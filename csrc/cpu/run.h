@@ -37,13 +37,19 @@ void until(Ready ready) {
     if (spins > 1000) sched_yield();
 }
 
+// Leaves a core that is that of the thread which has called: a thread that sleeps is often woken there, and both would
+// stay, and spin against each other, until the kernel looks at its next tick or some ticks later. It may go back.
+void leave(int core);
+
 // Lets `work`, which throws nothing, run on so many threads, this one among them.
 template <class Work>
 void on_threads(int threads, const Work& work) {
   if (threads <= 1) return work();
   std::atomic<int> done{0};
+  const int core = sched_getcpu();
 #pragma omp parallel num_threads(threads)
   {
+    if (omp_get_thread_num() != 0 && sched_getcpu() == core) leave(core);
     work();
     // A thread that sleeps is often woken on the core of this one. The barrier would spin there for milliseconds and
     // keep it from running: until all are done, this one offers it the core.

@@ -242,6 +242,47 @@ def test_a_forked_child_computes_the_same(isa_name: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+SAME_CORE = """
+import os, time
+import torch
+torch.set_num_threads(2)
+import attnkit as ak
+
+q = torch.ones(1, 4, 64, 32)
+
+def tasks():
+    return {int(task) for task in os.listdir("/proc/self/task")}
+
+def core_of(task):
+    with open(f"/proc/self/task/{task}/stat") as stat:
+        return int(stat.read().rpartition(")")[2].split()[36])
+
+before = tasks()
+ak.attention(q, q, q)
+(other,) = tasks() - before
+cores = os.sched_getaffinity(0)
+mine = min(cores)
+os.sched_setaffinity(0, {mine})
+apart = 0
+for _ in range(20):
+    time.sleep(0.02)  # until the other sleeps
+    os.sched_setaffinity(other, {mine})
+    os.sched_setaffinity(other, cores)
+    ak.attention(q, q, q)
+    apart += core_of(other) != mine
+    assert os.sched_getaffinity(other) == cores
+assert os.sched_getaffinity(0) == {mine}
+assert apart >= 18, f"{apart} of 20"
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_two_threads_do_not_stay_on_one_core() -> None:
+    """And may go where they might before. The kernel parts them itself about one time in two."""
+    done = python(SAME_CORE)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 CALL = """
 import os, sys
 import torch
