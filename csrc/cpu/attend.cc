@@ -57,6 +57,10 @@ thread_local Scratch t_workspace, t_parts, t_codes, t_carried;
 // heads (8e5 operations) take 4.5 us on two threads and 7.4 on one.
 constexpr double kMinFlopsPerThread = 3e5;
 
+// What threads keep: of a head so much in any case; more where that is not more, all in all, than k and v as float32
+// are.
+constexpr int64_t kAlwaysKept = 1 << 22, kMostKept = 1 << 25;
+
 // Reading a key takes as long as the arithmetic of so many queries.
 constexpr int64_t kQueriesPerRead = 4;
 
@@ -145,11 +149,27 @@ Status attend(const Program& program, const Problem& given, const Config& config
   return run_schedule(program, p, call, schedule, analysis, facts, threads);
 }
 
-Status run_schedule(const Program& program, const Problem& p, const Call& call, const Schedule& schedule,
+int64_t kept_floats(const Problem& p, int threads) {
+  const auto padded = [](int32_t channels) { return int64_t{(channels + 31) / 32} * 32; };
+  const int64_t of_key = padded(p.head_dim) + padded(p.v_head_dim);
+  int64_t most = 0, all = 0;
+  for (int32_t i = 0; i < p.num_sequences; ++i) {
+    const int64_t chunks = blocks_of(p.sequences[i].kv_len, kKeptKeys);
+    const int64_t of_head = kept_head(chunks) + chunks * kKeptKeys * of_key;
+    most = std::max(most, of_head);
+    all += of_head * p.num_kv_heads;
+  }
+  constexpr int64_t kSize = sizeof(float);
+  return std::min(most, std::clamp(2 * all / std::max(threads, 1), kAlwaysKept / kSize, kMostKept / kSize));
+}
+
+Status run_schedule(const Program& program, const Problem& p, const Call& given, const Schedule& schedule,
                     const Analysis& proven, const Facts& facts, int threads, Wave* wave) {
   const Kernel& kernel = current_isa();
   const int64_t num_tasks = schedule.num_tasks();
   threads = static_cast<int>(std::min<int64_t>(threads, num_tasks));
+  Call call = given;
+  call.kept = kept_floats(p, threads);
 
   // Where several tasks share the keys of a unit, the last of them to finish merges what they left.
   float* parts = nullptr;
@@ -162,7 +182,8 @@ Status run_schedule(const Program& program, const Problem& p, const Call& call, 
 
   Deal deal(num_tasks, std::max(threads, 1));
   std::atomic<int32_t> bad_load{-1};
-  const bool enough = on_threads_with_memory(threads, kernel.workspace_bytes(call), [&](int thread, float* memory) {
+  const bool enough = on_threads_with_memory(threads, memory_of(kernel, call), [&](int thread, float* memory) {
+    memory += call.kept;
     RowPlan row(program, p, call, proven, facts);
     for (int64_t i; (i = deal.take(thread)) >= 0;) {
       Schedule::Item item = schedule.item(i);

@@ -42,7 +42,13 @@ struct Call {
   bool some_gone = false;  // keys onto which infinity was carried are gone: what they hold may not be read
   int32_t gathered = 0;  // queries of a task whose pieces are gathered, at most
   int64_t number = 0;  // no other call has it: what a thread keeps of one does not belong to the next
+  int64_t kept = 0;  // floats in front of a thread's workspace, for what it keeps (kept-inl.h)
 };
+
+// A thread keeps keys and values by so many, and of each such chunk a byte of what is known of it.
+inline constexpr int32_t kKeptKeys = 32;
+inline constexpr int64_t kKeptOwner = 16;  // floats that say whose they are
+constexpr int64_t kept_head(int64_t chunks) { return kKeptOwner + (chunks + 63) / 64 * 16; }
 
 // What was carried onto each key, as each query of a block finds it: a row of `ld` for each key, a lane a query, or
 // (a few queries) the other way round.

@@ -179,9 +179,11 @@ Status attend_gathered(const Program& chosen, const Problem& p, const ChosenMap&
 
   const Kernel& kernel = current_isa();
   threads = static_cast<int>(std::min<int64_t>(threads, tasks.count()));
+  call.kept = kept_floats(p, threads);
   Deal deal(tasks.count(), std::max(threads, 1));
   std::atomic<int32_t> bad_load{-1};
-  const bool enough = on_threads_with_memory(threads, kernel.workspace_bytes(call), [&](int thread, float* memory) {
+  const bool enough = on_threads_with_memory(threads, memory_of(kernel, call), [&](int thread, float* memory) {
+    memory += call.kept;
     Gatherer gatherer(chosen, p, call, map, analysis, facts);
     for (int64_t i; (i = deal.take(thread)) >= 0;) {
       const Task task = tasks.task(i);

@@ -22,7 +22,6 @@ namespace {
 Kernel with_tile_registers(const Kernel& dots) {
   Kernel found = dots;
   found.name = "avx512amx";
-  found.workspace_bytes = workspace_on_tiles;
   found.run = run_on_tiles;
   found.gather = gather_on_tiles;
   found.backward_bytes = backward_bytes_on_tiles;

@@ -584,6 +584,7 @@ class Forward {
   bool any_before_ = false, may_skip_ = false, needed_ = true;
   float query_norm_ = -1;
   const float* less_next_ = nullptr;  // see fetch_less
+  Kept kept_;  // by the products, as they need it
 };
 
 template <class Products>

@@ -23,75 +23,12 @@ ATTNKIT_INLINE void exp2_weights(vf* x) {
   ATTNKIT_EACH x[i] = scale_or_zero(x[i], n[i], kLeastPower);
 }
 
-// What a thread keeps of one sequence and kv head, behind the workspace of a task, by chunks of 32 keys: values as left
-// factors, the keys of each channel side by side, zero where they are not finite; and keys in whole rows, one after the
-// other.
-class KeptChunks {
- public:
-  // Of longer sequences nothing is kept: it would leave the second cache before it is needed again.
-  static constexpr int64_t kMostBytes = 1 << 21;
-
-  static size_t floats(const Call& c) {
-    const Problem& p = *c.problem;
-    int64_t most = 0;
-    for (int32_t i = 0; i < p.num_sequences; ++i) {
-      const int64_t chunks = chunks_of(c, p.sequences[i].kv_len);
-      if (chunks > most) most = chunks;
-    }
-    return static_cast<size_t>(head(most) + most * (of_values(c) + of_keys(c)) / 2);
-  }
-
-  KeptChunks(const Call& c, const Task& t, float* memory)
-      : chunks_(chunks_of(c, c.problem->sequences[t.sequence].kv_len)), of_values_(of_values(c)), of_keys_(of_keys(c)) {
-    if (chunks_ == 0) return;
-    const int64_t owner[] = {c.number, t.sequence, t.head / (c.problem->num_heads / c.problem->num_kv_heads)};
-    known_ = reinterpret_cast<uint8_t*>(memory + kOwner);
-    values_ = reinterpret_cast<Bf16*>(memory + head(chunks_));
-    keys_ = values_ + chunks_ * of_values_;
-    if (__builtin_memcmp(memory, owner, sizeof owner) == 0) return;
-    __builtin_memcpy(memory, owner, sizeof owner);
-    __builtin_memset(known_, 0, static_cast<size_t>(chunks_));
-  }
-
-  bool any() const { return chunks_ > 0; }
-  Bf16* values(int64_t chunk) const { return values_ + chunk * of_values_; }
-  Bf16* keys(int64_t chunk) const { return keys_ + chunk * of_keys_; }
-
-  // Whether the values of a chunk are finite; `put(to)` puts them there, and says so, if nobody has yet.
-  template <class F>
-  bool finite(int64_t chunk, F put) {
-    if ((known_[chunk] & kValues) == 0) known_[chunk] |= kValues | (put(values(chunk)) ? kFinite : 0);
-    return (known_[chunk] & kFinite) != 0;
-  }
-  template <class F>
-  void need_keys(int64_t chunk, F put) {
-    if ((known_[chunk] & kKeys) == 0) put(keys(chunk));
-    known_[chunk] |= kKeys;
-  }
-
- private:
-  enum : uint8_t { kValues = 1, kFinite = 2, kKeys = 4 };
-  static constexpr int64_t kOwner = 16;  // floats, and what is known of each chunk a byte
-
-  static int64_t head(int64_t chunks) { return kOwner + (chunks + 63) / 64 * 16; }
-  static int64_t of_values(const Call& c) { return round_up(c.problem->v_head_dim, kLanes) * kTileDepth; }
-  static int64_t of_keys(const Call& c) { return round_up(c.problem->head_dim, kTileDepth) * kTileDepth; }
-  static int64_t chunks_of(const Call& c, int64_t keys) {
-    const int64_t chunks = (keys + kTileDepth - 1) / kTileDepth;
-    return 2 * chunks * (of_values(c) + of_keys(c)) <= kMostBytes ? chunks : 0;
-  }
-
-  int64_t chunks_, of_values_, of_keys_;
-  uint8_t* known_ = nullptr;
-  Bf16 *values_ = nullptr, *keys_ = nullptr;
-};
-
 class AmxForward : public PairForward {
  public:
-  AmxForward(const Call& c, const Task& t, float* workspace, bool few = false)
-      : PairForward(c, t, workspace, few), kept_(c, t, workspace + kept_at(c)) {}
-
-  static size_t floats(const Call& c) { return kept_at(c) + KeptChunks::floats(c); }
+  AmxForward(const Call& c, const Task& t, float* workspace, bool few = false) : PairForward(c, t, workspace, few) {
+    const int64_t of_keys = rows_are_whole() && p_.k.stride[2] == p_.head_dim ? 0 : depth() * kTileDepth;
+    kept_ = Kept(c, t, of_keys * kTileDepth / 2, at_.dv * kTileDepth / 2, workspace);
+  }
 
   // Whether the forward of this call can be multiplied so.
   static bool takes(const Call& c) { return c.problem->head_dim >= kTileRows && c.tile_kv % kTileDepth == 0; }
@@ -293,24 +230,20 @@ class AmxForward : public PairForward {
   // several heads do, share few sets of the cache; beyond what is kept they are read there all the same.)
   Lines key_rows(int64_t first, int32_t count) {
     const int32_t padded = depth() * kTileDepth;
+    if (kept_.keys()) {
+      const auto copy = [&](int64_t n, int32_t keys, float* to) { copied_keys(keys_of(n, keys), as_halves(to)); };
+      return {kept_.keys(first, count, copy), 2 * padded, 2 * padded, count};
+    }
     const Lines keys = keys_of(first, count);
-    const bool whole = p_.k.stride[3] == 1 && p_.head_dim == padded && count % kTileRows == 0;
-    if (whole && (keys.stride == 2 * padded || !kept_.any())) return keys;
-    if (!kept_.any()) return copied_keys(keys, reinterpret_cast<Bf16*>(ws_ + at_.k));
-    for (int64_t n = first; n < first + count; n += kTileDepth)
-      kept_.need_keys(n / kTileDepth, [&](Bf16* to) { copied_keys(keys_of(n, chunk_at(n)), to); });
-    return {kept_.keys(first / kTileDepth), 2 * padded, 2 * padded, count};
+    return rows_are_whole() && count % kTileRows == 0 ? keys : copied_keys(keys, as_halves(ws_ + at_.k));
   }
+  bool rows_are_whole() const { return p_.k.stride[3] == 1 && p_.head_dim % kTileDepth == 0; }
+  static Bf16* as_halves(float* p) { return reinterpret_cast<Bf16*>(p); }
   Lines copied_keys(const Lines& keys, Bf16* to) const {
     const int32_t padded = depth() * kTileDepth;
     for (int32_t n = 0; n < keys.count; ++n)
       copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), p_.k.stride[3], p_.head_dim, padded, to + n * padded);
     return {to, 2 * padded, 2 * padded, keys.count};
-  }
-
-  // How many keys there are of a chunk.
-  int32_t chunk_at(int64_t first) const {
-    return seq_.kv_len - first < kTileDepth ? static_cast<int32_t>(seq_.kv_len - first) : kTileDepth;
   }
 
   // Scores of the tiles of keys that are seen.
@@ -352,16 +285,21 @@ class AmxForward : public PairForward {
   // are.
   bool transpose_values(int64_t first, int32_t count) {
     bool finite = true;
-    Bf16* tile = reinterpret_cast<Bf16*>(ws_ + at_.values);
-    transposed_ = kept_.any() ? kept_.values(first / kTileDepth) : tile;
-    for (int64_t n = first; n < first + count; n += kTileDepth) {
-      const auto transpose = [&](Bf16* to) { return transpose_values_of(n, to); };
-      finite &= kept_.any() ? kept_.finite(n / kTileDepth, transpose) : transpose(tile + (n - first) * at_.dv);
+    const auto transpose = [&](int64_t n, int32_t keys, float* to) {
+      return transpose_chunk_of(values_of(n, keys), as_halves(to));
+    };
+    if (kept_.values()) {
+      transposed_ = as_halves(kept_.values(first, count, finite, transpose));
+      return finite;
+    }
+    transposed_ = as_halves(ws_ + at_.values);
+    for (int32_t n = 0; n < count; n += kTileDepth) {
+      const int32_t keys = count - n < kTileDepth ? count - n : kTileDepth;
+      finite &= transpose(first + n, keys, ws_ + at_.values + n * at_.dv / 2);
     }
     return finite;
   }
-  bool transpose_values_of(int64_t first, Bf16* to) {
-    const Lines values = values_of(first, chunk_at(first));
+  bool transpose_chunk_of(const Lines& values, Bf16* to) {
     const Bf16* rows[kTileDepth];
     for (int32_t i = 0; i < values.count; ++i) rows[i] = reinterpret_cast<const Bf16*>(values.at(i));
     if (transpose_chunk<true>(rows, values.count, p_.v.stride[3], p_.v_head_dim, at_.dv, to)) return true;
@@ -405,10 +343,7 @@ class AmxForward : public PairForward {
       }
   }
 
-  static size_t kept_at(const Call& c) { return (workspace_bytes(c) / sizeof(float) + 15) / 16 * 16; }
-
   const TileRegisters registers_;
-  KeptChunks kept_;
   const Bf16* transposed_ = nullptr;  // values of the tile, [32 keys][channel][key]
   bool in_columns_ = false;
 };
@@ -418,10 +353,6 @@ bool on_tiles(const Call& c, const Task& t) {
   const Problem& p = *c.problem;
   const bool few = has_few_queries(p, t) && p.skip == 0;
   return p.dtype == DType::bf16 && p.stores == nullptr && p.codes == nullptr && !few && AmxForward::takes(c);
-}
-
-size_t workspace_on_tiles(const Call& c) {
-  return c.problem->dtype == DType::bf16 ? AmxForward::floats(c) * sizeof(float) : dot_products().workspace_bytes(c);
 }
 
 int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,

@@ -58,7 +58,10 @@ inline void copy_row(const Bf16* from, int64_t stride, int32_t width, int32_t pa
 
 class PairForward : public Forward {
  public:
-  using Forward::Forward;
+  PairForward(const Call& c, const Task& t, float* workspace, bool few = false) : Forward(c, t, workspace, few) {
+    const bool there = are_pairs() && p_.groups == nullptr && p_.k.stride[2] == p_.head_dim;
+    kept_ = Kept(c, t, there ? 0 : pairs() * kKeptKeys, at_.dv * kKeptKeys / 2, workspace);
+  }
 
   void pack_queries() {
     const Bf16* q[kMaxTileQ];
@@ -80,23 +83,22 @@ class PairForward : public Forward {
   }
 
   void keys(int64_t first, int32_t count, bool full, int64_t) {
-    const Lines values = values_of(first, count);
     if (!full) find_live(first, count);
     scores(first, count, full);
     modify(first, count, full);
     const bool all = weigh_all(count, full);
     softmax(count, all, Weights{ws_ + at_.weights, at_.bm});
     thin_weights(first, count, full);
-    pack_values(values);
-    if (!full && !is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), count, at_.dv))
-      return pv_guarded<PairDot>(ws_ + at_.weights, ws_ + at_.values, at_.dv, count);
-    pv<PairDot>(ws_ + at_.weights, at_.bm, ws_ + at_.values, at_.dv, count, live(all), ws_ + at_.alpha, ws_ + at_.o,
-                at_.dv, t_.lanes());
+    bool finite = true;
+    const float* values = value_pairs(first, count, full, finite);
+    if (!finite && !full) return pv_guarded<PairDot>(ws_ + at_.weights, values, at_.dv, count);
+    pv<PairDot>(ws_ + at_.weights, at_.bm, values, at_.dv, count, live(all), ws_ + at_.alpha, ws_ + at_.o, at_.dv,
+                t_.lanes());
   }
 
  protected:
   virtual void scores(int64_t first, int32_t count, bool full) {
-    const KeyRows keys = keys_as_pairs(keys_of(first, count));
+    const KeyRows keys = key_pairs(first, count);
     float* largest = start_largest(full);
     with_less(PairDot{p_.scale}, first, [&](const auto& dot) {
       qk_units(ws_ + at_.qt, at_.bm, keys, count, live(full), (p_.head_dim + 1) / 2, dot, ws_ + at_.s, largest);
@@ -122,23 +124,44 @@ class PairForward : public Forward {
   }
 
  private:
-  // Where they lie, if their channels are adjacent and even in number.
-  KeyRows keys_as_pairs(const Lines& keys) {
-    const int64_t channel = p_.k.stride[3];
-    if (channel == 1 && p_.head_dim % 2 == 0 && keys.adjacent(0, keys.count) == keys.count)
-      return {keys.at(0), keys.stride};
-    const int32_t padded = (p_.head_dim + 1) / 2 * 2;
-    Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
-    for (int32_t n = 0; n < keys.count; ++n)
-      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), channel, p_.head_dim, padded, to + n * padded);
-    return {reinterpret_cast<const char*>(to), 2 * padded};
+  int32_t pairs() const { return (p_.head_dim + 1) / 2; }
+  bool are_pairs() const { return p_.k.stride[3] == 1 && p_.head_dim % 2 == 0; }
+
+  // Where they lie, if they do so one after the other; else as Rows of FloatForward.
+  KeyRows key_pairs(int64_t first, int32_t count) {
+    if (kept_.keys()) {
+      const float* chunk =
+          kept_.keys(first, count, [&](int64_t n, int32_t keys, float* to) { copy_keys(keys_of(n, keys), to); });
+      return {reinterpret_cast<const char*>(chunk + first % kKeptKeys * pairs()), 4 * pairs()};
+    }
+    const Lines keys = keys_of(first, count);
+    if (are_pairs() && keys.adjacent(0, count) == count) return {keys.at(0), keys.stride};
+    copy_keys(keys, ws_ + at_.k);
+    return {reinterpret_cast<const char*>(ws_ + at_.k), 4 * pairs()};
+  }
+  void copy_keys(const Lines& keys, float* to) const {
+    for (int32_t n = 0; n < keys.count; ++n, to += pairs())
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), p_.k.stride[3], p_.head_dim, 2 * pairs(),
+               reinterpret_cast<Bf16*>(to));
   }
 
-  void pack_values(const Lines& values) {
+  const float* value_pairs(int64_t first, int32_t count, bool full, bool& finite) {
+    const auto pack = [&](int64_t n, int32_t keys, float* to) {
+      const Lines values = values_of(n, keys);
+      pack_values(values, to);
+      return is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), keys, at_.dv);
+    };
+    if (kept_.values()) return kept_.values(first, count, finite, pack) + first % kKeptKeys / 2 * at_.dv;
+    const Lines values = values_of(first, count);
+    pack_values(values, ws_ + at_.values);
+    if (!full) finite = is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), count, at_.dv);
+    return ws_ + at_.values;
+  }
+  void pack_values(const Lines& values, float* to) const {
     for (int32_t n = 0; n < values.count; n += Lines::kRun) {
       const int32_t left = values.count - n;
       pack_run(reinterpret_cast<const Bf16*>(values.at(n)), {values.stride / 2, p_.v.stride[3]},
-               left < Lines::kRun ? left : Lines::kRun, p_.v_head_dim, ws_ + at_.values + n / 2 * at_.dv, at_.dv);
+               left < Lines::kRun ? left : Lines::kRun, p_.v_head_dim, to + n / 2 * at_.dv, at_.dv);
     }
   }
 

@@ -8,7 +8,9 @@ class FloatForward : public Forward {
             c.problem->skip == 0 &&
                 t.lanes() <= (c.problem->sequences[t.sequence].kv_len > c.tile_kv ? kFewLanes : kFewLanes * 3 / 4)) {}
 
-  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {}
+  FloatForward(const Call& c, const Task& t, float* workspace, bool few) : Forward(c, t, workspace, few), few_(few) {
+    if (!few_) kept_ = Kept(c, t, floats_of(p_.k, p_.head_dim), floats_of(p_.v, p_.v_head_dim), workspace);
+  }
 
   // Q^T, scaled; lanes beyond the last query are zero. Of few queries Q.
   void pack_queries() {
@@ -46,15 +48,18 @@ class FloatForward : public Forward {
 
   // `next`: where the keys after these begin, or -1.
   void keys(int64_t first, int32_t count, bool full, int64_t next) {
-    const Lines values = values_of(first, count);
-    logits(first, count, full, values);
-    if (few_) return few_tiles(first, values, full, next < 0 ? first : next);
+    if (few_) {
+      const Lines values = values_of(first, count);
+      logits(first, count, full, values);
+      return few_tiles(first, values, full, next < 0 ? first : next);
+    }
+    logits(first, count, full, kNoLines);
     modify(first, count, full);
     const bool all = weigh_all(count, full);
     if (!needed_) return;
     softmax(count, all, Weights{ws_ + at_.s, at_.bm});
     thin_weights(first, count, full);
-    const Rows v = rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v);
+    const Rows v = value_rows(first, count);
     // 0 * NaN is NaN: a value that some query must not see may not be multiplied at all, not even by a weight of zero.
     if (!full && !is_finite(v, count, at_.dv)) return pv_guarded<FloatDot>(ws_ + at_.s, v.data, v.stride, count);
     pv<FloatDot>(ws_ + at_.s, at_.bm, v.data, v.stride, count, live(all), ws_ + at_.alpha, ws_ + at_.o, at_.dv,
@@ -75,8 +80,28 @@ class FloatForward : public Forward {
     scores(first, count, full);
   }
 
+  // As rows of floats: where they lie, if they lie so one after the other, else kept, or (beyond what is) a copy of the
+  // tile's; but what is float is read there then too.
+  Rows key_rows(int64_t first, int32_t count) {
+    if (!kept_.keys()) return rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
+    const int32_t width = round_up(p_.head_dim, kLanes);
+    const float* chunk = kept_.keys(first, count, [&](int64_t n, int32_t keys, float* to) {
+      put_rows(p_.k, keys_of(n, keys), p_.head_dim, width, to);
+    });
+    return {chunk + first % kKeptKeys * width, width};
+  }
+  Rows value_rows(int64_t first, int32_t count) {
+    if (!kept_.values()) return rows(p_.v, values_of(first, count), p_.v_head_dim, at_.dv, at_.v);
+    bool finite;
+    const float* chunk = kept_.values(first, count, finite, [&](int64_t n, int32_t keys, float* to) {
+      put_rows(p_.v, values_of(n, keys), p_.v_head_dim, at_.dv, to);
+      return true;
+    });
+    return {chunk + first % kKeptKeys * at_.dv, at_.dv};
+  }
+
   virtual void scores(int64_t first, int32_t count, bool full) {
-    const Rows k = rows(p_.k, keys_of(first, count), p_.head_dim, p_.head_dim, at_.k);
+    const Rows k = key_rows(first, count);
     const KeyRows keys{reinterpret_cast<const char*>(k.data), 4 * k.stride};
     float* largest = start_largest(full);
     with_less(FloatDot{}, first, [&](const auto& dot) {
@@ -197,6 +222,21 @@ class FloatForward : public Forward {
   }
 
  private:
+  // Of a chunk that is kept; none of what lies so.
+  int64_t floats_of(const View& view, int32_t width) const {
+    const int32_t padded = round_up(width, kLanes);
+    const bool there = p_.dtype == DType::f32 && p_.stores == nullptr && p_.groups == nullptr && view.stride[3] == 1 &&
+                       view.stride[2] == width && width == padded;
+    return there ? 0 : int64_t{kKeptKeys} * padded;
+  }
+  void put_rows(const View& view, const Lines& lines, int32_t width, int32_t padded, float* to) {
+    Rows there{reinterpret_cast<const float*>(lines.at(0)), lines.stride / 4};  // codes, as they were decoded
+    if (p_.stores == nullptr) there = rows_of(lines, p_.dtype, view.stride[3], width, padded, to);
+    if (there.data == to) return;
+    for (int32_t n = 0; n < lines.count; ++n)
+      __builtin_memcpy(to + n * padded, there.data + n * there.stride, static_cast<size_t>(padded) * sizeof(float));
+  }
+
   // few_values_of values that not every query may see. A sum that is not finite may have met one: then false, and o is
   // as it was.
   bool few_values_apart(const Lines& values, const Ahead& ahead) {

@@ -12,6 +12,7 @@
 #include "encode-inl.h"
 #include "fold-inl.h"
 #include "dropout-inl.h"
+#include "kept-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "code_decode-inl.h"

@@ -26,6 +26,13 @@ CodeView view(const Program& program, const Facts& facts);
 // A forward call. Stretches are whole tiles.
 Call call_of(const Program& program, const Facts& facts, const Problem& p, const Config& config, int32_t tile_q);
 
+// How much each thread may keep of the keys and values of one head, in floats; the memory that it needs for a call's
+// tasks, where that comes first.
+int64_t kept_floats(const Problem& p, int threads);
+inline size_t memory_of(const Kernel& kernel, const Call& call) {
+  return static_cast<size_t>(call.kept) * sizeof(float) + kernel.workspace_bytes(call);
+}
+
 // How many threads are worth waking for so many operations, of the `threads` that there are.
 int worth(int threads, double flops);
 
