@@ -43,7 +43,7 @@ struct Layout {
     sum = take(1, bm);
     alpha = take(1, bm);
     largest = take(1, bm);
-    k = take(keys, round_up(p.head_dim, kLanes));
+    k = take(keys, round_up(p.head_dim, 2 * kLanes));
     v = take(keys, dv);
     live = take(keys, bm / kLanes);
     weights = take((c.tile_kv + 1) / 2, bm);

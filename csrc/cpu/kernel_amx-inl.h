@@ -26,7 +26,8 @@ ATTNKIT_INLINE void exp2_weights(vf* x) {
 class AmxForward : public PairForward {
  public:
   AmxForward(const Call& c, const Task& t, float* workspace, bool few = false) : PairForward(c, t, workspace, few) {
-    const int64_t of_keys = rows_are_whole() && p_.k.stride[2] == p_.head_dim ? 0 : depth() * kTileDepth;
+    const int64_t of_keys =
+        rows_are_whole() && p_.stores == nullptr && p_.k.stride[2] == p_.head_dim ? 0 : depth() * kTileDepth;
     kept_ = Kept(c, t, of_keys * kTileDepth / 2, at_.dv * kTileDepth / 2, workspace);
   }
 
@@ -235,14 +236,15 @@ class AmxForward : public PairForward {
       return {kept_.keys(first, count, copy), 2 * padded, 2 * padded, count};
     }
     const Lines keys = keys_of(first, count);
-    return rows_are_whole() && count % kTileRows == 0 ? keys : copied_keys(keys, as_halves(ws_ + at_.k));
+    if (p_.stores != nullptr || (rows_are_whole() && count % kTileRows == 0)) return keys;
+    return copied_keys(keys, as_halves(ws_ + at_.k));
   }
   bool rows_are_whole() const { return p_.k.stride[3] == 1 && p_.head_dim % kTileDepth == 0; }
   static Bf16* as_halves(float* p) { return reinterpret_cast<Bf16*>(p); }
   Lines copied_keys(const Lines& keys, Bf16* to) const {
     const int32_t padded = depth() * kTileDepth;
     for (int32_t n = 0; n < keys.count; ++n)
-      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), p_.k.stride[3], p_.head_dim, padded, to + n * padded);
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), channel_of(p_.k), p_.head_dim, padded, to + n * padded);
     return {to, 2 * padded, 2 * padded, keys.count};
   }
 
@@ -302,7 +304,7 @@ class AmxForward : public PairForward {
   bool transpose_chunk_of(const Lines& values, Bf16* to) {
     const Bf16* rows[kTileDepth];
     for (int32_t i = 0; i < values.count; ++i) rows[i] = reinterpret_cast<const Bf16*>(values.at(i));
-    if (transpose_chunk<true>(rows, values.count, p_.v.stride[3], p_.v_head_dim, at_.dv, to)) return true;
+    if (transpose_chunk<true>(rows, values.count, channel_of(p_.v), p_.v_head_dim, at_.dv, to)) return true;
     for (int32_t i = 0; i < at_.dv * kTileDepth; ++i)
       if ((to[i].bits & kExponent) == kExponent) to[i] = Bf16{0};
     return false;
@@ -313,7 +315,7 @@ class AmxForward : public PairForward {
     const auto* weights = reinterpret_cast<const Bf16*>(ws_ + at_.weights);
     for (int32_t n = 0; n < values.count; ++n)
       for (int32_t d = 0; d < p_.v_head_dim; ++d) {
-        const Bf16 value = reinterpret_cast<const Bf16*>(values.at(n))[d * p_.v.stride[3]];
+        const Bf16 value = reinterpret_cast<const Bf16*>(values.at(n))[d * channel_of(p_.v)];
         if ((value.bits & kExponent) != kExponent) continue;
         for (int32_t m = 0; m < t_.lanes(); ++m)
           if (full || exists(n, m))
@@ -352,7 +354,7 @@ class AmxForward : public PairForward {
 bool on_tiles(const Call& c, const Task& t) {
   const Problem& p = *c.problem;
   const bool few = has_few_queries(p, t) && p.skip == 0;
-  return p.dtype == DType::bf16 && p.stores == nullptr && p.codes == nullptr && !few && AmxForward::takes(c);
+  return multiplies_pairs(p) && p.codes == nullptr && !few && AmxForward::takes(c);
 }
 
 int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,

@@ -59,7 +59,7 @@ inline void copy_row(const Bf16* from, int64_t stride, int32_t width, int32_t pa
 class PairForward : public Forward {
  public:
   PairForward(const Call& c, const Task& t, float* workspace, bool few = false) : Forward(c, t, workspace, few) {
-    const bool there = are_pairs() && p_.groups == nullptr && p_.k.stride[2] == p_.head_dim;
+    const bool there = are_pairs() && p_.stores == nullptr && p_.groups == nullptr && p_.k.stride[2] == p_.head_dim;
     kept_ = Kept(c, t, there ? 0 : pairs() * kKeptKeys, at_.dv * kKeptKeys / 2, workspace);
   }
 
@@ -97,6 +97,17 @@ class PairForward : public Forward {
   }
 
  protected:
+  // Codes as bfloat16: copies of the tile's, keys in rows of whole vectors.
+  Lines keys_of(int64_t first, int32_t count) {
+    if (p_.stores == nullptr) return Forward::keys_of(first, count);
+    return halves(decoded(p_.stores[0], first, count, round_up(p_.head_dim, 2 * kLanes), at_.k), at_.k);
+  }
+  Lines values_of(int64_t first, int32_t count) {
+    const Lines values = Forward::values_of(first, count);
+    return p_.stores == nullptr ? values : halves(values, at_.v);
+  }
+  int64_t channel_of(const View& view) const { return p_.stores == nullptr ? view.stride[3] : 1; }
+
   virtual void scores(int64_t first, int32_t count, bool full) {
     const KeyRows keys = key_pairs(first, count);
     float* largest = start_largest(full);
@@ -125,7 +136,19 @@ class PairForward : public Forward {
 
  private:
   int32_t pairs() const { return (p_.head_dim + 1) / 2; }
-  bool are_pairs() const { return p_.k.stride[3] == 1 && p_.head_dim % 2 == 0; }
+  bool are_pairs() const { return channel_of(p_.k) == 1 && p_.head_dim % 2 == 0; }
+
+  // Rows of floats at `at`, where there are as many as whole runs have, rounded where they lie.
+  Lines halves(const Lines& floats, size_t at) const {
+    const float* from = ws_ + at;
+    Bf16* to = reinterpret_cast<Bf16*>(ws_ + at);
+    const int64_t end = round_up(floats.count, Lines::kRun) * floats.stride / 4;
+    for (int64_t i = 0; i < end; i += 2 * kLanes) {
+      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)load(from + i + kLanes), (__m512)load(from + i));
+      __builtin_memcpy(to + i, &both, sizeof both);
+    }
+    return {to, floats.stride / 2, floats.bytes / 2, floats.count};
+  }
 
   // Where they lie, if they do so one after the other; else as Rows of FloatForward.
   KeyRows key_pairs(int64_t first, int32_t count) {
@@ -141,26 +164,35 @@ class PairForward : public Forward {
   }
   void copy_keys(const Lines& keys, float* to) const {
     for (int32_t n = 0; n < keys.count; ++n, to += pairs())
-      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), p_.k.stride[3], p_.head_dim, 2 * pairs(),
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), channel_of(p_.k), p_.head_dim, 2 * pairs(),
                reinterpret_cast<Bf16*>(to));
   }
 
   const float* value_pairs(int64_t first, int32_t count, bool full, bool& finite) {
-    const auto pack = [&](int64_t n, int32_t keys, float* to) {
-      const Lines values = values_of(n, keys);
-      pack_values(values, to);
-      return is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), keys, at_.dv);
-    };
-    if (kept_.values()) return kept_.values(first, count, finite, pack) + first % kKeptKeys / 2 * at_.dv;
-    const Lines values = values_of(first, count);
-    pack_values(values, ws_ + at_.values);
-    if (!full) finite = is_finite(rows(p_.v, values, p_.v_head_dim, at_.dv, at_.v), count, at_.dv);
-    return ws_ + at_.values;
+    if (kept_.values())
+      return first % kKeptKeys / 2 * at_.dv +
+             kept_.values(first, count, finite, [&](int64_t n, int32_t keys, float* to) {
+               pack_values(values_of(n, keys), to);
+               return are_finite(to, keys);
+             });
+    float* to = ws_ + at_.values;
+    pack_values(values_of(first, count), to);
+    if (!full) finite = are_finite(to, count);
+    return to;
+  }
+  bool are_finite(const float* pairs, int32_t count) const {
+    constexpr int32_t kLow = 0x7f80, kHigh = kLow << 16;
+    vi infinite{};
+    for (int64_t i = 0; i < (count + 1) / 2 * int64_t{at_.dv}; i += kLanes) {
+      const vi x = load_int(pairs + i);
+      infinite |= ((x & kLow) == kLow) | ((x & kHigh) == kHigh);
+    }
+    return !any(infinite);
   }
   void pack_values(const Lines& values, float* to) const {
     for (int32_t n = 0; n < values.count; n += Lines::kRun) {
       const int32_t left = values.count - n;
-      pack_run(reinterpret_cast<const Bf16*>(values.at(n)), {values.stride / 2, p_.v.stride[3]},
+      pack_run(reinterpret_cast<const Bf16*>(values.at(n)), {values.stride / 2, channel_of(p_.v)},
                left < Lines::kRun ? left : Lines::kRun, p_.v_head_dim, to + n / 2 * at_.dv, at_.dv);
     }
   }
@@ -203,6 +235,12 @@ class PairForward : public Forward {
 // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
 inline bool has_few_queries(const Problem& p, const Task& t) {
   return p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
+}
+
+// Queries of bfloat16, over a cache of no more bits: codes lose less when they are rounded than when they were made.
+inline bool multiplies_pairs(const Problem& p) {
+  const auto rounds = [](const Store& s) { return s.codec != Codec::plain || s.dtype == DType::bf16; };
+  return p.dtype == DType::bf16 && (p.stores == nullptr || (rounds(p.stores[0]) && rounds(p.stores[1])));
 }
 
 // Few queries: scores on the dot product, as rows of both lie in memory; the rest in float32.

@@ -40,13 +40,13 @@ struct ByteProduct {
 int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                      float* workspace) {
   const Problem& p = *c.problem;
-  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr;
-  const bool few = has_few_queries(p, t) && p.skip == 0;
+  const bool pairs = multiplies_pairs(p), few = has_few_queries(p, t) && p.skip == 0;
   const auto run_it = [&] {
     if (p.codes != nullptr)
       return pairs ? run<EncodedForward<PairForward, ByteProduct>> : run<EncodedForward<FloatForward, ByteProduct>>;
-    if (pairs) return few ? run<PairDecode> : run<PairForward>;
     if (p.stores != nullptr && p.dtype == DType::bf16 && few && ByteCodes::takes(p)) return run<ByteCodes>;
+    if (pairs && !few) return run<PairForward>;
+    if (pairs && p.stores == nullptr) return run<PairDecode>;
     return kAvx512Kernel.run;
   }();
   return run_it(c, t, ranges, num_ranges, parts, workspace);

@@ -80,15 +80,33 @@ def test_what_is_kept_changes_no_bit(
             assert torch.equal(whole, same)
 
 
-@pytest.mark.parametrize("codec", ["f32", "f16", "bf16", "int8", "int4", "int2", "fp8"])
+@pytest.mark.parametrize(
+    ("codec", "dtype"),
+    [
+        *(
+            (codec, dtype)
+            for codec in ("int8", "int4", "int2", "fp8")
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+        ("f32", torch.float32),
+        ("f16", torch.float16),
+        ("bf16", torch.bfloat16),
+        (("bf16", "int8"), torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("page_size", [None, 32])
-def test_of_a_cache(codec: str, page_size: int | None) -> None:
-    q, k, v = tensors(2, 4, 2, QUERIES, 333, dtype=torch.float32)
-    cache = ak.KVCache(2, 2, 64, max_len=400, codec=codec, page_size=page_size)
+@pytest.mark.parametrize("head_dim", [64, 48])
+def test_of_a_cache(codec: str, dtype: torch.dtype, page_size: int | None, head_dim: int) -> None:
+    """As the tensors that it stands for, and no bit depends on what is kept."""
+    q, k, v = (x[..., :head_dim] for x in tensors(2, 4, 2, QUERIES, 333, dtype=torch.float32))
+    cache = ak.KVCache(2, 2, head_dim, max_len=400, codec=codec, page_size=page_size)
     cache.append(k, v)
-    q = q.to({"f16": torch.float16, "bf16": torch.bfloat16}.get(codec, torch.float32))
-    parts = [ak.attention(q[:, :, i : i + 70], cache) for i in range(0, QUERIES, 70)]
-    assert torch.equal(ak.attention(q, cache), torch.cat(parts, 2))
+    q = q.to(dtype)
+    whole = ak.attention(q, cache, scale=SCALE)
+    want = exact(q, *(x.double() for x in cache.dequantize()))
+    torch.testing.assert_close(whole.double(), want, atol=ERRORS[dtype], rtol=2 * ERRORS[dtype])
+    parts = [ak.attention(q[:, :, i : i + 70], cache, scale=SCALE) for i in range(0, QUERIES, 70)]
+    assert torch.equal(whole, torch.cat(parts, 2))
 
 
 def test_values_that_change_between_calls() -> None:
