@@ -253,7 +253,8 @@ std::vector<const Kernel*> isa_levels() {
   if (levels.back() == &kAvx512Kernel && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) {
     levels.push_back(&dot_products());
 #ifdef ATTNKIT_HAS_AVX512AMX
-    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tile_registers())
+    if (__builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+        __builtin_cpu_supports("amx-int8") && may_use_tile_registers())
       levels.push_back(&tile_registers());
 #endif
   }

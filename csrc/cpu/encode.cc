@@ -9,6 +9,7 @@ namespace attnkit::cpu {
 namespace {
 #include "half-inl.h"
 
+constexpr int64_t kTileRows = 16;  // codes are read in tiles: rows after the last
 constexpr int64_t kLine = 64;  // a row of codes begins at a cache line, and is whole vectors long
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -55,7 +56,7 @@ bool Encoded::encode(Problem& p, const Kernel& kernel, int threads) {
       s.rows.push_back(s.rows.back() + length(side, i) * heads[side]);
       s.tiles.push_back(s.tiles.back() + up(length(side, i), tiles[side]) / tiles[side] * heads[side]);
     }
-    const int64_t sizes[] = {s.rows.back() * stride, s.tiles.back() * 4, s.rows.back() * 4,
+    const int64_t sizes[] = {(s.rows.back() + kTileRows) * stride, s.tiles.back() * 4, s.rows.back() * 4,
                              n * heads[side] * width * 4};
     for (int part = 0; part < 4; ++part) {
       at[side][part] = bytes;

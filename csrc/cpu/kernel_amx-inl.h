@@ -26,8 +26,9 @@ ATTNKIT_INLINE void exp2_weights(vf* x) {
 class AmxForward : public PairForward {
  public:
   AmxForward(const Call& c, const Task& t, float* workspace, bool few = false) : PairForward(c, t, workspace, few) {
-    const int64_t of_keys =
-        rows_are_whole() && p_.stores == nullptr && p_.k.stride[2] == p_.head_dim ? 0 : depth() * kTileDepth;
+    const bool there =
+        p_.codes != nullptr || (rows_are_whole() && p_.stores == nullptr && p_.k.stride[2] == p_.head_dim);
+    const int64_t of_keys = there ? 0 : depth() * kTileDepth;
     kept_ = Kept(c, t, of_keys * kTileDepth / 2, at_.dv * kTileDepth / 2, workspace);
   }
 
@@ -84,7 +85,7 @@ class AmxForward : public PairForward {
     to_columns();
     const bool finite = transpose_values(first, count);
     if (finite && plain(full) && !c_.has_score && !may_skip_ && !thinned() && !c_.code.unnormalized && p_.scale > 0) {
-      plain_tile(key_rows(first, count));
+      plain_tile(first, count);
     } else {
       changed_tile(first, count, full);
     }
@@ -92,28 +93,6 @@ class AmxForward : public PairForward {
   }
 
  protected:
-  void scores(int64_t first, int32_t count, bool full) override {
-    const Lines keys = key_rows(first, count);
-    in_columns([&](int32_t lane, int32_t lanes) {
-      multiply_keys(keys, column(lane), lane, lanes, seen(live(full), lane, lanes, count));
-    });
-    float* largest = start_largest(full);
-    with_less(PairDot{p_.scale}, first, [&](const auto& dot) {
-      for (int32_t v = 0; v * kLanes < at_.bm; ++v) {
-        const Span span = seen(live(full), v * kLanes, kLanes, count);
-        vf most = load(ws_ + at_.largest + v * kLanes);
-        for (int32_t n = span.first; n < span.end; ++n) {
-          float* s = ws_ + at_.s + static_cast<int64_t>(n) * at_.bm + v * kLanes;
-          const vf x = dot.finish(load(s), n, v, true);
-          store(s, x);
-          most = max_or_second(x, most);
-        }
-        if (largest != nullptr) store(largest + v * kLanes, most);
-      }
-    });
-  }
-
- private:
   // Scores and weights of one or two vectors of queries: rows of them `ld` floats apart.
   struct Column {
     float *s, *weights;
@@ -125,6 +104,75 @@ class AmxForward : public PairForward {
     for (int32_t lane = 0; lane < at_.bm; lane += 2 * kLanes) f(lane, at_.bm - lane < 2 * kLanes ? kLanes : 2 * kLanes);
   }
 
+  void scores(int64_t first, int32_t count, bool full) override {
+    const Lines keys = key_rows(first, count);
+    float* largest = start_largest(full);
+    with_less(PairDot{p_.scale}, first, [&](const auto& dot) {
+      in_columns([&](int32_t lane, int32_t lanes) {
+        multiply_keys<TilePairs>(keys, column(lane), lane, lanes, seen(live(full), lane, lanes, count));
+        finish_scores(dot, column(lane), lane, lanes, count, live(full), largest);
+      });
+    });
+  }
+
+  // Sums of products become scores.
+  template <class Dot>
+  void finish_scores(const Dot& dot, const Column& c, int32_t lane, int32_t lanes, int32_t count, const Span* live,
+                     float* largest) {
+    for (int32_t at = 0; at < lanes; at += kLanes) {
+      const int32_t v = (lane + at) / kLanes;
+      const Span span = seen(live, lane + at, kLanes, count);
+      vf most = load(ws_ + at_.largest + lane + at);
+      for (int32_t n = span.first; n < span.end; ++n) {
+        float* s = c.s + static_cast<int64_t>(n) * c.ld + at;
+        const vf x = dot.finish(load(s), n, v, true);
+        store(s, x);
+        most = max_or_second(x, most);
+      }
+      if (largest != nullptr) store(largest + lane + at, most);
+    }
+  }
+
+  // Scores of the tiles of keys that are seen, from rows of whole tiles of elements.
+  template <class Elements>
+  __attribute__((noinline)) void multiply_keys(const Lines& keys, const Column& c, int32_t lane, int32_t lanes,
+                                               Span span) {
+    const int32_t first = span.first / kTileRows * kTileRows, count = round_up(span.end - first, kTileRows);
+    const int32_t steps = keys.bytes / kTileBytes;
+    const float* q = ws_ + at_.qt + lane;
+    const TileFactor queries{q, q + kLanes, 4 * at_.bm, 4 * kTileRows * at_.bm};
+    TileProducts<Elements> products;
+    for (int32_t n = first; n < first + count; n += 2 * kTileRows)
+      products.multiply({keys.at(n), keys.at(n + kTileRows), keys.stride, kTileBytes}, first + count - n, queries,
+                        lanes, steps, false, c.s + static_cast<int64_t>(n) * c.ld, c.ld);
+  }
+
+  // A tile that nothing changes.
+  virtual void plain_tile(int64_t first, int32_t count) {
+    const Lines keys = key_rows(first, count);
+    each_column(count, p_.scale, [&](const Column& column, int32_t lane, int32_t lanes) {
+      multiply_keys<TilePairs>(keys, column, lane, lanes, {0, count});
+      for (int32_t v = 0; v < lanes; v += kLanes) {
+        const vf most = largest_of({column.s + v, column.weights + v, column.ld}, count) * set1(p_.scale);
+        store(ws_ + at_.largest + lane + v, max_or_second(most, load(ws_ + at_.max + lane + v)));
+      }
+    });
+  }
+
+  // Adds a whole tile column by column, each in the same place, which the first cache holds: f(column, lane, lanes)
+  // puts its scores there, less `factor`, and what they have risen to.
+  template <class F>
+  void each_column(int32_t count, float factor, F f) {
+    const Column column{ws_ + at_.s, ws_ + at_.weights, at_.bm < 2 * kLanes ? kLanes : 2 * kLanes};
+    in_columns([&](int32_t lane, int32_t lanes) {
+      f(column, lane, lanes);
+      for (int32_t v = 0; v < lanes; v += kLanes)
+        weigh_lanes({column.s + v, column.weights + v, column.ld}, lane + v, {0, count}, factor);
+      add_values(column, lane, lanes, count, {0, count});
+    });
+  }
+
+ private:
   static constexpr float kMostGrowth = 5.5f;  // of a logit: weights stay below 2^8
 
   int32_t depth() const { return (p_.head_dim + kTileDepth - 1) / kTileDepth; }
@@ -135,26 +183,11 @@ class AmxForward : public PairForward {
     scores(first, count, full);
     modify(first, count, full);
     const bool all = weigh_all(count, full);
+    if (!needed_) return;
     weigh(count, live(all));
     thin_weights(first, count, full);
     in_columns([&](int32_t lane, int32_t lanes) {
       add_values(column(lane), lane, lanes, count, seen(live(all), lane, lanes, count));
-    });
-  }
-
-  // A tile that nothing changes, column by column: each in the same place, which the first cache holds.
-  void plain_tile(const Lines& keys) {
-    const Column column{ws_ + at_.s, ws_ + at_.weights, at_.bm < 2 * kLanes ? kLanes : 2 * kLanes};
-    const int32_t count = keys.count;
-    in_columns([&](int32_t lane, int32_t lanes) {
-      multiply_keys(keys, column, lane, lanes, {0, count});
-      for (int32_t v = 0; v < lanes; v += kLanes) {
-        const Column one{column.s + v, column.weights + v, column.ld};
-        const vf most = largest_of(one, count) * set1(p_.scale);
-        store(ws_ + at_.largest + lane + v, max_or_second(most, load(ws_ + at_.max + lane + v)));
-        weigh_lanes(one, lane + v, {0, count}, p_.scale);
-      }
-      add_values(column, lane, lanes, count, {0, count});
     });
   }
 
@@ -248,18 +281,6 @@ class AmxForward : public PairForward {
     return {to, 2 * padded, 2 * padded, keys.count};
   }
 
-  // Scores of the tiles of keys that are seen.
-  __attribute__((noinline)) void multiply_keys(const Lines& keys, const Column& c, int32_t lane, int32_t lanes,
-                                               Span span) {
-    const int32_t first = span.first / kTileRows * kTileRows, count = round_up(span.end - first, kTileRows);
-    const float* q = ws_ + at_.qt + lane;
-    const TileFactor queries{q, q + kLanes, 4 * at_.bm, 4 * kTileRows * at_.bm};
-    TileProducts products;
-    for (int32_t n = first; n < first + count; n += 2 * kTileRows)
-      products.multiply({keys.at(n), keys.at(n + kTileRows), keys.stride, kTileBytes}, first + count - n, queries,
-                        lanes, depth(), false, c.s + static_cast<int64_t>(n) * c.ld, c.ld);
-  }
-
   // Adds the weighed values of a tile, of the keys that are seen, to the outputs.
   __attribute__((noinline)) void add_values(const Column& c, int32_t lane, int32_t lanes, int32_t count, Span span) {
     rescale(lane, lanes);
@@ -350,16 +371,76 @@ class AmxForward : public PairForward {
   bool in_columns_ = false;
 };
 
-// Few queries are bound by memory, and queries that are encoded are multiplied as bytes.
+// Queries and keys as int8 (kernel_encoded-inl.h), of which a unit is four signed codes.
+struct SignedBytes {
+  struct Dot {
+    const int32_t* starts;  // not needed: no code is moved
+    const float *factor, *shift;
+
+    ATTNKIT_INLINE vf finish(vf sum, int32_t, int v, bool) const {
+      return fma(to_float(as_int(sum)), load(factor + v * kLanes), load(shift + v * kLanes));
+    }
+  };
+  static constexpr int32_t kCodes = 4;
+
+  static void pack(const int8_t* const* rows, int32_t queries, int32_t channels, float* qt, int32_t bm) {
+    const float* units[kMaxTileQ];
+    for (int32_t m = 0; m < queries; ++m) units[m] = reinterpret_cast<const float*>(rows[m]);
+    transpose_rows(units, queries, round_up(channels, kTileBytes) / kCodes, [](auto x) { return x; }, qt, bm);
+  }
+  static KeyRows key_units(const int8_t* codes, int64_t stride, int32_t, int32_t, float*) {
+    return {reinterpret_cast<const char*>(codes), stride};
+  }
+  static ATTNKIT_INLINE vf code(const float* qt, int32_t channel, int32_t bm) {
+    const vi units = load_int(qt + channel / kCodes * bm);
+    return to_float(units << 8 * (3 - channel % kCodes) >> 24);
+  }
+};
+
+class EncodedOnTiles : public EncodedForward<AmxForward, SignedBytes> {
+ public:
+  using EncodedForward::EncodedForward;
+
+ protected:
+  void scores(int64_t first, int32_t count, bool full) override {
+    float* largest = start_largest(full);
+    in_columns([&](int32_t lane, int32_t lanes) {
+      score_column(column(lane), lane, lanes, first, count, live(full), largest);
+    });
+  }
+
+  void plain_tile(int64_t first, int32_t count) override {
+    float* largest = start_largest(true);
+    each_column(count, 1, [&](const Column& column, int32_t lane, int32_t lanes) {
+      score_column(column, lane, lanes, first, count, nullptr, largest);
+    });
+  }
+
+ private:
+  void score_column(const Column& c, int32_t lane, int32_t lanes, int64_t first, int32_t count, const Span* live,
+                    float* largest) {
+    each_step(first, count, {lane, lane + lanes}, live,
+              [&](const KeyRows& keys, int32_t row, int32_t some, const Span* seen_of_step, const auto& dot) {
+                const auto width = static_cast<int32_t>(keys.stride);
+                const Column rows{c.s + static_cast<int64_t>(row) * c.ld, c.weights, c.ld};
+                multiply_keys<TileBytes>({keys.data, width, width, some}, rows, lane, lanes,
+                                         seen(seen_of_step, lane, lanes, some));
+                finish_scores(dot, rows, lane, lanes, some, seen_of_step, largest);
+              });
+  }
+};
+
+// Few queries are bound by memory.
 bool on_tiles(const Call& c, const Task& t) {
   const Problem& p = *c.problem;
-  const bool few = has_few_queries(p, t) && p.skip == 0;
-  return multiplies_pairs(p) && p.codes == nullptr && !few && AmxForward::takes(c);
+  const bool few = has_few_queries(p, t) && p.skip == 0 && p.codes == nullptr;
+  return multiplies_pairs(p) && !few && AmxForward::takes(c);
 }
 
 int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                      float* workspace) {
-  return (on_tiles(c, t) ? run<AmxForward> : dot_products().run)(c, t, ranges, num_ranges, parts, workspace);
+  const auto on_registers = c.problem->codes != nullptr ? run<EncodedOnTiles> : run<AmxForward>;
+  return (on_tiles(c, t) ? on_registers : dot_products().run)(c, t, ranges, num_ranges, parts, workspace);
 }
 
 int32_t gather_on_tiles(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {

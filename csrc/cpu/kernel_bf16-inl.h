@@ -59,7 +59,8 @@ inline void copy_row(const Bf16* from, int64_t stride, int32_t width, int32_t pa
 class PairForward : public Forward {
  public:
   PairForward(const Call& c, const Task& t, float* workspace, bool few = false) : Forward(c, t, workspace, few) {
-    const bool there = are_pairs() && p_.stores == nullptr && p_.groups == nullptr && p_.k.stride[2] == p_.head_dim;
+    const bool there = p_.codes != nullptr ||
+                       (are_pairs() && p_.stores == nullptr && p_.groups == nullptr && p_.k.stride[2] == p_.head_dim);
     kept_ = Kept(c, t, there ? 0 : pairs() * kKeptKeys, at_.dv * kKeptKeys / 2, workspace);
   }
 

@@ -43,7 +43,7 @@ int32_t run_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_
   const bool pairs = multiplies_pairs(p), few = has_few_queries(p, t) && p.skip == 0;
   const auto run_it = [&] {
     if (p.codes != nullptr)
-      return pairs ? run<EncodedForward<PairForward, ByteProduct>> : run<EncodedForward<FloatForward, ByteProduct>>;
+      return pairs ? run<EncodedUnits<PairForward, ByteProduct>> : run<EncodedUnits<FloatForward, ByteProduct>>;
     if (p.stores != nullptr && p.dtype == DType::bf16 && few && ByteCodes::takes(p)) return run<ByteCodes>;
     if (pairs && !few) return run<PairForward>;
     if (pairs && p.stores == nullptr) return run<PairDecode>;

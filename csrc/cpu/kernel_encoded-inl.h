@@ -33,6 +33,7 @@ struct FloatProduct {
 
 template <class Products, class Product>
 class EncodedForward : public Products {
+ protected:
   using Products::at_;
   using Products::c_;
   using Products::p_;
@@ -68,33 +69,45 @@ class EncodedForward : public Products {
   }
 
  protected:
-  void scores(int64_t first, int32_t count, bool full) override {
-    float* largest = this->start_largest(full);
-    const int32_t tile = p_.codes[1].tile;
+  // Calls f(keys, row, count, live, dot) for the keys of a tile that share a step, from row `row` of the tile on, with
+  // what makes scores of products with the lanes of a span; `live`: what each vector of queries sees of the tile, and
+  // of these keys.
+  template <class F>
+  void each_step(int64_t first, int32_t count, Span lanes, const Span* live, F f) {
+    const Codes& k = p_.codes[1];
     for (int32_t n = 0, some; n < count; n += some) {
-      const auto left = static_cast<int32_t>(tile - (first + n) % tile);  // that share a step
+      const auto left = static_cast<int32_t>(k.tile - (first + n) % k.tile);
       some = left < count - n ? left : count - n;
-      scores_of(first + n, n, some, full, largest);
+      const int64_t row = k.row(t_.sequence, seq_.kv_len, this->kv_head_, first + n);
+      const vf step = set1(k.step(t_.sequence, seq_.kv_len, this->kv_head_, first + n));
+      Span seen[kMaxTileQ / kLanes];
+      for (int32_t lane = lanes.first; lane < lanes.end; lane += kLanes) {
+        store(ws_ + at_.factor + lane, load(ws_ + at_.steps + lane) * step);
+        if (live == nullptr) continue;
+        const Span all = live[lane / kLanes];
+        seen[lane / kLanes] = {all.first < n ? 0 : all.first - n, all.end < n + some ? all.end - n : some};
+      }
+      const KeyRows keys = Product::key_units(k.data + row * k.stride, k.stride, some, p_.head_dim, ws_ + at_.k);
+      f(keys, n, some, live == nullptr ? nullptr : seen,
+        typename Product::Dot{k.starts + row, ws_ + at_.factor, ws_ + at_.shift});
     }
   }
+};
 
- private:
-  // Of `count` keys from row n of the tile on.
-  void scores_of(int64_t first, int32_t n, int32_t count, bool full, float* largest) {
-    const Codes& k = p_.codes[1];
-    const int64_t row = k.row(t_.sequence, seq_.kv_len, this->kv_head_, first);
-    const vf step = set1(k.step(t_.sequence, seq_.kv_len, this->kv_head_, first));
-    for (int32_t lane = 0; lane < at_.bm; lane += kLanes)
-      store(ws_ + at_.factor + lane, load(ws_ + at_.steps + lane) * step);
-    Span live[kMaxTileQ / kLanes];
-    for (int32_t v = 0; !full && v * kLanes < at_.bm; ++v) {
-      const Span all = this->spans_[v];
-      live[v] = {all.first < n ? 0 : all.first - n, all.end < n + count ? all.end - n : count};
-    }
-    const KeyRows keys = Product::key_units(k.data + row * k.stride, k.stride, count, p_.head_dim, ws_ + at_.k);
-    qk_units<typename Product::Dot>(
-        ws_ + at_.qt, at_.bm, keys, count, full ? nullptr : live, (p_.head_dim + Product::kCodes - 1) / Product::kCodes,
-        {k.starts + row, ws_ + at_.factor, ws_ + at_.shift}, ws_ + at_.s + static_cast<int64_t>(n) * at_.bm, largest);
+template <class Products, class Product>
+class EncodedUnits : public EncodedForward<Products, Product> {
+ public:
+  using EncodedForward<Products, Product>::EncodedForward;
+
+ protected:
+  void scores(int64_t first, int32_t count, bool full) override {
+    const int32_t bm = this->at_.bm, units = (this->p_.head_dim + Product::kCodes - 1) / Product::kCodes;
+    float* largest = this->start_largest(full);
+    this->each_step(first, count, {0, bm}, this->live(full),
+                    [&](const KeyRows& keys, int32_t row, int32_t some, const Span* live, const auto& dot) {
+                      float* s = this->ws_ + this->at_.s + static_cast<int64_t>(row) * bm;
+                      qk_units(this->ws_ + this->at_.qt, bm, keys, some, live, units, dot, s, largest);
+                    });
   }
 };
 
@@ -103,7 +116,7 @@ template <class Products>
 int32_t run_floats(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                    float* workspace) {
   auto* run_it = run_of_codes(*c.problem, t);
-  if (c.problem->codes != nullptr) run_it = run<EncodedForward<Products, FloatProduct>>;
+  if (c.problem->codes != nullptr) run_it = run<EncodedUnits<Products, FloatProduct>>;
   if (run_it == nullptr) run_it = run<Products>;
   return run_it(c, t, ranges, num_ranges, parts, workspace);
 }

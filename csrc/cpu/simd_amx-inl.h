@@ -23,6 +23,10 @@ template <int kSum, int kLeft, int kRight>
 ATTNKIT_INLINE void tile_multiply() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
 }
+template <int kSum, int kLeft, int kRight>
+ATTNKIT_INLINE void tile_multiply_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kSum), "i"(kLeft), "i"(kRight));
+}
 ATTNKIT_INLINE void tile_begin(const void* shapes) { asm volatile("ldtilecfg (%0)" : : "r"(shapes) : "memory"); }
 ATTNKIT_INLINE void tile_end() { asm volatile("tilerelease"); }
 #endif
@@ -66,9 +70,24 @@ struct TileMatrix {
   }
 };
 
+// What tiles hold: pairs of bfloat16, whose sums are floats; or four signed bytes, whose sums are integers.
+struct TilePairs {
+  template <int kSum, int kLeft, int kRight>
+  static ATTNKIT_INLINE void multiply() {
+    tile_multiply<kSum, kLeft, kRight>();
+  }
+};
+struct TileBytes {
+  template <int kSum, int kLeft, int kRight>
+  static ATTNKIT_INLINE void multiply() {
+    tile_multiply_bytes<kSum, kLeft, kRight>();
+  }
+};
+
 // Products one after the other: C = A B, or (`add`) C += A B, of kRows x kColumns tiles of sums, `steps` deep; rows of
 // C are `ld` floats apart. What one has summed is stored while the next begins: a store right after the products would
 // wait for them, and those of the next for it.
+template <class Elements = TilePairs>
 class TileProducts {
  public:
   TileProducts() = default;
@@ -92,18 +111,18 @@ class TileProducts {
       if constexpr (kRight) tile_load<7>(b1, b.stride);
       if constexpr (kDown) tile_load<5>(a1, a.stride);
       begin.template operator()<0>();
-      tile_multiply<0, 4, 6>();
+      Elements::template multiply<0, 4, 6>();
       if constexpr (kRight) {
         begin.template operator()<1>();
-        tile_multiply<1, 4, 7>();
+        Elements::template multiply<1, 4, 7>();
       }
       if constexpr (kDown) {
         begin.template operator()<2>();
-        tile_multiply<2, 5, 6>();
+        Elements::template multiply<2, 5, 6>();
       }
       if constexpr (kDown && kRight) {
         begin.template operator()<3>();
-        tile_multiply<3, 5, 7>();
+        Elements::template multiply<3, 5, 7>();
       }
       a0 += a.step, a1 += a.step, b0 += b.step, b1 += b.step;
     };

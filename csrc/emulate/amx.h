@@ -5,6 +5,8 @@ struct EmulatedTile {
   union {
     float sums[16][16];
     uint16_t halves[16][32];
+    int32_t integers[16][16];
+    int8_t bytes[16][64];
   };
 };
 inline thread_local EmulatedTile g_tiles[8];
@@ -34,6 +36,14 @@ inline __attribute__((noinline)) void tile_multiply() {
       }
       g_tiles[kSum].sums[m][n] += even + odd;
     }
+}
+template <int kSum, int kLeft, int kRight>
+inline __attribute__((noinline)) void tile_multiply_bytes() {
+  for (int m = 0; m < 16; ++m)
+    for (int n = 0; n < 16; ++n)
+      for (int k = 0; k < 16; ++k)
+        for (int i = 0; i < 4; ++i)
+          g_tiles[kSum].integers[m][n] += g_tiles[kLeft].bytes[m][4 * k + i] * g_tiles[kRight].bytes[k][4 * n + i];
 }
 ATTNKIT_EMULATED void tile_begin(const void*) {}
 ATTNKIT_EMULATED void tile_end() {}
