@@ -145,16 +145,23 @@ def models_table() -> str:
 
 
 def families_table() -> str:
-    """What was promised of the families beside what was measured, on machines with AVX-512 and with AVX2."""
+    """What was promised of the families beside what was measured, on machines with AVX-512, with AMX and with AVX2."""
     wide = ("variants", "families", "lengths", "moba-linear")  # some rows each; what was measured last counts
-    machines = [[f"zen5-2core-{name}.json" for name in wide], ["zen3-2core-variants.json"]]
+    machines = [
+        [f"zen5-2core-{name}.json" for name in wide],
+        ["xeon-2core-variants.json"],
+        ["zen3-2core-variants.json"],
+    ]
     results = {name: _load(name) for names in machines for name in names}
     measured: list[dict[tuple[str, str], Any]] = [
         {(bar["workload"], bar["against"]): bar for name in names for bar in results[name]["bars"]}
         for names in machines
     ]
     errors = {r["workload"]: r["error"].get("attnkit") for r in results[machines[-1][0]]["runs"]}
-    lines = ["| row | beside | asked | AVX-512 | AVX2 | relative error |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| row | beside | asked | AVX-512 | AMX | AVX2 | relative error |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for (workload, against), bar in measured[-1].items():
         asked = f"≥ {bar['least']:g}" if bar["least"] is not None else f"ours over its ≤ {bar['most']:g}"
         told = " | ".join(_told(bars.get((workload, against))) for bars in measured)

@@ -47,12 +47,10 @@ class CodeDecode : public Products {
     this->modify_by_key(first, count, full);
     hide_tail(count);
     if (!direct) {
-      this->few_softmax(0, count);
-      this->thin_weights(first, count, full);
       const Lines values = this->values_of(first, count);
-      return this->few_sum(values, 0, count, full, {values, kNoLines});
+      return this->add_few(first, values, 0, count, full, {values, kNoLines});
     }
-    weights(count);
+    this->weigh_by_key(0, count);
     open_pages(ahead_v_);
     if (v.count > 0) code_sums(v, v_codes, then);
     if (v_codes < count) newest_sums(first, v_codes, count);
@@ -117,13 +115,6 @@ class CodeDecode : public Products {
   void hide_tail(int32_t count) {
     for (int32_t m = 0; m < t_.lanes(); ++m)
       for (int32_t n = count; n < round_up(count, kLanes); ++n) by_query(m)[n] = -kInfinity;
-  }
-
-  void weights(int32_t count) {
-    alignas(kBytes) float sums[kFewLanes + kLanes];
-    few_weights(ws_ + at_.st, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha, sums);
-    float* total = ws_ + at_.sum;
-    store(total, fma(load(total), load(ws_ + at_.alpha), load(sums)));
   }
 
   // The newest tokens, as they are.

@@ -430,17 +430,18 @@ class EncodedOnTiles : public EncodedForward<AmxForward, SignedBytes> {
   }
 };
 
-// Few queries are bound by memory.
-bool on_tiles(const Call& c, const Task& t) {
-  const Problem& p = *c.problem;
-  const bool few = has_few_queries(p, t) && p.skip == 0 && p.codes == nullptr;
-  return multiplies_pairs(p) && !few && AmxForward::takes(c);
-}
-
 int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, const Parts* parts,
                      float* workspace) {
-  const auto on_registers = c.problem->codes != nullptr ? run<EncodedOnTiles> : run<AmxForward>;
-  return (on_tiles(c, t) ? on_registers : dot_products().run)(c, t, ranges, num_ranges, parts, workspace);
+  const Problem& p = *c.problem;
+  const bool few = has_few_queries(p, t) && p.skip == 0;
+  const auto run_it = [&] {
+    if (!multiplies_pairs(p) || !AmxForward::takes(c)) return dot_products().run;
+    if (p.codes != nullptr) return run<EncodedOnTiles>;
+    if (!few) return run<AmxForward>;
+    const bool shared = queries_of_key(p, t) > 1;  // one query is faster without
+    return p.stores == nullptr && shared && AmxDecode::takes(c) ? run<AmxDecode> : dot_products().run;
+  }();
+  return run_it(c, t, ranges, num_ranges, parts, workspace);
 }
 
 int32_t gather_on_tiles(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {

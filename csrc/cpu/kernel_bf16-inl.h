@@ -234,9 +234,10 @@ class PairForward : public Forward {
 };
 
 // Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
-inline bool has_few_queries(const Problem& p, const Task& t) {
-  return p.num_heads / p.num_kv_heads * p.sequences[t.sequence].q_len <= kFewLanes;
+inline int64_t queries_of_key(const Problem& p, const Task& t) {
+  return p.num_heads / p.num_kv_heads * int64_t{p.sequences[t.sequence].q_len};
 }
+inline bool has_few_queries(const Problem& p, const Task& t) { return queries_of_key(p, t) <= kFewLanes; }
 
 // Queries of bfloat16, over a cache of no more bits: codes lose less when they are rounded than when they were made.
 inline bool multiplies_pairs(const Problem& p) {

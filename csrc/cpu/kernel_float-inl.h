@@ -125,10 +125,15 @@ class FloatForward : public Forward {
     for (int32_t n = 0, some; n < values.count; n += some) {
       const auto tile = static_cast<int32_t>(c_.tile_kv - (first + n) % c_.tile_kv);
       some = values.count - n < tile ? values.count - n : tile;
-      few_softmax(n, some);
-      thin_weights(first + n, some, full);
-      few_sum(values, n, some, full, {values, then});
+      add_few(first + n, values, n, some, full, {values, then});
     }
+  }
+
+  // Weighs the scores of `count` keys, from the n-th value on, and adds their values; the first is key `first`.
+  virtual void add_few(int64_t first, const Lines& values, int32_t n, int32_t count, bool full, const Ahead& ahead) {
+    few_softmax(n, count);
+    thin_weights(first, count, full);
+    few_sum(values, n, count, full, ahead);
   }
 
   // Adds `count` of the values, from `first` on.
@@ -207,6 +212,14 @@ class FloatForward : public Forward {
     start_unnormalized(0);
     few_by_key(st, ld_, count, t_.lanes(), s, [](int32_t, vf) {});
     for (int32_t n = 0; n < count; ++n) store(s + n * at_.bm, unless_gone(load(s + n * at_.bm)));
+  }
+
+  // S^T becomes weights.
+  void weigh_by_key(int32_t first, int32_t count) {
+    alignas(kBytes) float sums[kFewLanes + kLanes];
+    few_weights(ws_ + at_.st + first, ld_, count, t_.lanes(), ws_ + at_.max, ws_ + at_.alpha, sums);
+    float* total = ws_ + at_.sum;
+    store(total, fma(load(total), load(ws_ + at_.alpha), load(sums)));
   }
 
   // softmax of scores that are at hand by key, from the first-th on: as many weights at once as a vector has.
