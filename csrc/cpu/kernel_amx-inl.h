@@ -160,7 +160,7 @@ class AmxForward : public PairForward {
   }
 
   // Adds a whole tile column by column, each in the same place, which the first cache holds: f(column, lane, lanes)
-  // puts its scores there, less `factor`, and what they have risen to.
+  // puts its scores there, which are still to be multiplied by `factor`, and what they have risen to.
   template <class F>
   void each_column(int32_t count, float factor, F f) {
     const Column column{ws_ + at_.s, ws_ + at_.weights, at_.bm < 2 * kLanes ? kLanes : 2 * kLanes};
