@@ -191,6 +191,29 @@ def test_dead_slots(
     assert not o[:, :, -1].isfinite().any()
 
 
+@EVERY
+@pytest.mark.parametrize("poison", [float("nan"), INF])
+@pytest.mark.parametrize("q_len", [1, 5, 40])
+@pytest.mark.parametrize("width", [20, 96, 160])
+def test_no_number_in_a_channel(
+    width: int, q_len: int, poison: float, dtype: str, isa: str, rng: np.random.Generator
+) -> None:
+    """It reaches its own channel, and of its neighbours, with which it may be multiplied, no bit."""
+    q, k, v = (
+        torch.from_numpy(x).to(HALVES[dtype])
+        for x in qkv("gaussian", rng, Dims(2, 8, 2, q_len, 150, 32, width))
+    )
+    place = (0, 1, int(rng.integers(150)), int(rng.integers(width)))
+    v[place] = 0
+    clean = ak.attention(q, k, v)
+    v[place] = poison
+    o = ak.attention(q, k, v)
+    hit = torch.zeros(o.shape, dtype=torch.bool)
+    hit[0, 4:, :, place[-1]] = True
+    assert not o[hit].isfinite().any()
+    assert torch.equal(o[~hit], clean[~hit])
+
+
 # --- the same values, otherwise stored --------------------------------------------------------------------
 
 
