@@ -177,19 +177,16 @@ __attribute__((noinline)) void tile_products(const TileMatrix& a, int32_t rows, 
 typedef int16_t shorts __attribute__((vector_size(64), may_alias));
 
 // 128 bits from each of four places.
-ATTNKIT_INLINE vf load_quarters(const float* p, int64_t apart) {
-  const auto quarter = [&](int i) { return _mm_loadu_ps(p + i * apart); };
-  __m512 x = _mm512_castps128_ps512(quarter(0));
-  x = _mm512_insertf32x4(x, quarter(1), 1);
-  x = _mm512_insertf32x4(x, quarter(2), 2);
-  return (vf)_mm512_insertf32x4(x, quarter(3), 3);
-}
 ATTNKIT_INLINE shorts load_quarters(const Bf16* a, const Bf16* b, const Bf16* c, const Bf16* d) {
   const auto quarter = [](const Bf16* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
   __m512i x = _mm512_castsi128_si512(quarter(a));
   x = _mm512_inserti32x4(x, quarter(b), 1);
   x = _mm512_inserti32x4(x, quarter(c), 2);
   return (shorts)_mm512_inserti32x4(x, quarter(d), 3);
+}
+ATTNKIT_INLINE vf load_quarters(const float* p, int64_t apart) {
+  const auto quarter = [&](int i) { return reinterpret_cast<const Bf16*>(p + i * apart); };
+  return (vf)load_quarters(quarter(0), quarter(1), quarter(2), quarter(3));
 }
 
 // Of 32 rows eight channels: the rows of each side by side, kTileDepth elements from one channel to the next. `most` is
