@@ -45,7 +45,7 @@ class CodeDecode : public Products {
     code_scores(k, first, v);
     if (k_codes < count) newest_scores(newest(keys_, p_.head_dim, first + k_codes, count - k_codes), k_codes);
     this->modify_by_key(first, count, full);
-    hide_tail(count);
+    this->hide_tail(0, count);
     if (!direct) {
       const Lines values = this->values_of(first, count);
       return this->add_few(first, values, 0, count, full, {values, kNoLines});
@@ -109,12 +109,6 @@ class CodeDecode : public Products {
     for (int32_t n = 0; n < count; n += kRun)
       lines.run[n / kRun] = reinterpret_cast<const char*>(newest_at(s, seq_.batch, kv_head_, first + n));
     return lines;
-  }
-
-  // Behind the last token of a run anything may be.
-  void hide_tail(int32_t count) {
-    for (int32_t m = 0; m < t_.lanes(); ++m)
-      for (int32_t n = count; n < round_up(count, kLanes); ++n) by_query(m)[n] = -kInfinity;
   }
 
   // The newest tokens, as they are.

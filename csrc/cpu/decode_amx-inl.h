@@ -27,19 +27,14 @@ class AmxDecode : public PairDecode {
  protected:
   void few_scores_of(const Lines& keys, const Ahead& ahead) override {
     const int32_t count = keys.count, whole = count / kTileRows * kTileRows;
-    if (!are_whole(p_.k, p_.head_dim)) {
-      copy_keys(keys, 0, count);
-      return score_tiles(copied_keys(count), 0, round_up(count, kTileRows), ahead);
-    }
+    if (!are_whole(p_.k, p_.head_dim))
+      return score_tiles(copied_keys(keys, 0, count), 0, round_up(count, kTileRows), ahead);
     score_tiles(keys, 0, whole, ahead);
-    if (whole == count) return;
-    copy_keys(keys, whole, count - whole);
-    score_tiles(copied_keys(count - whole), whole, kTileRows, kNothing);
+    if (whole < count) score_tiles(copied_keys(keys, whole, count - whole), whole, kTileRows, kNothing);
   }
 
   void add_few(int64_t, const Lines& values, int32_t first, int32_t count, bool full, const Ahead& ahead) override {
-    for (int32_t m = 0; m < t_.lanes(); ++m)
-      for (int32_t n = count; n < round_up(count, kLanes); ++n) ws_[at_.st + m * ld_ + first + n] = -kInfinity;
+    hide_tail(first, count);
     weigh_by_key(first, count);
     const bool whole = are_whole(p_.v, p_.v_head_dim);
     Values there = whole ? values_at(values, first, count) : copied_values(values, first, count, false);
@@ -66,13 +61,6 @@ class AmxDecode : public PairDecode {
   }
 
   // ---- scores ----
-
-  void copy_keys(const Lines& keys, int32_t first, int32_t count) {
-    Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
-    for (int32_t n = 0; n < count; ++n, to += width_)
-      copy_row(reinterpret_cast<const Bf16*>(keys.at(first + n)), p_.k.stride[3], p_.head_dim, width_, to);
-  }
-  Lines copied_keys(int32_t count) const { return {ws_ + at_.k, 2 * width_, 2 * width_, count}; }
 
   // Of `count` rows, whole tiles of them, into S^T from column `column` on.
   __attribute__((noinline)) void score_tiles(const Lines& keys, int32_t column, int32_t count, const Ahead& ahead) {
@@ -135,8 +123,7 @@ class AmxDecode : public PairDecode {
     const int32_t width = value_width(), end = round_up(count, kTileRows);
     Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.v);
     for (int32_t n = 0; n < end; ++n) copy_value(values, first, n, count, to + n * width);
-    for (int32_t i = 0; finite && i < end * width; ++i)
-      if ((to[i].bits & kExponent) == kExponent) to[i] = Bf16{0};
+    if (finite) clear_not_finite(to, end * width);
     return {{to, 2 * width, 2 * width, end}, 0, end, nullptr, 0};
   }
   void copy_value(const Lines& values, int32_t first, int32_t n, int32_t count, Bf16* to) const {
@@ -233,14 +220,11 @@ class AmxDecode : public PairDecode {
   // 0 * NaN is NaN: what is no number, or infinite, is added by itself, to the queries that see it.
   __attribute__((noinline)) void add_what_is_not_finite(int32_t m, const Lines& values, int32_t first, int32_t count,
                                                         bool full) {
-    for (int32_t n = 0; n < count; ++n)
-      for (int32_t d = 0; d < p_.v_head_dim; ++d) {
-        const Bf16 value = reinterpret_cast<const Bf16*>(values.at(first + n))[d * p_.v.stride[3]];
-        if ((value.bits & kExponent) != kExponent) continue;
-        for (int32_t i = m; i < m + kFewRows && i < t_.lanes(); ++i)
-          if (full || exists(first + n, i))
-            ws_[at_.o + static_cast<int64_t>(i) * at_.dv + d] += widen_one(value) * ws_[at_.st + i * ld_ + first + n];
-      }
+    each_not_finite(values, first, count, p_.v.stride[3], p_.v_head_dim, [&](int32_t n, int32_t d, float value) {
+      for (int32_t i = m; i < m + kFewRows && i < t_.lanes(); ++i)
+        if (full || exists(n, i))
+          ws_[at_.o + static_cast<int64_t>(i) * at_.dv + d] += value * ws_[at_.st + i * ld_ + n];
+    });
   }
 
   const TileRegisters registers_;

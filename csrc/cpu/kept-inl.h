@@ -3,17 +3,19 @@
 class Kept {
  public:
   Kept() = default;
-  // `of_keys`, `of_values`: floats of each in a chunk; 0 of what is not to be kept.
+  // `of_keys`, `of_values`: floats of each in a chunk; 0 of what is not to be kept, as encoded keys never are.
   Kept(const Call& c, const Task& t, int64_t of_keys, int64_t of_values, float* workspace)
-      : keys_len_(c.problem->sequences[t.sequence].kv_len), of_keys_(of_keys), of_values_(of_values) {
+      : keys_len_(c.problem->sequences[t.sequence].kv_len),
+        of_keys_(c.problem->codes == nullptr ? of_keys : 0),
+        of_values_(of_values) {
     const int32_t group = c.problem->num_heads / c.problem->num_kv_heads;
     const int64_t chunks = (keys_len_ + kKeptKeys - 1) / kKeptKeys, head = kept_head(chunks);
     const bool again = t.lanes() < group * c.problem->sequences[t.sequence].q_len;  // other tasks have the same keys
-    if (!again || of_keys + of_values == 0 || head + chunks * (of_keys + of_values) > c.kept) return;
+    if (!again || of_keys_ + of_values == 0 || head + chunks * (of_keys_ + of_values) > c.kept) return;
     float* memory = workspace - c.kept;
     known_ = reinterpret_cast<uint8_t*>(memory + kKeptOwner);
     keys_ = memory + head;
-    values_ = keys_ + chunks * of_keys;
+    values_ = keys_ + chunks * of_keys_;
     const int64_t owner[] = {c.number, t.sequence, t.head / group};
     if (__builtin_memcmp(memory, owner, sizeof owner) == 0) return;
     __builtin_memcpy(memory, owner, sizeof owner);

@@ -26,8 +26,7 @@ ATTNKIT_INLINE void exp2_weights(vf* x) {
 class AmxForward : public PairForward {
  public:
   AmxForward(const Call& c, const Task& t, float* workspace, bool few = false) : PairForward(c, t, workspace, few) {
-    const bool there =
-        p_.codes != nullptr || (rows_are_whole() && p_.stores == nullptr && p_.k.stride[2] == p_.head_dim);
+    const bool there = rows_are_whole() && p_.stores == nullptr && p_.k.stride[2] == p_.head_dim;
     const int64_t of_keys = there ? 0 : depth() * kTileDepth;
     kept_ = Kept(c, t, of_keys * kTileDepth / 2, at_.dv * kTileDepth / 2, workspace);
   }
@@ -326,23 +325,19 @@ class AmxForward : public PairForward {
     const Bf16* rows[kTileDepth];
     for (int32_t i = 0; i < values.count; ++i) rows[i] = reinterpret_cast<const Bf16*>(values.at(i));
     if (transpose_chunk<true>(rows, values.count, channel_of(p_.v), p_.v_head_dim, at_.dv, to)) return true;
-    for (int32_t i = 0; i < at_.dv * kTileDepth; ++i)
-      if ((to[i].bits & kExponent) == kExponent) to[i] = Bf16{0};
+    clear_not_finite(to, at_.dv * kTileDepth);
     return false;
   }
 
   // 0 * NaN is NaN: what is no number, or infinite, is added by itself, to the queries that see it.
   __attribute__((noinline)) void add_what_is_not_finite(const Lines& values, bool full) {
     const auto* weights = reinterpret_cast<const Bf16*>(ws_ + at_.weights);
-    for (int32_t n = 0; n < values.count; ++n)
-      for (int32_t d = 0; d < p_.v_head_dim; ++d) {
-        const Bf16 value = reinterpret_cast<const Bf16*>(values.at(n))[d * channel_of(p_.v)];
-        if ((value.bits & kExponent) != kExponent) continue;
-        for (int32_t m = 0; m < t_.lanes(); ++m)
-          if (full || exists(n, m))
-            outputs()[static_cast<int64_t>(d) * at_.bm + m] +=
-                widen_one(value) * widen_one(weights[2 * (n / 2 * at_.bm + m) + n % 2]);
-      }
+    each_not_finite(values, 0, values.count, channel_of(p_.v), p_.v_head_dim, [&](int32_t n, int32_t d, float value) {
+      for (int32_t m = 0; m < t_.lanes(); ++m)
+        if (full || exists(n, m))
+          outputs()[static_cast<int64_t>(d) * at_.bm + m] +=
+              value * widen_one(weights[2 * (n / 2 * at_.bm + m) + n % 2]);
+    });
   }
 
   void to_rows() {
@@ -372,7 +367,7 @@ class AmxForward : public PairForward {
 };
 
 // Queries and keys as int8 (kernel_encoded-inl.h), of which a unit is four signed codes.
-struct SignedBytes {
+struct SignedBytes : ByteUnits {
   struct Dot {
     const int32_t* starts;  // not needed: no code is moved
     const float *factor, *shift;
@@ -381,15 +376,9 @@ struct SignedBytes {
       return fma(to_float(as_int(sum)), load(factor + v * kLanes), load(shift + v * kLanes));
     }
   };
-  static constexpr int32_t kCodes = 4;
 
   static void pack(const int8_t* const* rows, int32_t queries, int32_t channels, float* qt, int32_t bm) {
-    const float* units[kMaxTileQ];
-    for (int32_t m = 0; m < queries; ++m) units[m] = reinterpret_cast<const float*>(rows[m]);
-    transpose_rows(units, queries, round_up(channels, kTileBytes) / kCodes, [](auto x) { return x; }, qt, bm);
-  }
-  static KeyRows key_units(const int8_t* codes, int64_t stride, int32_t, int32_t, float*) {
-    return {reinterpret_cast<const char*>(codes), stride};
+    pack_units(rows, queries, channels, [](auto x) { return x; }, qt, bm);
   }
   static ATTNKIT_INLINE vf code(const float* qt, int32_t channel, int32_t bm) {
     const vi units = load_int(qt + channel / kCodes * bm);

@@ -59,8 +59,7 @@ inline void copy_row(const Bf16* from, int64_t stride, int32_t width, int32_t pa
 class PairForward : public Forward {
  public:
   PairForward(const Call& c, const Task& t, float* workspace, bool few = false) : Forward(c, t, workspace, few) {
-    const bool there = p_.codes != nullptr ||
-                       (are_pairs() && p_.stores == nullptr && p_.groups == nullptr && p_.k.stride[2] == p_.head_dim);
+    const bool there = are_pairs() && p_.stores == nullptr && p_.groups == nullptr && p_.k.stride[2] == p_.head_dim;
     kept_ = Kept(c, t, there ? 0 : pairs() * kKeptKeys, at_.dv * kKeptKeys / 2, workspace);
   }
 
@@ -233,10 +232,11 @@ class PairForward : public Forward {
   }
 };
 
-// Few queries are bound by memory; and how many lanes a task has may not decide, for that changes with the threads.
+// How many queries read a key. What decides is this, and not how many lanes a task has: that changes with the threads.
 inline int64_t queries_of_key(const Problem& p, const Task& t) {
   return p.num_heads / p.num_kv_heads * int64_t{p.sequences[t.sequence].q_len};
 }
+// They are bound by memory.
 inline bool has_few_queries(const Problem& p, const Task& t) { return queries_of_key(p, t) <= kFewLanes; }
 
 // Queries of bfloat16, over a cache of no more bits: codes lose less when they are rounded than when they were made.
@@ -264,10 +264,15 @@ class PairDecode : public FloatForward {
 
   void few_scores_of(const Lines& keys, const Ahead& ahead) override {
     if (p_.k.stride[3] == 1 && width_ == p_.head_dim) return scores_of(keys, ahead);
+    scores_of(copied_keys(keys, 0, keys.count), ahead);
+  }
+
+  // Keys first .. first + count - 1, with zeros up to a whole vector of pairs.
+  Lines copied_keys(const Lines& keys, int32_t first, int32_t count) {
     Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
-    for (int32_t n = 0; n < keys.count; ++n)
-      copy_row(reinterpret_cast<const Bf16*>(keys.at(n)), p_.k.stride[3], p_.head_dim, width_, to + n * width_);
-    scores_of({to, 2 * width_, 2 * width_, keys.count}, ahead);
+    for (int32_t n = 0; n < count; ++n)
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(first + n)), p_.k.stride[3], p_.head_dim, width_, to + n * width_);
+    return {to, 2 * width_, 2 * width_, count};
   }
 
   // Into S^T from column `at` on.

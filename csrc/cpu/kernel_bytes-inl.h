@@ -1,7 +1,7 @@
 // Codes on the byte dot product, four channels to a unit. It takes one unsigned operand: queries are read 128 larger
 // than they are, and what that adds to a key's sums they start with.
 
-struct ByteProduct {
+struct ByteProduct : ByteUnits {
   struct Dot {
     const int32_t* starts;
     const float *factor, *shift;
@@ -16,16 +16,10 @@ struct ByteProduct {
       return fma(to_float(as_int(sum)), load(factor + v * kLanes), first ? load(shift + v * kLanes) : vf{});
     }
   };
-  static constexpr int32_t kCodes = 4;
 
   static void pack(const int8_t* const* rows, int32_t queries, int32_t channels, float* qt, int32_t bm) {
     const auto unsigned_bytes = [](auto x) { return __builtin_bit_cast(decltype(x), flip(x)); };
-    const float* units[kMaxTileQ];
-    for (int32_t m = 0; m < queries; ++m) units[m] = reinterpret_cast<const float*>(rows[m]);
-    transpose_rows(units, queries, round_up(channels, 4 * kLanes) / 4, unsigned_bytes, qt, bm);
-  }
-  static KeyRows key_units(const int8_t* codes, int64_t stride, int32_t, int32_t, float*) {
-    return {reinterpret_cast<const char*>(codes), stride};
+    pack_units(rows, queries, channels, unsigned_bytes, qt, bm);
   }
   static ATTNKIT_INLINE vf code(const float* qt, int32_t channel, int32_t bm) {
     const vi units = load_int(qt + channel / 4 * bm);

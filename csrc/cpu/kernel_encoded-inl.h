@@ -31,6 +31,22 @@ struct FloatProduct {
   static ATTNKIT_INLINE vf code(const float* qt, int32_t channel, int32_t bm) { return load(qt + channel * bm); }
 };
 
+// Four codes in a unit. Rows of them are whole cache lines, with zeros behind the last.
+struct ByteUnits {
+  static constexpr int32_t kCodes = 4;
+
+  // f(x): a unit, or a vector of them, as it is multiplied.
+  template <class F>
+  static void pack_units(const int8_t* const* rows, int32_t queries, int32_t channels, F f, float* qt, int32_t bm) {
+    const float* units[kMaxTileQ];
+    for (int32_t m = 0; m < queries; ++m) units[m] = reinterpret_cast<const float*>(rows[m]);
+    transpose_rows(units, queries, round_up(channels, 64) / kCodes, f, qt, bm);
+  }
+  static KeyRows key_units(const int8_t* codes, int64_t stride, int32_t, int32_t, float*) {
+    return {reinterpret_cast<const char*>(codes), stride};
+  }
+};
+
 template <class Products, class Product>
 class EncodedForward : public Products {
  protected:

@@ -214,6 +214,12 @@ class FloatForward : public Forward {
     for (int32_t n = 0; n < count; ++n) store(s + n * at_.bm, unless_gone(load(s + n * at_.bm)));
   }
 
+  // Scores behind the last of a whole vector, from the first-th on: anything may be there.
+  void hide_tail(int32_t first, int32_t count) {
+    for (int32_t m = 0; m < t_.lanes(); ++m)
+      for (int32_t n = count; n < round_up(count, kLanes); ++n) ws_[at_.st + m * ld_ + first + n] = -kInfinity;
+  }
+
   // S^T becomes weights.
   void weigh_by_key(int32_t first, int32_t count) {
     alignas(kBytes) float sums[kFewLanes + kLanes];

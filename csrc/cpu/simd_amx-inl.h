@@ -237,6 +237,23 @@ ATTNKIT_INLINE void transpose_eight(const Bf16* const* rows, int32_t channel, Bf
 
 inline constexpr int16_t kExponent = 0x7f80;  // of a bfloat16: all of it, of what is not finite
 
+ATTNKIT_INLINE bool is_not_finite(Bf16 x) { return (x.bits & kExponent) == kExponent; }
+
+inline void clear_not_finite(Bf16* x, int32_t count) {
+  for (int32_t i = 0; i < count; ++i)
+    if (is_not_finite(x[i])) x[i] = Bf16{0};
+}
+
+// Calls f(row, channel, value) for what is no number, or infinite, of rows first .. first + count - 1.
+template <class F>
+void each_not_finite(const Lines& rows, int32_t first, int32_t count, int64_t stride, int32_t width, F f) {
+  for (int32_t n = first; n < first + count; ++n)
+    for (int32_t d = 0; d < width; ++d) {
+      const Bf16 value = reinterpret_cast<const Bf16*>(rows.at(n))[d * stride];
+      if (is_not_finite(value)) f(n, d, widen_one(value));
+    }
+}
+
 // Rows of channels, up to 32 of them, as a left factor [channel][row]: zeros beyond the last of either. Returns whether
 // all are finite, where it is asked to look.
 template <bool kLook>
@@ -261,7 +278,7 @@ __attribute__((noinline)) bool transpose_chunk(const Bf16* const* rows, int32_t 
   for (; d < padded; ++d, to += kTileDepth)
     for (int32_t r = 0; r < kTileDepth; ++r) {
       to[r] = d < width && r < count ? rows[r][d * stride] : Bf16{0};
-      if constexpr (kLook) finite &= (to[r].bits & kExponent) != kExponent;
+      if constexpr (kLook) finite &= !is_not_finite(to[r]);
     }
   return finite;
 }
