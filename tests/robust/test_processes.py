@@ -257,30 +257,36 @@ def core_of(task):
     with open(f"/proc/self/task/{task}/stat") as stat:
         return int(stat.read().rpartition(")")[2].split()[36])
 
+def moves_of(task):  # to another core, from which whoever else runs may push it back; 0 on kernels that do not say
+    try:
+        with open(f"/proc/self/task/{task}/sched") as sched:
+            return next(int(line.rpartition(":")[2]) for line in sched if line.startswith("se.nr_migrations"))
+    except FileNotFoundError:
+        return 0
+
 before = tasks()
 ak.attention(q, q, q)
 (other,) = tasks() - before
 cores = os.sched_getaffinity(0)
 mine = min(cores)
 os.sched_setaffinity(0, {mine})
-seen = []
-while len(seen) < 5 and max(seen, default=0) < 18:  # whoever else runs may push it back
-    seen.append(0)
-    for _ in range(20):
-        time.sleep(0.02)  # until the other sleeps
-        os.sched_setaffinity(other, {mine})
-        os.sched_setaffinity(other, cores)
-        ak.attention(q, q, q)
-        seen[-1] += core_of(other) != mine
-        assert os.sched_getaffinity(other) == cores
+away = 0
+for _ in range(20):
+    time.sleep(0.02)  # until the other sleeps
+    os.sched_setaffinity(other, {mine})
+    os.sched_setaffinity(other, cores)
+    moves = moves_of(other)
+    ak.attention(q, q, q)
+    away += core_of(other) != mine or moves_of(other) > moves
+    assert os.sched_getaffinity(other) == cores
 assert os.sched_getaffinity(0) == {mine}
-assert max(seen) >= 18, f"{seen} of 20"
+assert away >= 18, f"{away} of 20"
 """
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_two_threads_do_not_stay_on_one_core() -> None:
-    """And may go where they might before. The kernel parts them itself about one time in two."""
+    """And may go where they might before. On a quiet machine the kernel itself parted them 6 times of 20."""
     done = python(SAME_CORE)
     assert done.returncode == 0, done.stderr[-2000:]
 
