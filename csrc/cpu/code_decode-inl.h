@@ -53,7 +53,7 @@ class CodeDecode : public Products {
     this->weigh_by_key(0, count);
     open_pages(ahead_v_);
     if (v.count > 0) code_sums(v, v_codes, then);
-    if (v_codes < count) newest_sums(first, v_codes, count);
+    if (v_codes < count) newest_sums(newest(values_, p_.v_head_dim, first + v_codes, count - v_codes), v_codes);
   }
 
  protected:
@@ -65,6 +65,15 @@ class CodeDecode : public Products {
   virtual bool takes_values(int64_t first, int32_t count) const = 0;
   // Adds the first `count` values, which are codes, with the weights that S^T has become.
   virtual void code_sums(const CodeTile& v, int32_t count, const CodeTile& next) = 0;
+
+  // Adds values that are bfloat16, with the weights that S^T has from column `at` on.
+  virtual void newest_sums(const Lines& values, int32_t at) {
+    few_by_key(ws_ + at_.st + at, ld_, values.count, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
+    alignas(kBytes) float kept[kFewLanes];
+    for (int32_t m = 0; m < kFewLanes; ++m) kept[m] = at > 0 ? 1 : ws_[at_.alpha + m];
+    few_values<Bf16>(ws_ + at_.s, at_.bm, values, 0, values.count, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv,
+                     t_.lanes(), kNothing);
+  }
 
   float* by_query(int32_t m) const { return ws_ + at_.st + m * ld_; }
 
@@ -109,15 +118,5 @@ class CodeDecode : public Products {
     for (int32_t n = 0; n < count; n += kRun)
       lines.run[n / kRun] = reinterpret_cast<const char*>(newest_at(s, seq_.batch, kv_head_, first + n));
     return lines;
-  }
-
-  // The newest tokens, as they are.
-  void newest_sums(int64_t first, int32_t codes, int32_t count) {
-    const Lines lines = newest(values_, p_.v_head_dim, first + codes, count - codes);
-    few_by_key(ws_ + at_.st + codes, ld_, count - codes, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
-    alignas(kBytes) float kept[kFewLanes];
-    for (int32_t m = 0; m < kFewLanes; ++m) kept[m] = codes > 0 ? 1 : ws_[at_.alpha + m];
-    few_values<Bf16>(ws_ + at_.s, at_.bm, lines, 0, lines.count, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv,
-                     t_.lanes(), kNothing);
   }
 };

@@ -25,22 +25,30 @@ class AmxDecode : public PairDecode {
   }
 
  protected:
-  void few_scores_of(const Lines& keys, const Ahead& ahead) override {
-    const int32_t count = keys.count, whole = count / kTileRows * kTileRows;
-    if (!are_whole(p_.k, p_.head_dim))
-      return score_tiles(copied_keys(keys, 0, count), 0, round_up(count, kTileRows), ahead);
-    score_tiles(keys, 0, whole, ahead);
-    if (whole < count) score_tiles(copied_keys(keys, whole, count - whole), whole, kTileRows, kNothing);
-  }
+  void few_scores_of(const Lines& keys, const Ahead& ahead) override { score_rows(keys, 0, ahead); }
 
   void add_few(int64_t, const Lines& values, int32_t first, int32_t count, bool full, const Ahead& ahead) override {
     hide_tail(first, count);
     weigh_by_key(first, count);
+    add_weighed(values, first, count, first, full, ahead);
+  }
+
+  // Into S^T from column `column` on.
+  void score_rows(const Lines& keys, int32_t column, const Ahead& ahead) {
+    const int32_t count = keys.count, whole = count / kTileRows * kTileRows;
+    if (!are_whole(p_.k, p_.head_dim))
+      return score_tiles(copied_keys(keys, 0, count), column, round_up(count, kTileRows), ahead);
+    score_tiles(keys, column, whole, ahead);
+    if (whole < count) score_tiles(copied_keys(keys, whole, count - whole), column + whole, kTileRows, kNothing);
+  }
+
+  // Adds values first .. first + count - 1 of `values`, whose weights S^T has from column `column` on.
+  void add_weighed(const Lines& values, int32_t first, int32_t count, int32_t column, bool full, const Ahead& ahead) {
     const bool whole = are_whole(p_.v, p_.v_head_dim);
     Values there = whole ? values_at(values, first, count) : copied_values(values, first, count, false);
     bool finite = true;  // as far as is known
     for (int32_t m = 0; m < t_.lanes(); m += kFewRows) {
-      split_weights(m, first, count);
+      split_weights(m, column, count);
       multiply_values(there, m == 0 ? ahead : kNothing);
       if (finite && !join(m, true)) {
         finite = false;
@@ -49,15 +57,15 @@ class AmxDecode : public PairDecode {
       }
       if (finite) continue;
       join(m, false);
-      add_what_is_not_finite(m, values, first, count, full);
+      add_what_is_not_finite(m, values, first, count, column, full);
     }
   }
 
  private:
   static constexpr int32_t kPairs = 2 * kTileRows;  // channels of a tile of values
 
-  static bool are_whole(const View& view, int32_t channels) {
-    return view.stride[3] == 1 && channels % kTileDepth == 0;
+  bool are_whole(const View& view, int32_t channels) const {
+    return channel_of(view) == 1 && channels % kTileDepth == 0;
   }
 
   // ---- scores ----
@@ -128,18 +136,18 @@ class AmxDecode : public PairDecode {
   }
   void copy_value(const Lines& values, int32_t first, int32_t n, int32_t count, Bf16* to) const {
     const auto* row = reinterpret_cast<const Bf16*>(values.at(first + (n < count ? n : 0)));
-    copy_row(row, p_.v.stride[3], n < count ? p_.v_head_dim : 0, value_width(), to);
+    copy_row(row, channel_of(p_.v), n < count ? p_.v_head_dim : 0, value_width(), to);
   }
 
   // The weights of four queries from `m` on, as left factors of 16 tokens each: rows for the first channels of pairs
   // and for the second, and the same of what is left.
-  void split_weights(int32_t m, int32_t first, int32_t count) {
+  void split_weights(int32_t m, int32_t column, int32_t count) {
     constexpr int32_t kHigh = static_cast<int32_t>(0xffff0000);
     float* to = ws_ + at_.s;
     for (int32_t n = 0; n < count; n += kLanes, to += kTileRows * kLanes)
 #pragma GCC unroll 4
       for (int i = 0; i < kFewRows; ++i) {
-        const vf weight = m + i < t_.lanes() ? load(ws_ + at_.st + (m + i) * ld_ + first + n) : vf{};
+        const vf weight = m + i < t_.lanes() ? load(ws_ + at_.st + (m + i) * ld_ + column + n) : vf{};
         const vi high = as_int(weight) & kHigh, rest = as_int(weight - as_float(high)) + 0x8000;
         store_int(to + i * kLanes, (vi)((vu)high >> 16));
         store_int(to + (kFewRows + i) * kLanes, high);
@@ -219,11 +227,12 @@ class AmxDecode : public PairDecode {
 
   // 0 * NaN is NaN: what is no number, or infinite, is added by itself, to the queries that see it.
   __attribute__((noinline)) void add_what_is_not_finite(int32_t m, const Lines& values, int32_t first, int32_t count,
-                                                        bool full) {
-    each_not_finite(values, first, count, p_.v.stride[3], p_.v_head_dim, [&](int32_t n, int32_t d, float value) {
+                                                        int32_t column, bool full) {
+    each_not_finite(values, first, count, channel_of(p_.v), p_.v_head_dim, [&](int32_t n, int32_t d, float value) {
+      const int32_t at = n - first + column;
       for (int32_t i = m; i < m + kFewRows && i < t_.lanes(); ++i)
-        if (full || exists(n, i))
-          ws_[at_.o + static_cast<int64_t>(i) * at_.dv + d] += value * ws_[at_.st + i * ld_ + n];
+        if (full || exists(at, i))
+          ws_[at_.o + static_cast<int64_t>(i) * at_.dv + d] += value * ws_[at_.st + i * ld_ + at];
     });
   }
 

@@ -278,6 +278,9 @@ class Forward {
     return lines_of(view, p_.pages, p_.dtype, seq_.batch, kv_head_, seq_.kv_start + first, count, channels);
   }
 
+  // From channel to channel, in elements; those of codes lie side by side once they are decoded.
+  int64_t channel_of(const View& view) const { return p_.stores == nullptr ? view.stride[3] : 1; }
+
   // Keys and values: of a cache that keeps codes, a copy of the tile as float32.
   Lines keys_of(int64_t first, int32_t count) {
     if (p_.stores == nullptr) return lines(p_.k, p_.head_dim, first, count, at_.listed_k);

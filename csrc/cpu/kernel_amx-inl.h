@@ -427,6 +427,7 @@ int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_
     if (!multiplies_pairs(p) || !AmxForward::takes(c)) return dot_products().run;
     if (p.codes != nullptr) return run<EncodedOnTiles>;
     if (!few) return run<AmxForward>;
+    if (p.stores != nullptr && AmxCodes::takes(c)) return run<AmxCodes>;
     const bool shared = queries_of_key(p, t) > 1;  // one query is faster without
     return p.stores == nullptr && shared && AmxDecode::takes(c) ? run<AmxDecode> : dot_products().run;
   }();

@@ -106,7 +106,6 @@ class PairForward : public Forward {
     const Lines values = Forward::values_of(first, count);
     return p_.stores == nullptr ? values : halves(values, at_.v);
   }
-  int64_t channel_of(const View& view) const { return p_.stores == nullptr ? view.stride[3] : 1; }
 
   virtual void scores(int64_t first, int32_t count, bool full) {
     const KeyRows keys = key_pairs(first, count);
@@ -271,7 +270,8 @@ class PairDecode : public FloatForward {
   Lines copied_keys(const Lines& keys, int32_t first, int32_t count) {
     Bf16* to = reinterpret_cast<Bf16*>(ws_ + at_.k);
     for (int32_t n = 0; n < count; ++n)
-      copy_row(reinterpret_cast<const Bf16*>(keys.at(first + n)), p_.k.stride[3], p_.head_dim, width_, to + n * width_);
+      copy_row(reinterpret_cast<const Bf16*>(keys.at(first + n)), channel_of(p_.k), p_.head_dim, width_,
+               to + n * width_);
     return {to, 2 * width_, 2 * width_, count};
   }
 
