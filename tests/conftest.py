@@ -6,7 +6,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Spinning threads of several test processes would wait for each other's time slices. Read once, when OpenMP and numpy's
@@ -155,6 +155,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         yield name
         assert engine.last_isa() == name, f"asked for {name}, ran {engine.last_isa() or 'nothing'}"
+    finally:
+        _set_isa(engine, before)
+
+
+@pytest.fixture
+def each_isa() -> Iterator[Callable[[], Iterator[str]]]:
+    """``for _ in each_isa():`` runs at every level, where what is expected takes longer than the engine."""
+    engine = _engine()
+    before = engine.current_isa()
+
+    def levels() -> Iterator[str]:
+        for name in engine.isa_levels():
+            _set_isa(engine, name)
+            yield name
+            assert engine.last_isa() == name, f"asked for {name}, ran {engine.last_isa() or 'nothing'}"
+
+    try:
+        yield levels
     finally:
         _set_isa(engine, before)
 

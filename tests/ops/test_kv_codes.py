@@ -3,7 +3,7 @@
 import copy
 import itertools
 import pickle  # noqa: TID251 -- what others may do to a cache, to send it to a process
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from attnkit.errors import AttnkitError
 from attnkit.variants import kv_quant
 
 Randn = Callable[..., Tensor]
+EachIsa = Callable[[], Iterator[str]]
 CODECS: list[Any] = ["int8", "fp8", "int4", "int2", ("int8", "int4"), ("bf16", "int2"), ("int4", "fp8")]
 WITH_NEWEST = [c for c in CODECS if "int4" in c or "int2" in c]
 B, HKV, HQ, D, DV, MAX, R = 3, 2, 4, 64, 96, 320, 40
@@ -260,17 +261,22 @@ def test_attention_is_that_of_what_they_mean(
     [(40, 72, 2), (7, 3, 4), (128, 128, 8), (96, 32, 32), (160, 64, 10), (544, 33, 2)],
 )
 @pytest.mark.parametrize("codec", ["int8", "int4", "int2", "fp8", ("int4", "int8"), ("int8", "bf16")])
-def test_dims_and_groups(codec: Any, dim: int, v_dim: int, heads: int, randn: Randn, isa: str) -> None:
+def test_dims_and_groups(
+    codec: Any, dim: int, v_dim: int, heads: int, randn: Randn, each_isa: EachIsa
+) -> None:
     """With and without products on codes; up to 16 heads that share keys; over several stretches of them."""
     cache = ak.KVCache(1, 2, dim, v_dim, max_len=1500, codec=codec)
     cache.append(randn(1, 2, 1400, dim), randn(1, 2, 1400, v_dim))
     for dtype, tolerance in {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}.items():
         q = randn(1, heads, 1, dim).to(dtype)
         for call in ({}, {"mask": ak.window(700, 0)}, {"score": ak.softcap(2.0)}):
-            got, lse = ak.attention(q, cache, return_lse=True, **call)  # type: ignore[arg-type]
             want, exact = ak.attention(q, cache, return_lse=True, backend="reference", **call)  # type: ignore[arg-type]
-            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-            torch.testing.assert_close(lse, exact, rtol=1e-6, atol=4e-6 if dtype == torch.float32 else 4e-4)
+            for _ in each_isa():
+                got, lse = ak.attention(q, cache, return_lse=True, **call)  # type: ignore[arg-type]
+                torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(
+                    lse, exact, rtol=1e-6, atol=4e-6 if dtype == torch.float32 else 4e-4
+                )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-4), (torch.float32, 4e-6)])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import attnkit as ak
-from attnkit.backends.cpu.engine import engine
 from attnkit.variants import linear
 
 pytestmark = pytest.mark.shows
@@ -159,24 +158,21 @@ def equation(call: Named) -> Any:
 
 def close(found: list[Tensor], given: Named, factor: float = 2.0) -> None:
     """Errors at most twice those of the equation in float32, and two units in the last place of the largest element."""
-    exact = everything(equation, given, torch.float64)
-    naive = everything(equation, given, torch.float32)
-    for mine, other, true in zip(found, naive, exact, strict=True):
+    close_to(expected(given), found, given, factor)
+
+
+def expected(given: Named) -> list[list[Tensor]]:
+    return [everything(equation, given, dtype) for dtype in (torch.float32, torch.float64)]
+
+
+def close_to(expected: list[list[Tensor]], found: list[Tensor], given: Named, factor: float = 2.0) -> None:
+    for mine, other, true in zip(found, *expected, strict=True):
         assert mine.shape == true.shape
         summed = (
             given["v"][0, 0].shape[0] * given["v"].shape[0] if true.dim() == 1 else 1
         )  # a gate for all tokens
         allowed = factor * (other - true).abs().max() + 8 * summed * 2.0**-23 * true.abs().max()
         assert (mine - true).abs().max() <= allowed
-
-
-@pytest.fixture(params=engine().isa_levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = engine().current_isa()
-    engine().set_isa(request.param)
-    yield request.param
-    assert engine().last_isa() in (request.param, "")
-    engine().set_isa(before)
 
 
 @pytest.mark.parametrize("initial", [False, True], ids=["from zero", "from a state"])
@@ -189,9 +185,11 @@ def test_call_and_gradients_are_the_equations(name: str, heads: str, initial: bo
 
 @pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
 @each_case
-def test_on_every_instruction_set(name: str, packed: bool, level: str) -> None:
+def test_on_every_instruction_set(name: str, packed: bool, each_isa: Callable[[], Iterator[str]]) -> None:
     given = problem(name, packed=packed, initial=True)
-    close(everything(run, given, torch.float32), given)
+    want = expected(given)
+    for _ in each_isa():
+        close_to(want, everything(run, given, torch.float32), given)
 
 
 @pytest.mark.parametrize("chunk", [16, 32, 64, 128])
