@@ -14,7 +14,8 @@ import pytest
 OBJECTS = sorted(
     path
     for path in Path(__file__).parents[2].glob("build/*/CMakeFiles/engine.dir/csrc/cpu/isa_avx*.o")
-    if not {"sanitize", "fuzz"} & set(path.parts) and "amx" not in path.name  # whose sums the compiler does not place
+    if not {"sanitize", "fuzz"} & set(path.parts)
+    and "amx" not in path.name  # whose sums the compiler does not place
 )
 # A loop of a matrix product holds many of these, each adding to a register that stays what it is.
 ACCUMULATES = re.compile(r"vfmadd231ps|vdpbf16ps|vpdpbusd|vpmaddwd")
