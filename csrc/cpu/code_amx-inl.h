@@ -92,15 +92,16 @@ class AmxCodes : public CodeDecode<AmxDecode> {
  private:
   static constexpr int32_t kHigh = kTileRows / 2;  // rows of queries' first bits, before those of the rest
   static constexpr int32_t kTile = kTileRows * kTileBytes;
+  static constexpr int32_t kLater = 2;  // steps by which products of keys come after what unpacks them
 
   float zero_[kMostCodeGroups][kFewLanes + kFewRows];  // what a score has besides the product, of a group of keys
 
   float* query(int32_t m) const { return ws_ + at_.code_q + m * width_; }
   int32_t blocks() const { return (t_.lanes() + kHigh - 1) / kHigh; }
   int32_t steps() const { return p_.head_dim / kTileDepth; }
-  // The left factors of eight queries each and a group of keys: of that group, and of the one before.
+  // The left factors of eight queries each and a group of keys: of that group, and of those still to be multiplied.
   char* factor(int32_t group) const {
-    return reinterpret_cast<char*>(ws_ + at_.code_bytes) + group % 2 * blocks() * steps() * kTile;
+    return reinterpret_cast<char*>(ws_ + at_.code_bytes) + group % (kLater + 1) * blocks() * steps() * kTile;
   }
   float* weights() const { return ws_ + at_.code_weights; }
   char* room() const { return reinterpret_cast<char*>(ws_ + at_.k); }  // for what is unpacked
@@ -140,7 +141,7 @@ class AmxCodes : public CodeDecode<AmxDecode> {
   // Keys of up to two runs that share scales, 32 channels at a time.
   template <int kBits>
   __attribute__((noinline)) void multiply_keys(const CodeTile& k, const int32_t* groups, const CodeTile& next) {
-    constexpr int kLater = 2, kRoom = 4;  // a step has two tiles
+    constexpr int kRoom = 2 * kLater;  // for steps, of two tiles each
     const int32_t steps = this->steps(), block = steps * kTile;
     struct Stretch {
       int32_t run, runs;

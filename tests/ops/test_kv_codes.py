@@ -258,7 +258,7 @@ def test_attention_is_that_of_what_they_mean(
 
 @pytest.mark.parametrize(
     ("dim", "v_dim", "heads"),
-    [(40, 72, 2), (7, 3, 4), (128, 128, 8), (96, 32, 32), (160, 64, 10), (544, 33, 2)],
+    [(40, 72, 2), (7, 3, 4), (128, 128, 8), (96, 32, 32), (160, 64, 10), (544, 33, 2), (32, 64, 18)],
 )
 @pytest.mark.parametrize("codec", ["int8", "int4", "int2", "fp8", ("int4", "int8"), ("int8", "bf16")])
 def test_dims_and_groups(
