@@ -4,7 +4,7 @@
 // keys, pairs of tokens of 16 channels.
 //
 // Queries times the scales of a group of keys are two numbers, their first bits and what they leave, which have rows of
-// their own. Weights times scales are rounded to bfloat16, and weigh codes from their middle, of which less is lost.
+// their own.
 //
 // Products wait for what was unpacked to be in the cache: they come a few tiles later.
 
@@ -34,9 +34,9 @@ ATTNKIT_INLINE vi code_pairs(vi words, int first) {
   return (there & kMask * 0x10001) | kExponent * 0x10001;
 }
 
-class AmxCodes : public CodeDecode<AmxDecode> {
+class AmxCodes : public PairCodes<AmxDecode> {
  public:
-  using CodeDecode::CodeDecode;
+  using PairCodes::PairCodes;
 
   static bool takes(const Call& c) {
     const Problem& p = *c.problem;
@@ -72,17 +72,11 @@ class AmxCodes : public CodeDecode<AmxDecode> {
 
   void newest_scores(const Lines& keys, int32_t at) override { score_rows(keys, at, kNothing); }
   void newest_sums(const Lines& values, int32_t at) override {
-    for (int32_t m = 0; at > 0 && m < t_.lanes(); ++m) ws_[at_.alpha + m] = 1;
     add_weighed(values, 0, values.count, at, true, kNothing);
   }
   void add_few(int64_t first, const Lines& values, int32_t from, int32_t count, bool full,
                const Ahead& ahead) override {
     PairDecode::add_few(first, values, from, count, full, ahead);  // they are floats
-  }
-
-  // Values are weighed a stretch of scales at a time.
-  bool takes_values(int64_t first, int32_t count) const override {
-    return first % kScaleRun == 0 && count % kScaleRun == 0;
   }
 
   void code_sums(const CodeTile& v, int32_t, const CodeTile& next) override {
@@ -96,14 +90,12 @@ class AmxCodes : public CodeDecode<AmxDecode> {
 
   float zero_[kMostCodeGroups][kFewLanes + kFewRows];  // what a score has besides the product, of a group of keys
 
-  float* query(int32_t m) const { return ws_ + at_.code_q + m * width_; }
   int32_t blocks() const { return (t_.lanes() + kHigh - 1) / kHigh; }
   int32_t steps() const { return p_.head_dim / kTileDepth; }
   // The left factors of eight queries each and a group of keys: of that group, and of those still to be multiplied.
   char* factor(int32_t group) const {
     return reinterpret_cast<char*>(ws_ + at_.code_bytes) + group % (kLater + 1) * blocks() * steps() * kTile;
   }
-  float* weights() const { return ws_ + at_.code_weights; }
   char* room() const { return reinterpret_cast<char*>(ws_ + at_.k); }  // for what is unpacked
 
   // ---- scores ----
@@ -111,7 +103,6 @@ class AmxCodes : public CodeDecode<AmxDecode> {
   // kRows queries times the scales of a group of keys, and their sums with its zeros.
   template <int kBits, int kRows>
   __attribute__((noinline)) void scale_queries(const uint16_t* scales, int32_t group, int32_t first) {
-    constexpr int32_t kTop = static_cast<int32_t>(0xffff0000);
     const Bf16 *pairs = queries() + first * width_, *from = reinterpret_cast<const Bf16*>(scales);
     const float* q = query(first);
     char* to = factor(group) + (first / kHigh * steps() * kTileRows + first % kHigh) * kTileBytes;
@@ -122,12 +113,10 @@ class AmxCodes : public CodeDecode<AmxDecode> {
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
         const vf x = load(q + m * width_ + d) * one, y = load(q + m * width_ + d + kLanes) * two;
-        const vi y_high = as_int(y) & kTop;
-        const vi x_rest = as_int(x - as_float(as_int(x) & kTop)) + 0x8000,
-                 y_rest = as_int(y - as_float(y_high)) + 0x8000;
+        const SplitFloats first_of_pair = split(x), second_of_pair = split(y);
         float* row = reinterpret_cast<float*>(to + m * kTileBytes);
-        store_int(row, (vi)((vu)as_int(x) >> 16) | y_high);
-        store_int(row + kHigh * kLanes, (vi)((vu)x_rest >> 16) | (y_rest & kTop));
+        store_int(row, (vi)((vu)first_of_pair.high >> 16) | second_of_pair.high);
+        store_int(row + kHigh * kLanes, (vi)((vu)first_of_pair.rest >> 16) | second_of_pair.rest);
         const vf pair = load_units(pairs + m * width_ + d);
         sum[m] = PairDot::run(pair, zero, sum[m]);
         base[m] = PairDot::run(pair, scale, base[m]);
@@ -221,10 +210,7 @@ class AmxCodes : public CodeDecode<AmxDecode> {
   template <int kBits>
   void sums(const CodeTile& v, const CodeTile& next) {
     const int32_t groups = at_.dv / kTileDepth;
-    float* rest = weights() + int64_t{kTileRows} * c_.tile_kv * groups / 2;
-    for (int32_t g = 0; g < groups; ++g)
-      by_rows(t_.lanes(),
-              [&]<int kRows>(int32_t m) { scale_weights<kBits, kRows>(v, g, groups, m, rest + m * groups + g); });
+    const float* rest = scale_weights(v, kBase<kBits>);
     for (int32_t g = 0; g < groups; g += 2)
       g + 1 < groups ? multiply_values<kBits, 2>(v, g, groups, next) : multiply_values<kBits, 1>(v, g, groups, next);
     for (int32_t m = 0; m < t_.lanes(); ++m) {
@@ -234,39 +220,6 @@ class AmxCodes : public CodeDecode<AmxDecode> {
       for (int32_t d = 0; d < at_.dv; d += kLanes)
         store(o + d, fma(load(o + d), alpha, load(sums + d) + set1(rest[m * groups + d / kTileDepth])));
     }
-  }
-
-  // Weights times the scales of a group of channels, as left factors of 32 tokens, [query][group]; and what zeros add.
-  template <int kBits, int kRows>
-  void scale_weights(const CodeTile& v, int32_t g, int32_t groups, int32_t first, float* rest) {
-    constexpr float kMiddle = ((1 << kBits) - 1) / 2.0f;
-    const int32_t at = g * kTileDepth / values_.group * 2 * kScaleRun;
-    const int64_t row = int64_t{kLanes} * groups;
-    const vf ones = as_float(set1_int(0x3f803f80));
-    const float* w = by_query(first);
-    float* to = weights() + first * row + g * kLanes;
-    vf zeros[kFewRows] = {}, sum[kFewRows] = {};
-    for (int32_t r = 0; r < v.count; r += 2, w += 2 * kRun, to += row * t_.lanes()) {
-      vf scale[2], zero[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const auto* scales = reinterpret_cast<const Bf16*>(v.scales[r]) + at + i * kRun;
-        scale[i] = widen(scales);
-        zero[i] = fma(scale[i], set1(kMiddle), widen(scales + kScaleRun));
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) {
-        const vf x = load(w + m * ld_), y = load(w + m * ld_ + kLanes);
-        const vf rounded = (vf)_mm512_cvtne2ps_pbh((__m512)(y * scale[1]), (__m512)(x * scale[0]));
-        store(to + m * row, rounded);
-        sum[m] = PairDot::run(rounded, ones, sum[m]);
-        zeros[m] = fma(x, zero[0], fma(y, zero[1], zeros[m]));
-      }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) zeros[m] = fma(set1(-kBase<kBits> - kMiddle), sum[m], zeros[m]);
-    const vf all = sums_of_four(zeros);
-    for (int m = 0; m < kRows; ++m) rest[m * groups] = all[m];
   }
 
   // Sums of kGroups groups of channels, 32 tokens at a time.
@@ -293,7 +246,7 @@ class AmxCodes : public CodeDecode<AmxDecode> {
       }
     };
     const int64_t row = int64_t{kTileBytes} * groups;
-    const char* w = reinterpret_cast<const char*>(weights()) + g * kTileBytes;
+    const char* w = codes_of_weights() + g * kTileBytes;
     tile_zero<0>();
     tile_zero<1>();
     tile_zero<2>();

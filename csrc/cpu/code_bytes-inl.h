@@ -6,11 +6,6 @@
 // 256 high + low. Weights of int8 values, times their scales, are 16 bits of the largest of their tile; those of int4
 // and int2 are bfloat16, and codes become bfloat16 by setting the bits of 128 in front of them.
 
-// The compiler's own widening takes five instructions.
-ATTNKIT_INLINE vf widen_scales(const uint16_t* p) {
-  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
-}
-
 // ---- queries as bytes ----
 
 inline constexpr float kMostQuery = 32512;  // 127 * 256
@@ -176,9 +171,9 @@ __attribute__((noinline)) void pair_values(const CodeTile& tile, int32_t stored,
 
 // ---- queries of bfloat16 ----
 
-class ByteCodes : public CodeDecode<PairDecode> {
+class ByteCodes : public PairCodes<PairDecode> {
  public:
-  using CodeDecode::CodeDecode;
+  using PairCodes::PairCodes;
 
   static bool takes(const Problem& p) { return are_codes(p.stores[0], p.head_dim, kMostCodeChannels); }
 
@@ -217,12 +212,6 @@ class ByteCodes : public CodeDecode<PairDecode> {
 
   void newest_scores(const Lines& keys, int32_t at) override { scores_of(keys, kNothing, at); }
 
-  // Values of int4 and int2 are weighed a stretch of scales at a time.
-  bool takes_values(int64_t first, int32_t count) const override {
-    const bool whole = values_.codec == Codec::int8 || (first % kScaleRun == 0 && count % kScaleRun == 0);
-    return is_words(values_.codec) && p_.v_head_dim % 32 == 0 && whole;
-  }
-
   void code_sums(const CodeTile& v, int32_t count, const CodeTile& next) override {
     if (values_.codec == Codec::int8) return byte_sums(v, count, next);
     pair_sums(v, next);
@@ -236,11 +225,9 @@ class ByteCodes : public CodeDecode<PairDecode> {
   float step_[kMostCodeGroups][kFewLanes + kFewRows], inverse_[kMostCodeGroups][kFewLanes + kFewRows],
       zero_[kMostCodeGroups][kFewLanes + kFewRows];
 
-  float* query(int32_t m) const { return ws_ + at_.code_q + m * width_; }
   char* bytes(int32_t group, int32_t m) const {
     return reinterpret_cast<char*>(ws_ + at_.code_bytes) + (group * kFewLanes + m) * 2 * kPlane;
   }
-  char* codes_of_weights() const { return reinterpret_cast<char*>(ws_ + at_.code_weights); }
 
   // ---- scores ----
 
@@ -393,9 +380,7 @@ class ByteCodes : public CodeDecode<PairDecode> {
 
   void pair_sums(const CodeTile& v, const CodeTile& next) {
     const int32_t groups = at_.dv / 32;
-    float* rest = ws_ + at_.code_weights + static_cast<int64_t>(kFewLanes) * c_.tile_kv * (at_.dv / 64 + 1);
-    for (int32_t g = 0; g < groups; ++g)
-      by_rows(t_.lanes(), [&]<int kRows>(int32_t m) { pair_weights<kRows>(v, g, groups, m, rest + m * groups + g); });
+    const float* rest = scale_weights(v, 128);
     const int32_t parts = (groups + 1) / 2;
     for (int32_t g = 0; g < groups; g += 2)
       by_rows(t_.lanes(), [&]<int kRows>(int32_t m) {
@@ -411,40 +396,5 @@ class ByteCodes : public CodeDecode<PairDecode> {
         else
           four ? sums.template operator()<4, 1>() : sums.template operator()<2, 1>();
       });
-  }
-
-  // Weights times the scales of a group of channels as bfloat16; and what the zeros add, and what is too much in the
-  // codes: they are read 128 larger, and weighed from their middle, of which less is lost by rounding weights.
-  template <int kRows>
-  void pair_weights(const CodeTile& v, int32_t g, int32_t groups, int32_t first, float* rest) {
-    const float middle = values_.codec == Codec::int4 ? 7.5f : 1.5f;
-    const int32_t at = g * 32 / values_.group * 2 * kScaleRun;
-    const vf ones = as_float(set1_int(0x3f803f80));
-    const int32_t count = v.count, ld = ld_;
-    const int64_t step = int64_t{4} * kRun * groups, block = step * t_.lanes();
-    const float* w = by_query(first);
-    char* to = codes_of_weights() + first * step + g * 4 * kRun;
-    vf zeros[kFewRows] = {}, weights[kFewRows] = {};
-    for (int32_t r = 0; r < count; r += 2, w += 2 * kRun, to += block) {
-      vf scale[2], zero[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const uint16_t* scales = v.scales[r] + at + i * kRun;
-        scale[i] = widen_scales(scales);
-        zero[i] = fma(scale[i], set1(middle), widen_scales(scales + kScaleRun));
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < kRows; ++m) {
-        const vf x = load(w + m * ld), y = load(w + m * ld + kLanes);
-        const vf rounded = (vf)_mm512_cvtne2ps_pbh((__m512)(y * scale[1]), (__m512)(x * scale[0]));
-        store(reinterpret_cast<float*>(to + m * step), rounded);
-        weights[m] = PairDot::run(rounded, ones, weights[m]);
-        zeros[m] = fma(x, zero[0], fma(y, zero[1], zeros[m]));
-      }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < kRows; ++m) zeros[m] = fma(set1(-128 - middle), weights[m], zeros[m]);
-    const vf sum = sums_of_four(zeros);
-    for (int m = 0; m < kRows; ++m) rest[m * groups] = sum[m];
   }
 };

@@ -53,7 +53,9 @@ class CodeDecode : public Products {
     this->weigh_by_key(0, count);
     open_pages(ahead_v_);
     if (v.count > 0) code_sums(v, v_codes, then);
-    if (v_codes < count) newest_sums(newest(values_, p_.v_head_dim, first + v_codes, count - v_codes), v_codes);
+    if (v_codes == count) return;
+    for (int32_t m = 0; v_codes > 0 && m < kFewLanes; ++m) ws_[at_.alpha + m] = 1;  // what was before has been scaled
+    newest_sums(newest(values_, p_.v_head_dim, first + v_codes, count - v_codes), v_codes);
   }
 
  protected:
@@ -69,10 +71,8 @@ class CodeDecode : public Products {
   // Adds values that are bfloat16, with the weights that S^T has from column `at` on.
   virtual void newest_sums(const Lines& values, int32_t at) {
     few_by_key(ws_ + at_.st + at, ld_, values.count, t_.lanes(), ws_ + at_.s, [](int32_t, vf) {});
-    alignas(kBytes) float kept[kFewLanes];
-    for (int32_t m = 0; m < kFewLanes; ++m) kept[m] = at > 0 ? 1 : ws_[at_.alpha + m];
-    few_values<Bf16>(ws_ + at_.s, at_.bm, values, 0, values.count, ws_ + at_.guarded, kept, ws_ + at_.o, at_.dv,
-                     t_.lanes(), kNothing);
+    few_values<Bf16>(ws_ + at_.s, at_.bm, values, 0, values.count, ws_ + at_.guarded, ws_ + at_.alpha, ws_ + at_.o,
+                     at_.dv, t_.lanes(), kNothing);
   }
 
   float* by_query(int32_t m) const { return ws_ + at_.st + m * ld_; }

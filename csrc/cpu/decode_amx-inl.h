@@ -7,6 +7,16 @@
 // zeros for the other, and a row for the second. Nothing is shuffled, and no more is multiplied than if it were. A
 // weight is two numbers, its first bits and what they leave, which have rows of their own: it is hardly rounded.
 
+// Numbers as two bfloat16, which fill the upper half of each lane: their first bits, and what these leave, rounded.
+struct SplitFloats {
+  vi high, rest;
+};
+ATTNKIT_INLINE SplitFloats split(vf x) {
+  constexpr int32_t kHigh = static_cast<int32_t>(0xffff0000);
+  const vi high = as_int(x) & kHigh;
+  return {high, (as_int(x - as_float(high)) + 0x8000) & kHigh};
+}
+
 class AmxDecode : public PairDecode {
  public:
   using PairDecode::PairDecode;
@@ -142,17 +152,16 @@ class AmxDecode : public PairDecode {
   // The weights of four queries from `m` on, as left factors of 16 tokens each: rows for the first channels of pairs
   // and for the second, and the same of what is left.
   void split_weights(int32_t m, int32_t column, int32_t count) {
-    constexpr int32_t kHigh = static_cast<int32_t>(0xffff0000);
     float* to = ws_ + at_.s;
     for (int32_t n = 0; n < count; n += kLanes, to += kTileRows * kLanes)
 #pragma GCC unroll 4
       for (int i = 0; i < kFewRows; ++i) {
         const vf weight = m + i < t_.lanes() ? load(ws_ + at_.st + (m + i) * ld_ + column + n) : vf{};
-        const vi high = as_int(weight) & kHigh, rest = as_int(weight - as_float(high)) + 0x8000;
+        const auto [high, rest] = split(weight);
         store_int(to + i * kLanes, (vi)((vu)high >> 16));
         store_int(to + (kFewRows + i) * kLanes, high);
         store_int(to + (2 * kFewRows + i) * kLanes, (vi)((vu)rest >> 16));
-        store_int(to + (3 * kFewRows + i) * kLanes, rest & kHigh);
+        store_int(to + (3 * kFewRows + i) * kLanes, rest);
       }
   }
 

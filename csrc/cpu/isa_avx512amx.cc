@@ -15,6 +15,7 @@ namespace {
 #include "kernel_bf16-inl.h"
 #include "simd_amx-inl.h"
 #include "decode_amx-inl.h"
+#include "code_pairs-inl.h"
 #include "code_amx-inl.h"
 #include "kernel_amx-inl.h"
 #include "backward_bf16-inl.h"

@@ -22,6 +22,7 @@ ATTNKIT_INLINE void dot_bytes(V& sum, V u, V s) {
 #endif
 
 #include "kernel_bf16-inl.h"
+#include "code_pairs-inl.h"
 #include "code_bytes-inl.h"
 #include "kernel_bytes-inl.h"
 #include "backward_bf16-inl.h"
