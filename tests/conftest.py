@@ -116,7 +116,7 @@ def seed() -> int:
     return SEED
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def effort() -> int:
     """How many times more of random cases than in the ordinary run; `make fuzz` asks for more."""
     return max(hypothesis.settings().max_examples // 100, 1)

@@ -76,9 +76,11 @@ def emulated() -> Callable[..., dict[str, str]]:
 
 
 @pytest.fixture(scope="session")
-def fuzzed_levels() -> list[str]:
-    """Those that the native fuzzer runs: its queries are float32, for which the others take the kernels of these."""
-    return [level for level in _engine.isa_levels() if level not in ("avx512bf16", "avx512amx")]
+def fuzzed_levels(effort: int) -> list[str]:
+    """Those that the native fuzzer runs: its queries are float32, for which the others take the kernels of these. With
+    little effort the narrowest and the widest vectors: each level takes as long to compile as to run many cases."""
+    levels = [level for level in _engine.isa_levels() if level not in ("avx512bf16", "avx512amx")]
+    return levels if effort > 1 else sorted({levels[0], levels[-1]})
 
 
 @pytest.fixture(scope="session")
