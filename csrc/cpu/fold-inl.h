@@ -18,16 +18,26 @@ inline void start_fold(const Fold& fold, int32_t lanes) {
   }
 }
 
-// `to` may be either of the two. Nothing seen weighs nothing: exp(-infinity - pivot) is 0.
+// The maximum of two stretches, and what they weigh beside it. Nothing seen weighs nothing: exp(-infinity - pivot) is
+// 0.
+struct Shares {
+  vf max, a, b;
+};
+ATTNKIT_INLINE Shares shares(vf max_a, vf max_b) {
+  const vf max = max_or_second(max_a, max_b), pivot = max == set1(-kInfinity) ? vf{} : max;
+  return {max, exp_weight(max_a - pivot), exp_weight(max_b - pivot)};
+}
+
+// `to` may be either of the two.
 inline void merge(const Fold& to, const Fold& a, const Fold& b, int32_t lanes, int32_t channels) {
   for (int32_t first = 0; first < lanes; first += kLanes) {
     const int32_t some = lanes - first < kLanes ? lanes - first : kLanes;
     alignas(kBytes) float of_a[kLanes] = {}, of_b[kLanes] = {};  // a vector of lanes at a time
     __builtin_memcpy(of_a, a.max + first, static_cast<size_t>(some) * sizeof(float));
     __builtin_memcpy(of_b, b.max + first, static_cast<size_t>(some) * sizeof(float));
-    const vf max = max_or_second(load(of_a), load(of_b)), pivot = max == set1(-kInfinity) ? vf{} : max;
-    store(of_a, exp_weight(load(of_a) - pivot));
-    store(of_b, exp_weight(load(of_b) - pivot));
+    const Shares of = shares(load(of_a), load(of_b));
+    store(of_a, of.a);
+    store(of_b, of.b);
     for (int32_t m = first; m < first + some; ++m) {
       if (to.o == a.o && b.max[m] == -kInfinity) continue;
       const vf wa = set1(of_a[m - first]), wb = set1(of_b[m - first]);

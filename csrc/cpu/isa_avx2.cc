@@ -8,7 +8,7 @@ namespace {
 inline constexpr int kLanes = 8;
 // 16 registers: 12 accumulators, 2 or 3 vectors of the streamed operand, one broadcast. Two multiply-adds a cycle of 4
 // or 5 cycles each need 8 to 10 sums in flight.
-inline constexpr int kAccumulators = 12, kQueryVecs = 3, kMaxKeyRows = 8;
+inline constexpr int kAccumulators = 12, kQueryVecs = 3, kTwoVecKeys = 6, kMaxKeyRows = 8;
 inline constexpr int kOutRows = 6, kOutVecs = 2;
 inline constexpr int kSoftmaxKeys = 2;
 #include "simd-inl.h"

@@ -5,7 +5,7 @@ namespace attnkit::cpu {
 namespace {
 inline constexpr int kLanes = 4;
 // 16 registers: 8 accumulators leave room for the streamed operands on every 64-bit architecture.
-inline constexpr int kAccumulators = 8, kQueryVecs = 2, kMaxKeyRows = 8;
+inline constexpr int kAccumulators = 8, kQueryVecs = 2, kTwoVecKeys = 4, kMaxKeyRows = 8;
 inline constexpr int kOutRows = 4, kOutVecs = 2;
 inline constexpr int kSoftmaxKeys = 2;
 #include "simd-inl.h"

@@ -47,13 +47,23 @@ class AmxForward : public PairForward {
     prepare(any_keys);
   }
   void start() {
-    Forward::start();
-    clear(at_.guarded, static_cast<int64_t>(at_.bm) * at_.dv);
+    start_fold({outputs_, now_.max, now_.sum, at_.dv}, at_.bm);
     in_columns_ = true;
   }
+  // Stretches are merged in columns: of few keys each, turning them would cost more than their products.
   void end_stretch() {
-    to_rows();
-    Forward::end_stretch();
+    if (any_before_) {
+      merge_columns(before_, before_outputs_);
+    } else {
+      float* outputs = outputs_;
+      outputs_ = before_outputs_;
+      before_outputs_ = outputs;
+      for (int32_t m = 0; m < at_.bm; m += kLanes) {
+        store(before_.max + m, load(now_.max + m));
+        store(before_.sum + m, load(now_.sum + m));
+      }
+    }
+    any_before_ = true;
   }
   void save(const Fold& part) {
     to_rows();
@@ -72,6 +82,8 @@ class AmxForward : public PairForward {
     in_columns_ = false;
   }
   int32_t finish() {
+    if (any_before_) merge_columns(now_, outputs_);
+    any_before_ = false;
     to_rows();
     return Forward::finish();
   }
@@ -175,7 +187,6 @@ class AmxForward : public PairForward {
   static constexpr float kMostGrowth = 5.5f;  // of a logit: weights stay below 2^8
 
   int32_t depth() const { return (p_.head_dim + kTileDepth - 1) / kTileDepth; }
-  float* outputs() const { return ws_ + at_.guarded; }  // [channel][query]
 
   void changed_tile(int64_t first, int32_t count, bool full) {
     if (!full) find_live(first, count);
@@ -291,14 +302,30 @@ class AmxForward : public PairForward {
                             kTileBytes * at_.dv, kTileBytes * kTileRows};
     const TileMatrix weights{c.weights + static_cast<int64_t>(first) * kTileRows * c.ld, 4 * c.ld, 4 * kTileRows * c.ld,
                              kTileBytes};
-    tile_products(values, at_.dv, weights, lanes, steps, true, outputs() + lane, at_.bm);
+    tile_products(values, at_.dv, weights, lanes, steps, true, outputs_ + lane, at_.bm);
+  }
+
+  // What was before and the stretch, as `merge` has them.
+  __attribute__((noinline)) void merge_columns(const Fold& to, float* outputs) const {
+    vf a[kMaxTileQ / kLanes], b[kMaxTileQ / kLanes];
+    for (int32_t lane = 0; lane < at_.bm; lane += kLanes) {
+      const Shares of = shares(load(before_.max + lane), load(now_.max + lane));
+      const vf sum = load(before_.sum + lane) * of.a + load(now_.sum + lane) * of.b;
+      store(to.max + lane, of.max);
+      store(to.sum + lane, sum);
+      a[lane / kLanes] = of.a;
+      b[lane / kLanes] = of.b;
+    }
+    for (int32_t d = 0, at = 0; d < at_.dv; ++d)
+      for (int32_t lane = 0; lane < at_.bm; lane += kLanes, at += kLanes)
+        store(outputs + at, fma(load(before_outputs_ + at), a[lane / kLanes], load(outputs_ + at) * b[lane / kLanes]));
   }
 
   void rescale(int32_t lane, int32_t lanes) {
     for (int32_t at = lane; at < lane + lanes; at += kLanes) {
       const vf alpha = load(ws_ + at_.alpha + at);
       if (!any(alpha != set1(1))) continue;
-      float* o = outputs() + at;
+      float* o = outputs_ + at;
       for (int32_t d = 0; d < at_.dv; ++d, o += at_.bm) store(o, load(o) * alpha);
     }
   }
@@ -335,17 +362,17 @@ class AmxForward : public PairForward {
     each_not_finite(values, 0, values.count, channel_of(p_.v), p_.v_head_dim, [&](int32_t n, int32_t d, float value) {
       for (int32_t m = 0; m < t_.lanes(); ++m)
         if (full || exists(n, m))
-          outputs()[static_cast<int64_t>(d) * at_.bm + m] +=
+          outputs_[static_cast<int64_t>(d) * at_.bm + m] +=
               value * widen_one(weights[2 * (n / 2 * at_.bm + m) + n % 2]);
     });
   }
 
   void to_rows() {
-    if (in_columns_) transpose_floats(outputs(), at_.dv, ws_ + at_.o, at_.bm);
+    if (in_columns_) transpose_floats(outputs_, at_.dv, ws_ + at_.o, at_.bm);
     in_columns_ = false;
   }
   void to_columns() {
-    if (!in_columns_) transpose_floats(ws_ + at_.o, at_.bm, outputs(), at_.dv);
+    if (!in_columns_) transpose_floats(ws_ + at_.o, at_.bm, outputs_, at_.dv);
     in_columns_ = true;
   }
   // Columns of `from`, of which there are `columns`, become rows.
@@ -362,6 +389,7 @@ class AmxForward : public PairForward {
   }
 
   const TileRegisters registers_;
+  float *outputs_ = ws_ + at_.guarded, *before_outputs_ = ws_ + at_.before_o;  // [channel][query]
   const Bf16* transposed_ = nullptr;  // values of the tile, [32 keys][channel][key]
   bool in_columns_ = false;
 };

@@ -9,11 +9,11 @@
 //   finish(sum, key, v, first)   a key's scores of vector v of queries; `first`: of the first stretch of units
 //
 // An instruction set says, before it includes this, how its registers are used: scores are computed for
-// kAccumulators / kQueryVecs keys by kQueryVecs vectors of queries (where only one vector of queries is left, for
-// kMaxKeyRows keys), outputs for kOutRows queries by kOutVecs vectors of channels, float32 weights for
-// kSoftmaxKeys keys. None of these orders a sum: they change no bit.
+// kAccumulators / kQueryVecs keys by kQueryVecs vectors of queries (where two vectors of queries are left for
+// kTwoVecKeys keys, where one is for kMaxKeyRows), outputs for kOutRows queries by kOutVecs vectors of channels,
+// float32 weights for kSoftmaxKeys keys. None of these orders a sum: they change no bit.
 
-static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kAccumulators / 2 <= kMaxKeyRows);
+static_assert(kAccumulators / kQueryVecs <= kMaxKeyRows && kTwoVecKeys <= kMaxKeyRows);
 static_assert(kMaxTileQ % kLanes == 0 && kMaxTileKv % kLanes == 0);
 
 struct FloatDot {  // of queries that are scaled
@@ -155,7 +155,7 @@ void qk_units(const float* qt, int32_t bm, KeyRows k, int32_t count, const Span*
   // Four vectors are two and two: of three and one, the one would load as much for a third of the work.
   for (; lane + kQueryVecs * kLanes <= bm && bm - lane != 4 * kLanes; lane += kQueryVecs * kLanes)
     columns.template operator()<kAccumulators / kQueryVecs, kQueryVecs>(lane);
-  for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes) columns.template operator()<kAccumulators / 2, 2>(lane);
+  for (; lane + 2 * kLanes <= bm; lane += 2 * kLanes) columns.template operator()<kTwoVecKeys, 2>(lane);
   for (; lane < bm; lane += kLanes) columns.template operator()<kMaxKeyRows, 1>(lane);
 }
 
