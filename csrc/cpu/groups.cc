@@ -1,7 +1,6 @@
 #include "groups.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 #include <new>
 #include <vector>
@@ -60,15 +59,6 @@ class Grouped {
   std::vector<Sequence> sequences_;
 };
 
-// Calls work(i) for i < n.
-template <class Work>
-void each(int64_t n, int threads, const Work& work) {
-  std::atomic<int64_t> next{0};
-  on_threads(static_cast<int>(std::clamp<int64_t>(n, 1, std::max(threads, 1))), [&] {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
-  });
-}
-
 // The rows of each token of one head, in the order of groups.
 struct Inverse {
   std::vector<int32_t> first, rows;
@@ -95,7 +85,7 @@ void sum_planes(const RowSums& sums, const Lists& lists, int64_t first, int64_t 
   for (int64_t head = first; head < end; ++head)
     if (std::unique_ptr<Inverse>& of = inverses[static_cast<size_t>(lists_of(head))]; !of)
       of = std::make_unique<Inverse>(lists.tokens + lists_of(head) * lists.rows(), lists.rows(), tokens);
-  each((end - first) * parts, threads, [&](int64_t i) {
+  each_task((end - first) * parts, threads, 0, [&](int64_t i, float*) {
     const int64_t head = first + i / parts, token = i % parts * kTokens;
     const Inverse& of = *inverses[static_cast<size_t>(lists_of(head))];
     current_isa().groups.sum_rows(sums, {of.first.data(), of.rows.data()}, static_cast<int32_t>(head / heads),

@@ -1,10 +1,10 @@
 #include "kv_append.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "run.h"
@@ -244,20 +244,16 @@ void append(const Store& store, const Pages& pages, const Appended* rows, int64_
   double elements = 0;
   for (int64_t b = 0; b < batch; ++b)
     elements += static_cast<double>(rows[b].count) * static_cast<double>(heads) * store.channels;
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < batch * heads;) {
-      const Source from{tokens, dtype, i / heads, i % heads};
-      const Writer writer{store, static_cast<int32_t>(from.head)};
-      if (store.newest == nullptr)
-        append_codes(writer, pages, rows[from.batch], from);
-      else
-        append_newest(writer, pages, rows[from.batch], from);
-    }
-  };
-  on_threads(static_cast<int>(
-                 std::min<int64_t>(worth(threads, elements * kFlopsPerElement), std::max<int64_t>(batch * heads, 1))),
-             work);
+  const int worth_it = worth(threads, elements * kFlopsPerElement);
+  const bool enough = each_task(batch * heads, worth_it, 0, [&](int64_t i, float*) {
+    const Source from{tokens, dtype, i / heads, i % heads};
+    const Writer writer{store, static_cast<int32_t>(from.head)};
+    if (store.newest == nullptr)
+      append_codes(writer, pages, rows[from.batch], from);
+    else
+      append_newest(writer, pages, rows[from.batch], from);
+  });
+  if (!enough) throw std::bad_alloc();
 }
 
 }  // namespace attnkit::cpu

@@ -11,7 +11,7 @@ struct Appended {
 };
 
 // `tokens`: [batch, head, token, channel] of `dtype`. Everything fits, and every token has its page: the caller has
-// checked.
+// checked. Throws std::bad_alloc.
 void append(const Store& store, const Pages& pages, const Appended* rows, int64_t batch, int64_t heads,
             const View& tokens, DType dtype, int threads);
 

@@ -1,7 +1,6 @@
 #include "recur.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "attend.h"
 #include "run.h"
@@ -15,20 +14,11 @@ Status each_state(const Recurrence& p, int threads, double flops_of_token, size_
   const int64_t tasks = int64_t{p.num_sequences} * p.heads;
   double tokens = 0;
   for (int32_t i = 0; i < p.num_sequences; ++i) tokens += static_cast<double>(p.sequences[i].length);
-  threads =
-      static_cast<int>(std::clamp<int64_t>(tasks, 1, worth(threads, std::max(tokens, 1.0) * p.heads * flops_of_token)));
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> no_memory{false};
-  on_threads(threads, [&] {
-    float* memory = workspace(bytes);
-    if (memory == nullptr) {
-      no_memory = true;
-      return;
-    }
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
-      run(static_cast<int32_t>(i / p.heads), static_cast<int32_t>(i % p.heads), memory);
+  threads = worth(threads, std::max(tokens, 1.0) * p.heads * flops_of_token);
+  const bool enough = each_task(tasks, threads, bytes, [&](int64_t i, float* memory) {
+    run(static_cast<int32_t>(i / p.heads), static_cast<int32_t>(i % p.heads), memory);
   });
-  if (no_memory) return {Fault::no_memory, -1};
+  if (!enough) return {Fault::no_memory, -1};
   if (tasks > 0) ran(current_isa());
   return {};
 }

@@ -1,6 +1,5 @@
 // Who goes to which centroid.
 #include <algorithm>
-#include <atomic>
 #include <bit>
 #include <memory>
 #include <new>
@@ -22,21 +21,12 @@ uint32_t in_order(float x) {
   return bits ^ (static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u);
 }
 
-// The w largest of n numbers; their places, ascending.
-class Best {
- public:
-  void find(const float* numbers, int64_t n, int64_t w, int32_t* places) {
-    if (w >= n) {
-      for (int64_t i = 0; i < n; ++i) places[i] = static_cast<int32_t>(i);
-      return;
-    }
-    keys_.resize(static_cast<size_t>(n + 15));
-    current_isa().groups.best(numbers, n, w, keys_.data(), places);
-  }
-
- private:
-  std::vector<float> keys_;
-};
+// The w largest of n numbers; their places, ascending. Takes so much memory of its own:
+size_t best_bytes(int64_t n) { return static_cast<size_t>(n + 15) * sizeof(float); }
+void find_best(const float* numbers, int64_t n, int64_t w, int32_t* places, float* memory) {
+  if (w < n) return current_isa().groups.best(numbers, n, w, memory, places);
+  for (int64_t i = 0; i < n; ++i) places[i] = static_cast<int32_t>(i);
+}
 
 // Work on the heads of batch entries, as many at a time as their affinities fit: first what gives them, task by task
 // (head, task, memory), then what uses them.
@@ -50,28 +40,19 @@ class Planes {
     memory_.reset(new (std::nothrow) float[static_cast<size_t>(at_once_ * floats)]);
   }
 
+  // `gives` and `uses` tasks of a head, each with so many bytes.
   template <class Give, class Use>
-  Status run(int64_t gives, size_t bytes, const Give& give, int64_t uses, const Use& use) {
-    if (!memory_) return {Fault::no_memory, -1};
+  Status run(int64_t gives, size_t give_bytes, const Give& give, int64_t uses, size_t use_bytes, const Use& use) {
+    const Status no_memory{Fault::no_memory, -1};
+    if (!memory_) return no_memory;
     for (int64_t first = 0; first < planes_; first += at_once_) {
       const int64_t planes = std::min(at_once_, planes_ - first);
-      const auto all = [&](int64_t tasks, size_t size, const auto& work) {
-        std::atomic<int64_t> next{0};
-        on_threads(static_cast<int>(std::clamp<int64_t>(planes * tasks, 1, threads_)), [&] {
-          try {
-            float* memory = size == 0 ? nullptr : workspace(size);
-            if (size != 0 && memory == nullptr) throw std::bad_alloc();
-            Best best;
-            for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < planes * tasks;)
-              work(first + i / tasks, i % tasks, memory_.get() + i / tasks * floats_, memory, best);
-          } catch (const std::bad_alloc&) {
-            no_memory_ = true;
-          }
+      const auto all = [&](int64_t tasks, size_t bytes, const auto& work) {
+        return each_task(planes * tasks, threads_, bytes, [&](int64_t i, float* memory) {
+          work(first + i / tasks, i % tasks, memory_.get() + i / tasks * floats_, memory);
         });
       };
-      all(gives, bytes, give);
-      if (!no_memory_) all(uses, 0, use);
-      if (no_memory_) return {Fault::no_memory, -1};
+      if (!all(gives, give_bytes, give) || !all(uses, use_bytes, use)) return no_memory;
     }
     return {};
   }
@@ -81,7 +62,6 @@ class Planes {
   const int threads_;
   const int64_t at_once_;
   std::unique_ptr<float[]> memory_;
-  std::atomic<bool> no_memory_{false};
 };
 
 int64_t tiles_of(int64_t tokens) { return (tokens + kAffinityTokens - 1) / kAffinityTokens; }
@@ -105,12 +85,10 @@ Status route(const Affinities& of, int64_t batches, int64_t heads, int64_t token
   ran(current_isa());
   return planes.run(
       tiles_of(tokens), current_isa().groups.affinity_bytes(of),
-      [&](int64_t plane, int64_t tile, float* to, float* memory, Best&) {
-        give(of, plane, heads, tile, tokens, to, memory);
-      },
-      of.count,
-      [&](int64_t plane, int64_t c, const float* from, float*, Best& best) {
-        best.find(from + c * of.stride, tokens, w, out + (plane * of.count + c) * w);
+      [&](int64_t plane, int64_t tile, float* to, float* memory) { give(of, plane, heads, tile, tokens, to, memory); },
+      of.count, best_bytes(tokens),
+      [&](int64_t plane, int64_t c, const float* from, float* memory) {
+        find_best(from + c * of.stride, tokens, w, out + (plane * of.count + c) * w, memory);
       });
 }
 
@@ -125,12 +103,12 @@ Status route_prefix(const Affinities& queries, const Affinities& keys, int64_t b
   return planes.run(
       q_tiles + tiles_of(kv_tokens),
       std::max(current_isa().groups.affinity_bytes(queries), current_isa().groups.affinity_bytes(keys)),
-      [&](int64_t plane, int64_t tile, float* to, float* memory, Best&) {
+      [&](int64_t plane, int64_t tile, float* to, float* memory) {
         if (tile < q_tiles) return give(queries, plane, heads, tile, q_tokens, to, memory);
         give(keys, plane, heads, tile - q_tiles, kv_tokens, to + q_floats, memory);
       },
-      count,
-      [&](int64_t plane, int64_t c, const float* from, float*, Best& best) {
+      count, best_bytes(w + block),
+      [&](int64_t plane, int64_t c, const float* from, float* memory) {
         const float* affinity = from + q_floats + c * keys.stride;
         std::vector<int32_t> kept, places(static_cast<size_t>(w));  // the w best so far
         std::vector<float> values;
@@ -155,7 +133,7 @@ Status route_prefix(const Affinities& queries, const Affinities& keys, int64_t b
           if (static_cast<int64_t>(kept.size()) <= w) continue;
           values.clear();
           for (const int32_t j : kept) values.push_back(affinity[j]);
-          best.find(values.data(), static_cast<int64_t>(values.size()), w, places.data());
+          find_best(values.data(), static_cast<int64_t>(values.size()), w, places.data(), memory);
           for (size_t i = 0; i < places.size(); ++i) kept[i] = kept[static_cast<size_t>(places[i])];
           kept.resize(places.size());
         }

@@ -3,6 +3,7 @@
 #include <omp.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <new>
 #include <vector>
@@ -71,8 +72,8 @@ bool on_threads_with_memory(int threads, size_t bytes, const Work& work) {
   std::atomic<bool> enough{true};
   on_threads(threads, [&] {
     try {  // no exception may leave a parallel region
-      float* memory = workspace(bytes);
-      if (memory == nullptr) throw std::bad_alloc();
+      float* memory = bytes == 0 ? nullptr : workspace(bytes);
+      if (bytes != 0 && memory == nullptr) throw std::bad_alloc();
       work(threads > 1 ? omp_get_thread_num() : 0, memory);
     } catch (const std::bad_alloc&) {
       enough = false;
@@ -114,5 +115,15 @@ class Deal {
   };
   std::vector<Run> runs_;
 };
+
+// work(task, memory) for each of them, so much memory on each thread. False where there is not enough.
+template <class Work>
+bool each_task(int64_t tasks, int threads, size_t bytes, const Work& work) {
+  threads = static_cast<int>(std::clamp<int64_t>(tasks, 1, std::max(threads, 1)));
+  Deal deal(tasks, threads);
+  return on_threads_with_memory(threads, bytes, [&](int thread, float* memory) {
+    for (int64_t i; (i = deal.take(thread)) >= 0;) work(i, memory);
+  });
+}
 
 }  // namespace attnkit::cpu

@@ -35,14 +35,10 @@ template <class Work>
 Status each(const Selection& s, int32_t heads, int64_t pieces, int threads, size_t bytes, const Work& work) {
   const int64_t tasks = int64_t{s.batch} * heads * pieces;
   std::atomic<int32_t> bad_load{-1};
-  threads = static_cast<int>(std::clamp<int64_t>(tasks, 1, threads));
-  Deal deal(tasks, threads);  // neighbours write to the same cache lines
-  const bool enough = on_threads_with_memory(threads, bytes, [&](int thread, float* memory) {
-    for (int64_t i; (i = deal.take(thread)) >= 0;) {
-      const auto b = static_cast<int32_t>(i / pieces / heads), head = static_cast<int32_t>(i / pieces % heads);
-      const int32_t bad = work(b, head, i % pieces, memory);
-      if (bad >= 0) bad_load = bad;
-    }
+  const bool enough = each_task(tasks, threads, bytes, [&](int64_t i, float* memory) {
+    const auto b = static_cast<int32_t>(i / pieces / heads), head = static_cast<int32_t>(i / pieces % heads);
+    const int32_t bad = work(b, head, i % pieces, memory);
+    if (bad >= 0) bad_load = bad;
   });
   if (!enough) return {Fault::no_memory, -1};
   if (bad_load >= 0) return {Fault::index_range, bad_load};

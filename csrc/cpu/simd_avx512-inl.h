@@ -4,8 +4,8 @@
 #endif
 
 inline constexpr int kLanes = 16;
-// 32 registers: 24 accumulators, 3 or 4 vectors of the streamed operand, one broadcast. By two vectors of queries 8 keys:
-// tiles are multiples of 8, and 12 would compute some twice.
+// 32 registers: 24 accumulators, 3 or 4 vectors of the streamed operand, one broadcast. By two vectors of queries 8
+// keys: tiles are multiples of 8, and 12 would compute some twice.
 inline constexpr int kAccumulators = 24, kQueryVecs = 3, kTwoVecKeys = 8, kMaxKeyRows = 16;
 inline constexpr int kOutRows = 6, kOutVecs = 4;
 inline constexpr int kSoftmaxKeys = 4;
