@@ -27,8 +27,7 @@ struct Features {
     } while (end < dim && count + dim - end <= kMost);
     return true;
   }
-  int32_t width() const { return padded(count); }
-  static int32_t widest(int32_t dim) { return padded(dim + 1 > kMost ? dim + 1 : kMost) + 16; }
+  static int32_t most(int32_t dim) { return dim + 1 > kMost ? dim + 1 : kMost; }
   static int64_t rows(int32_t dim, int32_t order) {
     Features f{dim, order};
     while (f.next()) {
@@ -44,39 +43,56 @@ struct Factors {
 };
 inline constexpr Factors kPlain{1, 1, 1, 1, 1};
 
-inline void fill_features(const Features& f, Factors a, const float* x, int32_t rows, int32_t width, float* to) {
-  for (int32_t r = 0; r < rows; ++r, x += width, to += f.width()) {
-    int32_t at = 0;
+// The features of tokens that lie side by side, as theirs will: x [channel][token], whole vectors of them.
+__attribute__((noinline)) inline void fill_features(const Features& f, Factors a, const float* x, int32_t tokens,
+                                                    float* to) {
+  for (int32_t t = 0; t < tokens; t += kLanes) {
+    float* row = to + t;
+    const auto put = [&](vf feature) {
+      store(row, feature);
+      row += tokens;
+    };
+    const auto at = [&](int32_t channel) { return load(x + channel * tokens + t); };
     if (f.first < 0) {
-      to[0] = a.one;
-      for (at = 1; at <= f.dim; ++at) to[at] = a.linear * x[at - 1];
+      put(set1(a.one));
+      for (int32_t i = 0; i < f.dim; ++i) put(set1(a.linear) * at(i));
     }
-    for (int32_t i = f.first; i >= 0 && i < f.end; at += f.dim - i, ++i) {
-      const vf factor = set1(a.pair * x[i]);  // what is written too far is written again
-      for (int32_t j = i; j < f.dim; j += kLanes) store(to + at + j - i, factor * load(x + j));
-      to[at] = a.square * x[i] * x[i];
+    for (int32_t i = f.first; i >= 0 && i < f.end; ++i) {
+      const vf factor = set1(a.pair) * at(i);
+      put(set1(a.square) * at(i) * at(i));
+      for (int32_t j = i + 1; j < f.dim; ++j) put(factor * at(j));
     }
-    for (; at < f.width(); ++at) to[at] = 0;
   }
 }
 
-// dx += what the gradients of features say of x; these are changed.
-inline void back_features(const Features& f, Factors a, const float* x, float* d, int32_t rows, int32_t width,
-                          float* dx) {
-  for (int32_t r = 0; r < rows; ++r, x += width, dx += width, d += f.width()) {
-    if (f.first < 0)
-      for (int32_t i = 0; i < f.dim; ++i) dx[i] += a.linear * d[1 + i];
-    int32_t at = 0;
-    for (int32_t i = f.first; i >= 0 && i < f.end; at += f.dim - i, ++i) {
-      d[at] *= a.share;
-      const vf own = set1(x[i]);
-      vf sum{};
-      for (int32_t j = i; j < f.dim; j += kLanes) {
-        const vf slope = keep(load(d + at + j - i), f.dim - j) * set1(a.pair);
-        sum = fma(slope, keep(load(x + j), f.dim - j), sum);
-        store(dx + j, load(dx + j) + keep(slope * own, f.dim - j));
+// dx += what the gradients of features say of x; all as above.
+__attribute__((noinline)) inline void back_features(const Features& f, Factors a, const float* x, const float* d,
+                                                    int32_t tokens, float* dx) {
+  for (int32_t t = 0; t < tokens; t += kLanes) {
+    const float* row = d + t;
+    const auto next = [&] {
+      const vf slope = load(row);
+      row += tokens;
+      return slope;
+    };
+    const auto at = [&](int32_t channel) { return load(x + channel * tokens + t); };
+    const auto add = [&](int32_t channel, vf slope, vf other) {
+      float* to = dx + channel * tokens + t;
+      store(to, fma(slope, other, load(to)));
+    };
+    if (f.first < 0) {
+      next();
+      for (int32_t i = 0; i < f.dim; ++i) add(i, next(), set1(a.linear));
+    }
+    for (int32_t i = f.first; i >= 0 && i < f.end; ++i) {
+      const vf own = at(i);
+      vf sum = next() * set1(2 * a.share * a.pair) * own;
+      for (int32_t j = i + 1; j < f.dim; ++j) {
+        const vf slope = next() * set1(a.pair);
+        sum = fma(slope, at(j), sum);
+        add(j, slope, own);
       }
-      dx[i] += sum_of_lanes(sum);
+      add(i, sum, set1(1));
     }
   }
 }
@@ -105,7 +121,7 @@ class MomentChunk {
   const int32_t dim, order, width, v_width, stride;
   const Factors reads;
   int32_t n = 0;
-  float *keys, *queries, *features, *pairs, *columns, *forms;
+  float *keys, *queries, *features, *pairs, *columns, *forms;  // columns: of keys
   Rows v{};
   bool finite = true;
 
@@ -117,13 +133,14 @@ class MomentChunk {
         v_width(padded(p.v_head_dim)),
         stride(padded(p.chunk)),
         reads{p.coefficients[0], p.coefficients[1], p.coefficients[2], 2 * p.coefficients[2], 0.5f},
-        keys(arena.take(int64_t{stride} * width + 16)),
-        queries(arena.take(int64_t{stride} * width + 16)),
-        features(arena.take(int64_t{stride} * Features::widest(dim) + 16)),
+        keys(arena.take(int64_t{stride} * width)),
+        queries(arena.take(int64_t{stride} * width)),
+        features(arena.take(int64_t{stride} * Features::most(dim))),
         pairs(arena.take(int64_t{stride} * stride)),
         columns(arena.take(int64_t{stride} * width)),
         forms(arena.take(int64_t{stride} * width)),
-        values_(arena.take(int64_t{stride} * v_width)) {}
+        values_(arena.take(int64_t{stride} * v_width)),
+        turned_(arena.take(int64_t{stride} * width)) {}
 
   Moments moments(Arena& arena) const {
     float* at = arena.take(Moments::floats(dim, v_width, order));
@@ -176,19 +193,21 @@ class MomentChunk {
 
   // out[r] += sum of the features of row r times rows of moments.
   void read(const Moments& m, Factors a, const float* x, float* out) {
+    const float* turned = turn(x);
     each_block([&](const Features& block) {
-      fill_features(block, a, x, n, width, features);
-      product<false>(features, block.width(), m.values + block.before * v_width, v_width, n, block.count, v_width,
-                     added_to(out, v_width));
+      fill_features(block, a, turned, padded(n), features);
+      product<true>(features, padded(n), m.values + block.before * v_width, v_width, n, block.count, v_width,
+                    added_to(out, v_width));
     });
   }
 
   // m += the features of x, each row with its values and what stands for its value of 1.
   void write(Moments& m, Factors a, const float* x, Rows values, const float* ones) {
+    const float* turned = turn(x);
     each_block([&](const Features& block) {
-      fill_features(block, a, x, n, width, features);
-      product<true>(features, block.width(), values.data, values.stride, block.count, n, v_width,
-                    added_to(m.values + block.before * v_width, v_width));
+      fill_features(block, a, turned, padded(n), features);
+      product<false>(features, padded(n), values.data, values.stride, block.count, n, v_width,
+                     added_to(m.values + block.before * v_width, v_width));
     });
     for (int32_t r = 0; r < n; ++r) {
       const float weight = ones == nullptr ? 1 : ones[r];
@@ -203,14 +222,20 @@ class MomentChunk {
     if (order == 2) product<true>(x, width, forms, width, dim, n, width, added_to(m.square, width));
   }
 
-  // dx += from the cotangents of what rows read of moments: `d` of values, `ones` of a value of 1.
+  // dx += from the cotangents of what rows read of moments: `d` of values, `ones` of a value of 1. `scratch`: room for
+  // both sides' columns.
   void back(const Moments& m, Factors a, const float* x, Rows d, const float* ones, float* scratch, float* dx) {
+    const int32_t tokens = padded(n);
+    const float* turned = turn(x);
+    float *dx_columns = scratch, *d_columns = scratch + width * tokens;
+    transpose(dx, width, n, width, dx_columns, tokens);
+    transpose(d.data, d.stride, n, v_width, d_columns, tokens);
     each_block([&](const Features& block) {
-      transpose(m.values + block.before * v_width, v_width, block.count, v_width, scratch, block.width());
-      product<false>(d.data, d.stride, scratch, block.width(), n, p.v_head_dim, block.width(),
-                     {features, block.width()});
-      back_features(block, a, x, features, n, width, dx);
+      product<false>(m.values + block.before * v_width, v_width, d_columns, tokens, block.count, p.v_head_dim, tokens,
+                     {features, tokens});
+      back_features(block, a, turned, features, tokens, dx_columns);
     });
+    turn_back(dx_columns, dx);
     if (order == 2) product<false>(x, width, m.square, width, n, dim, width, {forms, width});
     for (int32_t r = 0; r < n; ++r)
       for (int32_t c = 0; c < width; c += kLanes) {
@@ -294,6 +319,23 @@ class MomentChunk {
     });
   }
 
+  // Rows as columns of whole vectors, zeros beyond them; and back.
+  const float* turn(const float* x) {
+    if (x == keys) return columns;
+    transpose(x, width, n, width, turned_, padded(n));
+    return turned_;
+  }
+  void turn_back(const float* from, float* to) const {
+    for (int32_t r = 0; r < n; r += kLanes)
+      for (int32_t d = 0; d < width; d += kLanes) {
+        vf square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = load(from + (d + i) * padded(n) + r);
+        transpose_square(square);
+        for (int32_t i = 0; i < kLanes && r + i < n; ++i) store(to + (r + i) * width + d, square[i]);
+      }
+  }
+
   void rows(const View& view, int32_t head, float factor, float* to) const {
     const Rows mapped = mapped_rows(p, view, batch_, head, token_, n, to);
     for (int32_t r = 0; r < n; ++r)
@@ -301,7 +343,7 @@ class MomentChunk {
         store(to + r * width + d, load(mapped.data + r * mapped.stride + d) * set1(factor));
   }
 
-  float* values_;
+  float *values_, *turned_;
   int32_t batch_ = 0;
   int64_t token_ = 0;
 };
