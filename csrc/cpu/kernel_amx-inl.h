@@ -47,11 +47,12 @@ class AmxForward : public PairForward {
     prepare(any_keys);
   }
   void start() {
-    start_fold({outputs_, now_.max, now_.sum, at_.dv}, at_.bm);
-    in_columns_ = true;
+    start_fold({outputs_, now_.max, now_.sum, 0}, at_.bm);  // outputs: see nothing_yet_
+    in_columns_ = nothing_yet_ = true;
   }
   // Stretches are merged in columns: of few keys each, turning them would cost more than their products.
   void end_stretch() {
+    write_zeros();
     if (any_before_) {
       merge_columns(before_, before_outputs_);
     } else {
@@ -82,6 +83,7 @@ class AmxForward : public PairForward {
     in_columns_ = false;
   }
   int32_t finish() {
+    write_zeros();
     if (any_before_) merge_columns(now_, outputs_);
     any_before_ = false;
     to_rows();
@@ -97,7 +99,9 @@ class AmxForward : public PairForward {
     const bool finite = transpose_values(first, count);
     if (finite && plain(full) && !c_.has_score && !may_skip_ && !thinned() && !c_.code.unnormalized && p_.scale > 0) {
       plain_tile(first, count);
+      nothing_yet_ = false;
     } else {
+      write_zeros();
       changed_tile(first, count, full);
     }
     if (!finite) add_what_is_not_finite(values_of(first, count), full);
@@ -302,7 +306,7 @@ class AmxForward : public PairForward {
                             kTileBytes * at_.dv, kTileBytes * kTileRows};
     const TileMatrix weights{c.weights + static_cast<int64_t>(first) * kTileRows * c.ld, 4 * c.ld, 4 * kTileRows * c.ld,
                              kTileBytes};
-    tile_products(values, at_.dv, weights, lanes, steps, true, outputs_ + lane, at_.bm);
+    tile_products(values, at_.dv, weights, lanes, steps, !nothing_yet_, outputs_ + lane, at_.bm);
   }
 
   // What was before and the stretch, as `merge` has them.
@@ -368,12 +372,17 @@ class AmxForward : public PairForward {
   }
 
   void to_rows() {
+    write_zeros();
     if (in_columns_) transpose_floats(outputs_, at_.dv, ws_ + at_.o, at_.bm);
     in_columns_ = false;
   }
   void to_columns() {
     if (!in_columns_) transpose_floats(ws_ + at_.o, at_.bm, outputs_, at_.dv);
     in_columns_ = true;
+  }
+  void write_zeros() {
+    if (nothing_yet_) __builtin_memset(outputs_, 0, static_cast<size_t>(at_.dv * at_.bm) * sizeof(float));
+    nothing_yet_ = false;
   }
   // Columns of `from`, of which there are `columns`, become rows.
   static void transpose_floats(const float* from, int32_t rows, float* to, int32_t columns) {
@@ -392,6 +401,7 @@ class AmxForward : public PairForward {
   float *outputs_ = ws_ + at_.guarded, *before_outputs_ = ws_ + at_.before_o;  // [channel][query]
   const Bf16* transposed_ = nullptr;  // values of the tile, [32 keys][channel][key]
   bool in_columns_ = false;
+  bool nothing_yet_ = false;  // outputs are 0, but not written: a whole tile writes them at once
 };
 
 // Queries and keys as int8 (kernel_encoded-inl.h), of which a unit is four signed codes.
