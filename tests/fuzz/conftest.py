@@ -19,7 +19,8 @@ BIN = Path(sys.executable).parent
 
 # handle_segv: a crash stays the signal that tests of crashes expect. Leaks: see test_sanitized.py.
 # Asking for more memory than there is is an error to be told, not a report.
-ASAN_OPTIONS = "detect_leaks=0:handle_segv=0:detect_stack_use_after_return=1:allocator_may_return_null=1"
+# No fake frames: GCC 12 aligns them less than it takes them to be, and vectors of 64 bytes crash (its bug 110027).
+ASAN_OPTIONS = "detect_leaks=0:handle_segv=0:detect_stack_use_after_return=0:allocator_may_return_null=1"
 
 
 def build(target: str, kind: str, *options: str) -> Path:
