@@ -1,7 +1,6 @@
 #include "encode.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "run.h"
 
@@ -79,29 +78,24 @@ bool Encoded::encode(Problem& p, const Kernel& kernel, int threads) {
                     tiles[side]};
   }
 
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> no_memory{false};
   const int64_t tasks[] = {n * heads[0], n * heads[1]};
-  on_threads(threads, [&] {
-    float* memory = workspace(encode_floats(p.head_dim) * sizeof(float));
-    if (memory == nullptr) no_memory = true;
-    for (int64_t i; memory != nullptr && (i = next.fetch_add(1)) < tasks[0] + tasks[1];) {
-      const int side = i < tasks[1] ? 1 : 0;  // keys first: they are few heads, and take longer
-      const int64_t task = side == 1 ? i : i - tasks[1];
-      const Codes& c = codes_[side];
-      const auto sequence = static_cast<int32_t>(task / c.heads), head = static_cast<int32_t>(task % c.heads);
-      const Sequence& s = p.sequences[sequence];
-      const int64_t count = length(side, sequence), row = c.row(sequence, count, head, 0);
-      const int64_t tile = c.tiles[sequence] + head * ((count + c.tile - 1) / c.tile);
-      const bool keys = side == 1;
-      kernel.encode({keys ? &p.k : &p.q, p.dtype, s.batch, head, p.head_dim, c.tile, keys ? s.kv_start : s.q_start,
-                     count, c.data + row * stride, stride, c.steps + tile, keys ? c.starts + row : nullptr,
-                     keys && p.encoding.center ? c.means + task * width : nullptr},
-                    memory);
-    }
-  });
+  const bool enough =
+      each_task(tasks[0] + tasks[1], threads, encode_floats(p.head_dim) * sizeof(float), [&](int64_t i, float* memory) {
+        const int side = i < tasks[1] ? 1 : 0;  // keys first: they are few heads, and take longer
+        const int64_t task = side == 1 ? i : i - tasks[1];
+        const Codes& c = codes_[side];
+        const auto sequence = static_cast<int32_t>(task / c.heads), head = static_cast<int32_t>(task % c.heads);
+        const Sequence& s = p.sequences[sequence];
+        const int64_t count = length(side, sequence), row = c.row(sequence, count, head, 0);
+        const int64_t tile = c.tiles[sequence] + head * ((count + c.tile - 1) / c.tile);
+        const bool keys = side == 1;
+        kernel.encode({keys ? &p.k : &p.q, p.dtype, s.batch, head, p.head_dim, c.tile, keys ? s.kv_start : s.q_start,
+                       count, c.data + row * stride, stride, c.steps + tile, keys ? c.starts + row : nullptr,
+                       keys && p.encoding.center ? c.means + task * width : nullptr},
+                      memory);
+      });
   p.codes = codes_;
-  return !no_memory;
+  return enough;
 }
 
 void Encoded::decode(Problem& p) {

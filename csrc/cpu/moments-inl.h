@@ -222,20 +222,18 @@ class MomentChunk {
     if (order == 2) product<true>(x, width, forms, width, dim, n, width, added_to(m.square, width));
   }
 
-  // dx += from the cotangents of what rows read of moments: `d` of values, `ones` of a value of 1. `scratch`: room for
-  // both sides' columns.
-  void back(const Moments& m, Factors a, const float* x, Rows d, const float* ones, float* scratch, float* dx) {
+  // dx, from the cotangents of what rows read of moments: `d` of values, as columns, `ones` of a value of 1. `scratch`:
+  // room for the columns of dx.
+  void back(const Moments& m, Factors a, const float* x, const float* d, const float* ones, float* scratch, float* dx) {
     const int32_t tokens = padded(n);
     const float* turned = turn(x);
-    float *dx_columns = scratch, *d_columns = scratch + width * tokens;
-    transpose(dx, width, n, width, dx_columns, tokens);
-    transpose(d.data, d.stride, n, v_width, d_columns, tokens);
+    for (int32_t i = 0; i < width * tokens; ++i) scratch[i] = 0;
     each_block([&](const Features& block) {
-      product<false>(m.values + block.before * v_width, v_width, d_columns, tokens, block.count, p.v_head_dim, tokens,
+      product<false>(m.values + block.before * v_width, v_width, d, tokens, block.count, p.v_head_dim, tokens,
                      {features, tokens});
-      back_features(block, a, turned, features, tokens, dx_columns);
+      back_features(block, a, turned, features, tokens, scratch);
     });
-    turn_back(dx_columns, dx);
+    transpose(scratch, tokens, width, tokens, dx, width);
     if (order == 2) product<false>(x, width, m.square, width, n, dim, width, {forms, width});
     for (int32_t r = 0; r < n; ++r)
       for (int32_t c = 0; c < width; c += kLanes) {
@@ -319,21 +317,11 @@ class MomentChunk {
     });
   }
 
-  // Rows as columns of whole vectors, zeros beyond them; and back.
+  // Rows as columns of whole vectors, zeros beyond them.
   const float* turn(const float* x) {
     if (x == keys) return columns;
     transpose(x, width, n, width, turned_, padded(n));
     return turned_;
-  }
-  void turn_back(const float* from, float* to) const {
-    for (int32_t r = 0; r < n; r += kLanes)
-      for (int32_t d = 0; d < width; d += kLanes) {
-        vf square[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) square[i] = load(from + (d + i) * padded(n) + r);
-        transpose_square(square);
-        for (int32_t i = 0; i < kLanes && r + i < n; ++i) store(to + (r + i) * width + d, square[i]);
-      }
   }
 
   void rows(const View& view, int32_t head, float factor, float* to) const {

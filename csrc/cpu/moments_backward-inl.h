@@ -13,7 +13,8 @@ class MomentBackward {
         dx_(arena.take(int64_t{chunk_.stride} * chunk_.width)),
         d_pairs_(arena.take(int64_t{chunk_.stride} * chunk_.stride)),
         slopes_(arena.take(int64_t{chunk_.stride} * chunk_.stride)),
-        scratch_(arena.take(int64_t{chunk_.stride} * (chunk_.width + chunk_.v_width))),
+        dx_columns_(arena.take(int64_t{chunk_.stride} * chunk_.width)),
+        do_columns_(arena.take(int64_t{chunk_.v_width} * chunk_.stride)),
         v_columns_(arena.take(int64_t{chunk_.v_width} * chunk_.stride)),
         raw_(arena.take(int64_t{chunk_.stride} * chunk_.width)),
         factors_(arena.take(longest(p) * p.readers())),
@@ -55,7 +56,7 @@ class MomentBackward {
   const Recurrence& p;
   MomentChunk chunk_;
   Moments moments_, d_moments_;
-  float *do_, *dv_, *dx_, *d_pairs_, *slopes_, *scratch_, *v_columns_, *raw_, *factors_, *weights_;
+  float *do_, *dv_, *dx_, *d_pairs_, *slopes_, *dx_columns_, *do_columns_, *v_columns_, *raw_, *factors_, *weights_;
   size_t bytes_;
   const RecurGradients* g_ = nullptr;
   const Stretch* of_ = nullptr;
@@ -128,8 +129,8 @@ class MomentBackward {
         weights(reader)[r] = sum;
       }
     });
-    for (int32_t i = 0; i < c.n * c.width; ++i) dx_[i] = 0;
-    c.back(moments_, c.reads, c.queries, {do_, c.v_width}, weights(reader), scratch_, dx_);
+    transpose(do_, c.v_width, c.n, c.v_width, do_columns_, padded(c.n));
+    c.back(moments_, c.reads, c.queries, do_columns_, weights(reader), dx_columns_, dx_);
     if (p.causal) {
       back_pairs(reader);
       product<false>(d_pairs_, c.stride, c.keys, c.width, c.n, c.n, c.width, added_to(dx_, c.width),
@@ -151,9 +152,8 @@ class MomentBackward {
   void back_keys() {
     MomentChunk& c = chunk_;
     for (int32_t i = 0; i < c.n * c.v_width; ++i) dv_[i] = 0;
-    for (int32_t i = 0; i < c.n * c.width; ++i) dx_[i] = 0;
     c.read(d_moments_, kPlain, c.keys, dv_);
-    c.back(d_moments_, kPlain, c.keys, c.v, nullptr, scratch_, dx_);
+    c.back(d_moments_, kPlain, c.keys, v_columns_, nullptr, dx_columns_, dx_);
     if (p.causal)
       each_reader([&](int32_t reader) {
         write_queries(reader);
