@@ -8,6 +8,7 @@
 #include <new>
 
 #include "blocks.h"
+#include "buffer_gradients.h"
 #include "gather.h"
 #include "run.h"
 
@@ -35,20 +36,6 @@ struct Structure {
   // Of queries that are gathered.
   Choosers choosers = {};
   std::vector<std::vector<GatheredTile>> gathered = {};  // by block of keys
-};
-
-// Who adds to the gradient of a captured tensor, and when.
-struct BufferPlan {
-  enum Way : uint8_t {
-    none,
-    alone,    // each element belongs to one tile: whenever it likes
-    by_turn,  // to one row of tiles: in their order, as for dq
-    by_pair,  // to the tiles at one place, of several heads or sequences: task after task
-    apart,    // to any: each task by itself, and then all in order
-  };
-  Way way = none;
-  int64_t stride[kMaxArgs];
-  int64_t elements = 1;
 };
 
 // The edge of a mask leaves part of the blocks of keys empty that it crosses: none is more than an eighth of n keys, or
@@ -103,7 +90,8 @@ class Pass {
               map != nullptr},
         map_(map),
         carries_(carried != nullptr),
-        even_(program.loads.empty() && !carries_ && map == nullptr) {
+        even_(program.loads.empty() && !carries_ && map == nullptr),
+        buffers_(program, p, g) {
     if (carried != nullptr) {
       carried_ = *carried;
       carried_.pairs = call_;
@@ -125,12 +113,11 @@ class Pass {
         structures_.push_back({static_cast<int32_t>(i), head + h, by_head ? 1 : heads});
       first_structure_[i + 1] = structures_.size();
     }
-    plan_buffers();
     threads_ = static_cast<int>(std::min<int64_t>(worth(config.threads, flops), first_task_.back()));
     const auto blocks = static_cast<size_t>(first_block_.back());
     rows_.resize(blocks);
     turn_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
-    if (by_pair_ || map != nullptr)
+    if (buffers_.by_pair() || map != nullptr)
       progress_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(first_task_.back()));
     statistics_.reset(new float[2 * blocks * static_cast<size_t>(fit_.tile_q)]);
     for (size_t i = 0; i < blocks; ++i) {
@@ -245,37 +232,6 @@ class Pass {
         for (const KeyRange& keys : plan.plan(task))
           structure.gathered[static_cast<size_t>(column)].push_back({task.listed, task.q_count, keys});
       }
-    }
-  }
-
-  void plan_buffers() {
-    buffers_.resize(static_cast<size_t>(p_.num_buffers));
-    std::vector<int> count(buffers_.size(), 0);
-    for (const LoadSlope& load : program_.loads) {
-      const Instruction& in = program_.code[static_cast<size_t>(load.load)];
-      const auto b = static_cast<size_t>(in.attr);
-      const Buffer& buffer = p_.buffers[b];
-      if (count[b]++ == 0)
-        for (int32_t d = buffer.rank; d-- > 0; buffers_[b].elements *= buffer.size[d])
-          buffers_[b].stride[d] = buffers_[b].elements;
-      const auto has = [&](Op op) {
-        return std::any_of(in.args, in.args + in.nargs,
-                           [&](int32_t a) { return program_.code[static_cast<size_t>(a)].op == op; });
-      };
-      // Tokens may meet in several groups.
-      const bool one_head =
-          p_.groups == nullptr && (has(Op::var_b) || p_.num_sequences == 1) && (has(Op::var_h) || p_.num_heads == 1);
-      const bool query = has(Op::var_q_idx), pair = query && has(Op::var_kv_idx);
-      buffers_[b].way = count[b] > 1                   ? BufferPlan::apart
-                        : pair && one_head             ? BufferPlan::alone
-                        : query && one_head            ? BufferPlan::by_turn
-                        : pair && p_.groups == nullptr ? BufferPlan::by_pair
-                                                       : BufferPlan::apart;
-    }
-    for (const BufferPlan& b : buffers_) {
-      by_turn_ |= b.way == BufferPlan::by_turn;
-      by_pair_ |= b.way == BufferPlan::by_pair;
-      apart_ |= b.way == BufferPlan::apart;
     }
   }
 
@@ -403,8 +359,8 @@ class Pass {
 
   static void order(void* state, const BackwardTile& tile) {
     const Walk& walk = *static_cast<Walk*>(state);
-    if (walk.pass->by_turn_) wait(state, tile);
-    if (walk.pass->by_pair_ && walk.before >= 0) {
+    if (walk.pass->buffers_.by_turn()) wait(state, tile);
+    if (walk.pass->buffers_.by_pair() && walk.before >= 0) {
       const auto task = static_cast<size_t>(walk.before);
       const int64_t needed = walk.pass->position(task, walk.pass->group() - 1, tile.queries.last_query());
       until([&] { return walk.pass->progress_[task].load(std::memory_order_acquire) >= needed; });
@@ -454,49 +410,10 @@ class Pass {
     return -1;
   }
 
-  // This thread's own part of gradients, and where they are added to.
-  struct Parts {
-    std::vector<std::vector<float>> apart;  // of each buffer
-    std::vector<LoadTarget> targets;        // of each load
-  };
-
-  Parts make_parts() const {
-    Parts parts;
-    parts.apart.resize(buffers_.size());
-    for (const LoadSlope& load : program_.loads) {
-      const auto b = static_cast<size_t>(program_.code[static_cast<size_t>(load.load)].attr);
-      LoadTarget target{g_.buffers[b], {}, INT64_MAX, 0};
-      std::copy(buffers_[b].stride, buffers_[b].stride + kMaxArgs, target.stride);
-      if (buffers_[b].way == BufferPlan::apart) {
-        parts.apart[b].resize(static_cast<size_t>(buffers_[b].elements));
-        target.data = parts.apart[b].data();
-      }
-      parts.targets.push_back(target);
-    }
-    return parts;
-  }
-
-  // Adds what a task has collected apart, after all tasks before it.
-  void merge(Parts& parts, int64_t task) {
-    until([&] { return merged_.load(std::memory_order_acquire) == task; });
-    for (size_t i = 0; i < parts.targets.size(); ++i) {
-      LoadTarget& target = parts.targets[i];
-      const auto b = static_cast<size_t>(program_.code[static_cast<size_t>(program_.loads[i].load)].attr);
-      if (buffers_[b].way == BufferPlan::apart)
-        for (int64_t e = target.first; e < target.end; ++e) {
-          g_.buffers[b][e] += target.data[e];
-          target.data[e] = 0;
-        }
-      target.first = INT64_MAX;
-      target.end = 0;
-    }
-    merged_.store(task + 1, std::memory_order_release);
-  }
-
   void tasks() {
     float* memory = workspace(carries_ ? kernel_.carry.backward_bytes(carried_) : kernel_.backward_bytes(call_));
     if (memory == nullptr) throw std::bad_alloc();
-    Parts parts = make_parts();
+    BufferGradients::Parts parts = buffers_.parts();
     std::vector<float> statistics(map_ == nullptr ? 0 : 2 * static_cast<size_t>(call_.tile_q));
     const RowBlock gathered{statistics.data(), statistics.data() + statistics.size() / 2, false, true};
     // Nothing below allocates: a task that stopped half-way would be waited for.
@@ -509,7 +426,7 @@ class Pass {
                               first_head(sequence) / group() + static_cast<int32_t>(in_sequence / kv_blocks(s)), first,
                               static_cast<int32_t>(std::min<int64_t>(tile_kv(s), s.kv_len - first)),
                               parts.targets.data()};
-      Walk walk{this, &task,    i, by_pair_ ? task_before(i, sequence, column) : -1, task.kv_head * group(),
+      Walk walk{this, &task,    i, buffers_.by_pair() ? task_before(i, sequence, column) : -1, task.kv_head * group(),
                 -1,   gathered, 0};
       const Tiles tiles{&walk, next_tile, order, wait, done};
       const int32_t bad = carries_
@@ -518,7 +435,7 @@ class Pass {
                               : kernel_.backward(call_, task, tiles, memory);
       if (bad >= 0) bad_load_ = bad;
       if (progress_) progress_[static_cast<size_t>(i)].store(INT64_MAX, std::memory_order_release);
-      if (apart_) merge(parts, i);
+      buffers_.merge(parts, i);
     }
   }
 
@@ -535,6 +452,7 @@ class Pass {
   const ChosenMap* const map_;
   const bool carries_;
   const bool even_;  // blocks of keys: see tile_kv
+  BufferGradients buffers_;
   CarriedBackwardCall carried_{};
   int threads_ = 1;
   std::vector<int64_t> first_block_, first_task_;  // of each sequence: blocks of queries by head, tasks
@@ -544,10 +462,8 @@ class Pass {
   std::unique_ptr<float[]> statistics_;
   std::unique_ptr<std::atomic<int32_t>[]> turn_;  // of each block of queries: tiles that are done
   std::unique_ptr<std::atomic<int64_t>[]> progress_;  // of each task: the position of its last tile
-  std::vector<BufferPlan> buffers_;
-  bool by_turn_ = false, by_pair_ = false, apart_ = false;  // whether some buffer is
   std::atomic<int64_t> next_row_{0}, next_structure_{0}, next_task_{0};
-  std::atomic<int64_t> looked_at_{0}, merged_{0};  // rows and structures, tasks
+  std::atomic<int64_t> looked_at_{0};  // rows and structures
   std::atomic<int32_t> bad_load_{-1};
   std::atomic<bool> no_memory_{false};
 };
