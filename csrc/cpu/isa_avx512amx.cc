@@ -27,6 +27,7 @@ Kernel with_tile_registers(const Kernel& dots) {
   found.name = "avx512amx";
   found.run = run_on_tiles;
   found.gather = gather_on_tiles;
+  found.carry.select = select_on_tiles;
   found.backward_bytes = backward_bytes_on_tiles;
   found.backward = backward_on_tiles;
   return found;

@@ -97,7 +97,7 @@ class AmxForward : public PairForward {
     }
     to_columns();
     const bool finite = transpose_values(first, count);
-    if (finite && plain(full) && !c_.has_score && !may_skip_ && !thinned() && !c_.code.unnormalized && p_.scale > 0) {
+    if (finite && plain(full) && !may_skip_ && !thinned() && !c_.code.unnormalized && p_.scale > 0) {
       plain_tile(first, count);
       nothing_yet_ = false;
     } else {
@@ -162,9 +162,18 @@ class AmxForward : public PairForward {
                         lanes, steps, false, c.s + static_cast<int64_t>(n) * c.ld, c.ld);
   }
 
-  // A tile that nothing changes.
+  // A tile that nothing changes, but for what is carried onto its keys.
   virtual void plain_tile(int64_t first, int32_t count) {
     const Lines keys = key_rows(first, count);
+    if (c_.has_score)
+      return with_less(PairDot{p_.scale}, first, [&](const auto& dot) {
+        float* largest = start_largest(true);
+        each_column(count, 1, [&](const Column& column, int32_t lane, int32_t lanes) {
+          for (int32_t v = 0; v < lanes; v += kLanes) fetch_less(lane + v);
+          multiply_keys<TilePairs>(keys, column, lane, lanes, {0, count});
+          finish_scores(dot, column, lane, lanes, count, nullptr, largest);
+        });
+      });
     each_column(count, p_.scale, [&](const Column& column, int32_t lane, int32_t lanes) {
       multiply_keys<TilePairs>(keys, column, lane, lanes, {0, count});
       for (int32_t v = 0; v < lanes; v += kLanes) {
@@ -475,4 +484,11 @@ int32_t run_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_
 int32_t gather_on_tiles(const Call& c, const Task& t, const Pieces& pieces, float* workspace) {
   const bool tiles = c.problem->dtype == DType::bf16 && AmxForward::takes(c);
   return (tiles ? gather<AmxForward> : dot_products().gather)(c, t, pieces, workspace);
+}
+
+int32_t select_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
+                        float* workspace) {
+  const Problem& p = *c.problem;
+  const bool tiles = p.dtype == DType::bf16 && p.stores == nullptr && !has_few_queries(p, t) && AmxForward::takes(c);
+  return (tiles ? select_keys<AmxForward> : dot_products().carry.select)(c, t, ranges, num_ranges, sums, workspace);
 }

@@ -13,6 +13,7 @@
 #include "fold-inl.h"
 #include "dropout-inl.h"
 #include "kept-inl.h"
+#include "layout-inl.h"
 #include "kernel-inl.h"
 #include "kernel_float-inl.h"
 #include "code_decode-inl.h"

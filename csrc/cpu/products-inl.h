@@ -56,6 +56,12 @@ struct LessDot : Dot {
   ATTNKIT_INLINE LessDot at(int32_t key, int32_t lane) const {
     return {Dot::at(key, lane), less + key * ld + lane, ld};
   }
+  // It is needed when the product is done, and would be waited for.
+  ATTNKIT_INLINE vf start(int32_t key) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < kQueryVecs; ++v) __builtin_prefetch(less + key * ld + v * kLanes);
+    return Dot::start(key);
+  }
   ATTNKIT_INLINE vf finish(vf sum, int32_t key, int v, bool first) const {
     sum = Dot::finish(sum, key, v, first);
     return first ? sum - load(less + key * ld + v * kLanes) : sum;
