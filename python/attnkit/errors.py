@@ -112,7 +112,11 @@ CODES: dict[str, Code] = {
         "Python needs the value of a traced number, and it has none yet",
         "use torch.where(cond, a, b) for if, and & | ~ for and, or, not",
     ),
-    "AK302": Code(_MISSING, "torch function or method is not supported in score and mask"),
+    "AK302": Code(
+        _MISSING,
+        "torch function or method is not supported in score and mask",
+        "write it with the operators of docs/ir.md, or compute a table of it outside and index that: table[kv_idx]",
+    ),
     "AK303": Code(
         _TYPE, "captured tensor has an unsupported dtype", "convert it once, outside: x.float(), x.int()"
     ),
@@ -152,8 +156,8 @@ CODES: dict[str, Code] = {
         'load the model with attn_implementation="sdpa" and call it inside attnkit.installed()',
     ),
     # capability
-    "AK501": Code(_MISSING, "backend is not available here"),
-    "AK502": Code(_MISSING, "no backend supports this problem"),
+    "AK501": Code(_MISSING, "backend is not available here", "`attnkit doctor` says what there is"),
+    "AK502": Code(_MISSING, "no backend supports this problem", "ak.explain says what each backend lacks"),
     "AK503": Code(_MISSING, "gradients are not supported here", "call it under torch.no_grad()"),
     "AK504": Code(_MISSING, "not supported yet"),
     "AK505": Code(
