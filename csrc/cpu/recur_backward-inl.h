@@ -172,13 +172,15 @@ class RecurBackward {
         if (chunk_.decays)
           store(norm_of(d_state_) + d, load(norm_of(d_state_) + d) *
                                            (chunk_.in_channels() ? load(chunk_.e.total + d) : set1(*chunk_.e.total)));
-    for (int32_t r = 0; r < n * width_; ++r) dk_[r] = 0;
+    const bool apart = chunk_.delta || p.bonus != nullptr;  // keys are not only written
+    for (int32_t r = 0; apart && r < n * width_; ++r) dk_[r] = 0;
     for (int32_t r = 0; r < n * chunk_.gate_width; ++r) reads_[r] = 0;
     for (int32_t reader = 0; reader < p.readers(); ++reader)
       back_reader(head_ * p.readers() + reader, s, reader == 0 ? chunk_.total() : &kOne,
                   reader == 0 ? chunk_.total_step() : 0);
     if (chunk_.delta) back_delta();
     if (g_->d_gate != nullptr) write_gates();
+    for (int32_t i = 0; apart && i < n * width_; i += kLanes) store(written_ + i, load(written_ + i) + load(dk_ + i));
     write_keys();
     write_values(du_);
   }
@@ -195,7 +197,6 @@ class RecurBackward {
     }
     transpose(d_state_, v_width_, p.head_dim, v_width_, d_columns_, width_);
     to_writers();
-    for (int32_t r = 0; r < chunk_.n * width_; ++r) dk_[r] = 0;
     write_keys();
     write_values(du_);
   }
@@ -398,8 +399,7 @@ class RecurBackward {
   Stretch tokens() const { return {chunk_.batch, chunk_.token, chunk_.n}; }
 
   void write_keys() {
-    for (int32_t i = 0; i < chunk_.n * width_; i += kLanes) store(dk_ + i, load(dk_ + i) + load(written_ + i));
-    write_rows(p, tokens(), p.k, head_ / (p.heads / p.k_heads), g_->dk, head_, g_->dk_dtype, dk_, queries_);
+    write_rows(p, tokens(), p.k, head_ / (p.heads / p.k_heads), g_->dk, head_, g_->dk_dtype, written_, queries_);
   }
 
   void write_values(const float* dv) {
