@@ -60,7 +60,7 @@ wheel: dev ## Build a wheel into dist/
 clean: ## Remove what the other targets made
 	rm -rf .venv build dist out .*_cache .hypothesis .benchmarks
 
-# The engine compiles while the packages beside it are installed: a quarter of the wait.
+# The engine compiles while the packages beside it are installed.
 MAKEFLAGS += --jobs=2
 
 .venv/.tools: pyproject.toml constraints-dev.txt
