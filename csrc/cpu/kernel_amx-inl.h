@@ -488,7 +488,6 @@ int32_t gather_on_tiles(const Call& c, const Task& t, const Pieces& pieces, floa
 
 int32_t select_on_tiles(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
                         float* workspace) {
-  const Problem& p = *c.problem;
-  const bool tiles = p.dtype == DType::bf16 && p.stores == nullptr && !has_few_queries(p, t) && AmxForward::takes(c);
+  const bool tiles = selects_pairs(*c.problem, t) && AmxForward::takes(c);
   return (tiles ? select_keys<AmxForward> : dot_products().carry.select)(c, t, ranges, num_ranges, sums, workspace);
 }

@@ -238,6 +238,11 @@ inline int64_t queries_of_key(const Problem& p, const Task& t) {
 // They are bound by memory.
 inline bool has_few_queries(const Problem& p, const Task& t) { return queries_of_key(p, t) <= kFewLanes; }
 
+// Whether what heads select is multiplied as pairs.
+inline bool selects_pairs(const Problem& p, const Task& t) {
+  return p.dtype == DType::bf16 && p.stores == nullptr && !has_few_queries(p, t);
+}
+
 // Queries of bfloat16, over a cache of no more bits: codes lose less when they are rounded than when they were made.
 inline bool multiplies_pairs(const Problem& p) {
   const auto rounds = [](const Store& s) { return s.codec != Codec::plain || s.dtype == DType::bf16; };

@@ -53,7 +53,6 @@ int32_t gather_by_dtype(const Call& c, const Task& t, const Pieces& pieces, floa
 // What heads select, as `run_by_dtype` has it.
 int32_t select_by_dtype(const Call& c, const Task& t, const KeyRange* ranges, size_t num_ranges, float* sums,
                         float* workspace) {
-  const Problem& p = *c.problem;
-  const bool pairs = p.dtype == DType::bf16 && p.stores == nullptr && !has_few_queries(p, t);
-  return (pairs ? select_keys<PairForward> : kAvx512Kernel.carry.select)(c, t, ranges, num_ranges, sums, workspace);
+  const auto select = selects_pairs(*c.problem, t) ? select_keys<PairForward> : kAvx512Kernel.carry.select;
+  return select(c, t, ranges, num_ranges, sums, workspace);
 }
