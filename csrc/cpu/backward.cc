@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <optional>
 
 #include "blocks.h"
 #include "buffer_gradients.h"
@@ -20,6 +21,8 @@ struct RowRange {
   KeyRange keys;
   int32_t turn;
 };
+
+constexpr int32_t kUnseen = -2, kBeingSeen = -1;  // of a block of queries, before its turns
 
 // Queries that chose a block of keys, and those of its keys that they see.
 struct GatheredTile {
@@ -113,10 +116,14 @@ class Pass {
         structures_.push_back({static_cast<int32_t>(i), head + h, by_head ? 1 : heads});
       first_structure_[i + 1] = structures_.size();
     }
-    threads_ = static_cast<int>(std::min<int64_t>(worth(config.threads, flops), first_task_.back()));
+    threads_ = static_cast<int>(std::clamp<int64_t>(first_task_.back(), 1, worth(config.threads, flops)));
+    row_deal_.emplace(first_block_.back(), threads_);
+    task_deal_.emplace(first_task_.back(), buffers_.in_order() ? 1 : threads_,
+                       [this](int64_t i) { return first_of_head(i); });
     const auto blocks = static_cast<size_t>(first_block_.back());
     rows_.resize(blocks);
     turn_ = std::make_unique<std::atomic<int32_t>[]>(blocks);
+    std::fill_n(turn_.get(), blocks, kUnseen);
     if (buffers_.by_pair() || map != nullptr)
       progress_ = std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(first_task_.back()));
     statistics_.reset(new float[2 * blocks * static_cast<size_t>(fit_.tile_q)]);
@@ -127,13 +134,13 @@ class Pass {
   }
 
   Status run() {
-    on_threads(threads_, [this] {
+    on_threads(threads_, [this](int thread) {
       try {  // no exception may leave a parallel region
-        look_at_rows();
         look_at_structures();
-        const int64_t all = first_block_.back() + static_cast<int64_t>(structures_.size());
+        const auto all = static_cast<int64_t>(structures_.size());
         until([&] { return looked_at_.load(std::memory_order_acquire) == all || no_memory_; });
-        if (!no_memory_) tasks();
+        if (!no_memory_) tasks(thread);
+        for (int64_t block; (block = row_deal_->take(thread)) >= 0;) rows_of(block);  // that no tile has
       } catch (const std::bad_alloc&) {
         no_memory_ = true;
       }
@@ -157,9 +164,6 @@ class Pass {
     return std::min(even_block(s.kv_len, most), call_.tile_kv);
   }
 
-  // The number of the next block of queries, structure or task that nobody has begun.
-  static int64_t take(std::atomic<int64_t>& next) { return next.fetch_add(1, std::memory_order_relaxed); }
-
   static size_t owner(const std::vector<int64_t>& first, int64_t i) {
     return static_cast<size_t>(std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1);
   }
@@ -171,25 +175,30 @@ class Pass {
             static_cast<int32_t>(std::min<int64_t>(call_.tile_q, s.q_len - first))};
   }
 
-  void look_at_rows() {
-    const int64_t blocks = first_block_.back();
-    for (int64_t i; (i = take(next_row_)) < blocks;) {
-      const size_t sequence = owner(first_block_, i);
-      const int64_t in_sequence = i - first_block_[sequence], per_head = q_blocks(p_.sequences[sequence]);
+  // What tasks need to know of a block of queries. The first to ask looks: it is then in this thread's cache.
+  const RowBlock& rows_of(int64_t block) {
+    RowBlock& rows = rows_[static_cast<size_t>(block)];
+    std::atomic<int32_t>& turn = turn_[static_cast<size_t>(block)];
+    if (turn.load(std::memory_order_acquire) >= 0) return rows;
+    if (int32_t unseen = kUnseen; turn.compare_exchange_strong(unseen, kBeingSeen, std::memory_order_relaxed)) {
+      const size_t sequence = owner(first_block_, block);
+      const int64_t in_sequence = block - first_block_[sequence], per_head = q_blocks(p_.sequences[sequence]);
       const int32_t head = first_head(sequence) + static_cast<int32_t>(in_sequence / per_head);
-      const Task task = queries_of(sequence, head, in_sequence % per_head);
-      kernel_.backward_rows(call_, task, rows_[static_cast<size_t>(i)]);
-      looked_at_.fetch_add(1, std::memory_order_release);
+      kernel_.backward_rows(call_, queries_of(sequence, head, in_sequence % per_head), rows);
+      turn.store(0, std::memory_order_release);
     }
+    until([&] { return turn.load(std::memory_order_acquire) >= 0; });
+    return rows;
   }
 
   void look_at_structures() {
     const auto count = static_cast<int64_t>(structures_.size());
-    int64_t i = take(next_structure_);
+    const auto take = [this] { return next_structure_.fetch_add(1, std::memory_order_relaxed); };
+    int64_t i = take();
     if (i >= count) return;
     Call planned = planned_;
     RowPlan plan(program_, p_, planned, analysis_, facts_);
-    for (; i < count; i = take(next_structure_), looked_at_.fetch_add(1, std::memory_order_release)) {
+    for (; i < count; i = take(), looked_at_.fetch_add(1, std::memory_order_release)) {
       Structure& structure = structures_[static_cast<size_t>(i)];
       const auto sequence = static_cast<size_t>(structure.sequence);
       const Sequence& s = p_.sequences[sequence];
@@ -309,7 +318,7 @@ class Pass {
       gathered.dead = false;
       gathered.finite = true;
       for (int32_t m = 0; m < from.count; ++m) {
-        const RowBlock& block = pass->rows_[static_cast<size_t>(first + from.queries[m] / tile_q)];
+        const RowBlock& block = pass->rows_of(first + from.queries[m] / tile_q);
         gathered.lse[m] = block.lse[from.queries[m] % tile_q];
         gathered.delta[m] = block.delta[from.queries[m] % tile_q];
         gathered.dead |= gathered.lse[m] == kInf;
@@ -323,7 +332,7 @@ class Pass {
       tile.queries = pass->queries_of(sequence, of_head, at);
       tile.block = pass->first_block_[sequence] +
                    (of_head - pass->first_head(sequence)) * pass->q_blocks(pass->p_.sequences[sequence]) + at;
-      tile.rows = pass->rows_[static_cast<size_t>(tile.block)];
+      tile.rows = pass->rows_of(tile.block);
     }
 
     bool find(const std::vector<RowRange>& row_ranges, BackwardTile& tile) const {
@@ -349,7 +358,8 @@ class Pass {
 
   static bool next_tile(void* walk, BackwardTile* tile) { return static_cast<Walk*>(walk)->next(*tile); }
 
-  // Tasks are taken in order, so the first one that is not finished never waits: there is no deadlock.
+  // A run of tasks is taken in order, by its own thread before any other's, and what a task waits for is before it in
+  // its run: the first one that is not finished never waits. There is no deadlock.
   static void wait(void* state, const BackwardTile& tile) {
     Walk& walk = *static_cast<Walk*>(state);
     if (walk.pass->map_ != nullptr) return walk.pass->wait_for_keys_before(walk, tile);
@@ -410,14 +420,21 @@ class Pass {
     return -1;
   }
 
-  void tasks() {
+  // The first task of the head of task i, or of its sequence where heads carry from one to another.
+  int64_t first_of_head(int64_t i) const {
+    const size_t sequence = owner(first_task_, i);
+    const int64_t blocks = kv_blocks(p_.sequences[sequence]);
+    return first_task_[sequence] + (i - first_task_[sequence]) / blocks * blocks;
+  }
+
+  void tasks(int thread) {
     float* memory = workspace(carries_ ? kernel_.carry.backward_bytes(carried_) : kernel_.backward_bytes(call_));
     if (memory == nullptr) throw std::bad_alloc();
     BufferGradients::Parts parts = buffers_.parts();
     std::vector<float> statistics(map_ == nullptr ? 0 : 2 * static_cast<size_t>(call_.tile_q));
     const RowBlock gathered{statistics.data(), statistics.data() + statistics.size() / 2, false, true};
     // Nothing below allocates: a task that stopped half-way would be waited for.
-    for (int64_t i; (i = take(next_task_)) < first_task_.back();) {
+    for (int64_t i; (i = task_deal_->take(thread)) >= 0;) {
       const size_t sequence = owner(first_task_, i);
       const Sequence& s = p_.sequences[sequence];
       const int64_t in_sequence = i - first_task_[sequence], column = in_sequence % kv_blocks(s);
@@ -460,10 +477,12 @@ class Pass {
   std::vector<Structure> structures_;
   std::vector<RowBlock> rows_;
   std::unique_ptr<float[]> statistics_;
-  std::unique_ptr<std::atomic<int32_t>[]> turn_;  // of each block of queries: tiles that are done
+  std::unique_ptr<std::atomic<int32_t>[]>
+      turn_;  // of each block of queries: tiles that are done, or how far it is seen
   std::unique_ptr<std::atomic<int64_t>[]> progress_;  // of each task: the position of its last tile
-  std::atomic<int64_t> next_row_{0}, next_structure_{0}, next_task_{0};
-  std::atomic<int64_t> looked_at_{0};  // rows and structures
+  std::optional<Deal> row_deal_, task_deal_;
+  std::atomic<int64_t> next_structure_{0};
+  std::atomic<int64_t> looked_at_{0};  // structures
   std::atomic<int32_t> bad_load_{-1};
   std::atomic<bool> no_memory_{false};
 };

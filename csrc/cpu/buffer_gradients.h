@@ -25,9 +25,10 @@ class BufferGradients {
     }
   }
 
-  // Whether some tensor is added to by turn, by pair.
+  // Whether some tensor is added to by turn, by pair; task after task, whatever head they are of.
   bool by_turn() const { return some(Way::by_turn); }
   bool by_pair() const { return some(Way::by_pair); }
+  bool in_order() const { return by_pair() || some(Way::apart); }
 
   // A thread's own part of gradients, and where they are added to.
   struct Parts {

@@ -49,20 +49,21 @@ void until(Ready ready) {
 // stay, and spin against each other, until the kernel looks at its next tick or some ticks later. It may go back.
 void leave(int core);
 
-// Lets `work`, which throws nothing, run on so many threads, this one among them.
+// Lets work(thread), which throws nothing, run on so many threads, this one among them.
 template <class Work>
 void on_threads(int threads, const Work& work) {
-  if (threads <= 1) return work();
+  if (threads <= 1) return work(0);
   std::atomic<int> done{0};
   const int core = sched_getcpu();
 #pragma omp parallel num_threads(threads)
   {
-    if (omp_get_thread_num() != 0 && sched_getcpu() == core) leave(core);
-    work();
+    const int thread = omp_get_thread_num();
+    if (thread != 0 && sched_getcpu() == core) leave(core);
+    work(thread);
     // A thread that sleeps is often woken on the core of this one. The barrier would spin there for milliseconds and
     // keep it from running: until all are done, this one offers it the core.
     done.fetch_add(1, std::memory_order_release);
-    if (omp_get_thread_num() == 0) until([&] { return done.load(std::memory_order_acquire) == omp_get_num_threads(); });
+    if (thread == 0) until([&] { return done.load(std::memory_order_acquire) == omp_get_num_threads(); });
   }
 }
 
@@ -70,11 +71,11 @@ void on_threads(int threads, const Work& work) {
 template <class Work>
 bool on_threads_with_memory(int threads, size_t bytes, const Work& work) {
   std::atomic<bool> enough{true};
-  on_threads(threads, [&] {
+  on_threads(threads, [&](int thread) {
     try {  // no exception may leave a parallel region
       float* memory = bytes == 0 ? nullptr : workspace(bytes);
       if (bytes != 0 && memory == nullptr) throw std::bad_alloc();
-      work(threads > 1 ? omp_get_thread_num() : 0, memory);
+      work(thread, memory);
     } catch (const std::bad_alloc&) {
       enough = false;
     }
@@ -90,11 +91,16 @@ Status run_schedule(const Program& program, const Problem& p, const Call& call, 
 // and the same run at every call of the same sizes; then what others have not got to.
 class Deal {
  public:
-  Deal(int64_t tasks, int threads) : runs_(static_cast<size_t>(threads)) {
-    for (int t = 0; t < threads; ++t) {
+  Deal(int64_t tasks, int threads) : Deal(tasks, threads, [](int64_t i) { return i; }) {}
+
+  // Runs begin at start(i), which is the first of the tasks that have to be in one run with task i.
+  template <class Start>
+  Deal(int64_t tasks, int threads, Start start) : runs_(static_cast<size_t>(threads)) {
+    int64_t end = tasks;
+    for (int64_t t = threads; t-- > 0;) {
       Run& run = runs_[static_cast<size_t>(t)];
-      run.next = tasks * t / threads;
-      run.end = tasks * (t + 1) / threads;
+      run.end = end;
+      run.next = end = t == 0 || tasks == 0 ? 0 : start(tasks * t / threads);
     }
   }
 
