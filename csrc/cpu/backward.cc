@@ -56,17 +56,17 @@ int32_t even_block(int64_t n, int32_t most) {
   return static_cast<int32_t>(std::min<int64_t>(blocks_of(std::max<int64_t>(even, 1), kStrip) * kStrip, most));
 }
 
-// Tiles no larger than what there is: what they leave empty would be cleared and stored all the same.
+// Tiles no larger than what there is, in whole strips: what they leave empty would be cleared and stored all the same.
 Config fitting(const Config& config, const Problem& p) {
   int64_t queries = 1, keys = 1;
   for (int32_t i = 0; i < p.num_sequences; ++i) {
     queries = std::max(queries, p.sequences[i].q_len);
     keys = std::max(keys, p.sequences[i].kv_len);
   }
-  Config fitting = config;
-  fitting.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, queries));
-  fitting.tile_kv = static_cast<int32_t>(std::min<int64_t>(config.tile_kv, keys));
-  return fitting;
+  Config fit = config;
+  fit.tile_q = static_cast<int32_t>(std::min<int64_t>(config.tile_q, blocks_of(queries, kStrip) * kStrip));
+  fit.tile_kv = static_cast<int32_t>(std::min<int64_t>(config.tile_kv, blocks_of(keys, kStrip) * kStrip));
+  return fit;
 }
 
 class Pass {

@@ -40,6 +40,11 @@ class AmxBackward : public PairBackward {
     slopes_.rows = ws_ + amx_.slope_rows;
   }
 
+  // Whatever else is in a call, a sequence has the same bits: what decides is the call's configuration, and the
+  // sequence. Less than a tile of queries or keys is no faster on tiles.
+  static bool takes(const BackwardCall& c, const Sequence& s) {
+    return takes(c) && s.q_len >= kTileRows && s.kv_len >= kTileRows;
+  }
   static bool takes(const BackwardCall& c) {
     const Problem& p = *c.problem;
     return p.dtype == DType::bf16 && p.head_dim >= kTileRows && p.v_head_dim >= kTileRows &&
@@ -212,9 +217,13 @@ class AmxBackward : public PairBackward {
 };
 
 int32_t backward_on_tiles(const BackwardCall& c, const BackwardTask& t, const Tiles& tiles, float* workspace) {
-  return (AmxBackward::takes(c) ? backward_as<AmxBackward> : dot_products().backward)(c, t, tiles, workspace);
+  const bool takes = AmxBackward::takes(c, c.problem->sequences[t.sequence]);
+  return (takes ? backward_as<AmxBackward> : dot_products().backward)(c, t, tiles, workspace);
 }
 
 size_t backward_bytes_on_tiles(const BackwardCall& c) {
-  return AmxBackward::takes(c) ? AmxLayout(c).places.next * sizeof(float) : dot_products().backward_bytes(c);
+  const size_t without = dot_products().backward_bytes(c);
+  if (!AmxBackward::takes(c)) return without;
+  const size_t with = AmxLayout(c).places.next * sizeof(float);
+  return with > without ? with : without;
 }

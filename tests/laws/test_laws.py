@@ -125,6 +125,29 @@ def test_packed_is_a_loop_over_segments(rng: np.random.Generator, isa: str, mods
         assert torch.equal(lse[:, :, at], each_lse)
 
 
+@pytest.mark.parametrize("mask", [None, ak.causal()], ids=["all", "causal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_packed_gradients_are_those_of_each_segment(
+    rng: np.random.Generator, isa: str, dtype: torch.dtype, mask: Any
+) -> None:
+    """To the bit: lengths around those of tiles, few queries of many keys, and none that is the longest twice."""
+    q_lens, kv_lens = [65, 5, 130, 16, 49, 300, 17, 3], [65, 90, 130, 100, 49, 300, 15, 3]
+    cu_q, cu_kv = (torch.tensor(np.cumsum([0, *n]), dtype=torch.int32) for n in (q_lens, kv_lens))
+    shapes = ((1, 4, sum(q_lens), 48), (1, 2, sum(kv_lens), 48), (1, 2, sum(kv_lens), 32))
+    q, k, v = (
+        torch.from_numpy(rng.standard_normal(s, dtype=np.float32)).to(dtype).requires_grad_() for s in shapes
+    )
+    o = ak.attention(q, k, v, mask=mask, cu_seqlens_q=cu_q, cu_seqlens_kv=cu_kv)
+    d_o = torch.from_numpy(rng.standard_normal(o.shape, dtype=np.float32)).to(dtype)
+    together = torch.autograd.grad(o, (q, k, v), d_o)
+    for i in range(len(q_lens)):
+        at, kv = slice(cu_q[i], cu_q[i + 1]), slice(cu_kv[i], cu_kv[i + 1])
+        its = [x.detach()[:, :, s].requires_grad_() for x, s in ((q, at), (k, kv), (v, kv))]
+        each = torch.autograd.grad(ak.attention(*its, mask=mask), its, d_o[:, :, at])
+        for name, s, want, got in zip("qkv", (at, kv, kv), each, together, strict=True):
+            assert torch.equal(got[:, :, s], want), f"d{name} of segment {i}"
+
+
 def test_padded_is_sliced(rng: np.random.Generator, isa: str) -> None:
     q, k, v = problem(rng, 30, 90)
     lens = torch.tensor([77, 0], dtype=torch.int32)
