@@ -7,85 +7,10 @@
 // per task, and queries and cotangents are read as they lie in memory. dk and dv grow in the task's own memory; dq is
 // added to in the order of key blocks, which the scheduler sees to.
 
-// Rows of a part of a partial tile; fewer would make short sums of dk and dv.
-inline constexpr int32_t kPart = 2 * kStrip;
-
-struct BackwardLayout {
-  Places places;
-  int32_t bn, dk, dv;  // key lanes; channels rounded up to whole vectors
-  TileLayout tile;
-  size_t kt, vt, k, v, q, d_o, dq, s, dp, e, d_keys, d_values, live, alive, random, kept;
-  size_t listed_q, listed_do, listed_k, listed_v;  // of what is listed, as memory has it
-
-  explicit BackwardLayout(const BackwardCall& c)
-      : bn(round_up(c.tile_kv, kLanes)),
-        dk(round_up(c.problem->head_dim, kLanes)),
-        dv(round_up(c.problem->v_head_dim, kLanes)),
-        tile(c.code, bn, places) {
-    const Problem& p = *c.problem;
-    kt = places.take(p.head_dim, bn);
-    vt = places.take(p.v_head_dim, bn);
-    s = places.take(c.tile_q, bn);
-    dp = places.take(c.tile_q, bn);
-    e = places.take(kStrip, bn);
-    d_keys = places.take(bn, dk);
-    d_values = places.take(bn, dv);
-    k = places.take(c.tile_kv, dk);
-    v = places.take(c.tile_kv, dv);
-    q = places.take(c.tile_q, dk);
-    d_o = places.take(c.tile_q, dv);
-    dq = places.take(c.tile_q, dk);
-    live = places.take(kPart, bn / kLanes);
-    alive = places.take(c.tile_q, bn);
-    const bool thinned = p.dropout.threshold != 0;
-    random = places.take(thinned ? SplitWords<KeyWords>::kVector : 0, bn / kLanes);
-    kept = places.take(thinned ? kStrip : 0, bn);
-    const int32_t of_k = listed_stride(p.dtype, p.head_dim) / 4, of_v = listed_stride(p.dtype, p.v_head_dim) / 4;
-    const int32_t queries = p.groups != nullptr || c.gathers ? c.tile_q : 0, keys = p.groups != nullptr ? c.tile_kv : 0;
-    listed_q = places.take(queries, of_k);
-    listed_do = places.take(queries, of_v);
-    listed_k = places.take(keys, of_k);
-    listed_v = places.take(keys, of_v);
-  }
-};
-
-// ---- what a product's result becomes ----
-
-struct Put {
-  float* c;
-  int64_t stride;
-  ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t) const { return x; }
-};
-
-struct Add {
-  float* c;
-  int64_t stride;
-  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return load(at) + x; }
-};
-
-struct Weigh {  // scores to weights
-  float* c;
-  int64_t stride;
-  const float* lse;
-  ATTNKIT_INLINE vf operator()(vf x, const float*, int32_t row) const { return exp_weight(x - set1(lse[row])); }
-};
-
-struct AddScaled {
-  float* c;
-  int64_t stride;
-  float scale;
-  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t) const { return fma(x, set1(scale), load(at)); }
-};
-
-struct Slope {  // do . v to ds, over the weights
-  float* c;
-  int64_t stride;
-  const float* delta;
-  ATTNKIT_INLINE vf operator()(vf x, const float* at, int32_t row) const { return load(at) * (x - set1(delta[row])); }
-};
-
 class Backward {
  public:
+  using Layout = BackwardLayout;
+
   Backward(const BackwardCall& c, const BackwardTask& t, float* workspace)
       : c_(c),
         p_(*c.problem),
@@ -94,43 +19,34 @@ class Backward {
         seq_(p_.sequences[t.sequence]),
         at_(c),
         ws_(workspace),
+        keys_(workspace + at_.places.next),
         tile_(c.code, p_, t.sequence, at_.tile, workspace, workspace + at_.s, kPerKey),
         philox_(p_.dropout, t.sequence),
         random_(ws_ + at_.random) {}
 
   void start() {
-    clear(at_.d_keys, static_cast<int64_t>(at_.bn) * at_.dk);
-    clear(at_.d_values, static_cast<int64_t>(at_.bn) * at_.dv);
+    clear(keys_ + at_.d_keys, static_cast<int64_t>(at_.bn) * at_.dk);
+    clear(keys_ + at_.d_values, static_cast<int64_t>(at_.bn) * at_.dv);
   }
 
-  // Before the first tile, if there is one.
-  void begin() {
-    take_keys();
-    const Rows v = rows(p_.v, value_lines(), p_.v_head_dim, at_.dv, at_.v);
+  // Before the first tile, if there is one. `gone`: where it is infinite a key and its value may hold anything, and
+  // zeros stand for them.
+  void begin(const float* gone = nullptr) {
+    take_keys(gone);
+    const Rows v = present(rows(p_.v, value_lines(), p_.v_head_dim, at_.dv, ws_ + at_.v), at_.dv, gone, ws_ + at_.v);
     const vf scale = set1(p_.scale);
-    transpose(k_, p_.head_dim, ws_ + at_.kt, at_.bn, [=](vf x) { return x * scale; });
-    transpose(v, p_.v_head_dim, ws_ + at_.vt, at_.bn, [](vf x) { return x; });
+    transpose(k_, p_.head_dim, keys_ + at_.kt, at_.bn, [=](vf x) { return x * scale; });
+    transpose(v, p_.v_head_dim, keys_ + at_.vt, at_.bn, [](vf x) { return x; });
   }
 
   void visit(const BackwardTile& tile, const Tiles& tiles) {
-    const Extent of = extent(tile);
-    const int32_t rows = of.rows, lanes = of.lanes;
-    const Rows qs = queries(tile), dos = cotangents(tile);
-    const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
-    float *s = ws_ + at_.s, *ds = s;
-    if (exists(tile) && !c_.has_score && !thinned() && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
-      rows_times(qs.data, qs.stride, rows, kt, at_.bn, lanes, p_.head_dim, Weigh{s, lanes, tile.rows.lse});
-      add_to_values(tile, s, dos);
-      rows_times(dos.data, dos.stride, rows, vt, at_.bn, lanes, p_.v_head_dim, Slope{s, lanes, tile.rows.delta});
-    } else {
-      ds = ws_ + at_.dp;
-      in_stretches<FloatDot>(qs, rows, kt, p_.head_dim, lanes, Put{s, lanes}, Add{s, lanes});
-      in_stretches<FloatDot>(dos, rows, vt, p_.v_head_dim, lanes, Put{ds, lanes}, Add{ds, lanes});
-      modify(tile, tiles);
-      if (guarded(tile)) return add_guarded_products(tile, tiles, qs, dos);
-      add_to_values(tile, s, dos);
-    }
-    multiply(tile, tiles, qs, ds);
+    const Operands of_tile = operands(tile);
+    if (at_once(tile, tiles, of_tile)) return;
+    scores(tile, of_tile);
+    slopes(tile, of_tile);
+    modify(tile, tiles);
+    if (guarded(tile)) return add_guarded_products(tile, tiles);
+    add_products(tile, tiles, of_tile);
   }
 
   // Calls f with the parts of a partial tile that hold pairs, as tiles: a few rows each, and the keys these see.
@@ -151,12 +67,61 @@ class Backward {
   }
 
   int32_t finish() {
-    put(g_.dk, at_.d_keys, at_.dk, p_.head_dim, p_.scale);
-    put(g_.dv, at_.d_values, at_.dv, p_.v_head_dim, p_.dropout.factor);
+    put(g_.dk, keys_ + at_.d_keys, at_.dk, p_.head_dim, p_.scale);
+    put(g_.dv, keys_ + at_.d_values, at_.dv, p_.v_head_dim, p_.dropout.factor);
     return tile_.bad_load();
   }
 
  protected:
+  // A tile's queries and cotangents, as its products take them.
+  struct Operands {
+    Rows q, d_o;
+  };
+  virtual Operands operands(const BackwardTile& tile) { return {queries(tile), cotangents(tile)}; }
+
+  // Scores go to s; do . v, of which slopes are made, to dp.
+  virtual void scores(const BackwardTile& tile, const Operands& of_tile) {
+    const Extent of = extent(tile);
+    float* s = ws_ + at_.s;
+    in_stretches<FloatDot>(of_tile.q, of.rows, keys_ + at_.kt + of.lane, p_.head_dim, of.lanes, Put{s, of.lanes},
+                           Add{s, of.lanes});
+  }
+  virtual void slopes(const BackwardTile& tile, const Operands& of_tile) {
+    const Extent of = extent(tile);
+    float* dp = ws_ + at_.dp;
+    in_stretches<FloatDot>(of_tile.d_o, of.rows, keys_ + at_.vt + of.lane, p_.v_head_dim, of.lanes, Put{dp, of.lanes},
+                           Add{dp, of.lanes});
+  }
+
+  // What the weights in s and the slopes in dp add.
+  virtual void add_products(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) {
+    add_to_values(tile, ws_ + at_.s, of_tile.d_o);
+    multiply(tile, tiles, of_tile.q, ws_ + at_.dp);
+  }
+
+  // Adds all that a tile does, if nothing but weights and slopes is made of its sums: where they are.
+  virtual bool at_once(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) {
+    if (!exists(tile) || c_.has_score || thinned() || !in_one_stretch()) return false;
+    float* s = ws_ + at_.s;
+    const int32_t lanes = extent(tile).lanes;
+    products(tile, tiles, of_tile, Weigh{s, lanes, tile.rows.lse}, Slope{s, lanes, tile.rows.delta}, [](float*) {});
+    return true;
+  }
+
+  // s becomes weights, and then (`then`) slopes.
+  bool in_one_stretch() const { return p_.head_dim <= kChannels && p_.v_head_dim <= kChannels; }
+  void products(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile, const auto& weigh,
+                const auto& slope, const auto& then) {
+    const Extent of = extent(tile);
+    const auto [qs, dos] = of_tile;
+    float* s = ws_ + at_.s;
+    rows_times(qs.data, qs.stride, of.rows, keys_ + at_.kt + of.lane, at_.bn, of.lanes, p_.head_dim, weigh);
+    add_to_values(tile, s, dos);
+    rows_times(dos.data, dos.stride, of.rows, keys_ + at_.vt + of.lane, at_.bn, of.lanes, p_.v_head_dim, slope);
+    then(s);
+    multiply(tile, tiles, qs, s);
+  }
+
   // By the slopes: what they add to keys and queries.
   void multiply(const BackwardTile& tile, const Tiles& tiles, Rows qs, const float* ds) {
     const Extent of = extent(tile);
@@ -208,8 +173,8 @@ class Backward {
   bool exists(const BackwardTile& tile) const { return tile.full && !tile.rows.dead; }
   // 0 * NaN is NaN: what a pair that does not exist would read may not be multiplied at all, not even by zero.
   bool guarded(const BackwardTile& tile) const { return !exists(tile) && !(finite_ && tile.rows.finite); }
-  float* d_keys(const Extent& of) const { return ws_ + at_.d_keys + static_cast<int64_t>(of.lane) * at_.dk; }
-  float* d_values(const Extent& of) const { return ws_ + at_.d_values + static_cast<int64_t>(of.lane) * at_.dv; }
+  float* d_keys(const Extent& of) const { return keys_ + at_.d_keys + static_cast<int64_t>(of.lane) * at_.dk; }
+  float* d_values(const Extent& of) const { return keys_ + at_.d_values + static_cast<int64_t>(of.lane) * at_.dv; }
 
   // Tokens as they lie in memory; of what is listed a copy of the tile's.
   Lines query_lines(const View& view, const BackwardTile& tile, int32_t width, size_t listed) const {
@@ -233,18 +198,34 @@ class Backward {
   Lines value_lines() const { return key_lines(p_.v, p_.v_head_dim, at_.listed_v); }
 
   // As float32, `padded` channels wide.
-  Rows rows(const View& view, const Lines& lines, int32_t width, int32_t padded, size_t at) const {
-    return rows_of(lines, p_.dtype, view.stride[3], width, padded, ws_ + at, true);
+  Rows rows(const View& view, const Lines& lines, int32_t width, int32_t padded, float* to) const {
+    return rows_of(lines, p_.dtype, view.stride[3], width, padded, to, true);
   }
-  Rows queries(const BackwardTile& tile) const { return rows(p_.q, query_lines(tile), p_.head_dim, at_.dk, at_.q); }
+  Rows queries(const BackwardTile& tile) const {
+    return rows(p_.q, query_lines(tile), p_.head_dim, at_.dk, ws_ + at_.q);
+  }
   Rows cotangents(const BackwardTile& tile) const {
-    return rows(g_.d_o, cotangent_lines(tile), p_.v_head_dim, at_.dv, at_.d_o);
+    return rows(g_.d_o, cotangent_lines(tile), p_.v_head_dim, at_.dv, ws_ + at_.d_o);
   }
 
-  void clear(size_t at, int64_t n) { __builtin_memset(ws_ + at, 0, static_cast<size_t>(n) * sizeof(float)); }
+  static void clear(float* at, int64_t n) { __builtin_memset(at, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-  void take_keys() {
-    k_ = rows(p_.k, key_lines(), p_.head_dim, at_.dk, at_.k);
+  // The task's keys or values, with zeros for those that are gone.
+  Rows present(Rows from, int32_t units, const float* gone, float* to) const {
+    bool all = true;
+    for (int32_t n = 0; gone != nullptr && n < t_.count; ++n) all = all && gone[n] != kInfinity;
+    if (all) return from;
+    for (int32_t n = 0; n < t_.count; ++n)
+      if (gone[n] == kInfinity) {
+        clear(to + n * units, units);
+      } else if (from.data != to) {
+        __builtin_memcpy(to + n * units, from.data + n * from.stride, static_cast<size_t>(units) * sizeof(float));
+      }
+    return {to, units};
+  }
+
+  void take_keys(const float* gone) {
+    k_ = present(rows(p_.k, key_lines(), p_.head_dim, at_.dk, keys_ + at_.k), at_.dk, gone, keys_ + at_.k);
     finite_ = is_finite(k_, t_.count, at_.dk);
     tile_.begin();
     tile_.keys(t_.first, t_.count);
@@ -283,7 +264,7 @@ class Backward {
     if (adjacent && view.stride[3] == 1 && at_.dk == p_.head_dim) return add(row(0), view.stride[2]);
     const int32_t rows = tile.queries.q_count;
     float* sum = ws_ + at_.dq;
-    clear(at_.dq, static_cast<int64_t>(rows) * at_.dk);
+    clear(sum, static_cast<int64_t>(rows) * at_.dk);
     add(sum, at_.dk);
     for (int32_t m = 0; m < rows; ++m) {
       float* dq = row(m);
@@ -425,12 +406,12 @@ class Backward {
          [](vf d, vf slope) { return select(d == vf{}, vf{}, d * slope); });
   }
 
-  void put(const View& view, size_t at, int32_t padded, int32_t width, float factor) const {
+  void put(const View& view, const float* from, int32_t padded, int32_t width, float factor) const {
     with_elements(p_.key_result_dtype(), [&](auto* type) {
       for (int32_t n = 0; n < t_.count; ++n) {
         const int64_t token = p_.key_result_at(t_.sequence, t_.first + n);
         narrow_row(row_of<decltype(type)>(view, seq_.batch, t_.kv_head, token), view.stride[3],
-                   ws_ + at + static_cast<size_t>(n * padded), width, factor);
+                   from + static_cast<size_t>(n * padded), width, factor);
       }
     });
   }
@@ -453,8 +434,9 @@ class Backward {
       }
   }
 
-  void add_guarded_products(const BackwardTile& tile, const Tiles& tiles, Rows qs, Rows dos) {
+  void add_guarded_products(const BackwardTile& tile, const Tiles& tiles) {
     const Extent of = extent(tile);
+    const Rows qs = queries(tile), dos = cotangents(tile);
     const float *s = ws_ + at_.s, *ds = ws_ + at_.dp;
     find_alive(tile, of.rows, of.lanes);
     add_guarded(s, 1, of.lanes, tile.count, of.rows, dos, at_.dv, 1, d_values(of), at_.dv);
@@ -481,8 +463,9 @@ class Backward {
   const Gradients& g_;
   const BackwardTask& t_;
   const Sequence& seq_;
-  BackwardLayout at_;
-  float* ws_;
+  const BackwardLayout at_;
+  float* const ws_;
+  float* keys_;  // memory of_keys
   Tile tile_;
   const Philox philox_;
   const SplitWords<KeyWords> random_;
@@ -513,4 +496,4 @@ int32_t backward(const BackwardCall& c, const BackwardTask& t, const Tiles& tile
   return backward_as<Backward>(c, t, tiles, workspace);
 }
 
-size_t backward_bytes(const BackwardCall& c) { return BackwardLayout(c).places.next * sizeof(float); }
+size_t backward_bytes(const BackwardCall& c) { return BackwardLayout(c).bytes(); }

@@ -5,25 +5,25 @@
 
 struct AmxLayout : PairLayout {
   int32_t ld;  // of weights and slopes: whole tiles, in depth too
-  size_t kt, vt;  // as pairs of channels, whole tiles
+  size_t kt, vt, k_pairs;  // of_keys, as PairLayout has them, whole tiles
+  size_t dk_columns, dv_columns;  // of_keys: sums, [channel][key]
   size_t q_columns, do_columns;  // [32 queries][channel][query]
-  size_t dk_columns, dv_columns;  // sums, [channel][key]
-  size_t weights, slopes, slope_rows, k_pairs;  // as PairLayout has them, whole tiles
+  size_t weights, slopes, slope_rows;  // as PairLayout has them, whole tiles
   size_t dq;
   size_t s, dp;  // of a block of pairs, and of the next
 
   explicit AmxLayout(const BackwardCall& c) : PairLayout(c), ld(round_up(bn, kTileDepth)) {
     const int32_t deep = round_up(c.tile_q, kTileDepth);
-    kt = places.take(units_k, ld);
-    vt = places.take(units_v, ld);
+    kt = of_keys.take(units_k, ld);
+    vt = of_keys.take(units_v, ld);
+    k_pairs = of_keys.take(ld / 2 + kTileRows, 2 * units_k);
+    dk_columns = of_keys.take(dk, ld);
+    dv_columns = of_keys.take(dv, ld);
     q_columns = places.take(deep / 2, dk);
     do_columns = places.take(deep / 2, dv);
-    dk_columns = places.take(dk, ld);
-    dv_columns = places.take(dv, ld);
     weights = places.take(deep / 2, ld);
     slopes = places.take(deep / 2, ld);
     slope_rows = places.take(deep, ld / 2);
-    k_pairs = places.take(ld / 2 + kTileRows, 2 * units_k);
     dq = places.take(deep, dk);
     s = places.take(2 * kBlock, kBlock);
     dp = places.take(2 * kBlock, kBlock);
@@ -34,10 +34,13 @@ struct AmxLayout : PairLayout {
 
 class AmxBackward : public PairBackward {
  public:
+  using Layout = AmxLayout;
+
   AmxBackward(const BackwardCall& c, const BackwardTask& t, float* workspace) : PairBackward(c, t, workspace), amx_(c) {
     weights_ = ws_ + amx_.weights;
     slopes_.pairs = ws_ + amx_.slopes;
     slopes_.rows = ws_ + amx_.slope_rows;
+    keys_ = workspace + amx_.places.next;
   }
 
   // Whatever else is in a call, a sequence has the same bits: what decides is the call's configuration, and the
@@ -53,54 +56,73 @@ class AmxBackward : public PairBackward {
 
   void start() {
     PairBackward::start();
-    clear(amx_.dk_columns, static_cast<int64_t>(amx_.ld) * amx_.dk);
-    clear(amx_.dv_columns, static_cast<int64_t>(amx_.ld) * amx_.dv);
+    clear(keys_ + amx_.dk_columns, static_cast<int64_t>(amx_.ld) * amx_.dk);
+    clear(keys_ + amx_.dv_columns, static_cast<int64_t>(amx_.ld) * amx_.dv);
   }
 
-  void begin() {
-    take_keys();
-    const Rows k = units_of(p_.k, key_lines(), p_.head_dim, pairs_.q_units),
-               v = units_of(p_.v, value_lines(), p_.v_head_dim, pairs_.do_units);
-    clear(amx_.kt, static_cast<int64_t>(amx_.units_k) * amx_.ld);
-    clear(amx_.vt, static_cast<int64_t>(amx_.units_v) * amx_.ld);
-    clear(amx_.k_pairs, static_cast<int64_t>(amx_.ld / 2 + kTileRows) * 2 * amx_.units_k);
+  void begin(const float* gone = nullptr) {
+    const auto [k, v] = units_of_keys(gone);
+    clear(keys_ + amx_.kt, static_cast<int64_t>(amx_.units_k) * amx_.ld);
+    clear(keys_ + amx_.vt, static_cast<int64_t>(amx_.units_v) * amx_.ld);
+    clear(keys_ + amx_.k_pairs, static_cast<int64_t>(amx_.ld / 2 + kTileRows) * 2 * amx_.units_k);
     const auto same = [](vf x) { return x; };
-    transpose(k, amx_.units_k, ws_ + amx_.kt, amx_.ld, same);
-    transpose(v, amx_.units_v, ws_ + amx_.vt, amx_.ld, same);
-    pair_rows(k, t_.count, amx_.units_k, ws_ + amx_.k_pairs);
+    transpose(k, amx_.units_k, keys_ + amx_.kt, amx_.ld, same);
+    transpose(v, amx_.units_v, keys_ + amx_.vt, amx_.ld, same);
+    pair_rows(k, t_.count, amx_.units_k, keys_ + amx_.k_pairs);
   }
 
-  void visit(const BackwardTile& tile, const Tiles& tiles) {
+  int32_t finish() {
+    join(keys_ + amx_.dk_columns, amx_.dk, keys_ + at_.d_keys);
+    join(keys_ + amx_.dv_columns, amx_.dv, keys_ + at_.d_values);
+    return PairBackward::finish();
+  }
+
+ protected:
+  Operands operands(const BackwardTile& tile) override {
+    const int32_t rows = tile.queries.q_count;
+    const auto [q, d_o] = PairBackward::operands(tile);
+    slopes_.stride = round_up(slopes_.stride, kTileDepth);
+    return {whole_tiles(q, rows, amx_.units_k, pairs_.q_units), whole_tiles(d_o, rows, amx_.units_v, pairs_.do_units)};
+  }
+
+  void scores(const BackwardTile& tile, const Operands& of_tile) override {
+    const Extent of = extent(tile);
+    float* s = ws_ + at_.s;
+    tile_products(left(of_tile.q), of.rows, right(keys_ + amx_.kt + of.lane, amx_.ld), of.lanes,
+                  amx_.units_k / kTileRows, false, s, of.lanes);
+    for (int32_t i = 0; i < of.rows * of.lanes; i += kLanes) store(s + i, load(s + i) * set1(p_.scale));
+  }
+  void slopes(const BackwardTile& tile, const Operands& of_tile) override {
+    const Extent of = extent(tile);
+    tile_products(left(of_tile.d_o), of.rows, right(keys_ + amx_.vt + of.lane, amx_.ld), of.lanes,
+                  amx_.units_v / kTileRows, false, ws_ + at_.dp, of.lanes);
+  }
+
+  bool at_once(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) override {
+    if (!plain(tile)) return false;
+    with_slopes(tile, [&](const auto& make) { products(tile, tiles, of_tile, make); });
+    return true;
+  }
+
+  static constexpr bool in_one_stretch() { return true; }
+  void products(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile, const auto& make) {
+    plain_blocks(of_tile, extent(tile), make);
+    multiply_rounded(tile, tiles, of_tile);
+  }
+
+  void multiply_rounded(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) override {
     const Extent of = extent(tile);
     const int32_t rows = of.rows, steps = (rows + kTileDepth - 1) / kTileDepth;
-    const Rows qs = whole_tiles(units_of(p_.q, query_lines(tile), p_.head_dim, pairs_.q_units), rows, amx_.units_k,
-                                pairs_.q_units),
-               dos = whole_tiles(units_of(g_.d_o, cotangent_lines(tile), p_.v_head_dim, pairs_.do_units), rows,
-                                 amx_.units_v, pairs_.do_units);
-    slopes_.stride = round_up(of.lanes, kTileDepth);
-    if (plain(tile)) {
-      with_slopes(tile, [&](const auto& slopes) { plain_blocks(qs, dos, of, slopes); });
-    } else {
-      float *s = ws_ + at_.s, *dp = ws_ + at_.dp;
-      tile_products(left(qs), rows, right(amx_.kt + of.lane, amx_.ld), of.lanes, amx_.units_k / kTileRows, false, s,
-                    of.lanes);
-      for (int32_t i = 0; i < rows * of.lanes; i += kLanes) store(s + i, load(s + i) * set1(p_.scale));
-      tile_products(left(dos), rows, right(amx_.vt + of.lane, amx_.ld), of.lanes, amx_.units_v / kTileRows, false, dp,
-                    of.lanes);
-      modify(tile, tiles);
-      if (guarded(tile)) return add_guarded_products(tile, tiles, queries(tile), cotangents(tile));
-      round_tile(rows, of.lanes);
-    }
     clear_rest(of, steps);
-    columns(dos, rows, p_.v_head_dim, amx_.dv, amx_.do_columns);
-    tile_products(left(amx_.do_columns, amx_.dv), amx_.dv, right(amx_.weights, slopes_.stride), of.lanes, steps, true,
-                  ws_ + amx_.dv_columns + of.lane, amx_.ld);
-    columns(qs, rows, p_.head_dim, amx_.dk, amx_.q_columns);
-    tile_products(left(amx_.q_columns, amx_.dk), amx_.dk, right(amx_.slopes, slopes_.stride), of.lanes, steps, true,
-                  ws_ + amx_.dk_columns + of.lane, amx_.ld);
+    columns(of_tile.d_o, rows, p_.v_head_dim, amx_.dv, amx_.do_columns);
+    tile_products(left(amx_.do_columns, amx_.dv), amx_.dv, right(weights_, slopes_.stride), of.lanes, steps, true,
+                  keys_ + amx_.dv_columns + of.lane, amx_.ld);
+    columns(of_tile.q, rows, p_.head_dim, amx_.dk, amx_.q_columns);
+    tile_products(left(amx_.q_columns, amx_.dk), amx_.dk, right(slopes_.pairs, slopes_.stride), of.lanes, steps, true,
+                  keys_ + amx_.dk_columns + of.lane, amx_.ld);
     end_rows(tile.count, rows);
     float* dq = ws_ + amx_.dq;
-    const size_t k_pairs = amx_.k_pairs + static_cast<size_t>(of.lane) * static_cast<size_t>(amx_.units_k);
+    const float* k_pairs = keys_ + amx_.k_pairs + static_cast<int64_t>(of.lane) * amx_.units_k;
     tile_products(left({slopes_.rows, slopes_.stride / 2}), rows, right(k_pairs, 2 * amx_.units_k), amx_.dk,
                   slopes_.stride / kTileDepth, false, dq, amx_.dk);
     add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
@@ -113,18 +135,12 @@ class AmxBackward : public PairBackward {
     });
   }
 
-  int32_t finish() {
-    join(ws_ + amx_.dk_columns, amx_.dk, ws_ + at_.d_keys);
-    join(ws_ + amx_.dv_columns, amx_.dv, ws_ + at_.d_values);
-    return PairBackward::finish();
-  }
-
  private:
   static TileMatrix left(Rows rows) { return {rows.data, 4 * rows.stride, kTileBytes, 4 * kTileRows * rows.stride}; }
   TileMatrix left(size_t columns, int32_t channels) const {
     return {ws_ + columns, kTileBytes, kTileBytes * channels, kTileBytes * kTileRows};
   }
-  TileMatrix right(size_t pairs, int64_t ld) const { return {ws_ + pairs, 4 * ld, 4 * kTileRows * ld, kTileBytes}; }
+  static TileMatrix right(const float* pairs, int64_t ld) { return {pairs, 4 * ld, 4 * kTileRows * ld, kTileBytes}; }
 
   // Rows where they lie, if there are whole tiles of them: else a copy, behind which there may be anything.
   Rows whole_tiles(Rows from, int32_t rows, int32_t units, size_t at) const {
@@ -138,10 +154,10 @@ class AmxBackward : public PairBackward {
   // Both products of a block of pairs while the first cache holds them, and those of the next before its weights and
   // slopes are made.
   template <class S>
-  __attribute__((noinline)) void plain_blocks(Rows qs, Rows dos, const Extent& of, const S& slopes) {
+  __attribute__((noinline)) void plain_blocks(const Operands& of_tile, const Extent& of, const S& slopes) {
     constexpr int32_t kBlock = AmxLayout::kBlock;
-    const TileMatrix q = left(qs), d_o = left(dos), k = right(amx_.kt + of.lane, amx_.ld),
-                     v = right(amx_.vt + of.lane, amx_.ld);
+    const TileMatrix q = left(of_tile.q), d_o = left(of_tile.d_o), k = right(keys_ + amx_.kt + of.lane, amx_.ld),
+                     v = right(keys_ + amx_.vt + of.lane, amx_.ld);
     struct Block {
       int32_t row, lane, rows, lanes;
     } before{};
@@ -224,6 +240,19 @@ int32_t backward_on_tiles(const BackwardCall& c, const BackwardTask& t, const Ti
 size_t backward_bytes_on_tiles(const BackwardCall& c) {
   const size_t without = dot_products().backward_bytes(c);
   if (!AmxBackward::takes(c)) return without;
-  const size_t with = AmxLayout(c).places.next * sizeof(float);
+  const size_t with = AmxLayout(c).bytes();
+  return with > without ? with : without;
+}
+
+int32_t carried_backward_on_tiles(const CarriedBackwardCall& c, const BackwardTask& t, const CarriedTiles& tiles,
+                                  float* workspace) {
+  const bool takes = AmxBackward::takes(c.pairs, c.pairs.problem->sequences[t.sequence]);
+  return (takes ? carried_backward<AmxBackward> : dot_products().carry.backward)(c, t, tiles, workspace);
+}
+
+size_t carried_backward_bytes_on_tiles(const CarriedBackwardCall& c) {
+  const size_t without = dot_products().carry.backward_bytes(c);
+  if (!AmxBackward::takes(c.pairs)) return without;
+  const size_t with = carried_backward_bytes<AmxBackward>(c);
   return with > without ? with : without;
 }

@@ -6,7 +6,8 @@
 struct PairLayout : BackwardLayout {
   int32_t units_k, units_v;  // of a row of channels, a whole number of vectors
   size_t q_units, do_units;  // rows of units, where memory has them otherwise; before the tiles, of k and v
-  size_t q_pairs, do_pairs, k_pairs;  // [pair of rows][channel]
+  size_t q_pairs, do_pairs;  // [pair of rows][channel]
+  size_t k_pairs;  // likewise, of_keys
   size_t weights, slopes, slope_rows;  // [pair of queries][key]; [query][pair of keys]
 
   explicit PairLayout(const BackwardCall& c)
@@ -18,7 +19,7 @@ struct PairLayout : BackwardLayout {
     do_units = places.take(most, units_v);
     q_pairs = places.take(q_rows, 2 * units_k);
     do_pairs = places.take(q_rows, 2 * units_v);
-    k_pairs = places.take((c.tile_kv + 1) / 2, 2 * units_k);
+    k_pairs = of_keys.take((c.tile_kv + 1) / 2, 2 * units_k);
     weights = places.take(q_rows, bn);
     slopes = places.take(q_rows, bn);
     slope_rows = places.take(c.tile_q, bn / 2);
@@ -104,63 +105,128 @@ struct PlainSlopes {
   }
 };
 
+// The same of scores that lose what is carried, which loses the slopes.
+struct CarriedSlopes {
+  const float* f;  // [query][key], `stride` wide
+  float* d_f;  // likewise
+  int64_t stride;
+  const float *lse, *delta;
+  float scale;
+  float* weights;
+  Slopes to;
+
+  template <int kVecs>
+  ATTNKIT_INLINE void put(const float* s, const float* dp, int32_t row, bool two, int32_t lane) const {
+    constexpr int kWidth = kVecs * kLanes;
+    const int32_t rows[2] = {row, two ? row + 1 : row};
+    vf w[2][kVecs];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        const vf lost = load(f + rows[i] * stride + lane + v * kLanes) + set1(lse[rows[i]]);
+        w[i][v] = fma(load(s + i * kWidth + v * kLanes), set1(scale), vf{} - lost) * set1(kLog2e);
+      }
+    exp2_rough<2 * kVecs>(w[0]);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) {
+      const int32_t at = lane + v * kLanes;
+      const auto slope = [&](int i) {
+        const vf x = w[i][v] * (load(dp + i * kWidth + v * kLanes) - set1(delta[rows[i]]));
+        float* lost = d_f + rows[i] * stride + at;
+        store(lost, load(lost) - x);
+        return x;
+      };
+      store(weights + row / 2 * to.stride + at, pairs_of(w[0][v], two ? w[1][v] : vf{}));
+      const vf first = slope(0);
+      to.put(first, two ? slope(1) : vf{}, row, two, at);
+    }
+  }
+};
+
 class PairBackward : public Backward {
  public:
+  using Layout = PairLayout;
+
   PairBackward(const BackwardCall& c, const BackwardTask& t, float* workspace)
       : Backward(c, t, workspace),
         pairs_(c),
         weights_(ws_ + pairs_.weights),
-        slopes_{ws_ + pairs_.slopes, ws_ + pairs_.slope_rows, 0} {}
-
-  void begin() {
-    take_keys();
-    const Rows k = units_of(p_.k, key_lines(), p_.head_dim, pairs_.q_units),
-               v = units_of(p_.v, value_lines(), p_.v_head_dim, pairs_.do_units);
-    const auto same = [](vf x) { return x; };
-    transpose(k, (p_.head_dim + 1) / 2, ws_ + at_.kt, at_.bn, same);
-    transpose(v, (p_.v_head_dim + 1) / 2, ws_ + at_.vt, at_.bn, same);
-    pair_rows(k, t_.count, pairs_.units_k, ws_ + pairs_.k_pairs);
+        slopes_{ws_ + pairs_.slopes, ws_ + pairs_.slope_rows, 0} {
+    keys_ = workspace + pairs_.places.next;
   }
 
-  void visit(const BackwardTile& tile, const Tiles& tiles) {
+  void begin(const float* gone = nullptr) {
+    const auto [k, v] = units_of_keys(gone);
+    const auto same = [](vf x) { return x; };
+    transpose(k, (p_.head_dim + 1) / 2, keys_ + at_.kt, at_.bn, same);
+    transpose(v, (p_.v_head_dim + 1) / 2, keys_ + at_.vt, at_.bn, same);
+    pair_rows(k, t_.count, pairs_.units_k, keys_ + pairs_.k_pairs);
+  }
+
+ protected:
+  Operands operands(const BackwardTile& tile) override {
+    slopes_.stride = extent(tile).lanes;
+    return {units_of(p_.q, query_lines(tile), p_.head_dim, pairs_.q_units),
+            units_of(g_.d_o, cotangent_lines(tile), p_.v_head_dim, pairs_.do_units)};
+  }
+  int32_t depth_k() const { return (p_.head_dim + 1) / 2; }
+  int32_t depth_v() const { return (p_.v_head_dim + 1) / 2; }
+
+  void scores(const BackwardTile& tile, const Operands& of_tile) override {
     const Extent of = extent(tile);
-    const int32_t rows = of.rows, lanes = of.lanes, depth_k = (p_.head_dim + 1) / 2, depth_v = (p_.v_head_dim + 1) / 2;
-    const Rows qs = units_of(p_.q, query_lines(tile), p_.head_dim, pairs_.q_units),
-               dos = units_of(g_.d_o, cotangent_lines(tile), p_.v_head_dim, pairs_.do_units);
-    const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
-    float *s = ws_ + at_.s, *dp = ws_ + at_.dp;
-    slopes_.stride = lanes;
-    if (plain(tile) && depth_k <= kChannels && depth_v <= kChannels) {
-      with_slopes(tile, [&](const auto& slopes) {
-        in_columns(lanes, [&]<int kVecs>(int32_t lane) {
-          plain_columns<kVecs>(qs, depth_k, kt, dos, depth_v, vt, at_.bn, rows, lane, slopes);
-        });
-      });
-    } else {
-      in_stretches<PairDot>(qs, rows, kt, depth_k, lanes, StoreScaled{s, lanes, p_.scale},
-                            AddScaled{s, lanes, p_.scale});
-      in_stretches<PairDot>(dos, rows, vt, depth_v, lanes, Put{dp, lanes}, Add{dp, lanes});
-      modify(tile, tiles);
-      if (guarded(tile)) return add_guarded_products(tile, tiles, queries(tile), cotangents(tile));
-      round_tile(rows, lanes);
-    }
-    const int32_t deep = (rows + 1) / 2;
+    float* s = ws_ + at_.s;
+    in_stretches<PairDot>(of_tile.q, of.rows, keys_ + at_.kt + of.lane, depth_k(), of.lanes,
+                          StoreScaled{s, of.lanes, p_.scale}, AddScaled{s, of.lanes, p_.scale});
+  }
+  void slopes(const BackwardTile& tile, const Operands& of_tile) override {
+    const Extent of = extent(tile);
+    float* dp = ws_ + at_.dp;
+    in_stretches<PairDot>(of_tile.d_o, of.rows, keys_ + at_.vt + of.lane, depth_v(), of.lanes, Put{dp, of.lanes},
+                          Add{dp, of.lanes});
+  }
+
+  void add_products(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) override {
+    round_tile(extent(tile));
+    multiply_rounded(tile, tiles, of_tile);
+  }
+
+  bool at_once(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) override {
+    if (!plain(tile) || !in_one_stretch()) return false;
+    with_slopes(tile, [&](const auto& make) { products(tile, tiles, of_tile, make); });
+    return true;
+  }
+
+  // `make`: rounded weights and slopes, of a micro-tile's sums.
+  bool in_one_stretch() const { return depth_k() <= kChannels && depth_v() <= kChannels; }
+  void products(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile, const auto& make) {
+    const Extent of = extent(tile);
+    in_columns(of.lanes, [&]<int kVecs>(int32_t lane) {
+      plain_columns<kVecs>(of_tile.q, depth_k(), keys_ + at_.kt + of.lane, of_tile.d_o, depth_v(),
+                           keys_ + at_.vt + of.lane, at_.bn, of.rows, lane, make);
+    });
+    multiply_rounded(tile, tiles, of_tile);
+  }
+
+  // What rounded weights and slopes add.
+  virtual void multiply_rounded(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) {
+    const Extent of = extent(tile);
+    const int32_t rows = of.rows, lanes = of.lanes, deep = (rows + 1) / 2;
     float *q_pairs = ws_ + pairs_.q_pairs, *do_pairs = ws_ + pairs_.do_pairs;
-    pair_rows(dos, rows, pairs_.units_v, do_pairs);
+    pair_rows(of_tile.d_o, rows, pairs_.units_v, do_pairs);
     columns_times<PairDot>(weights_, lanes, tile.count, do_pairs, 2 * pairs_.units_v, at_.dv, deep, d_values(of),
                            at_.dv);
-    pair_rows(qs, rows, pairs_.units_k, q_pairs);
+    pair_rows(of_tile.q, rows, pairs_.units_k, q_pairs);
     columns_times<PairDot>(slopes_.pairs, lanes, tile.count, q_pairs, 2 * pairs_.units_k, at_.dk, deep, d_keys(of),
                            at_.dk);
     end_rows(tile.count, rows);
     add_to_queries(tile, tiles, [&](float* sum, int64_t stride) {
-      const float* k = ws_ + pairs_.k_pairs + static_cast<int64_t>(of.lane) * pairs_.units_k;
+      const float* k = keys_ + pairs_.k_pairs + static_cast<int64_t>(of.lane) * pairs_.units_k;
       rows_times<PairDot>(slopes_.rows, lanes / 2, rows, k, 2 * pairs_.units_k, at_.dk, (tile.count + 1) / 2,
                           AddScaled{sum, stride, p_.scale});
     });
   }
 
- protected:
   // Whether nothing but weights and slopes is made of a tile's products.
   bool plain(const BackwardTile& tile) const {
     return !c_.has_score && !thinned() && !tile.rows.dead && !guarded(tile);
@@ -171,6 +237,10 @@ class PairBackward : public Backward {
       f(PlainSlopes<full.value>{live_bits(0, extent(tile).lane), at_.bn / kLanes, tile.rows.lse, tile.rows.delta,
                                 p_.scale, weights_, slopes_});
     });
+  }
+
+  CarriedSlopes carried_slopes(const BackwardTile& tile, const float* f, float* d_f, int64_t stride) const {
+    return {f, d_f, stride, tile.rows.lse, tile.rows.delta, p_.scale, weights_, slopes_};
   }
 
   // Both products of a micro-tile, then what becomes of them: sums go no further than the first cache.
@@ -232,8 +302,22 @@ class PairBackward : public Backward {
     }
   }
 
+  // The keys and values of the task, as pairs of channels.
+  struct KeyUnits {
+    Rows k, v;
+  };
+  KeyUnits units_of_keys(const float* gone) {
+    take_keys(gone);
+    const auto units = [&](const View& view, const Lines& lines, int32_t width, int32_t padded, size_t at) {
+      return present(units_of(view, lines, width, at), padded, gone, ws_ + at);
+    };
+    return {units(p_.k, key_lines(), p_.head_dim, pairs_.units_k, pairs_.q_units),
+            units(p_.v, value_lines(), p_.v_head_dim, pairs_.units_v, pairs_.do_units)};
+  }
+
   // What float32 has made of the tile, for the products.
-  void round_tile(int32_t rows, int32_t lanes) {
+  void round_tile(const Extent& of) {
+    const auto [rows, lane, lanes] = of;
     const float *s = ws_ + at_.s, *dp = ws_ + at_.dp;
     for (int32_t r = 0; r < rows; r += 2) {
       const bool two = r + 1 < rows;
@@ -263,5 +347,16 @@ inline int32_t backward_by_dtype(const BackwardCall& c, const BackwardTask& t, c
 }
 
 inline size_t backward_bytes_by_dtype(const BackwardCall& c) {
-  return c.problem->dtype == DType::bf16 ? PairLayout(c).places.next * sizeof(float) : kAvx512Kernel.backward_bytes(c);
+  return c.problem->dtype == DType::bf16 ? PairLayout(c).bytes() : kAvx512Kernel.backward_bytes(c);
+}
+
+inline size_t carried_backward_bytes_by_dtype(const CarriedBackwardCall& c) {
+  return c.pairs.problem->dtype == DType::bf16 ? carried_backward_bytes<PairBackward>(c)
+                                               : kAvx512Kernel.carry.backward_bytes(c);
+}
+
+inline int32_t carried_backward_by_dtype(const CarriedBackwardCall& c, const BackwardTask& t, const CarriedTiles& tiles,
+                                         float* workspace) {
+  return (c.pairs.problem->dtype == DType::bf16 ? carried_backward<PairBackward> : kAvx512Kernel.carry.backward)(
+      c, t, tiles, workspace);
 }

@@ -10,9 +10,8 @@
 struct CarriedLayout {
   Places places;
   TileLayout selecting;
-  size_t area;  // of one kv head: keys and values transposed, keys, and the gradients of both
-  size_t kt, vt, k, d_keys, d_values, head;
   size_t f, d_f, slope, sums, later, before;
+  size_t keys, head, size;  // what the layout below has of the keys of each kv head, and then what is known of them
 
   CarriedLayout(const CarriedBackwardCall& c, const BackwardLayout& base)
       : places(base.places), selecting(c.selecting, base.bn, places) {
@@ -22,17 +21,11 @@ struct CarriedLayout {
     sums = take(1, base.bn);
     later = take(1, base.bn);
     before = take(c.most_blocks, base.bn);
-    Places of_head;
-    kt = of_head.take(p.head_dim, base.bn);
-    vt = of_head.take(p.v_head_dim, base.bn);
-    k = of_head.take(c.pairs.tile_kv, base.dk);
-    d_keys = of_head.take(base.bn, base.dk);
-    d_values = of_head.take(base.bn, base.dv);
-    head = of_head.take(1, 16);
-    area = take(p.num_kv_heads, static_cast<int64_t>(of_head.next));
-    size = of_head.next;
+    Places of_keys = base.of_keys;
+    head = of_keys.take(1, 16);
+    size = of_keys.next;
+    keys = take(p.num_kv_heads, static_cast<int64_t>(size));
   }
-  size_t size;
 };
 
 struct WeighCarried {  // scores to weights
@@ -57,27 +50,32 @@ struct SlopeCarried {  // do . v to ds, over the weights; and what is carried lo
   }
 };
 
-class CarriedBackward : public Backward {
+// `Pairs`: how products are made, Backward or what is derived from it.
+template <class Pairs>
+class CarriedBackward : public Pairs {
+  using Extent = typename Pairs::Extent;
+  using Operands = typename Pairs::Operands;
+
  public:
   // `t` is changed: its kv head is the one at hand.
   CarriedBackward(const CarriedBackwardCall& c, BackwardTask& t, float* workspace)
-      : Backward(c.pairs, t, workspace),
+      : Pairs(c.pairs, t, workspace),
         what_(c),
         mine_(t),
-        has_(c, at_),
+        has_(c, typename Pairs::Layout(c.pairs)),
         selecting_(c.selecting, p_, t.sequence, has_.selecting, workspace, workspace + at_.s, kPerKey) {}
 
   void run(const CarriedTiles& tiles) {
     for (int32_t h = 0; h < p_.num_kv_heads; ++h) {
       place(h);
-      start();
+      this->start();
       keep({});
     }
     const int64_t first = seq_.batch * what_.keys + seq_.kv_start + t_.first;
     const auto keys = static_cast<size_t>(t_.count) * 4;
     gone_ = what_.gone == nullptr ? nullptr : what_.gone + first;
-    clear(has_.sums, at_.bn);
-    clear(has_.later, at_.bn);
+    this->clear(ws_ + has_.sums, at_.bn);
+    this->clear(ws_ + has_.later, at_.bn);
     if (what_.initial != nullptr) __builtin_memcpy(ws_ + has_.sums, what_.initial + first, keys);
     BackwardTile tile;
     bool begun = false;
@@ -104,7 +102,7 @@ class CarriedBackward : public Backward {
     int32_t bad = selecting_.bad_load();
     for (int32_t h = 0; h < p_.num_kv_heads; ++h) {
       use(h);
-      if (const int32_t found = finish(); found >= 0) bad = found;
+      if (const int32_t found = this->finish(); found >= 0) bad = found;
     }
     return bad;
   }
@@ -116,56 +114,33 @@ class CarriedBackward : public Backward {
   };
   static_assert(sizeof(Head) <= 64);
 
-  float* head_at() const { return ws_ + has_.area + static_cast<size_t>(mine_.kv_head) * has_.size + has_.head; }
-  void keep(const Head& head) { __builtin_memcpy(head_at(), &head, sizeof(Head)); }
+  float* keys_of(int32_t kv_head) const { return ws_ + has_.keys + static_cast<size_t>(kv_head) * has_.size; }
+  void keep(const Head& head) { __builtin_memcpy(keys_ + has_.head, &head, sizeof(Head)); }
 
   void place(int32_t kv_head) {
     mine_.kv_head = kv_head;
-    const size_t area = has_.area + static_cast<size_t>(kv_head) * has_.size;
-    at_.kt = area + has_.kt;
-    at_.vt = area + has_.vt;
-    at_.k = area + has_.k;
-    at_.d_keys = area + has_.d_keys;
-    at_.d_values = area + has_.d_values;
+    keys_ = keys_of(kv_head);
   }
 
   void use(int32_t kv_head) {
     place(kv_head);
     Head head;
-    __builtin_memcpy(&head, head_at(), sizeof(Head));
+    __builtin_memcpy(&head, keys_ + has_.head, sizeof(Head));
     k_ = head.k;
     finite_ = head.finite;
     values_finite_ = head.values_finite;
   }
 
+  // Keys that are gone before the first query may hold anything.
   void begin_all() {
     for (int32_t h = 0; h < p_.num_kv_heads; ++h) {
       place(h);
-      begin();
-      forget();
-      const Rows v = rows(p_.v, value_lines(), p_.v_head_dim, at_.dv, at_.v);
+      this->begin(ws_ + has_.before);
+      const Rows v = this->rows(p_.v, this->value_lines(), p_.v_head_dim, at_.dv, ws_ + at_.v);
       keep({k_, finite_, is_finite(v, t_.count, at_.dv)});
     }
     selecting_.begin();
     selecting_.keys(t_.first, t_.count);
-  }
-
-  // Keys that are gone before the first query may hold anything: zeros stand for them.
-  void forget() {
-    const float* sums = ws_ + has_.before;
-    for (int32_t n = 0; n < t_.count; ++n) {
-      if (sums[n] != kInfinity) continue;
-      float* k = ws_ + at_.k;
-      if (k_.data != k) {
-        for (int32_t i = 0; i < t_.count; ++i)
-          __builtin_memcpy(k + i * at_.dk, k_.data + i * k_.stride, static_cast<size_t>(at_.dk) * 4);
-        k_ = {k, at_.dk};
-      }
-      __builtin_memset(k + n * at_.dk, 0, static_cast<size_t>(at_.dk) * 4);
-      for (int32_t d = 0; d < p_.head_dim; ++d) ws_[at_.kt + static_cast<size_t>(d * at_.bn + n)] = 0;
-      for (int32_t d = 0; d < p_.v_head_dim; ++d) ws_[at_.vt + static_cast<size_t>(d * at_.bn + n)] = 0;
-      finite_ = is_finite(k_, t_.count, at_.dk);
-    }
   }
 
   int32_t kv_head_of(int32_t head) const { return head / (p_.num_heads / p_.num_kv_heads); }
@@ -173,10 +148,9 @@ class CarriedBackward : public Backward {
   // ---- what is carried: F, and (`keep`) d S / d s, of one tile, whose lanes they have ----
 
   void carry(const BackwardTile& tile, bool keep) {
-    const auto [rows, lane, lanes] = extent(tile);
+    const auto [rows, lane, lanes] = this->extent(tile);
     use(kv_head_of(what_.head));
-    in_stretches<FloatDot>(queries(tile), rows, ws_ + at_.kt + lane, p_.head_dim, lanes, Put{ws_ + at_.s, lanes},
-                           Add{ws_ + at_.s, lanes});
+    this->scores(tile, this->operands(tile));
     selecting_.queries(tile.queries);
     selecting_.narrow(lane, lanes);
     for (int32_t strip = 0; strip < rows; strip += kStrip) {
@@ -194,7 +168,7 @@ class CarriedBackward : public Backward {
   }
 
   void carry_strip(const BackwardTile& tile, int32_t strip, int32_t count, bool keep) {
-    const auto [rows, lane, lanes] = extent(tile);
+    const auto [rows, lane, lanes] = this->extent(tile);
     const CodeView& code = what_.selecting;
     const float* s = ws_ + at_.s + static_cast<int64_t>(strip) * lanes;
     const Operand plain{s, lanes, true};
@@ -223,8 +197,8 @@ class CarriedBackward : public Backward {
   // ---- all heads ----
 
   void back(const BackwardTile& whole, int32_t row, const CarriedTiles& tiles) {
-    whole_ = extent(whole);
-    clear(has_.d_f, static_cast<int64_t>(whole_.rows) * whole_.lanes);
+    whole_ = this->extent(whole);
+    this->clear(ws_ + has_.d_f, static_cast<int64_t>(whole_.rows) * whole_.lanes);
     if (whole.full) {
       piece(whole, 0, row, tiles);
     } else {
@@ -233,7 +207,7 @@ class CarriedBackward : public Backward {
         part.queries.q_first += m;
         part.queries.q_count = whole_.rows - m < kPart ? whole_.rows - m : kPart;
         if (!what_.mask_by_head) {
-          const Span keys = find_live(part, whole_.lane, whole_.lanes);
+          const Span keys = this->find_live(part, whole_.lane, whole_.lanes);
           if (keys.first >= keys.end) continue;
           part.first += keys.first;
           part.count = (keys.end < whole.count ? keys.end : whole.count) - keys.first;
@@ -268,36 +242,34 @@ class CarriedBackward : public Backward {
 
   void one_head(const BackwardTile& tile, int32_t m, bool selects, const Tiles& tiles) {
     use(kv_head_of(tile.queries.head));
-    const Extent of = extent(tile);
-    const Rows qs = queries(tile), dos = cotangents(tile);
-    const float *kt = ws_ + at_.kt + of.lane, *vt = ws_ + at_.vt + of.lane;
-    float *s = ws_ + at_.s, *ds = s, *d_f = ws_ + has_.d_f + m * whole_.lanes + (of.lane - whole_.lane);
-    const bool plain = exists(tile) && what_.subtracts;
-    if (plain && is_forgotten(tile, qs, d_f, selects)) return;
-    if (plain && p_.head_dim <= kChannels && p_.v_head_dim <= kChannels) {
-      rows_times(qs.data, qs.stride, of.rows, kt, at_.bn, of.lanes, p_.head_dim,
-                 WeighCarried{s, of.lanes, tile.rows.lse, ws_ + has_.f});
-      add_to_values(tile, s, dos);
-      rows_times(dos.data, dos.stride, of.rows, vt, at_.bn, of.lanes, p_.v_head_dim,
-                 SlopeCarried{s, of.lanes, tile.rows.delta, d_f});
-      if (selects) select_keys(of, m, ds, d_f);
+    const Extent of = this->extent(tile);
+    const Operands of_tile = this->operands(tile);
+    float *s = ws_ + at_.s, *d_f = ws_ + has_.d_f + m * whole_.lanes + (of.lane - whole_.lane);
+    const bool plain = this->exists(tile) && what_.subtracts;
+    if (plain && is_forgotten(tile, of_tile, d_f, selects)) return;
+    if constexpr (std::is_same_v<Pairs, Backward>) {
+      if (plain && this->in_one_stretch())
+        return this->products(tile, tiles, of_tile, WeighCarried{s, of.lanes, tile.rows.lse, ws_ + has_.f},
+                              SlopeCarried{s, of.lanes, tile.rows.delta, d_f}, [&](float* ds) {
+                                if (selects) select_keys(of, m, ds, d_f);
+                              });
     } else {
-      ds = ws_ + at_.dp;
-      in_stretches<FloatDot>(qs, of.rows, kt, p_.head_dim, of.lanes, Put{s, of.lanes}, Add{s, of.lanes});
-      in_stretches<FloatDot>(dos, of.rows, vt, p_.v_head_dim, of.lanes, Put{ds, of.lanes}, Add{ds, of.lanes});
-      follow_score(tile, d_f);
-      if (selects) select_keys(of, m, ds, d_f);
-      if (guarded(tile)) return add_guarded_products(tile, tiles, qs, dos);
-      add_to_values(tile, s, dos);
+      if (plain && !selects && this->in_one_stretch())
+        return this->products(tile, tiles, of_tile, this->carried_slopes(tile, ws_ + has_.f, d_f, of.lanes));
     }
-    multiply(tile, tiles, qs, ds);
+    this->scores(tile, of_tile);
+    this->slopes(tile, of_tile);
+    follow_score(tile, d_f);
+    if (selects) select_keys(of, m, ws_ + at_.dp, d_f);
+    if (this->guarded(tile)) return this->add_guarded_products(tile, tiles);
+    this->add_products(tile, tiles, of_tile);
   }
 
   // Whether all weights of a tile are exactly 0, and with them all that they add and all that is selected against the
   // keys. Only looked at where what is carried says that it may be so.
-  bool is_forgotten(const BackwardTile& tile, Rows qs, const float* d_f, bool selects) {
+  bool is_forgotten(const BackwardTile& tile, const Operands& of_tile, const float* d_f, bool selects) {
     constexpr float kNoWeight = -106;  // its exponential is 0
-    const auto [rows, lane, lanes] = extent(tile);
+    const auto [rows, lane, lanes] = this->extent(tile);
     float* s = ws_ + at_.s;
     const float* f = ws_ + has_.f;
     const auto there = [&](int32_t j) {
@@ -307,7 +279,7 @@ class CarriedBackward : public Backward {
     vi near{}, some{};
     for (int32_t j = 0; j < lanes; j += kLanes) near |= (load(f + j) < set1(-kNoWeight)) & there(j);
     if (any(near) || !finite_ || !values_finite_ || !tile.rows.finite) return false;
-    in_stretches<FloatDot>(qs, rows, ws_ + at_.kt + lane, p_.head_dim, lanes, Put{s, lanes}, Add{s, lanes});
+    this->scores(tile, of_tile);
     for (int32_t j = 0; j < lanes; j += kLanes) {
       if (selects) some |= (load(ws_ + has_.later + lane + j) != vf{}) & there(j);
       for (int32_t r = 0; r < rows; ++r) {
@@ -322,14 +294,14 @@ class CarriedBackward : public Backward {
 
   // s becomes p, and do . v becomes ds, of which what is carried loses as much as the score has.
   void follow_score(const BackwardTile& tile, float* d_f) {
-    const auto [rows, lane, lanes] = extent(tile);
+    const auto [rows, lane, lanes] = this->extent(tile);
     tile_.queries(tile.queries);
     tile_.narrow(lane, lanes);
     for (int32_t strip = 0; strip < rows; strip += kStrip) {
       const Shape shape{rows - strip < kStrip ? rows - strip : kStrip, lanes};
       tile_.run_strip(strip, shape.rows, c_.has_score, !tile.full);
       tile_.check_loads(strip, shape.rows, tile.count, tile.full);
-      weigh(tile, strip, shape);
+      this->weigh(tile, strip, shape);
       const float* dp = ws_ + at_.dp + static_cast<int64_t>(strip) * lanes;
       const bool less = c_.code.slope_f < 0;
       const Operand slope = less ? Operand{dp, lanes, true} : tile_.operand(c_.code.slope_f, kTile, strip);
@@ -339,7 +311,7 @@ class CarriedBackward : public Backward {
           float* to = d_f + static_cast<int64_t>(strip + r) * whole_.lanes + j;
           store(to, less ? load(to) - d : load(to) + select(d == vf{}, vf{}, d * at(slope, r, j)));
         }
-      follow(strip, shape);
+      this->follow(strip, shape);
     }
   }
 
@@ -359,6 +331,17 @@ class CarriedBackward : public Backward {
     }
   }
 
+  using Pairs::at_;
+  using Pairs::c_;
+  using Pairs::finite_;
+  using Pairs::k_;
+  using Pairs::keys_;
+  using Pairs::p_;
+  using Pairs::seq_;
+  using Pairs::t_;
+  using Pairs::tile_;
+  using Pairs::ws_;
+
   const CarriedBackwardCall& what_;
   BackwardTask& mine_;
   const CarriedLayout has_;
@@ -368,16 +351,19 @@ class CarriedBackward : public Backward {
   bool values_finite_ = false;
 };
 
+template <class Pairs>
 int32_t carried_backward(const CarriedBackwardCall& c, const BackwardTask& t, const CarriedTiles& tiles,
                          float* workspace) {
   BackwardTask task = t;
-  CarriedBackward backward(c, task, workspace);
+  CarriedBackward<Pairs> backward(c, task, workspace);
   backward.run(tiles);
   return backward.end();
 }
 
+template <class Pairs>
 size_t carried_backward_bytes(const CarriedBackwardCall& c) {
-  return CarriedLayout(c, BackwardLayout(c.pairs)).places.next * sizeof(float);
+  return CarriedLayout(c, typename Pairs::Layout(c.pairs)).places.next * sizeof(float);
 }
 
-constexpr CarryKernel kCarryKernel{select_keys<FloatForward>, accumulate, carried_backward_bytes, carried_backward};
+constexpr CarryKernel kCarryKernel{select_keys<FloatForward>, accumulate, carried_backward_bytes<Backward>,
+                                   carried_backward<Backward>};

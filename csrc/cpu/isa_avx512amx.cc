@@ -28,6 +28,8 @@ Kernel with_tile_registers(const Kernel& dots) {
   found.run = run_on_tiles;
   found.gather = gather_on_tiles;
   found.carry.select = select_on_tiles;
+  found.carry.backward_bytes = carried_backward_bytes_on_tiles;
+  found.carry.backward = carried_backward_on_tiles;
   found.backward_bytes = backward_bytes_on_tiles;
   found.backward = backward_on_tiles;
   return found;

@@ -53,6 +53,8 @@ Kernel with_dot_products(const Kernel& avx512) {
   found.backward_bytes = backward_bytes_by_dtype;
   found.backward = backward_by_dtype;
   found.carry.select = select_by_dtype;
+  found.carry.backward_bytes = carried_backward_bytes_by_dtype;
+  found.carry.backward = carried_backward_by_dtype;
   found.dot_burst = dot_burst;
   return found;
 }

@@ -25,6 +25,7 @@
 #include "backward_products-inl.h"
 #include "backward_loads-inl.h"
 #include "backward_rows-inl.h"
+#include "backward_layout-inl.h"
 #include "backward-inl.h"
 #include "carry_backward-inl.h"
 #include "probe-inl.h"

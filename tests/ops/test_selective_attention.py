@@ -357,6 +357,36 @@ def test_gradients_in_half_precision(rng: np.random.Generator, dtype: torch.dtyp
         assert errors[0] <= 2 * errors[1]
 
 
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("dims", [(32, 48), (64, 64), (33, 17)])
+def test_gradients_of_bfloat16_at_each_level(
+    rng: np.random.Generator, isa: str, dims: tuple[int, int], remembers: bool
+) -> None:
+    """What rounds weights and slopes once is within a few such roundings of float64; packed, to the bit the same."""
+    ends = [0, 17, 117, 120, 250]
+    q, k, v = qkv(rng, (1, 4, 2, ends[-1], ends[-1], *dims), torch.bfloat16)
+    if remembers:
+        q[:, 0], k[:, 0] = -q[:, 0].abs(), k[:, 0].abs()
+    cu = torch.tensor(ends, dtype=torch.int32)
+    packed = gradients(ours, [q, k, v], cu_seqlens_q=cu, cu_seqlens_kv=cu)
+
+    def apart(*x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [equation(*(t[:, :, a:b] for t in x)) for a, b in pairwise(ends)]
+        return torch.cat([o for o, _ in parts], 2), torch.cat([c for _, c in parts], 1)
+
+    want = gradients(apart, [x.double() for x in (q, k, v)])
+    for name, a, b in zip("qkv", packed, want, strict=True):
+        assert (a.double() - b).norm() <= 0.01 * b.norm(), f"d{name}"
+    for first, end in pairwise(ends):
+        part = [x[:, :, first:end].detach().requires_grad_() for x in (q, k, v)]
+        each = torch.autograd.grad(ak.selective_attention(*part).float().square().sum(), part)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        o = ak.selective_attention(*leaves, cu_seqlens_q=cu, cu_seqlens_kv=cu)
+        both = torch.autograd.grad(o[:, :, first:end].float().square().sum(), leaves)
+        for a, b in zip(both, each, strict=True):
+            assert torch.equal(a[:, :, first:end], b)
+
+
 @pytest.mark.parametrize("budget", [3, 40])
 def test_gradients_with_a_budget(rng: np.random.Generator, budget: int) -> None:
     """The choice has no gradient: as if what is forgotten were hidden by a mask."""
