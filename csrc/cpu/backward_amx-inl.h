@@ -113,14 +113,13 @@ class AmxBackward : public PairBackward {
   void multiply_rounded(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile) override {
     const Extent of = extent(tile);
     const int32_t rows = of.rows, steps = (rows + kTileDepth - 1) / kTileDepth;
-    clear_rest(of, steps);
+    clear_rest(of, tile.count, steps);
     columns(of_tile.d_o, rows, p_.v_head_dim, amx_.dv, amx_.do_columns);
     tile_products(left(amx_.do_columns, amx_.dv), amx_.dv, right(weights_, slopes_.stride), of.lanes, steps, true,
                   keys_ + amx_.dv_columns + of.lane, amx_.ld);
     columns(of_tile.q, rows, p_.head_dim, amx_.dk, amx_.q_columns);
     tile_products(left(amx_.q_columns, amx_.dk), amx_.dk, right(slopes_.pairs, slopes_.stride), of.lanes, steps, true,
                   keys_ + amx_.dk_columns + of.lane, amx_.ld);
-    end_rows(tile.count, rows);
     float* dq = ws_ + amx_.dq;
     const float* k_pairs = keys_ + amx_.k_pairs + static_cast<int64_t>(of.lane) * amx_.units_k;
     tile_products(left({slopes_.rows, slopes_.stride / 2}), rows, right(k_pairs, 2 * amx_.units_k), amx_.dk,
@@ -190,16 +189,18 @@ class AmxBackward : public PairBackward {
     make();
   }
 
-  // Beyond the last row and the last key there may be anything.
-  void clear_rest(const Extent& of, int32_t steps) {
+  // Beyond the last row and the last of `count` keys there may be anything: of a key that does not exist, whose score
+  // is 0, the weight where all others lie far below may be infinite.
+  void clear_rest(const Extent& of, int32_t count, int32_t steps) {
     const auto ld = static_cast<size_t>(slopes_.stride);
     for (int32_t r = (of.rows + 1) / 2; r < steps * kTileRows; ++r) {
       __builtin_memset(weights_ + r * ld, 0, ld * sizeof(float));
       __builtin_memset(slopes_.pairs + r * ld, 0, ld * sizeof(float));
     }
-    if (of.lanes == slopes_.stride) return;
-    for (int32_t r = 0; r < of.rows; ++r)
-      __builtin_memset(slopes_.rows + (r * slopes_.stride + of.lanes) / 2, 0, kTileRows * sizeof(Bf16));
+    if (count == slopes_.stride) return;
+    Bf16* row = reinterpret_cast<Bf16*>(slopes_.rows);
+    for (int32_t r = 0; r < of.rows; ++r, row += slopes_.stride)
+      __builtin_memset(row + count, 0, static_cast<size_t>(slopes_.stride - count) * sizeof(Bf16));
   }
 
   void columns(Rows from, int32_t rows, int32_t width, int32_t padded, size_t at) {

@@ -148,6 +148,29 @@ def test_packed_gradients_are_those_of_each_segment(
             assert torch.equal(got[:, :, s], want), f"d{name} of segment {i}"
 
 
+@pytest.mark.parametrize("call", [ak.attention, ak.selective_attention], ids=["dense", "selective"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [17, 49, 97, 210])
+def test_gradients_where_all_logits_are_far_below_zero(
+    rng: np.random.Generator, isa: str, length: int, dtype: torch.dtype, call: Any
+) -> None:
+    """A key that only fills a tile has the score 0: beside these its weight would be infinite."""
+    q, k, v = (
+        torch.from_numpy(rng.uniform(*within, (1, 2, length, 32))).to(dtype).requires_grad_()
+        for within in ((3, 4), (-31, -30), (-1, 1))
+    )
+    found = torch.autograd.grad(call(q, k, v), (q, k, v), torch.ones(1, 2, length, 32, dtype=dtype))
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]  # nothing is selected: no logit is above 0
+    logits = leaves[0] @ leaves[1].mT * 32**-0.5
+    if call is ak.selective_attention:
+        logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+    o = logits.softmax(-1) @ leaves[2]
+    want = torch.autograd.grad(o, leaves, torch.ones_like(o))
+    assert all(x.isfinite().all() for x in found)
+    for got, exact in zip(found[1:], want[1:], strict=True):  # dq is a small difference of large sums
+        assert (got.double() - exact).norm() <= 0.01 * exact.norm()
+
+
 def test_padded_is_sliced(rng: np.random.Generator, isa: str) -> None:
     q, k, v = problem(rng, 30, 90)
     lens = torch.tensor([77, 0], dtype=torch.int32)
