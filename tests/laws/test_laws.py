@@ -160,7 +160,9 @@ def test_gradients_where_all_logits_are_far_below_zero(
         for within in ((3, 4), (-31, -30), (-1, 1))
     )
     found = torch.autograd.grad(call(q, k, v), (q, k, v), torch.ones(1, 2, length, 32, dtype=dtype))
-    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]  # nothing is selected: no logit is above 0
+    leaves = [
+        x.detach().double().requires_grad_() for x in (q, k, v)
+    ]  # nothing is selected: no logit is above 0
     logits = leaves[0] @ leaves[1].mT * 32**-0.5
     if call is ak.selective_attention:
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
