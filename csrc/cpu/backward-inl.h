@@ -108,8 +108,8 @@ class Backward {
     return true;
   }
 
-  // s becomes weights, and then (`then`) slopes.
   bool in_one_stretch() const { return p_.head_dim <= kChannels && p_.v_head_dim <= kChannels; }
+  // s becomes weights, and slopes, to which `then` may add.
   void products(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile, const auto& weigh,
                 const auto& slope, const auto& then) {
     const Extent of = extent(tile);

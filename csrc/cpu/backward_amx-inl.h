@@ -163,7 +163,7 @@ class AmxBackward : public PairBackward {
     int32_t turn = 0;
     const auto place = [&](size_t at) { return ws_ + at + turn % 2 * kBlock * kBlock; };
     const auto make = [&] {
-      const auto each = [&]<int kVecs>() {
+      const auto each = [&]<int kVecs>() __attribute__((always_inline)) {
         const float *s = place(amx_.s), *dp = place(amx_.dp);
         for (int32_t r = 0; r < before.rows; r += 2)
           slopes.template put<kVecs>(s + r * kVecs * kLanes, dp + r * kVecs * kLanes, before.row + r,
@@ -238,11 +238,9 @@ int32_t backward_on_tiles(const BackwardCall& c, const BackwardTask& t, const Ti
   return (takes ? backward_as<AmxBackward> : dot_products().backward)(c, t, tiles, workspace);
 }
 
+// Enough for dot products as well, whose layout is the first part of this one.
 size_t backward_bytes_on_tiles(const BackwardCall& c) {
-  const size_t without = dot_products().backward_bytes(c);
-  if (!AmxBackward::takes(c)) return without;
-  const size_t with = AmxLayout(c).bytes();
-  return with > without ? with : without;
+  return AmxBackward::takes(c) ? AmxLayout(c).bytes() : dot_products().backward_bytes(c);
 }
 
 int32_t carried_backward_on_tiles(const CarriedBackwardCall& c, const BackwardTask& t, const CarriedTiles& tiles,
@@ -252,8 +250,5 @@ int32_t carried_backward_on_tiles(const CarriedBackwardCall& c, const BackwardTa
 }
 
 size_t carried_backward_bytes_on_tiles(const CarriedBackwardCall& c) {
-  const size_t without = dot_products().carry.backward_bytes(c);
-  if (!AmxBackward::takes(c.pairs)) return without;
-  const size_t with = carried_backward_bytes<AmxBackward>(c);
-  return with > without ? with : without;
+  return AmxBackward::takes(c.pairs) ? carried_backward_bytes<AmxBackward>(c) : dot_products().carry.backward_bytes(c);
 }

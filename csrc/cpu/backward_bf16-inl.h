@@ -64,11 +64,44 @@ ATTNKIT_INLINE void exp2_rough(vf* x) {
   ATTNKIT_EACH x[i] = scale_or_zero(fma(power[i], x[i], power[i]), n[i], kLeastPower);
 }
 
-// Weights and slopes of rows from their scores and do . v, where no program changes them.
-template <bool kFull>
-struct PlainSlopes {
-  const float* live;  // unless all pairs exist, the bits of those that do, for each row and vector of keys
-  int32_t live_stride;
+// What weights and slopes of pairs are made of, where no program changes them. `at`: the first key of a vector.
+struct AllPairs {
+  ATTNKIT_INLINE vf exponent(vf s, float scale, float lse, int32_t, int32_t) const {
+    return fma(s, set1(scale * kLog2e), set1(-lse * kLog2e));
+  }
+  ATTNKIT_INLINE vf existing(vf x, int32_t, int32_t) const { return x; }
+  ATTNKIT_INLINE void lose(vf, int32_t, int32_t) const {}
+};
+
+struct LivePairs : AllPairs {
+  const float* live;  // the bits of pairs that exist, for each row and vector of keys
+  int32_t stride;
+
+  ATTNKIT_INLINE vf existing(vf x, int32_t row, int32_t at) const {
+    const int32_t bits = int_at(live + row * stride + at / kLanes);
+    return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)x);
+  }
+};
+
+// Scores lose what is carried, which loses the slopes.
+struct CarriedPairs : AllPairs {
+  const float* f;  // [query][key], `stride` wide
+  float* d_f;  // likewise
+  int64_t stride;
+
+  ATTNKIT_INLINE vf exponent(vf s, float scale, float lse, int32_t row, int32_t at) const {
+    return fma(s, set1(scale), vf{} - (load(f + row * stride + at) + set1(lse))) * set1(kLog2e);
+  }
+  ATTNKIT_INLINE void lose(vf slope, int32_t row, int32_t at) const {
+    float* x = d_f + row * stride + at;
+    store(x, load(x) - slope);
+  }
+};
+
+// Weights and slopes of rows from their scores and do . v.
+template <class Pairs>
+struct PairSlopes {
+  Pairs pairs;
   const float *lse, *delta;
   float scale;
   float* weights;
@@ -78,66 +111,25 @@ struct PlainSlopes {
   template <int kVecs>
   ATTNKIT_INLINE void put(const float* s, const float* dp, int32_t row, bool two, int32_t lane) const {
     constexpr int kWidth = kVecs * kLanes;
-    const int32_t next = two ? row + 1 : row;
-    const vf factor = set1(scale * kLog2e), lses[2] = {set1(-lse[row] * kLog2e), set1(-lse[next] * kLog2e)},
-             deltas[2] = {set1(delta[row]), set1(delta[next])};
-    vf w[2][kVecs];
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) w[i][v] = fma(load(s + i * kWidth + v * kLanes), factor, lses[i]);
-    exp2_rough<2 * kVecs>(w[0]);
-    const auto exists = [&](vf x, int i, int v) {
-      if constexpr (kFull) return x;
-      const float* bits = live + (i == 0 ? row : next) * live_stride + lane / kLanes + v;
-      return (vf)_mm512_maskz_mov_ps(static_cast<__mmask16>(int_at(bits)), (__m512)x);
-    };
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      const auto weight = [&](int i) { return exists(w[i][v], i, v); };
-      const auto slope = [&](int i) {
-        return exists(w[i][v] * (load(dp + i * kWidth + v * kLanes) - deltas[i]), i, v);
-      };
-      const int32_t at = lane + v * kLanes;
-      store(weights + row / 2 * to.stride + at, pairs_of(weight(0), two ? weight(1) : vf{}));
-      to.put(slope(0), two ? slope(1) : vf{}, row, two, at);
-    }
-  }
-};
-
-// The same of scores that lose what is carried, which loses the slopes.
-struct CarriedSlopes {
-  const float* f;  // [query][key], `stride` wide
-  float* d_f;  // likewise
-  int64_t stride;
-  const float *lse, *delta;
-  float scale;
-  float* weights;
-  Slopes to;
-
-  template <int kVecs>
-  ATTNKIT_INLINE void put(const float* s, const float* dp, int32_t row, bool two, int32_t lane) const {
-    constexpr int kWidth = kVecs * kLanes;
     const int32_t rows[2] = {row, two ? row + 1 : row};
     vf w[2][kVecs];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) {
-        const vf lost = load(f + rows[i] * stride + lane + v * kLanes) + set1(lse[rows[i]]);
-        w[i][v] = fma(load(s + i * kWidth + v * kLanes), set1(scale), vf{} - lost) * set1(kLog2e);
-      }
+      for (int v = 0; v < kVecs; ++v)
+        w[i][v] = pairs.exponent(load(s + i * kWidth + v * kLanes), scale, lse[rows[i]], rows[i], lane + v * kLanes);
     exp2_rough<2 * kVecs>(w[0]);
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) {
       const int32_t at = lane + v * kLanes;
+      const auto weight = [&](int i) { return pairs.existing(w[i][v], rows[i], at); };
       const auto slope = [&](int i) {
-        const vf x = w[i][v] * (load(dp + i * kWidth + v * kLanes) - set1(delta[rows[i]]));
-        float* lost = d_f + rows[i] * stride + at;
-        store(lost, load(lost) - x);
+        const vf d = load(dp + i * kWidth + v * kLanes) - set1(delta[rows[i]]);
+        const vf x = pairs.existing(w[i][v] * d, rows[i], at);
+        pairs.lose(x, rows[i], at);
         return x;
       };
-      store(weights + row / 2 * to.stride + at, pairs_of(w[0][v], two ? w[1][v] : vf{}));
+      store(weights + row / 2 * to.stride + at, pairs_of(weight(0), two ? weight(1) : vf{}));
       const vf first = slope(0);
       to.put(first, two ? slope(1) : vf{}, row, two, at);
     }
@@ -197,8 +189,8 @@ class PairBackward : public Backward {
     return true;
   }
 
-  // `make`: rounded weights and slopes, of a micro-tile's sums.
   bool in_one_stretch() const { return depth_k() <= kChannels && depth_v() <= kChannels; }
+  // `make`: rounded weights and slopes, of a micro-tile's sums.
   void products(const BackwardTile& tile, const Tiles& tiles, const Operands& of_tile, const auto& make) {
     const Extent of = extent(tile);
     in_columns(of.lanes, [&]<int kVecs>(int32_t lane) {
@@ -231,16 +223,17 @@ class PairBackward : public Backward {
   bool plain(const BackwardTile& tile) const {
     return !c_.has_score && !thinned() && !tile.rows.dead && !guarded(tile);
   }
+  template <class Pairs>
+  PairSlopes<Pairs> slopes_of(const BackwardTile& tile, const Pairs& pairs) const {
+    return {pairs, tile.rows.lse, tile.rows.delta, p_.scale, weights_, slopes_};
+  }
   template <class F>
   void with_slopes(const BackwardTile& tile, F f) {
-    with(tile.full, [&](auto full) {
-      f(PlainSlopes<full.value>{live_bits(0, extent(tile).lane), at_.bn / kLanes, tile.rows.lse, tile.rows.delta,
-                                p_.scale, weights_, slopes_});
-    });
+    if (tile.full) return f(slopes_of(tile, AllPairs{}));
+    f(slopes_of(tile, LivePairs{{}, live_bits(0, extent(tile).lane), at_.bn / kLanes}));
   }
-
-  CarriedSlopes carried_slopes(const BackwardTile& tile, const float* f, float* d_f, int64_t stride) const {
-    return {f, d_f, stride, tile.rows.lse, tile.rows.delta, p_.scale, weights_, slopes_};
+  PairSlopes<CarriedPairs> carried_slopes(const BackwardTile& tile, const float* f, float* d_f, int64_t stride) const {
+    return slopes_of(tile, CarriedPairs{{}, f, d_f, stride});
   }
 
   // Both products of a micro-tile, then what becomes of them: sums go no further than the first cache.

@@ -114,12 +114,11 @@ class CarriedBackward : public Pairs {
   };
   static_assert(sizeof(Head) <= 64);
 
-  float* keys_of(int32_t kv_head) const { return ws_ + has_.keys + static_cast<size_t>(kv_head) * has_.size; }
   void keep(const Head& head) { __builtin_memcpy(keys_ + has_.head, &head, sizeof(Head)); }
 
   void place(int32_t kv_head) {
     mine_.kv_head = kv_head;
-    keys_ = keys_of(kv_head);
+    keys_ = ws_ + has_.keys + static_cast<size_t>(kv_head) * has_.size;
   }
 
   void use(int32_t kv_head) {
